@@ -1,0 +1,84 @@
+# Everything runs in .venv, which the first command that needs it makes. See `make help`.
+
+PYTHON ?= python3
+
+# One exact torch, so that every machine tests the same numbers: 2.13.0 is what was measured, and a bare `torch` would
+# also change size and CUDA version from day to day. A torch that $(PYTHON) already has (2.11 or later) is used instead.
+TORCH ?= torch==2.13.0
+
+# Two worker processes of one thread each beat two threads: most tests are too small for a second thread.
+PYTEST_ARGS ?= -n 2
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+EDITABLE := $(PIP) install --quiet --no-build-isolation --editable
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv test demo lint format clean
+
+help: ## show this list
+	@echo 'usage: make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; \
+	    do printf '  %-8s %s\n' "$$name" "$$text"; done
+
+test: $(VENV)/.test ## run every test; PYTEST_ARGS='-n 2' is what pytest is given, e.g. PYTEST_ARGS='tests/test_losses.py -x'
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(PYTEST_ARGS)
+
+demo: $(VENV)/.demo ## train a real model on real ratings; ARGS=--help lists its options
+	$(PY) -m demo $(ARGS)
+
+lint: $(VENV)/.lint ## ruff's rules and formatting, and mypy; changes nothing
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+format: $(VENV)/.lint ## mend what ruff can mend, and format
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+clean: ## remove .venv, caches, build outputs, and the demo's downloads and results
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache .demo_cache demo_out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv: $(VENV)/.base ## make .venv with torch, and nothing else
+
+# --- what is installed, one stamp each --------------------------------------------------------------------------------
+
+CHECK_PYTHON := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
+CHECK_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
+
+# A Python without ensurepip (Debian splits it off) can still make a venv if it has pip to put into it.
+$(VENV)/.base: Makefile
+	@$(PYTHON) -c '$(CHECK_PYTHON)' || \
+	    { echo "make: '$(PYTHON)' is not Python 3.10 to 3.13; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	rm -rf $(VENV)
+	@set -e; options=; \
+	if $(PYTHON) -c '$(CHECK_TORCH)' 2>/dev/null; then options=--system-site-packages; fi; \
+	if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	    (set -x; $(PYTHON) -m venv $$options $(VENV)); \
+	elif $(PYTHON) -c 'import pip, venv' 2>/dev/null; then \
+	    (set -x; $(PYTHON) -m venv $$options --without-pip $(VENV); $(PYTHON) -m pip --python $(PY) install --quiet pip); \
+	else \
+	    echo "make: '$(PYTHON)' can make no virtual environment: it has neither ensurepip nor pip." >&2; \
+	    echo "      Debian and Ubuntu: apt-get install python3-venv. Or name another: PYTHON=python3.12" >&2; \
+	    exit 1; \
+	fi
+	$(PIP) install --quiet 'setuptools>=77' wheel
+	@if $(PY) -c '$(CHECK_TORCH)' 2>/dev/null; then echo 'make: the torch that is installed is used'; \
+	else (set -x; $(PIP) install '$(TORCH)'); fi
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base pyproject.toml
+	$(EDITABLE) '.[test,demo]'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.base pyproject.toml
+	$(EDITABLE) '.[demo]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.base pyproject.toml
+	$(EDITABLE) '.[dev,test]'
+	@touch $@

@@ -1,0 +1,329 @@
+"""The public functions: the contract of each, then a few calls into the layers below.
+
+Every function takes hidden states as ``(2B, T, H)`` with labels ``(2B, T)``, or packed as ``(N, H)`` with labels
+``(N,)`` and ``cu_seqlens`` ``(2B + 1,)``. A position is scored unless its label is ``ignore_index``.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_kernels import autograd, calls, dispatch, inputs, losses
+from dpo_kernels.types import DPOLossOutput, LossInputs
+
+Loss = str | Callable[[LossInputs], Tensor]
+
+
+def fused_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    reference_free: bool = False,
+    loss_type: Loss = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    pairs: str = "stacked",
+    token_weights: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    stats: tuple[str, ...] = (),
+    backend: str = "auto",
+    strategy: str = "auto",
+    scratch_bytes: int | None = None,
+    max_scored_tokens: int | None = None,
+    **loss_options: Any,
+) -> DPOLossOutput:
+    """DPO and its family from hidden states, without vocabulary-sized logits.
+
+    ``loss = mean over pairs of -log sigmoid(beta * [(logp_w - ref_w) - (logp_l - ref_l)])`` for the default
+    ``loss_type`` (Rafailov et al., arXiv 2305.18290, eq. 7), where a sequence's log-prob is the sum of those of its
+    scored tokens, ``log softmax(cap(logit_scale * (W h + b)))[label]``, ``cap(z) = softcap * tanh(z / softcap)``.
+
+    Args:
+        hidden: ``(2B, T, H)`` or ``(N, H)``, float32, bfloat16, float16 or float64. Differentiable.
+        weight: ``(V, H)`` LM head of the same dtype (any under autocast). Differentiable.
+        labels: ``(2B, T)`` or ``(N,)``, int32 or int64, in ``[0, V)`` or ``ignore_index``.
+        bias: ``(V,)``. Differentiable.
+        ref_hidden: hidden states of the reference, same layout, its own H; scored here without gradient.
+        ref_weight: ``(V, H_ref)`` head of the reference; None shares ``weight`` (and ``bias``).
+        ref_bias: ``(V,)`` bias of the reference's head.
+        ref_logps: ``(2B,)`` cached reference log-probs, in the order of the input sequences.
+        reference_free: no reference: its log-probs count as 0.
+        loss_type: "sigmoid", "ipo", "hinge", or a callable ``fn(LossInputs) -> (P,)``. A callable is taken to be
+            coupled over the batch unless ``fn.separable`` is true.
+        beta: inverse temperature, finite, at least 0 (ipo: above 0).
+        label_smoothing: in [0, 0.5]; with "sigmoid" it is cDPO.
+        cu_seqlens: ``(2B + 1,)`` cumulative lengths of packed sequences, int32 or int64.
+        pairs: "stacked" (all chosen, then all rejected) or "interleaved" (chosen, rejected, chosen, ...).
+        token_weights: like ``labels``, floating point: weight of each label in its sequence's sum, of the policy and
+            of a reference scored here. Never differentiated.
+        shift: labels are as in Hugging Face models, ``labels[:, t + 1]`` is predicted by ``hidden[:, t]``.
+        ignore_index: label of positions that are not scored.
+        logit_scale: factor on the logits.
+        softcap: soft cap of the logits after scaling, None for none.
+        reduction: "mean" over pairs, "sum", or "none" for the loss by pair.
+        denominator: replaces the number of pairs under "mean" (gradient accumulation, data parallel).
+        stats: any of "entropy", "mean_logits", "top1": means over the scored tokens of a sequence, detached.
+        backend: "auto", "triton", "cuda", "cpp" or "torch".
+        strategy: "auto", "chunked", "recompute" or "streaming".
+        scratch_bytes: cap on vocabulary-sized scratch; None: 2 GiB on a GPU of 80 GB or more, a fortieth of the memory
+            of a smaller one, 256 MiB elsewhere.
+        max_scored_tokens: static capacity: packs without a host sync; more scored tokens make the loss NaN.
+        **loss_options: options of the loss by name.
+
+    Returns:
+        ``DPOLossOutput``; all but ``loss`` detached.
+
+    Raises:
+        ValueError: shapes, values and combinations, with the argument's name. A label out of range is one on the CPU;
+            on other devices it makes loss and gradients NaN instead, since looking would be a sync.
+        TypeError: dtypes and types.
+        RuntimeError: when a gradient is differentiated again.
+
+    """
+    options = {
+        "bias": bias,
+        "ref_hidden": ref_hidden,
+        "ref_weight": ref_weight,
+        "ref_bias": ref_bias,
+        "ref_logps": ref_logps,
+        "reference_free": reference_free,
+        "loss_type": loss_type,
+        "beta": beta,
+        "label_smoothing": label_smoothing,
+        "cu_seqlens": cu_seqlens,
+        "pairs": pairs,
+        "token_weights": token_weights,
+        "shift": shift,
+        "ignore_index": ignore_index,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "reduction": reduction,
+        "denominator": denominator,
+        "stats": stats,
+        "backend": backend,
+        "strategy": strategy,
+        "scratch_bytes": scratch_bytes,
+        "max_scored_tokens": max_scored_tokens,
+        "loss_options": loss_options,
+    }
+    call = calls.prepare(hidden, weight, labels, options)
+    # The reference comes first: a pass that forms gradients needs the coefficients, and these the reference.
+    ref_S = calls.reference_logps(call, ref_logps)
+    if call.plan.forms_gradient:
+        total, losses_P, policy_S, means = autograd.pair_loss(
+            call.batch, call.rows, ref_S, call.loss, call.plan, call.need, call.stats
+        )
+    else:
+        policy_S, means = autograd.logps(
+            call.batch, call.rows, call.plan, call.need, call.stats, per_token=False, shift=shift
+        )
+        losses_P = call.loss(policy_S, ref_S, call.rows.counts)
+        total = losses_P.sum()
+    loss = losses_P if reduction == "none" else total
+    if reduction == "mean":
+        loss = loss / (losses_P.shape[0] if denominator is None else denominator)
+    return calls.output(call, loss, policy_S, ref_S, means)
+
+
+class FusedDPOLoss(nn.Module):
+    """``fused_dpo_loss`` as a module: options in the constructor, tensors in ``forward``.
+
+    Args and errors are those of ``fused_dpo_loss``; a loss or option that does not exist is refused at construction.
+    """
+
+    def __init__(
+        self,
+        *,
+        loss_type: Loss = "sigmoid",
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        reference_free: bool = False,
+        pairs: str = "stacked",
+        shift: bool = False,
+        ignore_index: int = -100,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        reduction: str = "mean",
+        stats: tuple[str, ...] = (),
+        backend: str = "auto",
+        strategy: str = "auto",
+        scratch_bytes: int | None = None,
+        max_scored_tokens: int | None = None,
+        **loss_options: Any,
+    ) -> None:
+        super().__init__()
+        losses.bind(loss_type, beta, label_smoothing, loss_options)
+        inputs.check_choice("reduction", reduction, inputs.REDUCTIONS)
+        inputs.check_choice("pairs", pairs, calls.PAIRS)
+        calls.Run(shift, ignore_index, backend, strategy, scratch_bytes, max_scored_tokens)
+        self.options = {
+            "loss_type": loss_type,
+            "beta": beta,
+            "label_smoothing": label_smoothing,
+            "reference_free": reference_free,
+            "pairs": pairs,
+            "shift": shift,
+            "ignore_index": ignore_index,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "reduction": reduction,
+            "stats": inputs.check_stats(stats),
+            "backend": backend,
+            "strategy": strategy,
+            "scratch_bytes": scratch_bytes,
+            "max_scored_tokens": max_scored_tokens,
+            **loss_options,
+        }
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> DPOLossOutput:
+        """See ``fused_dpo_loss``."""
+        return fused_dpo_loss(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            ref_hidden=ref_hidden,
+            ref_weight=ref_weight,
+            ref_bias=ref_bias,
+            ref_logps=ref_logps,
+            cu_seqlens=cu_seqlens,
+            token_weights=token_weights,
+            denominator=denominator,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def fused_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    backend: str = "auto",
+    strategy: str = "auto",
+    scratch_bytes: int | None = None,
+    max_scored_tokens: int | None = None,
+) -> Tensor:
+    """Differentiable log-probs of sequences, ``(S,)``, any number of them; 0 for one without a scored token.
+
+    float32, float64 for float64 inputs. Arguments and errors as in ``fused_dpo_loss``.
+    """
+    batch = inputs.check_batch(
+        hidden, weight, labels, bias, cu_seqlens, token_weights, logit_scale, softcap, paired=False
+    )
+    run = calls.Run(shift, ignore_index, backend, strategy, scratch_bytes, max_scored_tokens)
+    return calls.sequence_or_token_logps(batch, run, per_token=False)
+
+
+def fused_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    backend: str = "auto",
+    strategy: str = "auto",
+    scratch_bytes: int | None = None,
+    max_scored_tokens: int | None = None,
+) -> Tensor:
+    """Differentiable log-probs of tokens, in the shape of ``labels`` and at their places, 0 where not scored.
+
+    float32, float64 for float64 inputs. Arguments and errors as in ``fused_dpo_loss``.
+    """
+    batch = inputs.check_batch(hidden, weight, labels, bias, cu_seqlens, None, logit_scale, softcap, paired=False)
+    run = calls.Run(shift, ignore_index, backend, strategy, scratch_bytes, max_scored_tokens)
+    return calls.sequence_or_token_logps(batch, run, per_token=True).view(labels.shape)
+
+
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    *,
+    loss_type: Loss = "sigmoid",
+    reference_free: bool = False,
+    chosen_tokens: Tensor | None = None,
+    rejected_tokens: Tensor | None = None,
+    **loss_options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss on log-probs alone: ``(losses, chosen_rewards, rejected_rewards)``, each ``(P,)``, no reduction.
+
+    ``losses`` is differentiable, the rewards ``beta * (policy - ref)`` are detached. Losses that average over tokens
+    (ipo) divide by ``chosen_tokens`` and ``rejected_tokens``; without them the log-probs are taken to be averages.
+    ``reference_free=True`` takes None for the reference. Errors as in ``fused_dpo_loss``.
+    """
+    bound = losses.bind(loss_type, beta, label_smoothing, loss_options)
+    policy, reference, tokens = inputs.check_logps(
+        (policy_chosen_logps, policy_rejected_logps),
+        (ref_chosen_logps, ref_rejected_logps),
+        (chosen_tokens, rejected_tokens),
+        reference_free,
+        bound.spec.needs_reference,
+        bound.spec.name,
+    )
+    losses_P = bound.evaluate(LossInputs(*policy, *reference, *tokens, bound.beta))
+    chosen, rejected = (bound.beta * (p - r).detach() for p, r in zip(policy, reference, strict=True))
+    return losses_P, chosen, rejected
+
+
+def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> dispatch.Plan:
+    """What ``fused_dpo_loss`` with the same arguments would run, what it costs, and why nothing else.
+
+    The result's fields say it to programs (``strategy``, ``backend``, ``units``, ``reference_units``, ``tile``,
+    ``scratch_bytes``, ``chunks``, ``extra_bytes``, ``against``), its ``str()`` to people. Nothing is computed on the
+    head. Raises what the call itself would raise.
+    """
+    parameters = inspect.signature(fused_dpo_loss).parameters
+    call_options = {name: p.default for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    call_options["loss_options"] = {name: value for name, value in options.items() if name not in call_options}
+    call_options |= {name: value for name, value in options.items() if name in call_options}
+    call = calls.prepare(hidden, weight, labels, call_options)
+    return replace(call.plan, against=dispatch.reasons_against(call.problem, call.plan))

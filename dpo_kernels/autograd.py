@@ -1,0 +1,378 @@
+"""The autograd glue: each pass as an autograd function and as a custom operator, from one description.
+
+Run eagerly the passes are ``torch.autograd.Function``s, so that a loss may be any Python object, and tools that watch
+torch's own operations see them. Inside ``torch.compile`` and ``torch.export``, and under fake tensors, they are custom
+operators of the namespace ``dpo_kernels``, opaque to the tracer. The two share every line but the registration.
+
+What is kept between forward and backward is in accumulation precision: an upstream multiplies it before the single
+rounding to the parameter's dtype, and nothing kept is ever changed, so a retained backward may run again.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import dispatch, inputs, losses, passes
+from dpo_kernels.kernels.tiled import accumulation_dtype
+from dpo_kernels.sequence import sum_dtype
+from dpo_kernels.types import Rows
+
+SECOND_DERIVATIVE = (
+    "second derivatives of the fused losses and log-probs are not supported: use dpo_kernels.reference, "
+    "which is plain torch, or call backward without create_graph"
+)
+# Places in the argument lists of passes.pair_loss and passes.logps.
+SLOT, LOGPS_OPTIONS, LOGPS_STRATEGY = 7, 11, 16
+
+
+def traced(tensor: Tensor) -> bool:
+    """Whether a tracer or fake tensors are at work, so that only operators of the dispatcher may run."""
+    return torch.compiler.is_compiling() or type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
+
+
+def pack(batch: inputs.Batch, ignore_index: int, shift: bool, stacked: bool, max_scored_tokens: int | None) -> Rows:
+    """The scored rows of a batch. Traced, the capacity is every row, so that no shape depends on data."""
+    capacity, static = max_scored_tokens, max_scored_tokens is not None
+    if traced(batch.labels) and capacity is None:
+        capacity = batch.labels.shape[0]
+    call = _pack_op if traced(batch.labels) else passes.pack
+    packed = call(
+        batch.labels,
+        batch.cu_seqlens,
+        batch.token_weights,
+        batch.head.vocab,
+        ignore_index,
+        shift,
+        stacked,
+        batch.width,
+        -1 if capacity is None else capacity,
+        static,
+    )
+    index, labels, weights, *rest = packed
+    return Rows(index, labels, weights if batch.token_weights is not None or static else None, *rest)
+
+
+def pair_loss(
+    batch: inputs.Batch,
+    rows: Rows,
+    ref_S: Tensor,
+    loss: losses.BoundLoss,
+    plan: dispatch.Plan,
+    need: tuple[bool, bool, bool],
+    stats: tuple[str, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Differentiable sum of the losses () and, detached, losses (P,), log-probs (S,), statistics (k, S)."""
+    tensors, options = _tensors(batch, rows), (*_options(batch, plan, stats), *need)
+    if traced(batch.hidden):
+        values = [float(value) for _, value in loss.options]
+        return _pair_loss_op(*tensors, ref_S, loss.spec.name, loss.beta, values, *options)[:4]
+    return _PairLoss.apply(*tensors, ref_S, loss, 0.0, [], *options)[:4]
+
+
+def logps(
+    batch: inputs.Batch,
+    rows: Rows,
+    plan: dispatch.Plan,
+    need: tuple[bool, bool, bool],
+    stats: tuple[str, ...],
+    *,
+    per_token: bool,
+    shift: bool,
+) -> tuple[Tensor, Tensor]:
+    """Differentiable log-probs, (S,) float64 or by token (R,) at the labels' places, and statistics (k, S)."""
+    call = _logps_op if traced(batch.hidden) else _Logps.apply
+    return call(*_tensors(batch, rows), per_token, shift, *_options(batch, plan, stats), *need)[:2]
+
+
+def _tensors(batch: inputs.Batch, rows: Rows) -> tuple[Tensor | None, ...]:
+    packed = (rows.index, rows.labels, rows.weights, rows.segments, rows.slot)
+    return (batch.hidden, batch.head.weight, batch.head.bias, *packed, rows.counts, rows.counts_host, rows.poison)
+
+
+def _options(batch: inputs.Batch, plan: dispatch.Plan, stats: tuple[str, ...]) -> tuple[Any, ...]:
+    head = (batch.head.logit_scale, batch.head.softcap, batch.compute_dtype)
+    return (*head, plan.strategy, plan.backend, plan.scratch_bytes, ",".join(stats))
+
+
+# --- forward to backward ----------------------------------------------------------------------------------------------
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """What both functions keep; their first output is the differentiable one."""
+    hidden, weight, bias = inputs[:3]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+    ctx.inputs, ctx.need = len(inputs), inputs[-3:]
+    ctx.anchor = _anchor(hidden, weight, bias)
+
+
+def _pair_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _setup(ctx, inputs, output)
+    ctx.save_for_backward(inputs[SLOT], *output[4:])
+
+
+def _pair_loss_backward(ctx: Any, grad_total: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_total is None:
+        return (None,) * ctx.inputs
+    slot, dx, dw, db = ctx.saved_tensors
+    call = _scale_op if traced(grad_total) else passes.scale
+    with torch.no_grad():
+        grads = call(grad_total, dx, dw, db, slot, *ctx.dtypes, *ctx.need)
+    return _finish_backward(ctx, grads)
+
+
+def _logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _setup(ctx, inputs, output)
+    ctx.options = inputs[LOGPS_OPTIONS:]
+    model, packed = inputs[:3], inputs[3:LOGPS_OPTIONS]
+    if passes.keeps_direction(inputs[LOGPS_STRATEGY], ctx.need):
+        model = (None, None, None)
+    ctx.save_for_backward(*model, *packed, *output[2:])
+
+
+def _logps_backward(ctx: Any, grad_out: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * ctx.inputs
+    call = _logps_grad_op if traced(grad_out) else passes.logps_grad
+    with torch.no_grad():
+        grads = call(grad_out, *ctx.saved_tensors, *ctx.dtypes, *ctx.options)
+    return _finish_backward(ctx, grads)
+
+
+def _finish_backward(ctx: Any, grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    wanted = [grad if need else None for grad, need in zip(grads, ctx.need, strict=True)]
+    if torch.is_grad_enabled() and ctx.anchor is not None:  # create_graph=True
+        wanted = [None if grad is None else _RefuseSecondDerivative.apply(ctx.anchor, grad) for grad in wanted]
+    return (*wanted, *(None,) * (ctx.inputs - 3))
+
+
+def _anchor(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """An empty tensor that hangs on the differentiable inputs' graph and holds none of their memory."""
+    if traced(hidden):
+        return None
+    with torch.enable_grad():
+        ends = [t.reshape(-1)[:0].clone().float() for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+        return torch.cat(ends) if ends else None
+
+
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """Passes a gradient through; differentiating it again is an error instead of a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        raise RuntimeError(SECOND_DERIVATIVE)
+
+
+class _PairLoss(torch.autograd.Function):
+    forward = staticmethod(passes.pair_loss)
+    setup_context = staticmethod(_pair_loss_setup)
+    backward = staticmethod(_pair_loss_backward)
+
+
+class _Logps(torch.autograd.Function):
+    forward = staticmethod(passes.logps)
+    setup_context = staticmethod(_logps_setup)
+    backward = staticmethod(_logps_backward)
+
+
+# --- the same as operators --------------------------------------------------------------------------------------------
+
+_pack_op = torch.library.custom_op("dpo_kernels::pack", passes.pack, mutates_args=())
+_pair_loss_op = torch.library.custom_op("dpo_kernels::pair_loss", passes.pair_loss, mutates_args=())
+_scale_op = torch.library.custom_op("dpo_kernels::pair_loss_backward", passes.scale, mutates_args=())
+_logps_op = torch.library.custom_op("dpo_kernels::logps", passes.logps, mutates_args=())
+_logps_grad_op = torch.library.custom_op("dpo_kernels::logps_backward", passes.logps_grad, mutates_args=())
+
+_pair_loss_op.register_autograd(_pair_loss_backward, setup_context=_pair_loss_setup)
+_logps_op.register_autograd(_logps_backward, setup_context=_logps_setup)
+
+
+@_pack_op.register_fake
+def _fake_pack(
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    token_weights: Tensor | None,
+    vocab: int,
+    ignore_index: int,
+    shift: bool,
+    stacked: bool,
+    width: int,
+    capacity: int,
+    static: bool,
+) -> tuple[Tensor, ...]:
+    places = torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity
+    sequences = cu_seqlens.shape[0] - 1
+    long = labels.new_empty(0, dtype=torch.int64)
+    real = sum_dtype(labels.device)
+    weights = labels.new_empty(0, dtype=real)
+    if token_weights is not None:
+        weights = token_weights.new_empty(places, dtype=accumulation_dtype(token_weights.dtype))
+    elif static:
+        weights = labels.new_empty(places, dtype=torch.float32)
+    return (
+        long.new_empty(places),
+        long.new_empty(places),
+        weights,
+        long.new_empty(places),
+        long.new_empty(labels.shape[0]),
+        long.new_empty(sequences),
+        torch.empty(sequences, dtype=torch.int64, device="cpu"),
+        labels.new_empty((), dtype=real),
+    )
+
+
+@_pair_loss_op.register_fake
+def _fake_pair_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    segments: Tensor,
+    slot: Tensor,
+    counts: Tensor,
+    counts_host: Tensor,
+    poison: Tensor,
+    ref: Tensor,
+    loss: str,
+    beta: float,
+    loss_values: Sequence[float],
+    logit_scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    strategy: str,
+    backend: str,
+    scratch_bytes: int,
+    stats: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    sequences = counts.shape[0]
+    kept = hidden.new_empty(0, dtype=accumulation_dtype(dtype))
+    return (
+        ref.new_empty(()),
+        ref.new_empty(sequences // 2),
+        ref.new_empty(sequences),
+        _fake_stats(counts, stats),
+        kept.new_empty(index.shape[0] + 1, hidden.shape[1]) if need_hidden else kept.new_empty(0),
+        kept.new_empty(weight.shape) if need_weight else kept.new_empty(0),
+        kept.new_empty(weight.shape[0]) if need_bias else kept.new_empty(0),
+    )
+
+
+@_scale_op.register_fake
+def _fake_scale(
+    grad_total: Tensor,
+    dx: Tensor,
+    dw: Tensor,
+    db: Tensor,
+    slot: Tensor,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        dx.new_empty(slot.shape[0], dx.shape[1], dtype=hidden_dtype) if need_hidden else dx.new_empty(0),
+        torch.empty_like(dw, dtype=weight_dtype) if need_weight else dx.new_empty(0),
+        torch.empty_like(db, dtype=bias_dtype) if need_bias else dx.new_empty(0),
+    )
+
+
+@_logps_op.register_fake
+def _fake_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    segments: Tensor,
+    slot: Tensor,
+    counts: Tensor,
+    counts_host: Tensor,
+    poison: Tensor,
+    per_token: bool,
+    shift: bool,
+    logit_scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    strategy: str,
+    backend: str,
+    scratch_bytes: int,
+    stats: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    kept = hidden.new_empty(0, dtype=accumulation_dtype(dtype))
+    out = kept.new_empty(slot.shape[0]) if per_token else poison.new_empty(counts.shape[0])
+    if passes.keeps_direction(strategy, (need_hidden, need_weight, need_bias)):
+        direction = kept.new_empty(index.shape[0] + 1, hidden.shape[1])
+        return out, _fake_stats(counts, stats), kept.new_empty(0), kept.new_empty(0), direction
+    rows = index.shape[0]
+    return out, _fake_stats(counts, stats), kept.new_empty(rows), kept.new_empty(rows), kept.new_empty(0)
+
+
+@_logps_grad_op.register_fake
+def _fake_logps_grad(
+    grad_out: Tensor,
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    segments: Tensor,
+    slot: Tensor,
+    counts: Tensor,
+    counts_host: Tensor,
+    poison: Tensor,
+    row_max: Tensor,
+    sumexp: Tensor,
+    direction: Tensor,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    per_token: bool,
+    shift: bool,
+    logit_scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    strategy: str,
+    backend: str,
+    scratch_bytes: int,
+    stats: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    nothing = direction.new_empty(0)
+    if passes.keeps_direction(strategy, (need_hidden, need_weight, need_bias)):
+        return (
+            direction.new_empty(slot.shape[0], direction.shape[1], dtype=hidden_dtype),
+            nothing,
+            direction.new_empty(0),
+        )
+    assert weight is not None, "kept unless the direction is"
+    vocab, width = weight.shape
+    return (
+        nothing.new_empty(slot.shape[0], width, dtype=hidden_dtype) if need_hidden else nothing,
+        nothing.new_empty(vocab, width, dtype=weight_dtype) if need_weight else direction.new_empty(0),
+        nothing.new_empty(vocab, dtype=bias_dtype) if need_bias else direction.new_empty(0),
+    )
+
+
+def _fake_stats(counts: Tensor, stats: str) -> Tensor:
+    return counts.new_empty(len(stats.split(",")) if stats else 0, counts.shape[0], dtype=torch.float32)

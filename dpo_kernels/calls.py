@@ -1,0 +1,203 @@
+"""A call between the door and the passes: how it is to be run, and what goes back to the caller."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import autograd, dispatch, inputs, losses
+from dpo_kernels.sequence import sum_dtype
+from dpo_kernels.types import DPOLossOutput, Rows
+
+PAIRS = ("stacked", "interleaved")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The options that say how rows are packed and computed, checked."""
+
+    shift: bool
+    ignore_index: int
+    backend: str
+    strategy: str
+    scratch_bytes: int | None
+    max_scored_tokens: int | None
+
+    def __post_init__(self) -> None:
+        inputs.check_choice("backend", self.backend, ("auto", *dispatch.BACKEND_NAMES))
+        inputs.check_choice("strategy", self.strategy, ("auto", *dispatch.STRATEGIES))
+        inputs.check_count("scratch_bytes", self.scratch_bytes, least=0)
+        inputs.check_count("max_scored_tokens", self.max_scored_tokens, least=1)
+        inputs.check_flag("shift", self.shift)
+        inputs.check_integer("ignore_index", self.ignore_index)
+
+    def pack(self, batch: inputs.Batch, *, stacked: bool) -> Rows:
+        """The scored rows."""
+        return autograd.pack(batch, self.ignore_index, self.shift, stacked, self.max_scored_tokens)
+
+    def problem(
+        self,
+        batch: inputs.Batch,
+        rows: Rows,
+        loss: losses.BoundLoss | None,
+        need: tuple[bool, bool, bool],
+        *,
+        scalar: bool,
+        reference_units: int,
+    ) -> dispatch.Problem:
+        """The facts that dispatch decides by."""
+        tracing = autograd.traced(batch.hidden)
+        scratch = self.scratch_bytes
+        return dispatch.Problem(
+            rows=rows.capacity,
+            vocab=batch.head.vocab,
+            hidden=batch.hidden.shape[1],
+            dtype=batch.compute_dtype,
+            device=batch.hidden.device,
+            need=need,
+            loss=loss,
+            separable=loss is None or loss.separable,
+            scalar=scalar,
+            callable_loss=loss is not None and loss.is_callable,
+            counts=None if tracing else rows.host_counts,
+            static=self.max_scored_tokens is not None,
+            tracing=tracing,
+            scratch_bytes=dispatch.default_scratch_bytes(batch.hidden.device) if scratch is None else scratch,
+            reference_units=reference_units,
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked and packed call of ``fused_dpo_loss``."""
+
+    batch: inputs.Batch
+    reference: inputs.Batch | None
+    loss: losses.BoundLoss
+    run: Run
+    rows: Rows
+    need: tuple[bool, bool, bool]
+    stats: tuple[str, ...]
+    stacked: bool
+    problem: dispatch.Problem
+    plan: dispatch.Plan
+
+
+def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]) -> Call:
+    """Check and pack the arguments of ``fused_dpo_loss`` and choose how to run them."""
+    loss = losses.bind(options["loss_type"], options["beta"], options["label_smoothing"], options["loss_options"])
+    batch = inputs.check_batch(
+        hidden,
+        weight,
+        labels,
+        options["bias"],
+        options["cu_seqlens"],
+        options["token_weights"],
+        options["logit_scale"],
+        options["softcap"],
+        paired=True,
+    )
+    reference = inputs.check_reference(
+        batch,
+        hidden,
+        options["ref_hidden"],
+        options["ref_weight"],
+        options["ref_bias"],
+        options["ref_logps"],
+        options["reference_free"],
+        needs_reference=loss.spec.needs_reference,
+        loss_name=loss.spec.name,
+    )
+    inputs.check_reduction(options["reduction"], options["denominator"], batch.sequences)
+    inputs.check_choice("pairs", options["pairs"], PAIRS)
+    stats = inputs.check_stats(options["stats"])
+    run = Run(
+        options["shift"],
+        options["ignore_index"],
+        options["backend"],
+        options["strategy"],
+        options["scratch_bytes"],
+        options["max_scored_tokens"],
+    )
+    stacked = options["pairs"] == "stacked"
+    rows = run.pack(batch, stacked=stacked)
+    need = gradients_wanted(batch)
+    problem = run.problem(
+        batch,
+        rows,
+        loss,
+        need,
+        scalar=options["reduction"] != "none",
+        reference_units=0 if reference is None else 1,
+    )
+    plan = dispatch.choose(problem, run.strategy, run.backend)
+    return Call(batch, reference, loss, run, rows, need, stats, stacked, problem, plan)
+
+
+def gradients_wanted(batch: inputs.Batch) -> tuple[bool, bool, bool]:
+    """Which of (hidden, weight, bias) want a gradient now."""
+    recording, head = torch.is_grad_enabled(), batch.head
+    return (
+        recording and batch.hidden.requires_grad,
+        recording and head.weight.requires_grad,
+        recording and head.bias is not None and head.bias.requires_grad,
+    )
+
+
+def sequence_or_token_logps(batch: inputs.Batch, run: Run, *, per_token: bool) -> Tensor:
+    """Differentiable log-probs without a loss, in the result dtype."""
+    rows, need = run.pack(batch, stacked=False), gradients_wanted(batch)
+    problem = run.problem(batch, rows, None, need, scalar=False, reference_units=0)
+    plan = dispatch.choose(problem, run.strategy, run.backend)
+    out, _ = autograd.logps(batch, rows, plan, need, (), per_token=per_token, shift=run.shift)
+    return out.to(batch.result_dtype)
+
+
+def reference_logps(call: Call, ref_logps: Tensor | None) -> Tensor:
+    """Reference log-probs (S,) in the internal order and in the dtype of sums: computed, cached, or 0."""
+    dtype = sum_dtype(call.batch.hidden.device)
+    if ref_logps is not None:
+        return to_internal(ref_logps.detach().to(dtype), call.stacked)
+    if call.reference is None:
+        return torch.zeros(call.batch.sequences, dtype=dtype, device=call.batch.hidden.device)
+    frozen = (False, False, False)
+    problem = call.run.problem(call.reference, call.rows, None, frozen, scalar=False, reference_units=0)
+    # A strategy asked for by name is about the policy; nothing speaks against the first one here.
+    plan = dispatch.choose(problem, "auto" if call.run.strategy == "chunked" else call.run.strategy, call.run.backend)
+    with torch.no_grad():
+        out, _ = autograd.logps(call.reference, call.rows, plan, frozen, (), per_token=False, shift=call.run.shift)
+    return out
+
+
+def to_internal(values_S: Tensor, stacked: bool) -> Tensor:
+    """Input order to chosen and rejected alternating."""
+    return values_S.view(2, -1).t().reshape(-1) if stacked else values_S
+
+
+def to_input(values_S: Tensor, stacked: bool) -> Tensor:
+    """The inverse of ``to_internal``, on the last dimension."""
+    if not stacked:
+        return values_S
+    return torch.cat([values_S[..., 0::2], values_S[..., 1::2]], dim=-1)
+
+
+def output(
+    call: Call, loss: Tensor, policy_S: Tensor, ref_S: Tensor, means: Tensor
+) -> DPOLossOutput:
+    """The results in the caller's order and dtype."""
+    dtype = call.batch.result_dtype
+    policy_S, ref_S = policy_S.detach(), ref_S.detach()
+    rewards_S = call.loss.beta * (policy_S - ref_S)
+    stats = {name: to_input(means[i], call.stacked) for i, name in enumerate(call.stats)}
+    stats["tokens"] = to_input(call.rows.counts, call.stacked).float()
+    return DPOLossOutput(
+        loss.to(dtype),
+        rewards_S[0::2].to(dtype),
+        rewards_S[1::2].to(dtype),
+        policy_S[0::2].to(dtype),
+        policy_S[1::2].to(dtype),
+        ref_S[0::2].to(dtype),
+        ref_S[1::2].to(dtype),
+        stats,
+    )

@@ -1,0 +1,299 @@
+"""(strategy, backend) for a problem: tables of candidates, each with its reasons for refusal.
+
+A new backend is a kernel file and a line in ``BACKENDS``; a new strategy a file and a line in ``STRATEGIES``.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dpo_kernels.kernels.tiled import accumulation_dtype
+from dpo_kernels.kernels.torch_rows import TorchRows
+from dpo_kernels.strategies import chunked
+from dpo_kernels.types import PairLoss, RowKernels, Tile
+
+MIB = 2**20
+CPU_SCRATCH_BYTES = 256 * MIB
+GPU_SCRATCH_BYTES = 2048 * MIB
+BIG_GPU_BYTES = 79 * 2**30  # "80 GB" cards report a little less
+SMALL_GPU_SHARE = 40  # part of a smaller GPU's memory that the scratch takes
+CPU_WORKSPACE_BYTES = 8 * MIB
+GPU_WORKSPACE_BYTES = 256 * MIB
+STREAMING_TILE_BYTES = 1 * MIB
+LEAST_TILE_BYTES = 4096  # below this a tile is more bookkeeping than arithmetic
+GOOD_TILE_ROWS = 128  # fewer rows make a poor GEMM: then the vocabulary is cut instead
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The facts about a call that decide how it is run."""
+
+    rows: int  # scored rows, or the capacity where they are not known
+    vocab: int
+    hidden: int
+    dtype: torch.dtype  # of the GEMM operands
+    device: torch.device
+    need: tuple[bool, bool, bool]  # gradients wanted by (hidden, weight, bias)
+    loss: PairLoss | None  # None: log-probs are asked for, by sequence or token
+    separable: bool
+    scalar: bool  # the upstream is one number
+    callable_loss: bool
+    counts: Sequence[int] | None  # scored tokens by sequence, chosen and rejected alternating; None: not on the host
+    static: bool  # max_scored_tokens: the host never knows the counts
+    tracing: bool  # inside torch.compile or export
+    scratch_bytes: int
+    reference_units: int
+
+    @property
+    def head_trainable(self) -> bool:
+        """Whether the head's weight or bias wants a gradient."""
+        return self.need[1] or self.need[2]
+
+    @property
+    def gemms(self) -> int:
+        """GEMMs of the backward pass proper."""
+        return int(self.need[0]) + int(self.need[1])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How the scratch is divided: a tile of logits and the temporaries of the row operations."""
+
+    tile_bytes: int
+    workspace_bytes: int
+    bytes_per_logit: int
+
+    def whole_rows(self, vocab: int) -> int:
+        """Rows of logits that fit at once."""
+        return self.tile_bytes // (vocab * self.bytes_per_logit)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs, what it costs, and why nothing else does. ``str()`` says it in a few lines."""
+
+    strategy: str
+    backend: str
+    units: int  # GEMM units of 2 N H V FLOP, forward and backward, N the scored tokens
+    reference_units: int
+    tile: Tile
+    scratch_bytes: int
+    chunks: int | None  # None where the host does not know the lengths
+    extra_bytes: int  # unscaled accumulators of oversized pairs
+    forms_gradient: bool  # the fused pass over pairs runs, which needs the loss; else log-probs come first
+    against: dict[str, str] = field(default_factory=dict)  # why not each other strategy and backend
+
+    def __str__(self) -> str:
+        chunks = "" if self.chunks is None else f", chunks: {self.chunks}"
+        lines = [
+            f"strategy {self.strategy}, backend {self.backend}",
+            f"  GEMM units (2 N H V FLOP each): {self.units} policy + {self.reference_units} reference",
+            f"  logits tile {self.tile.rows} x {self.tile.cols}, scratch {self.scratch_bytes / MIB:.4g} MiB{chunks}",
+        ]
+        if self.extra_bytes:
+            lines.append(f"  accumulators for oversized pairs: {self.extra_bytes / MIB:.4g} MiB")
+        lines += [f"  not {name}: {reason}" for name, reason in self.against.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a backend's kernels are made, from the dtype of the operands and the bytes of their temporaries."""
+
+    make: Callable[[torch.dtype, int], RowKernels]
+    bytes_per_logit: Callable[[torch.dtype, str], int]
+    streaming_shares_tile: bool  # one recomputed tile serves both gradients
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Why a strategy cannot run a problem (None: it can), and its units forward + backward."""
+
+    refuse: Callable[[Problem, Budget], str | None]
+    units: Callable[[Problem, Backend], int]
+
+
+def choose(problem: Problem, strategy: str, backend: str) -> Plan:
+    """The plan for a problem; raises ``ValueError`` with the reason if what was asked for by name cannot run."""
+    backend_name = _first(BACKEND_NAMES, backend, "backend", ABSENT.get)
+    budget = divide(problem, backend_name)
+    name = _first(tuple(STRATEGIES), strategy, "strategy", lambda name: STRATEGIES[name].refuse(problem, budget))
+    tile = tile_of(name, budget, problem.rows, problem.vocab)
+    forms_gradient = problem.loss is not None and problem.scalar and problem.head_trainable and name == "chunked"
+    groups = _groups(problem, tile) if forms_gradient else None
+    chunks: int | None = None
+    if groups is not None:
+        chunks = len(groups)
+    elif not problem.tracing and not forms_gradient:
+        chunks = math.ceil(problem.rows / tile.rows) * math.ceil(problem.vocab / tile.cols)
+    return Plan(
+        strategy=name,
+        backend=backend_name,
+        units=STRATEGIES[name].units(problem, BACKENDS[backend_name]),
+        reference_units=problem.reference_units,
+        tile=tile,
+        scratch_bytes=problem.scratch_bytes,
+        chunks=chunks,
+        extra_bytes=_extra_bytes(problem, tile) if forms_gradient else 0,
+        forms_gradient=forms_gradient,
+    )
+
+
+def reasons_against(problem: Problem, plan: Plan) -> dict[str, str]:
+    """Why every strategy and backend but the plan's is not taken."""
+    against: dict[str, str] = dict(ABSENT)
+    against |= {name: f"{plan.backend} is preferred" for name in BACKENDS if name != plan.backend}
+    budget = divide(problem, plan.backend)
+    for name, candidate in STRATEGIES.items():
+        if name == plan.strategy:
+            continue
+        units = candidate.units(problem, BACKENDS[plan.backend])
+        reason = candidate.refuse(problem, budget)
+        against[name] = reason or f"it could run, at {units} GEMM units against {plan.units}"
+    return against
+
+
+def divide(problem: Problem, backend: str) -> Budget:
+    """Divide the problem's scratch for a backend."""
+    return budget_of(problem.scratch_bytes, backend, problem.dtype, problem.device)
+
+
+def budget_of(scratch_bytes: int, backend: str, dtype: torch.dtype, device: torch.device) -> Budget:
+    """Divide a scratch: a quarter, up to a limit, for the temporaries, the rest for the tile."""
+    workspace = min(scratch_bytes // 4, _workspace_limit(device))
+    per_logit = BACKENDS[backend].bytes_per_logit(dtype, device.type)
+    return Budget(scratch_bytes - workspace, workspace, per_logit)
+
+
+def _workspace_limit(device: torch.device) -> int:
+    return CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
+
+
+def tile_of(strategy: str, budget: Budget, rows: int, vocab: int) -> Tile:
+    """The logits that a strategy holds at once: whole rows where enough of them fit, else a cut of the vocabulary."""
+    tile_bytes = budget.tile_bytes
+    if strategy == "streaming":
+        tile_bytes = min(STREAMING_TILE_BYTES, tile_bytes or LEAST_TILE_BYTES)
+    elements = max(1, tile_bytes // budget.bytes_per_logit)
+    whole = elements // vocab
+    if strategy == "chunked" or whole >= min(rows, GOOD_TILE_ROWS):
+        return Tile(max(1, min(rows, whole)), vocab)
+    tile_rows = max(1, min(rows, GOOD_TILE_ROWS, math.isqrt(elements)))
+    return Tile(tile_rows, min(vocab, elements // tile_rows))
+
+
+def default_scratch_bytes(device: torch.device) -> int:
+    """2 GiB on a GPU of 80 GB or more, a fortieth of the memory of a smaller one, 256 MiB elsewhere."""
+    if device.type != "cuda":
+        return CPU_SCRATCH_BYTES
+    memory = int(torch.cuda.get_device_properties(device).total_memory)
+    return GPU_SCRATCH_BYTES if memory >= BIG_GPU_BYTES else memory // SMALL_GPU_SHARE
+
+
+# --- the strategies ---------------------------------------------------------------------------------------------------
+
+
+def _refuse_chunked(problem: Problem, budget: Budget) -> str | None:
+    if not problem.separable:
+        return "the loss is coupled over the batch: a chunk of pairs does not determine its coefficients"
+    fits = budget.whole_rows(problem.vocab)
+    if fits < 1:
+        least = _minimum_scratch(problem, budget)
+        return f"scratch_bytes={problem.scratch_bytes} is less than the {least} bytes that one row of logits needs"
+    if not problem.head_trainable:
+        return None
+    if problem.loss is None:
+        return "log-probs have upstreams that are known only in the backward pass, and the head wants a gradient"
+    if not problem.scalar:
+        return "reduction='none' has upstreams that are known only in the backward pass, and the head wants a gradient"
+    if problem.callable_loss and problem.tracing:
+        return "inside torch.compile a callable loss is traced into the graph, not run by the fused operator"
+    if problem.static and problem.rows > fits:
+        return (
+            f"max_scored_tokens={problem.rows} does not fit one chunk of {fits} rows, and where pairs end is not "
+            "known on the host"
+        )
+    return _refuse_for_memory(problem, Tile(fits, problem.vocab))
+
+
+def _refuse_for_memory(problem: Problem, tile: Tile) -> str | None:
+    if problem.device.type != "cuda" or problem.tracing or problem.static:
+        return None
+    extra = _extra_bytes(problem, tile)
+    if extra and extra > torch.cuda.mem_get_info(problem.device)[0]:
+        return f"a pair longer than the chunk needs {extra / MIB:.4g} MiB of accumulators, more than is free"
+    return None
+
+
+def _refuse_recompute(problem: Problem, budget: Budget) -> str | None:
+    least = min(LEAST_TILE_BYTES, problem.vocab * budget.bytes_per_logit)
+    if budget.tile_bytes < least:
+        return f"scratch_bytes={problem.scratch_bytes} leaves a tile of less than {least} bytes"
+    return None
+
+
+def _units_kept(problem: Problem, passes_with_head: int) -> int:
+    if not any(problem.need):
+        return 1
+    if not problem.head_trainable:
+        return 1 + problem.gemms  # the derivative's direction is formed beside the log-probs
+    return passes_with_head + problem.gemms
+
+
+def _units_streaming(problem: Problem, backend: Backend) -> int:
+    if not any(problem.need):
+        return 1
+    return 2 + problem.gemms if backend.streaming_shares_tile else 1 + 2 * problem.gemms
+
+
+def _minimum_scratch(problem: Problem, budget: Budget) -> int:
+    """Least ``scratch_bytes`` of which the tile's share holds one row of logits."""
+    row, limit = problem.vocab * budget.bytes_per_logit, _workspace_limit(problem.device)
+    return math.ceil(row * 4 / 3) if row <= 3 * limit else row + limit
+
+
+def _groups(problem: Problem, tile: Tile) -> list[chunked.Group] | None:
+    if problem.counts is None:
+        return None
+    return chunked.plan_groups(problem.counts, problem.rows, len(problem.counts) // 2, tile.rows)
+
+
+def _extra_bytes(problem: Problem, tile: Tile) -> int:
+    groups = _groups(problem, tile)
+    if groups is None or problem.loss is None or not problem.need[1]:
+        return 0
+    buffers = chunked.oversized_buffers(groups, problem.loss)
+    return buffers * problem.vocab * problem.hidden * accumulation_dtype(problem.dtype).itemsize
+
+
+# --- the tables, best first -------------------------------------------------------------------------------------------
+
+STRATEGIES = {
+    "chunked": Strategy(_refuse_chunked, lambda problem, backend: _units_kept(problem, 1)),
+    "recompute": Strategy(_refuse_recompute, lambda problem, backend: _units_kept(problem, 2)),
+    "streaming": Strategy(lambda problem, budget: None, _units_streaming),
+}
+BACKENDS = {
+    "torch": Backend(TorchRows, TorchRows.bytes_per_logit, streaming_shares_tile=True),
+}
+ABSENT = {
+    "triton": "the Triton kernels are not in this version",
+    "cuda": "the CUDA extension is not in this version",
+    "cpp": "the C++ extension is not in this version",
+}
+BACKEND_NAMES = (*ABSENT, *BACKENDS)
+
+
+def _first(names: Sequence[str], asked: str, what: str, refuse: Callable[[str], str | None]) -> str:
+    """The first candidate without a reason against it."""
+    if asked != "auto":
+        reason = refuse(asked)
+        if reason is not None:
+            raise ValueError(f"{what}={asked!r} cannot run this: {reason}")
+        return asked
+    for name in names:
+        if refuse(name) is None:
+            return name
+    raise AssertionError(f"the last {what} of the table takes everything")

@@ -1,0 +1,179 @@
+"""Passes over the whole head in tiles, composed of a backend's own tile operations.
+
+A backend that has a native streaming kernel overrides these; one that has not inherits them.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.sequence import segment_sum
+from dpo_kernels.types import Head, PairLoss, RowKernels, RowResult, Rows, Tile
+
+
+class TiledPasses(RowKernels):
+    """``linear_*`` and ``tail`` of ``types.RowKernels`` from tile operations and plain torch."""
+
+    def segment_sum(self, values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) -> Tensor:
+        """See ``sequence.segment_sum``."""
+        return segment_sum(values_N, weights_N, counts_S)
+
+    def tail(
+        self,
+        logp_N: Tensor,
+        weights_N: Tensor | None,
+        counts_S: Tensor,
+        ref_S: Tensor,
+        poison: Tensor,
+        loss: PairLoss,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``types.RowKernels``; the poison reaches the gradient too, whatever the loss makes of a NaN."""
+        sums_S = self.segment_sum(logp_N, weights_N, counts_S) + poison
+        losses_P, grad_S = loss.value_and_grad(sums_S, ref_S, counts_S)
+        return sums_S, losses_P, grad_S + poison
+
+    def linear_logprob(
+        self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
+    ) -> RowResult:
+        """See ``types.RowKernels``."""
+        scratch = new_scratch(hidden_RH.device, self.dtype, tile)
+        out = _Collected(rows, scratch, stats)
+        for start, stop in spans(rows.used, tile.rows):
+            x_CH = rows.gather(hidden_RH, start, stop, self.dtype)
+            labels_C = rows.labels[start:stop]
+            state = self.new_state(stop - start, x_CH.device, stats)
+            for left, right in spans(head.vocab, tile.cols):
+                z = view_tile(scratch, stop - start, right - left)
+                self.project(x_CH, head, left, z)
+                self.reduce(state, z, labels_C, left)
+            out.put(start, stop, self.finish(state, labels_C, head.vocab))
+        return out.result
+
+    def linear_direction(
+        self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
+    ) -> tuple[RowResult, Tensor]:
+        """See ``types.RowKernels``: design §4, fact 3. A row's softmax-weighted head is rescaled as its maximum grows."""
+        scratch = new_scratch(hidden_RH.device, self.dtype, tile)
+        out = _Collected(rows, scratch, stats)
+        direction = scratch.new_zeros(rows.capacity + 1, hidden_RH.shape[1])
+        for start, stop in spans(rows.used, tile.rows):
+            x_CH = rows.gather(hidden_RH, start, stop, self.dtype)
+            labels_C = rows.labels[start:stop]
+            state = self.new_state(stop - start, x_CH.device, stats)
+            out_CH = direction[start:stop]
+            whole = tile.cols >= head.vocab
+            no_label = torch.full_like(labels_C, -1)  # the label's own term is added once the sum of exp is known
+            for left, right in spans(head.vocab, tile.cols):
+                z = view_tile(scratch, stop - start, right - left)
+                self.project(x_CH, head, left, z)
+                before = state.max.clone()
+                self.reduce(state, z, labels_C, left)
+                if left:
+                    out_CH.mul_(rescale(before, state.max)[:, None])
+                taken = labels_C if whole else no_label
+                self.dlogits_(z, taken, left, state.max, state.sumexp, head)
+                self.grad_hidden(z, head, left, out_CH, accumulate=left > 0)
+            out_CH.mul_((head.logit_scale / state.sumexp)[:, None])
+            if not whole:
+                out_CH.sub_(_label_rows(head, labels_C, state.target, self.dtype))
+            out.put(start, stop, self.finish(state, labels_C, head.vocab))
+        return out.result, direction
+
+    def linear_logprob_backward(
+        self,
+        hidden_RH: Tensor,
+        head: Head,
+        rows: Rows,
+        saved: tuple[Tensor, Tensor],
+        grad_N: Tensor,
+        tile: Tile,
+        need: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See ``types.RowKernels``."""
+        max_N, sumexp_N = saved
+        scratch = new_scratch(hidden_RH.device, self.dtype, tile)
+        grads = new_gradients(scratch, head, rows, need)
+        dx, dw, db = grads
+        scale_N = (-grad_N * head.logit_scale / sumexp_N).to(scratch.dtype)
+        for start, stop in spans(rows.used, tile.rows):
+            x_CH = rows.gather(hidden_RH, start, stop, self.dtype)
+            scale_C = scale_N[start:stop]
+            for left, right in spans(head.vocab, tile.cols):
+                z = view_tile(scratch, stop - start, right - left)
+                self.project(x_CH, head, left, z)
+                self.dlogits_(z, rows.labels[start:stop], left, max_N[start:stop], sumexp_N[start:stop], head)
+                if dx is not None:
+                    self.grad_hidden(z, head, left, dx[start:stop], accumulate=left > 0)
+                if dw is not None:
+                    self.grad_weight(z, x_CH, scale_C, dw[left:right], accumulate=start > 0)
+                if db is not None:
+                    self.grad_bias(z, scale_C, db[left:right], accumulate=start > 0)
+            if dx is not None:
+                dx[start:stop].mul_(scale_C[:, None])
+        return grads
+
+
+def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
+    """Cut ``0..total`` into pieces of at most ``step``."""
+    for start in range(0, total, step):
+        yield start, min(start + step, total)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of logits tiles, reductions and gradients in flight."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def new_scratch(device: torch.device, dtype: torch.dtype, tile: Tile) -> Tensor:
+    """Flat scratch for one tile of logits."""
+    return torch.empty(tile.rows * tile.cols, dtype=accumulation_dtype(dtype), device=device)
+
+
+def view_tile(scratch: Tensor, rows: int, cols: int) -> Tensor:
+    """The first ``rows * cols`` elements of the scratch as a contiguous tile."""
+    return scratch[: rows * cols].view(rows, cols)
+
+
+def new_gradients(
+    like: Tensor, head: Head, rows: Rows, need: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Buffers for the gradients by hidden rows (one more row, zero), weight and bias; None where not needed."""
+    need_hidden, need_weight, need_bias = need
+    vocab, width = head.weight.shape
+    dx = like.new_zeros(rows.capacity + 1, width) if need_hidden else None
+    # With nothing scored no tile ever writes these.
+    fresh = like.new_empty if rows.used else like.new_zeros
+    dw = fresh(vocab, width) if need_weight else None
+    db = fresh(vocab) if need_bias else None
+    return dx, dw, db
+
+
+def rescale(before: Tensor, after: Tensor) -> Tensor:
+    """``exp(before - after)`` for running maxima, 1 where neither has seen a finite logit."""
+    return torch.where(before == after, torch.ones_like(after), torch.exp(before - after))
+
+
+def _label_rows(head: Head, labels_C: Tensor, target_C: Tensor, dtype: torch.dtype) -> Tensor:
+    rows_CH = head.weight.index_select(0, labels_C).to(dtype).to(target_C.dtype)
+    slope_C = torch.full_like(target_C, head.logit_scale)
+    if head.softcap is not None:
+        slope_C = slope_C * (1.0 - (target_C / head.softcap).square())
+    return rows_CH * slope_C[:, None]
+
+
+class _Collected:
+    """Results of row tiles, put together; capacity that stands for nothing keeps log-prob 0."""
+
+    def __init__(self, rows: Rows, like: Tensor, stats: Sequence[str]) -> None:
+        zeros, ones = like.new_zeros(rows.capacity), like.new_ones(rows.capacity)
+        self.result = RowResult(
+            zeros, torch.zeros_like(zeros), ones, {name: torch.zeros_like(zeros) for name in stats}
+        )
+
+    def put(self, start: int, stop: int, part: RowResult) -> None:
+        self.result.logp[start:stop] = part.logp
+        self.result.max[start:stop] = part.max
+        self.result.sumexp[start:stop] = part.sumexp
+        for name, value in part.stats.items():
+            self.result.stats[name][start:stop] = value

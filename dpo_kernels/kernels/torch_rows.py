@@ -1,0 +1,185 @@
+"""The torch backend: every row operation in plain torch, on any device; what the other backends are tested against.
+
+Logits are float32 wherever the operands have 16 bits: on CUDA by the GEMM's own float32 output, elsewhere by
+upcasting the operands in blocks.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.kernels.tiled import TiledPasses, accumulation_dtype, rescale, spans
+from dpo_kernels.types import Head, RowResult, RowState
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+CACHED_BYTES = 2 * 2**20  # two temporaries of this together stay in a core's second-level cache
+BLOCK_TEMPORARIES = 2
+
+
+class TorchRows(TiledPasses):
+    """Row operations with at most ``workspace_bytes`` of vocabulary-sized temporaries beside the caller's tile."""
+
+    name = "torch"
+
+    def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
+        self.dtype = dtype
+        self.workspace_bytes = workspace_bytes
+
+    @staticmethod
+    def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
+        """The tile itself and, on CUDA, the 16-bit copy that the gradient GEMMs read."""
+        if dtype in SIXTEEN_BIT and device_type == "cuda":
+            return 6
+        return accumulation_dtype(dtype).itemsize
+
+    def new_state(self, rows: int, device: torch.device, stats: Sequence[str]) -> RowState:
+        """See ``types.RowKernels``."""
+        dtype = accumulation_dtype(self.dtype)
+
+        def full(value: float) -> Tensor:
+            return torch.full((rows,), value, dtype=dtype, device=device)
+
+        return RowState(
+            max=full(-torch.inf),
+            sumexp=full(0.0),
+            target=full(-torch.inf),
+            entropy=full(0.0) if "entropy" in stats else None,
+            logit_sum=full(0.0) if "mean_logits" in stats else None,
+            argmax=torch.zeros(rows, dtype=torch.int64, device=device) if "top1" in stats else None,
+        )
+
+    def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
+        """See ``types.RowKernels``."""
+        stop = start + tile.shape[1]
+        for left, right, weight_VtH in self._weights(head, start, stop, tile):
+            _matmul_into(x_CH, weight_VtH.t(), tile[:, left:right], accumulate=False)
+        if head.bias is not None:
+            tile.add_(head.bias[start:stop].to(self.dtype).to(tile.dtype))
+        if head.softcap is not None:
+            tile.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
+        elif head.logit_scale != 1.0:
+            tile.mul_(head.logit_scale)
+
+    def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int) -> None:
+        """See ``types.RowKernels``."""
+        for rows, cols in self._blocks(tile):
+            part = RowState(**{k: None if v is None else v[rows] for k, v in vars(state).items()})
+            self._reduce_block(part, tile[rows, cols], labels_C[rows], start + cols.start)
+            for name, value in vars(part).items():
+                if value is not None:
+                    getattr(state, name)[rows] = value
+
+    def _reduce_block(self, state: RowState, z: Tensor, labels_C: Tensor, start: int) -> None:
+        column = labels_C - start
+        here = (column >= 0) & (column < z.shape[1])
+        label_logit = z.gather(1, column.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+        block_max = z.amax(dim=1)
+        highest = torch.maximum(state.max, block_max)
+        # A row of -inf so far (unreachable tokens) is shifted by 0, or -inf - -inf would be NaN.
+        shift = highest.masked_fill(highest == -torch.inf, 0.0)
+        e = (z - shift[:, None]).exp_()
+        kept = rescale(state.max, highest)
+        if state.entropy is not None:
+            # Moving the shift by d adds d * exp to every -e * log e.
+            drop = torch.where(state.sumexp > 0, (highest - state.max) * state.sumexp, state.sumexp)
+            state.entropy = (state.entropy + drop) * kept + torch.special.entr(e).sum(dim=1)
+        if state.logit_sum is not None:
+            state.logit_sum = state.logit_sum + z.sum(dim=1)
+        if state.argmax is not None:
+            first = z.argmax(dim=1) + start
+            state.argmax = torch.where(block_max > state.max, first, state.argmax)
+        state.sumexp = state.sumexp * kept + e.sum(dim=1)
+        state.max = highest
+        state.target = torch.where(here, label_logit, state.target)
+
+    def finish(self, state: RowState, labels_C: Tensor, vocab: int) -> RowResult:
+        """See ``types.RowKernels``; ``(z_y - max) - log sumexp`` keeps the digits that ``z_y - lse`` would lose."""
+        log_sumexp = state.sumexp.log()
+        stats = {}
+        if state.entropy is not None:
+            stats["entropy"] = log_sumexp + state.entropy / state.sumexp
+        if state.logit_sum is not None:
+            stats["mean_logits"] = state.logit_sum / vocab
+        if state.argmax is not None:
+            stats["top1"] = (state.argmax == labels_C).to(state.max.dtype)
+        return RowResult((state.target - state.max) - log_sumexp, state.max, state.sumexp, stats)
+
+    def dlogits_(
+        self, tile: Tensor, labels_C: Tensor, start: int, max_C: Tensor, sumexp_C: Tensor, head: Head
+    ) -> None:
+        """See ``types.RowKernels``. Rows stay unnormalised: the caller divides their coefficient by ``sumexp``."""
+        for rows, cols in self._blocks(tile):
+            z = tile[rows, cols]
+            slope = None
+            if head.softcap is not None:
+                slope = (z / head.softcap).square_().neg_().add_(1.0)
+            z.sub_(max_C[rows, None]).exp_()
+            column = labels_C[rows] - (start + cols.start)
+            here = (column >= 0) & (column < z.shape[1])
+            removed = torch.where(here, -sumexp_C[rows], torch.zeros_like(sumexp_C[rows]))
+            z.scatter_add_(1, column.clamp(0, z.shape[1] - 1)[:, None], removed[:, None])
+            if slope is not None:
+                z.mul_(slope)
+
+    def grad_hidden(self, tile: Tensor, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
+        """See ``types.RowKernels``."""
+        narrow = self._operand(tile)
+        for left, right, weight_VtH in self._weights(head, start, start + tile.shape[1], tile):
+            _matmul_into(narrow[:, left:right], weight_VtH, out_CH, accumulate or left > 0)
+
+    def grad_weight(self, tile: Tensor, x_CH: Tensor, scale_C: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
+        """See ``types.RowKernels``."""
+        scaled_CH = x_CH * scale_C[:, None]
+        # Coefficients of 1e-9 are ordinary: in float16 they would underflow before any GradScaler sees them.
+        narrow = self._operand(tile) if self.dtype != torch.float16 else tile
+        _matmul_into(narrow.t(), scaled_CH.to(narrow.dtype), out_VtH, accumulate)
+
+    def grad_bias(self, tile: Tensor, scale_C: Tensor, out_Vt: Tensor, accumulate: bool) -> None:
+        """See ``types.RowKernels``."""
+        product = torch.mv(tile.t(), scale_C)
+        if accumulate:
+            out_Vt.add_(product)
+        else:
+            out_Vt.copy_(product)
+
+    def _operand(self, tile: Tensor) -> Tensor:
+        """The tile as the gradient GEMMs read it."""
+        return tile.to(self.dtype) if tile.is_cuda else tile
+
+    def _weights(self, head: Head, start: int, stop: int, tile: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """Rows ``start..stop-1`` of the head as GEMM operands, with their columns of the tile.
+
+        Off CUDA, 16-bit rows are upcast, in blocks that fit the workspace.
+        """
+        if tile.is_cuda or self.dtype not in SIXTEEN_BIT:
+            yield 0, stop - start, head.weight[start:stop].to(self.dtype)
+            return
+        row_bytes = head.weight.shape[1] * tile.dtype.itemsize
+        for left, right in spans(stop - start, max(1, self.workspace_bytes // max(1, row_bytes))):
+            weight_VtH = head.weight[start + left : start + right]
+            yield left, right, weight_VtH.to(self.dtype).to(tile.dtype)
+
+    def _blocks(self, tile: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Cut a tile into blocks whose temporaries fit the workspace, and on the CPU the cache."""
+        budget = self.workspace_bytes if tile.is_cuda else min(self.workspace_bytes, CACHED_BYTES)
+        elements = max(1, budget // (BLOCK_TEMPORARIES * tile.dtype.itemsize))
+        width = min(tile.shape[1], elements)
+        for top, bottom in spans(tile.shape[0], max(1, elements // width)):
+            for left, right in spans(tile.shape[1], width):
+                yield slice(top, bottom), slice(left, right)
+
+
+def _matmul_into(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """``out (+)= a @ b`` in the precision of ``out``."""
+    if a.is_cuda and a.dtype in SIXTEEN_BIT:
+        if accumulate:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        return
+    a, b = a.to(out.dtype), b.to(out.dtype)
+    if accumulate:
+        torch.addmm(out, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)

@@ -1,0 +1,295 @@
+"""The passes with plain tensors and numbers on both sides: the bodies of the autograd functions and operators.
+
+Each runs a strategy with a backend's kernels. Gradients leave here in accumulation precision, or, in the backward
+bodies, multiplied by their upstream and rounded once to the parameter's dtype. Empty tensors stand for what was not
+asked for.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import dispatch, inputs, losses
+from dpo_kernels.sequence import spread
+from dpo_kernels.strategies import chunked, recompute, streaming
+from dpo_kernels.types import Head, RowKernels, RowResult, Rows, Tile
+
+COPY_BLOCK_BYTES = 16 * 2**20
+
+
+def pack(
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    token_weights: Tensor | None,
+    vocab: int,
+    ignore_index: int,
+    shift: bool,
+    stacked: bool,
+    width: int,
+    capacity: int,
+    static: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = inputs.pack(
+        labels,
+        cu_seqlens,
+        token_weights,
+        vocab,
+        ignore_index,
+        shift,
+        stacked,
+        width,
+        None if capacity < 0 else capacity,
+        static,
+    )
+    weights = rows.poison.new_zeros(0) if rows.weights is None else rows.weights
+    return rows.index, rows.labels, weights, rows.segments, rows.slot, rows.counts, rows.counts_host, rows.poison
+
+
+def pair_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    segments: Tensor,
+    slot: Tensor,
+    counts: Tensor,
+    counts_host: Tensor,
+    poison: Tensor,
+    ref: Tensor,
+    loss: str,
+    beta: float,
+    loss_values: Sequence[float],
+    logit_scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    strategy: str,
+    backend: str,
+    scratch_bytes: int,
+    stats: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = Rows(index, labels, weights, segments, slot, counts, counts_host, poison)
+    bound = losses.rebind(loss, beta, loss_values) if isinstance(loss, str) else loss
+    names = _names(stats)
+    with _autocast_off(hidden), torch.no_grad():
+        head = _operand_head(weight, bias, logit_scale, softcap, dtype)
+        kernels, tile = _kernels_and_tile(rows, head, dtype, strategy, backend, scratch_bytes, hidden.device)
+        need = (need_hidden, need_weight, need_bias)
+        done = chunked.pair_gradients(kernels, hidden, head, rows, ref, bound, tile.rows, need, names)
+        means = _sequence_means(kernels, done.stats, names, rows)
+    nothing = done.losses.new_zeros(0)
+    grads = [nothing.clone() if g is None else g for g in (done.hidden, done.weight, done.bias)]
+    return done.total, done.losses, done.logps, means, grads[0], grads[1], grads[2]
+
+
+def scale(
+    grad_total: Tensor,
+    dx: Tensor,
+    dw: Tensor,
+    db: Tensor,
+    slot: Tensor,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept gradients times the upstream, in the dtypes of the parameters; empty where not needed."""
+    factor = grad_total.to(dx.dtype if need_hidden else dw.dtype if need_weight else db.dtype)
+    return (
+        _to_input_rows(dx, slot, factor, hidden_dtype) if need_hidden else dx.new_zeros(0),
+        _scaled_copy(dw, factor, weight_dtype) if need_weight else dx.new_zeros(0),
+        _scaled_copy(db, factor, bias_dtype) if need_bias else dx.new_zeros(0),
+    )
+
+
+def logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    segments: Tensor,
+    slot: Tensor,
+    counts: Tensor,
+    counts_host: Tensor,
+    poison: Tensor,
+    per_token: bool,
+    shift: bool,
+    logit_scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    strategy: str,
+    backend: str,
+    scratch_bytes: int,
+    stats: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = Rows(index, labels, weights, segments, slot, counts, counts_host, poison)
+    names = _names(stats)
+    direction: Tensor | None = None
+    with _autocast_off(hidden), torch.no_grad():
+        head = _operand_head(weight, bias, logit_scale, softcap, dtype)
+        kernels, tile = _kernels_and_tile(rows, head, dtype, strategy, backend, scratch_bytes, hidden.device)
+        if strategy == "streaming":
+            done = streaming.forward(kernels, hidden, head, rows, tile, names)
+        else:
+            keep = keeps_direction(strategy, (need_hidden, need_weight, need_bias))
+            done, direction = recompute.forward(kernels, hidden, head, rows, tile, keep, names)
+        out = _by_token(done, rows, shift) if per_token else kernels.segment_sum(done.logp, weights, counts)
+        means = _sequence_means(kernels, done.stats, names, rows)
+        out = out + poison.to(out.dtype)
+    nothing = done.logp.new_zeros(0)
+    if direction is not None:  # the direction is all that the backward pass needs
+        return out, means, nothing, nothing.clone(), direction
+    return out, means, done.max, done.sumexp, nothing
+
+
+def logps_grad(
+    grad_out: Tensor,
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    segments: Tensor,
+    slot: Tensor,
+    counts: Tensor,
+    counts_host: Tensor,
+    poison: Tensor,
+    row_max: Tensor,
+    sumexp: Tensor,
+    direction: Tensor,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    per_token: bool,
+    shift: bool,
+    logit_scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    strategy: str,
+    backend: str,
+    scratch_bytes: int,
+    stats: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = Rows(index, labels, weights, segments, slot, counts, counts_host, poison)
+    need = (need_hidden, need_weight, need_bias)
+    nothing = direction.new_zeros(0)
+    with _autocast_off(grad_out), torch.no_grad():
+        grad_N = _row_upstream(grad_out, rows, per_token, shift)
+        if keeps_direction(strategy, need):
+            scale = torch.cat([-grad_N, grad_N.new_zeros(1)]).to(direction.dtype)
+            return _to_input_rows(direction, slot, scale, hidden_dtype), nothing, nothing.clone()
+        assert hidden is not None and weight is not None, "kept unless the direction is"
+        head = _operand_head(weight, bias, logit_scale, softcap, dtype)
+        kernels, tile = _kernels_and_tile(rows, head, dtype, strategy, backend, scratch_bytes, hidden.device)
+        run = streaming.backward if strategy == "streaming" else recompute.backward
+        dx, dw, db = run(kernels, hidden, head, rows, (row_max, sumexp), grad_N, tile, need)
+        one = row_max.new_ones(())
+        return (
+            nothing if dx is None else _to_input_rows(dx, slot, one, hidden_dtype),
+            nothing.clone() if dw is None else dw.to(weight_dtype),
+            nothing.clone() if db is None else db.to(bias_dtype),
+        )
+
+
+# --- what they share ------------------------------------------------------------------------------------------------
+
+
+def _names(stats: str) -> tuple[str, ...]:
+    return tuple(stats.split(",")) if stats else ()
+
+
+def _operand_head(
+    weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, dtype: torch.dtype
+) -> Head:
+    """The head as the GEMMs read it; under autocast a copy in its dtype."""
+    bias = None if bias is None else bias.detach().to(dtype)
+    return Head(weight.detach().to(dtype), bias, logit_scale, softcap)
+
+
+def _kernels_and_tile(
+    rows: Rows, head: Head, dtype: torch.dtype, strategy: str, backend: str, scratch_bytes: int, device: torch.device
+) -> tuple[RowKernels, Tile]:
+    budget = dispatch.budget_of(scratch_bytes, backend, dtype, device)
+    kernels = dispatch.BACKENDS[backend].make(dtype, budget.workspace_bytes)
+    return kernels, dispatch.tile_of(strategy, budget, rows.used, head.vocab)
+
+
+def keeps_direction(strategy: str, need: Sequence[bool]) -> bool:
+    """Frozen head: the derivative of the log-probs by the hidden states is formed beside them."""
+    return strategy != "streaming" and need[0] and not (need[1] or need[2])
+
+
+def _autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
+    device_type = tensor.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def _sequence_means(kernels: RowKernels, stats: dict[str, Tensor], names: Sequence[str], rows: Rows) -> Tensor:
+    """Means over scored tokens, ``(k, S)`` float32, 0 for a sequence without any."""
+    tokens = rows.counts.clamp(min=1)
+    means = [kernels.segment_sum(stats[name], None, rows.counts) / tokens for name in names]
+    return torch.stack(means).float() if means else rows.poison.new_zeros(0, rows.counts.shape[0]).float()
+
+
+def _by_token(done: RowResult, rows: Rows, shift: bool) -> Tensor:
+    """Log-probs at the places of their labels, 0 where none is scored."""
+    out = torch.cat([done.logp, done.logp.new_zeros(1)]).index_select(0, rows.slot)
+    return _labels_to_rows(out, shift, forward=True)
+
+
+def _labels_to_rows(values_R: Tensor, shift: bool, forward: bool) -> Tensor:
+    """Move values between a hidden row and the label it predicts (``forward``: row to label)."""
+    if not shift or values_R.shape[0] == 0:
+        return values_R
+    zero = values_R.new_zeros(1)
+    return torch.cat([zero, values_R[:-1]]) if forward else torch.cat([values_R[1:], zero])
+
+
+def _row_upstream(grad_out: Tensor, rows: Rows, per_token: bool, shift: bool) -> Tensor:
+    """Upstream of each packed row's log-prob, float64 by sequence; NaN where the input was poisoned."""
+    if not per_token:
+        return spread(grad_out, rows.segments, rows.weights) + rows.poison
+    grad_R = _labels_to_rows(grad_out, shift, forward=False)
+    grad_N = grad_R.index_select(0, rows.index) if grad_R.shape[0] else grad_R.new_zeros(rows.capacity)
+    if rows.weights is not None:
+        grad_N = grad_N * rows.weights.to(grad_N.dtype)
+    return grad_N + rows.poison.to(grad_N.dtype)
+
+
+def _to_input_rows(dx: Tensor, slot: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Packed rows back to their places, times one factor or one for each row; rows not scored are exactly 0."""
+    rows, width = slot.shape[0], dx.shape[1]
+    out = torch.empty(rows, width, dtype=dtype, device=dx.device)
+    step = max(1, COPY_BLOCK_BYTES // max(1, width * dx.dtype.itemsize))
+    for start in range(0, rows, step):
+        places = slot[start : start + step]
+        part = dx.index_select(0, places)
+        out[start : start + step] = part.mul_(scale if scale.dim() == 0 else scale.index_select(0, places)[:, None])
+    return out
+
+
+def _scaled_copy(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    if grad.dtype == dtype:
+        return grad * factor
+    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    step = max(1, COPY_BLOCK_BYTES // max(1, grad[:1].numel() * grad.dtype.itemsize))
+    for start in range(0, grad.shape[0], step):
+        out[start : start + step] = grad[start : start + step] * factor
+    return out

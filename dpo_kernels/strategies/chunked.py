@@ -1,0 +1,269 @@
+"""Whole pairs at a time: the gradient is formed in the forward pass, from the logits it has just made.
+
+For a chunk of whole pairs: logits GEMM, log-sum-exp and gather, sequence sums, loss and its derivative, the logits
+overwritten by their gradient, one GEMM each for the hidden states and the head: three units of ``2 N H V`` FLOP, two
+when one of them needs no gradient. Nothing vocabulary-sized outlives the chunk but the gradient of the head.
+
+A pair longer than the scratch is cut freely (design §4, fact 2): its gradient is linear in the coefficients, which
+are known once its last token is, so the head's share is kept unscaled in a buffer of its own until then.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.sequence import spread
+from dpo_kernels.types import Head, PairLoss, RowKernels, Rows
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pairs ``first_pair..last_pair-1``, their packed rows, and whether they are one pair cut into tiles."""
+
+    first_pair: int
+    last_pair: int
+    start: int
+    stop: int
+    oversized: bool
+
+
+@dataclass(frozen=True)
+class PairGradients:
+    """What the pass leaves behind; gradients are those of ``total``, None where not needed."""
+
+    total: Tensor  # () float64
+    losses: Tensor  # (P,)
+    logps: Tensor  # (S,)
+    stats: dict[str, Tensor]  # name -> (N,)
+    hidden: Tensor | None  # (N + 1, H), last row 0
+    weight: Tensor | None  # (V, H)
+    bias: Tensor | None  # (V,)
+
+
+def plan_groups(counts: Sequence[int] | None, capacity: int, pairs: int, tile_rows: int) -> list[Group]:
+    """Pack whole pairs greedily into at most ``tile_rows`` rows; ``counts`` is None for a static capacity."""
+    if counts is None:
+        return [Group(0, pairs, 0, capacity, oversized=False)]
+    groups: list[Group] = []
+    first, start, stop = 0, 0, 0
+    for pair in range(pairs):
+        length = counts[2 * pair] + counts[2 * pair + 1]
+        if stop > start and stop + length - start > tile_rows:
+            groups.append(Group(first, pair, start, stop, stop - start > tile_rows))
+            first, start = pair, stop
+        stop += length
+    if pairs > first:
+        groups.append(Group(first, pairs, start, stop, stop - start > tile_rows))
+    return groups
+
+
+def oversized_buffers(groups: Sequence[Group], loss: PairLoss) -> int:
+    """How many extra ``(V, H)`` buffers the unscaled form of oversized pairs needs."""
+    if not any(group.oversized for group in groups):
+        return 0
+    return 1 if loss.difference else 2
+
+
+def pair_gradients(
+    kernels: RowKernels,
+    hidden_RH: Tensor,
+    head: Head,
+    rows: Rows,
+    ref_S: Tensor,
+    loss: PairLoss,
+    tile_rows: int,
+    need: tuple[bool, bool, bool],
+    stats: Sequence[str],
+) -> PairGradients:
+    """Run the pass; ``need`` says which of (hidden, weight, bias) want a gradient."""
+    pairs = rows.counts.shape[0] // 2
+    groups = plan_groups(rows.host_counts, rows.capacity, pairs, tile_rows)
+    run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, tile_rows, need, stats)
+    for group in groups:
+        if group.oversized:
+            run.oversized(group)
+        else:
+            run.whole(group)
+    return run.result()
+
+
+class _Pass:
+    """The buffers of one pass, and the two ways to run a group through them."""
+
+    def __init__(
+        self,
+        kernels: RowKernels,
+        hidden_RH: Tensor,
+        head: Head,
+        rows: Rows,
+        ref_S: Tensor,
+        loss: PairLoss,
+        tile_rows: int,
+        need: tuple[bool, bool, bool],
+        stats: Sequence[str],
+    ) -> None:
+        self.kernels, self.hidden, self.head, self.rows = kernels, hidden_RH, head, rows
+        self.ref, self.loss, self.tile_rows, self.stats = ref_S, loss, tile_rows, stats
+        wide = torch.float64 if kernels.dtype == torch.float64 else torch.float32
+        self.scratch = torch.empty(
+            min(tile_rows, rows.used) * head.vocab, dtype=wide, device=hidden_RH.device
+        )
+        need_hidden, need_weight, need_bias = need
+        width, fresh = hidden_RH.shape[1], self.scratch.new_empty
+        self.dx = self.scratch.new_zeros(rows.capacity + 1, width) if need_hidden else None
+        self.dw = fresh(head.vocab, width) if need_weight else None
+        self.db = fresh(head.vocab) if need_bias else None
+        self.unscaled: list[tuple[Tensor | None, Tensor | None]] = []
+        self.written = False  # whether dw and db hold anything yet
+        self.logp = self.scratch.new_zeros(rows.capacity)
+        self.token_stats = {name: self.scratch.new_zeros(rows.capacity) for name in stats}
+        self.losses: list[Tensor] = []
+        self.logps: list[Tensor] = []
+
+    def whole(self, group: Group) -> None:
+        """A chunk of whole pairs: the coefficients are known before the gradient is formed."""
+        x_CH, z, max_C, sumexp_C = self._forward(group.start, group.stop)
+        grad_S = self._tail(group)
+        grad_C = self._row_coefficients(grad_S, group, group.start, group.stop)
+        scale_C = (-grad_C * self.head.logit_scale / sumexp_C).to(z.dtype)
+        self._backward(group.start, group.stop, x_CH, z, max_C, sumexp_C, scale_C, self.dw, self.db, self.written)
+        self.written = self.written or group.stop > group.start
+
+    def oversized(self, group: Group) -> None:
+        """One pair in several tiles: the gradient per unit of coefficient first, the coefficient last."""
+        unit_S = self._unit_coefficients(group)
+        shared = self.loss.difference is not None
+        filled = [False, False]
+        for start, stop, side in self._cut(group, by_side=not shared):
+            x_CH, z, max_C, sumexp_C = self._forward(start, stop)
+            unit_C = self._row_coefficients(unit_S, group, start, stop)
+            scale_C = (-unit_C * self.head.logit_scale / sumexp_C).to(z.dtype)
+            dw, db = self._unscaled_buffers(side)
+            self._backward(start, stop, x_CH, z, max_C, sumexp_C, scale_C, dw, db, filled[side])
+            filled[side] = True
+        grad_S = self._tail(group)
+        factor_S = (grad_S / unit_S).to(self.scratch.dtype)
+        if self.dx is not None:
+            factor_C = factor_S.index_select(0, self.rows.segments[group.start : group.stop] - 2 * group.first_pair)
+            self.dx[group.start : group.stop].mul_(factor_C[:, None])
+        for side in (0, 1):
+            if filled[side]:
+                self._flush(side, factor_S[side])
+
+    def result(self) -> PairGradients:
+        """Everything put together."""
+        if not self.written:
+            for empty in (self.dw, self.db):
+                if empty is not None:
+                    empty.zero_()
+        zero_P = self.ref[0::2] * 0.0
+        losses = torch.cat(self.losses) if self.losses else zero_P
+        logps = torch.cat(self.logps) if self.logps else self.ref * 0.0
+        return PairGradients(
+            losses.sum(), losses, logps, self.token_stats, self.dx, self.dw, self.db
+        )
+
+    def _forward(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        kernels, labels_C = self.kernels, self.rows.labels[start:stop]
+        x_CH = self.rows.gather(self.hidden, start, stop, kernels.dtype)
+        z = self.scratch[: (stop - start) * self.head.vocab].view(stop - start, self.head.vocab)
+        state = kernels.new_state(stop - start, x_CH.device, self.stats)
+        if stop > start:
+            kernels.project(x_CH, self.head, 0, z)
+            kernels.reduce(state, z, labels_C, 0)
+            done = kernels.finish(state, labels_C, self.head.vocab)
+            self.logp[start:stop] = done.logp
+            for name in self.stats:
+                self.token_stats[name][start:stop] = done.stats[name]
+        return x_CH, z, state.max, state.sumexp
+
+    def _tail(self, group: Group) -> Tensor:
+        tokens = slice(group.start, group.stop)
+        sequences = slice(2 * group.first_pair, 2 * group.last_pair)
+        weights = None if self.rows.weights is None else self.rows.weights[tokens]
+        logps_S, losses_P, grad_S = self.kernels.tail(
+            self.logp[tokens],
+            weights,
+            self.rows.counts[sequences],
+            self.ref[sequences],
+            self.rows.poison,
+            self.loss,
+        )
+        self.losses.append(losses_P)
+        self.logps.append(logps_S)
+        return grad_S
+
+    def _row_coefficients(self, values_S: Tensor, group: Group, start: int, stop: int) -> Tensor:
+        weights = None if self.rows.weights is None else self.rows.weights[start:stop]
+        return spread(values_S, self.rows.segments[start:stop] - 2 * group.first_pair, weights)
+
+    def _backward(
+        self,
+        start: int,
+        stop: int,
+        x_CH: Tensor,
+        z: Tensor,
+        max_C: Tensor,
+        sumexp_C: Tensor,
+        scale_C: Tensor,
+        dw: Tensor | None,
+        db: Tensor | None,
+        accumulate: bool,
+    ) -> None:
+        if stop == start:
+            return
+        kernels = self.kernels
+        kernels.dlogits_(z, self.rows.labels[start:stop], 0, max_C, sumexp_C, self.head)
+        if self.dx is not None:
+            kernels.grad_hidden(z, self.head, 0, self.dx[start:stop], accumulate=False)
+            self.dx[start:stop].mul_(scale_C[:, None])
+        if dw is not None:
+            kernels.grad_weight(z, x_CH, scale_C, dw, accumulate)
+        if db is not None:
+            kernels.grad_bias(z, scale_C, db, accumulate)
+
+    def _unit_coefficients(self, group: Group) -> Tensor:
+        """Derivative of what the pair's loss depends on by the two sequence log-probs, ``(2,)`` float64.
+
+        For a loss of one difference that is (+1, -1), over the token counts where it averages; otherwise each side
+        stands for itself.
+        """
+        counts = self.rows.counts[2 * group.first_pair : 2 * group.last_pair]
+        sign = torch.tensor([1.0, -1.0 if self.loss.difference else 1.0], device=counts.device, dtype=self.ref.dtype)
+        return sign / counts.clamp(min=1) if self.loss.difference == "mean" else sign
+
+    def _cut(self, group: Group, by_side: bool) -> list[tuple[int, int, int]]:
+        """Tiles ``(start, stop, side)`` of an oversized pair; a tile never mixes sides that are kept apart."""
+        bounds = [(group.start, group.stop, 0)]
+        if by_side:
+            counts = self.rows.host_counts
+            assert counts is not None, "an oversized pair is only planned where the counts are on the host"
+            middle = group.start + counts[2 * group.first_pair]
+            bounds = [(group.start, middle, 0), (middle, group.stop, 1)]
+        return [
+            (at, min(at + self.tile_rows, stop), side)
+            for start, stop, side in bounds
+            for at in range(start, stop, self.tile_rows)
+        ]
+
+    def _unscaled_buffers(self, side: int) -> tuple[Tensor | None, Tensor | None]:
+        while len(self.unscaled) <= side:
+            self.unscaled.append(
+                (
+                    None if self.dw is None else torch.empty_like(self.dw),
+                    None if self.db is None else torch.empty_like(self.db),
+                )
+            )
+        return self.unscaled[side]
+
+    def _flush(self, side: int, factor: Tensor) -> None:
+        for total, unscaled in zip((self.dw, self.db), self.unscaled[side], strict=True):
+            if total is None or unscaled is None:
+                continue
+            if self.written:
+                total.addcmul_(unscaled, factor)
+            else:
+                torch.mul(unscaled, factor, out=total)
+        self.written = True

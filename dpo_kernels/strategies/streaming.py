@@ -1,0 +1,33 @@
+"""Nothing vocabulary-sized at all: logits exist only inside a small fixed tile (registers, in a native kernel).
+
+The backward pass recomputes the tiles from the kept log-sum-exp, whatever the head: a native kernel does so once for
+each gradient (five units with a trainable head, three with a frozen one), since without atomics no program can add
+to both.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dpo_kernels.types import Head, RowKernels, RowResult, Rows, Tile
+
+
+def forward(
+    kernels: RowKernels, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
+) -> RowResult:
+    """Log-probs of the rows, one unit."""
+    return kernels.linear_logprob(hidden_RH, head, rows, tile, stats)
+
+
+def backward(
+    kernels: RowKernels,
+    hidden_RH: Tensor,
+    head: Head,
+    rows: Rows,
+    saved: tuple[Tensor, Tensor],
+    grad_N: Tensor,
+    tile: Tile,
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients from the upstream ``grad_N`` of each row's log-prob; hidden rows are ``(N + 1, H)``, last row 0."""
+    return kernels.linear_logprob_backward(hidden_RH, head, rows, saved, grad_N, tile, need)

@@ -1,0 +1,230 @@
+"""What the layers hand to each other, and the legend of the shapes.
+
+Shapes, used as suffixes of names throughout (``x_CH`` is a ``(C, H)`` tensor):
+
+====  =================================================================
+R     rows of the flattened input: ``2B * T`` padded, ``N`` packed
+N     scored rows, packed pair by pair (chosen first), or their capacity
+S     sequences
+P     pairs, ``S = 2P``; sequence ``2p`` is chosen, ``2p + 1`` rejected
+C     rows of one chunk
+H     hidden size
+V     vocabulary size (rows of the LM head)
+====  =================================================================
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+STATS = ("entropy", "mean_logits", "top1")
+
+
+class DPOLossOutput(NamedTuple):
+    """What ``fused_dpo_loss`` returns; every field but ``loss`` is detached.
+
+    ``loss`` is a scalar, or ``(P,)`` with ``reduction="none"``. The six log-prob and reward fields are
+    ``(P,)``, by pair. ``stats`` maps each requested statistic, and always ``"tokens"``, to an ``(S,)``
+    float32 tensor in the order of the input sequences. All are float32, or float64 for float64 inputs.
+    """
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    stats: dict[str, Tensor]
+
+
+class LossInputs(NamedTuple):
+    """What a loss sees: ``(P,)`` sequence log-probs and token counts (floating point), and beta."""
+
+    policy_chosen_logps: Tensor
+    policy_rejected_logps: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    beta: float
+
+
+@dataclass(frozen=True)
+class Head:
+    """An LM head: logits are ``cap(scale * (x W^T + b))`` with ``cap(z) = softcap * tanh(z / softcap)``."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The scored rows of a batch, packed sequence by sequence in the internal order of sequences.
+
+    ``counts_host`` lies on the CPU so that strategies can plan without a sync; with a static capacity
+    (``max_scored_tokens``) nothing is known on the host and it is filled with -1.
+    """
+
+    index: Tensor  # (N,) int64, row of the flattened hidden states
+    labels: Tensor  # (N,) int64, in [0, V)
+    weights: Tensor | None  # (N,) float32 or float64, weight in the sequence's sum; 0 on unused capacity
+    segments: Tensor  # (N,) int64, sequence of each row
+    slot: Tensor  # (R,) int64, place of each input row among the packed ones, N where not scored
+    counts: Tensor  # (S,) int64 on the device of the inputs
+    counts_host: Tensor  # (S,) int64 on the CPU
+    poison: Tensor  # () float64: 0, or NaN when the input cannot be scored honestly
+
+    @property
+    def capacity(self) -> int:
+        """N, the rows that are allocated."""
+        return self.index.shape[0]
+
+    @cached_property
+    def host_counts(self) -> list[int] | None:
+        """Scored tokens of each sequence, or None where the host does not know them."""
+        counts: list[int] = self.counts_host.tolist()
+        return None if counts and counts[0] < 0 else counts
+
+    @cached_property
+    def used(self) -> int:
+        """Rows to compute: those that are scored, or the whole capacity where the host does not know."""
+        return self.capacity if self.host_counts is None else sum(self.host_counts)
+
+    def gather(self, hidden_RH: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows ``start..stop-1`` of the hidden states as a contiguous ``(C, H)`` tensor of ``dtype``."""
+        x_CH = hidden_RH.index_select(0, self.index[start:stop]).to(dtype)
+        if self.host_counts is None:
+            # Unused capacity points at row 0, which may be padding that holds anything, NaN included.
+            used = torch.arange(start, stop, device=x_CH.device) < self.counts.sum()
+            x_CH = torch.where(used[:, None], x_CH, x_CH.new_zeros(()))
+        return x_CH
+
+
+@dataclass
+class RowState:
+    """Running reduction of rows over tiles of the vocabulary; what an online softmax keeps."""
+
+    max: Tensor  # (C,) largest logit so far
+    sumexp: Tensor  # (C,) sum of exp(z - max)
+    target: Tensor  # (C,) logit of the label
+    entropy: Tensor | None = None  # (C,) -sum of exp(z - max) * (z - max)
+    logit_sum: Tensor | None = None  # (C,)
+    argmax: Tensor | None = None  # (C,) int64, first column of the largest logit
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """Per-row outcome of a forward pass over the head."""
+
+    logp: Tensor  # (N,)
+    max: Tensor  # (N,)
+    sumexp: Tensor  # (N,)
+    stats: dict[str, Tensor] = field(default_factory=dict)  # name -> (N,)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How much of the logits is held at once."""
+
+    rows: int
+    cols: int
+
+
+class PairLoss(Protocol):
+    """A loss bound to its options, as strategies see it."""
+
+    difference: str | None
+    """"sum" or "mean" if the loss depends on log-probs only through chosen minus rejected sums or averages,
+    so that one coefficient serves a pair; None if the two sides have coefficients of their own."""
+
+    def value_and_grad(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses ``(P,)`` and their derivative by the policy's sequence log-probs ``(S,)``."""
+
+
+class RowKernels(Protocol):
+    """The seam: what a backend does for the strategies. It knows rows, never preferences.
+
+    An instance is made for one call, with the dtype of the GEMM operands and a cap on its own temporaries. Tiles are
+    ``(C, Vt)`` contiguous views into scratch that the strategy owns, columns ``start..start+Vt-1`` of the vocabulary.
+    Tiles, ``RowState`` and gradients are float32 (float64 for float64 operands).
+    """
+
+    name: str
+    dtype: torch.dtype
+
+    # --- one tile of logits ---
+
+    def new_state(self, rows: int, device: torch.device, stats: Sequence[str]) -> RowState:
+        """The state of ``rows`` rows before the first tile."""
+
+    def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
+        """Write the final logits of ``x_CH`` for the tile's columns into ``tile``."""
+
+    def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int) -> None:
+        """Fold the tile into the state: log-sum-exp, target gather, statistics."""
+
+    def finish(self, state: RowState, labels_C: Tensor, vocab: int) -> RowResult:
+        """Log-probs and statistics of the rows once every column was folded in."""
+
+    def dlogits_(
+        self, tile: Tensor, labels_C: Tensor, start: int, max_C: Tensor, sumexp_C: Tensor, head: Head
+    ) -> None:
+        """Overwrite logits by ``sumexp * (softmax - onehot)``, times the softcap's derivative."""
+
+    def grad_hidden(self, tile: Tensor, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
+        """``out (+)= tile @ W[start:start+Vt]``."""
+
+    def grad_weight(self, tile: Tensor, x_CH: Tensor, scale_C: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
+        """``out (+)= tile^T @ (scale * x)``: the rows of ``x`` are scaled, never the tile."""
+
+    def grad_bias(self, tile: Tensor, scale_C: Tensor, out_Vt: Tensor, accumulate: bool) -> None:
+        """``out (+)= tile^T @ scale``."""
+
+    # --- tokens to pairs ---
+
+    def segment_sum(self, values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) -> Tensor:
+        """Weighted sums ``(S,)`` in float64 of consecutive runs of ``counts_S`` values, in a fixed order."""
+
+    def tail(
+        self, logp_N: Tensor, weights_N: Tensor | None, counts_S: Tensor, ref_S: Tensor, poison: Tensor, loss: PairLoss
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sequence log-probs ``(S,)``, losses ``(P,)`` and the derivative of their sum by the former, ``(S,)``."""
+
+    # --- all rows, one tile at a time ---
+
+    def linear_logprob(
+        self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
+    ) -> RowResult:
+        """Log-probs of all rows: one GEMM unit."""
+
+    def linear_direction(
+        self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
+    ) -> tuple[RowResult, Tensor]:
+        """The same, and ``(N + 1, H)`` derivatives of ``-logp`` by the hidden rows (last row 0): two units."""
+
+    def linear_logprob_backward(
+        self,
+        hidden_RH: Tensor,
+        head: Head,
+        rows: Rows,
+        saved: tuple[Tensor, Tensor],
+        grad_N: Tensor,
+        tile: Tile,
+        need: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients (hidden rows ``(N + 1, H)`` with a zero last row, weight, bias) from recomputed tiles.
+
+        ``saved`` is (max, sumexp) of the forward pass; ``grad_N`` the upstream of each row's log-prob.
+        """

@@ -1,0 +1,22 @@
+"""What every test gets: one torch thread, a seed, and a reason where a GPU is missing."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Tests run side by side, and several threads each would only wait for one another.
+torch.set_num_threads(1)
+
+# The same examples every time, and no deadline: how long one takes says more about the machine than about the code.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch finds none")
