@@ -17,6 +17,7 @@ EDITABLE := $(PIP) install --quiet --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 .PHONY: help venv test demo lint format clean
 
 help: ## show this list
@@ -45,13 +46,13 @@ clean: ## remove .venv, caches, build outputs, and the demo's downloads and resu
 
 venv: $(VENV)/.base ## make .venv with torch, and nothing else
 
-# --- what is installed, one stamp each --------------------------------------------------------------------------------
+# --- what is installed, one stamp each (after another PYTHON or TORCH: make clean) --------------------------------------------------------------------------------
 
 CHECK_PYTHON := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
 CHECK_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 
 # A Python without ensurepip (Debian splits it off) can still make a venv if it has pip to put into it.
-$(VENV)/.base: Makefile
+$(VENV)/.base:
 	@$(PYTHON) -c '$(CHECK_PYTHON)' || \
 	    { echo "make: '$(PYTHON)' is not Python 3.10 to 3.13; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	rm -rf $(VENV)

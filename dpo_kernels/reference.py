@@ -161,9 +161,10 @@ def _loss(
             )
         )
     if loss_type == "sigmoid":
-        # -log sigmoid(u) = softplus(-u); a preference flipped with probability e costs softplus(u).
-        softplus = torch.nn.functional.softplus
-        return (1 - label_smoothing) * softplus(-u) + label_smoothing * softplus(u)
+        # -log sigmoid(u) = log(1 + exp(-u)); a preference flipped with probability e costs log(1 + exp(u)).
+        # logaddexp, as torch's softplus is off by exp(-20) beyond its threshold.
+        kept, flipped = torch.logaddexp(-u, 0 * u), torch.logaddexp(u, 0 * u)
+        return (1 - label_smoothing) * kept + label_smoothing * flipped
     if loss_type == "hinge":
         return torch.clamp(1 - u, min=0)
     if loss_type == "ipo":

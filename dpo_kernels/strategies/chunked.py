@@ -43,14 +43,17 @@ class PairGradients:
 
 
 def plan_groups(counts: Sequence[int] | None, capacity: int, pairs: int, tile_rows: int) -> list[Group]:
-    """Pack whole pairs greedily into at most ``tile_rows`` rows; ``counts`` is None for a static capacity."""
+    """Pack whole pairs greedily into at most ``tile_rows`` rows; ``counts`` is None for a static capacity.
+
+    A pair longer than that is a group of its own, without so much as an empty pair beside it.
+    """
     if counts is None:
         return [Group(0, pairs, 0, capacity, oversized=False)]
     groups: list[Group] = []
     first, start, stop = 0, 0, 0
     for pair in range(pairs):
         length = counts[2 * pair] + counts[2 * pair + 1]
-        if stop > start and stop + length - start > tile_rows:
+        if pair > first and stop + length - start > tile_rows:
             groups.append(Group(first, pair, start, stop, stop - start > tile_rows))
             first, start = pair, stop
         stop += length

@@ -1,0 +1,165 @@
+"""Problems for the equivalence tests, and how each is run through the oracle and through the library.
+
+The distribution "half-sure": half the labels are the head's first choice, half are random, and the logits are peaked
+enough for the mean probability of a label to lie between 0.1 and 0.5, as in a model that has learned something.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dpo_kernels
+from dpo_kernels.reference import dpo_loss_reference
+from tests.tolerance import violations
+
+# Small, and nothing divides anything: V is odd, lengths are ragged, one sequence is masked whole.
+LENGTHS = (9, 7, 1, 8, 5, 6)
+PROMPTS = (3, 0, 0, 8, 2, 1)
+HIDDEN, REF_HIDDEN, VOCAB = 24, 16, 211
+
+# Scratch that makes each strategy show what it can do: (strategy, scratch_bytes).
+STRATEGIES = {
+    "chunked": ("chunked", None),
+    "chunked-tiny": ("chunked", 3 * VOCAB * 8 * 2),  # a few rows: every longer pair is oversized
+    "recompute": ("recompute", None),
+    "recompute-tiles": ("recompute", 8192),  # the vocabulary is cut
+    "streaming": ("streaming", 16384),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: what kind of inputs, and which options."""
+
+    dtype: torch.dtype = torch.float32
+    layout: str = "padded"  # padded, packed
+    pairs: str = "stacked"
+    shift: bool = False
+    reference: str = "cached"  # hidden, shared, cached, free
+    frozen: bool = False
+    bias: bool = False
+    weights: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self, seed: int = 0) -> dict[str, Any]:
+        """Inputs, rounded to the dtype; ``hidden`` and, unless frozen, the head require a gradient."""
+        g = torch.Generator().manual_seed(seed)
+        count, longest = len(LENGTHS), max(LENGTHS) + 2
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=g) * scale).to(self.dtype)
+
+        hidden = normal(count, longest, HIDDEN)
+        weight = normal(VOCAB, HIDDEN, scale=1.2)
+        bias = normal(VOCAB, scale=0.5)
+        logits = hidden.double() @ weight.double().t() + (bias.double() if self.bias else 0.0)
+        random = torch.randint(0, VOCAB, (count, longest), generator=g)
+        sure = torch.rand(count, longest, generator=g) < 0.5
+        labels = torch.where(sure, logits.argmax(-1), random)
+        if self.shift:
+            labels = torch.cat([random[:, :1], labels[:, :-1]], dim=1)
+        place = torch.arange(longest)
+        length, prompt = torch.tensor(LENGTHS)[:, None], torch.tensor(PROMPTS)[:, None]
+        labels = labels.masked_fill((place >= length) | (place < prompt), -100)
+        inputs: dict[str, Any] = {"hidden": hidden, "weight": weight, "labels": labels}
+        if self.bias:
+            inputs["bias"] = bias
+        if self.weights:
+            inputs["token_weights"] = torch.rand(count, longest, generator=g) + 0.25
+        if self.reference in ("hidden", "shared"):
+            width = HIDDEN if self.reference == "shared" else REF_HIDDEN
+            inputs["ref_hidden"] = normal(count, longest, width)
+        if self.reference == "hidden":
+            inputs["ref_weight"] = normal(VOCAB, REF_HIDDEN)
+        if self.layout == "packed":
+            keep = place < length
+            for name in ("hidden", "labels", "token_weights", "ref_hidden"):
+                if name in inputs:
+                    inputs[name] = inputs[name][keep]
+            inputs["cu_seqlens"] = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+        if self.reference == "cached":
+            inputs["ref_logps"] = torch.randn(count, generator=g, dtype=torch.float64).to(torch.float32) * 5 - 20
+        inputs["hidden"].requires_grad_()
+        for name in ("weight", "bias"):
+            if name in inputs and not self.frozen:
+                inputs[name].requires_grad_()
+        return inputs
+
+    def keywords(self) -> dict[str, Any]:
+        """Options of the call."""
+        base = {"pairs": self.pairs, "shift": self.shift, "beta": 0.3, "reference_free": self.reference == "free"}
+        return base | self.options
+
+    def but(self, **changes: Any) -> "Case":
+        """A variant."""
+        return replace(self, **changes)
+
+
+LEAVES = ("hidden", "weight", "bias")
+RESULTS = (
+    "loss",
+    "chosen_rewards",
+    "rejected_rewards",
+    "chosen_logps",
+    "rejected_logps",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+)
+
+
+def run(function: Any, inputs: dict[str, Any], upstream: Tensor | float = 1.0, **keywords: Any) -> dict[str, Tensor]:
+    """Results and gradients of one call by name."""
+    leaves = {name: inputs[name] for name in LEAVES if name in inputs and inputs[name].requires_grad}
+    out = function(**inputs, **keywords)
+    results = {name: getattr(out, name).detach() for name in RESULTS}
+    results |= {f"stats.{name}": value for name, value in out.stats.items()}
+    if leaves:
+        seed = upstream if isinstance(upstream, Tensor) else torch.full_like(out.loss, upstream)
+        grads = torch.autograd.grad(out.loss, list(leaves.values()), seed.to(out.loss.dtype))
+        results |= {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return results
+
+
+def widened(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same rounded numbers in float64."""
+    wide = {}
+    for name, value in inputs.items():
+        wide[name] = value
+        if isinstance(value, Tensor) and value.is_floating_point():
+            wide[name] = value.detach().double().requires_grad_(value.requires_grad)
+    return wide
+
+
+def broken_rules(
+    case: Case, strategy: str = "chunked", backend: str = "torch", upstream: Tensor | float = 1.0
+) -> list[str]:
+    """Run a case three ways and say which results break the tolerance rule."""
+    return broken_by(case.tensors(), case.keywords(), case.dtype, strategy, backend, upstream)
+
+
+def broken_by(
+    inputs: dict[str, Any],
+    keywords: dict[str, Any],
+    dtype: torch.dtype,
+    strategy: str = "chunked",
+    backend: str = "torch",
+    upstream: Tensor | float = 1.0,
+    saturated: bool = False,
+) -> list[str]:
+    """The same for given inputs."""
+    oracle = run(dpo_loss_reference, widened(inputs), upstream, **keywords)
+    plain = run(dpo_loss_reference, inputs, upstream, **keywords)
+    name, scratch = STRATEGIES[strategy]
+    how = {"strategy": name, "scratch_bytes": scratch, "backend": backend}
+    got = run(dpo_kernels.fused_dpo_loss, inputs, upstream, **how, **keywords)
+    assert got.keys() == oracle.keys()
+    broken = []
+    for key, value in got.items():
+        gradient = key in ("dhidden", "dweight", "dbias")
+        broken += violations(key, value, oracle[key], plain[key], dtype, gradient=gradient, saturated=saturated)
+        expected = dtype if gradient else torch.float64 if dtype == torch.float64 else torch.float32
+        if value.dtype != expected and not key.startswith("stats."):
+            broken.append(f"{key}: {value.dtype}, expected {expected}")
+    return broken

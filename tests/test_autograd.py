@@ -1,0 +1,308 @@
+"""How the functions behave inside torch's machinery: gradcheck, operators, compile, autocast, checkpointing."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import dpo_kernels as dk
+from dpo_kernels import autograd
+from dpo_kernels.reference import dpo_loss_reference
+from tests.cases import STRATEGIES, Case
+from tests.test_equivalence import coupled, one_sided
+from tests.tolerance import relative_l2
+
+F64 = torch.float64
+
+
+def small(frozen=False, bias=True):
+    """Inputs of a few numbers, for finite differences."""
+    g = torch.Generator().manual_seed(5)
+    labels = torch.tensor([[-100, 1, 6], [2, -100, -100], [-100, 0, 3], [5, 4, -100]])
+    return {
+        "hidden": torch.randn(4, 3, 4, generator=g, dtype=F64, requires_grad=True),
+        "weight": torch.randn(7, 4, generator=g, dtype=F64, requires_grad=not frozen),
+        "labels": labels,
+        "bias": torch.randn(7, generator=g, dtype=F64, requires_grad=not frozen) if bias else None,
+    }
+
+
+def differentiable(inputs):
+    return [inputs[name] for name in ("hidden", "weight", "bias") if inputs[name] is not None]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge", one_sided, coupled], ids=lambda v: getattr(v, "__name__", v))
+def test_gradcheck(loss, frozen, strategy):
+    name, _ = STRATEGIES[strategy]
+    if loss is coupled and name == "chunked":
+        name = "auto"
+    inputs = small(frozen)
+    scratch = {"chunked-tiny": 2 * 7 * 8 * 2, "recompute-tiles": 256}.get(strategy)
+
+    def call(hidden, weight, bias):
+        return dk.fused_dpo_loss(
+            hidden,
+            weight,
+            inputs["labels"],
+            bias=bias,
+            reference_free=True,
+            loss_type=loss,
+            beta=0.4,
+            softcap=3.0,
+            logit_scale=1.3,
+            strategy=name,
+            scratch_bytes=scratch,
+        ).loss
+
+    assert torch.autograd.gradcheck(call, differentiable(inputs))
+
+
+@pytest.mark.parametrize("strategy", ["recompute", "streaming"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("function", [dk.fused_sequence_logps, dk.fused_token_logps], ids=["sequence", "token"])
+def test_gradcheck_logps(function, shift, frozen, strategy):
+    inputs = small(frozen)
+
+    def call(hidden, weight, bias):
+        return function(hidden, weight, inputs["labels"], bias=bias, shift=shift, strategy=strategy)
+
+    assert torch.autograd.gradcheck(call, differentiable(inputs))
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+CALLS = {
+    "fused pass": {},
+    "fused pass, weighted, bias": {"bias": True, "weights": True},
+    "log-probs": {"options": {"strategy": "recompute", "stats": ("entropy", "top1")}},
+    "log-probs, frozen head": {"frozen": True, "options": {"reduction": "none"}},
+    "streaming": {"options": {"strategy": "streaming", "softcap": 9.0}},
+    "static capacity": {"options": {"max_scored_tokens": 60}},
+    "packed, computed reference": {"layout": "packed", "reference": "hidden", "shift": True},
+}
+
+
+def _recorded(monkeypatch, case):
+    """Arguments of every operator that a call and its backward run, when everything goes through operators."""
+    seen = []
+
+    class Recorder:
+        def __init__(self, op):
+            self.op = op
+
+        def __call__(self, *args):
+            seen.append((self.op, args))
+            return self.op(*args)
+
+    monkeypatch.setattr(autograd, "traced", lambda tensor: True)
+    for name in ("_pack_op", "_pair_loss_op", "_scale_op", "_logps_op", "_logps_grad_op"):
+        monkeypatch.setattr(autograd, name, Recorder(getattr(autograd, name)))
+    inputs = case.tensors()
+    dk.fused_dpo_loss(**inputs, **case.keywords()).loss.sum().backward()
+    return seen
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_opcheck(monkeypatch, call):
+    seen = _recorded(monkeypatch, Case(torch.float64, **CALLS[call]))
+    assert len(seen) >= 3
+    monkeypatch.undo()
+    for op, args in seen:
+        leaves = tuple(a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args)
+        results = torch.library.opcheck(op, leaves)
+        assert set(results.values()) == {"SUCCESS"}, (op, results)
+
+
+def test_every_operator_is_checked(monkeypatch):
+    names = set()
+    for call in CALLS.values():
+        names |= {op._qualname for op, _ in _recorded(monkeypatch, Case(torch.float64, **call))}
+        monkeypatch.undo()
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("dpo_kernels::")}
+    assert names == registered
+
+
+def test_pack_of_unknown_length_has_a_fake(monkeypatch):
+    """Outside a tracer the capacity is what the data says: an unbacked size to the fake."""
+    (op, args), *_ = _recorded(monkeypatch, Case(torch.float64))
+    assert op._qualname == "dpo_kernels::pack"
+    torch.library.opcheck(op, (*args[:-2], -1, args[-1]), test_utils=("test_schema", "test_faketensor"))
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def _named(hidden, weight, labels, ref_logps):
+    return dk.fused_dpo_loss(hidden, weight, labels, ref_logps=ref_logps, stats=("entropy",))
+
+
+def _with_callable(hidden, weight, labels, ref_logps):
+    return dk.fused_dpo_loss(hidden, weight, labels, ref_logps=ref_logps, loss_type=coupled)
+
+
+def _with_separable_callable(hidden, weight, labels, ref_logps):
+    return dk.fused_dpo_loss(hidden, weight, labels, ref_logps=ref_logps, loss_type=one_sided)
+
+
+def _by_pair(hidden, weight, labels, ref_logps):
+    return dk.fused_dpo_loss(hidden, weight, labels, ref_logps=ref_logps, loss_type="ipo", reduction="none", shift=True)
+
+
+def _interleaved_packed(hidden, weight, labels, ref_logps):
+    cu_seqlens = torch.arange(hidden.shape[0] + 1, dtype=torch.int32) * hidden.shape[1]
+    return dk.fused_dpo_loss(
+        hidden.flatten(0, 1), weight, labels.flatten(), ref_logps=ref_logps, cu_seqlens=cu_seqlens, pairs="interleaved"
+    )
+
+
+@pytest.fixture
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize(
+    "function", [_named, _with_callable, _with_separable_callable, _by_pair, _interleaved_packed]
+)
+def test_compile_fullgraph(function):
+    inputs = Case().tensors()
+    leaves = [inputs["hidden"], inputs["weight"]]
+    eager = function(**inputs)
+    upstream = torch.randn_like(eager.loss)
+    eager_grads = torch.autograd.grad(eager.loss, leaves, upstream)
+    compiled = torch.compile(function, fullgraph=True)(**inputs)
+    compiled_grads = torch.autograd.grad(compiled.loss, leaves, upstream)
+    for name in eager._fields[:-1]:
+        torch.testing.assert_close(getattr(compiled, name), getattr(eager, name), rtol=1e-6, atol=1e-6)
+    for name, value in eager.stats.items():
+        torch.testing.assert_close(compiled.stats[name], value, rtol=1e-6, atol=1e-6)
+    for got, expected in zip(compiled_grads, eager_grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compile_once_for_all_lengths():
+    compiled = torch.compile(_named, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for longest in (11, 10, 9):
+            inputs = Case().tensors()
+            for name in ("hidden", "labels"):
+                inputs[name] = inputs[name].detach()[:, :longest]
+            inputs["hidden"].requires_grad_()
+            compiled(**inputs).loss.backward()
+            eager = _named(**inputs)
+            assert torch.equal(compiled(**inputs).loss, eager.loss)
+
+
+def test_fake_tensors_need_no_data():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        hidden = torch.empty(4, 6, 8, requires_grad=True)
+        weight = torch.empty(50, 8, requires_grad=True)
+        labels = torch.zeros(4, 6, dtype=torch.int64)
+        out = dk.fused_dpo_loss(hidden, weight, labels, reference_free=True)
+        out.loss.backward()
+        assert out.loss.shape == ()
+        assert hidden.grad.shape == hidden.shape
+
+
+# --- autocast, checkpointing, repeated and second backward --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_autocast(frozen, strategy):
+    """GEMMs see bfloat16, gradients come back in the parameters' float32 without a rounding to bfloat16 between."""
+    case = Case(torch.float32, frozen=frozen, bias=True)
+    inputs = case.tensors()
+    name, scratch = STRATEGIES[strategy]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dk.fused_dpo_loss(**inputs, **case.keywords(), strategy=name, scratch_bytes=scratch)
+    leaves = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad}
+    grads = torch.autograd.grad(out.loss, list(leaves.values()))
+    rounded = {
+        k: v.detach().to(torch.bfloat16).double().requires_grad_(k in leaves) if k in ("hidden", "weight", "bias") else v
+        for k, v in inputs.items()
+    }
+    oracle = dpo_loss_reference(**rounded, **case.keywords())
+    expected = torch.autograd.grad(oracle.loss, [rounded[k] for k in leaves])
+    torch.testing.assert_close(out.loss.double(), oracle.loss, rtol=1e-5, atol=0)
+    for (key, leaf), got, want in zip(leaves.items(), grads, expected, strict=True):
+        assert got.dtype == leaf.dtype == torch.float32
+        assert relative_l2(got, want) < 1e-5, key  # a rounding to bfloat16 would cost 1.6e-3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant, strategy):
+    case = Case(torch.float32)
+    inputs = case.tensors()
+    name, scratch = STRATEGIES[strategy]
+    others = {k: v for k, v in inputs.items() if k not in ("hidden", "weight")}
+
+    def call(hidden, weight):
+        return dk.fused_dpo_loss(
+            torch.tanh(hidden), weight, **others, **case.keywords(), strategy=name, scratch_bytes=scratch
+        ).loss
+
+    leaves = (inputs["hidden"], inputs["weight"])
+    plain = torch.autograd.grad(call(*leaves), leaves)
+    checkpoint(call, *leaves, use_reentrant=reentrant).backward()  # reentrant checkpoints only know .backward()
+    for leaf, expected in zip(leaves, plain, strict=True):
+        assert torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_backward_twice_with_retained_graph(frozen, strategy):
+    case = Case(torch.bfloat16, frozen=frozen, bias=True)
+    inputs = case.tensors()
+    name, scratch = STRATEGIES[strategy]
+    out = dk.fused_dpo_loss(**inputs, **case.keywords(), strategy=name, scratch_bytes=scratch)
+    leaves = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    first = torch.autograd.grad(out.loss, leaves, retain_graph=True)
+    torch.autograd.grad(out.loss, leaves, torch.tensor(3.0), retain_graph=True)  # another upstream between
+    second = torch.autograd.grad(out.loss, leaves)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+        assert a.data_ptr() != b.data_ptr()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_second_derivatives_are_refused(frozen, strategy):
+    case = Case(torch.float32, frozen=frozen)
+    inputs = case.tensors()
+    name, scratch = STRATEGIES[strategy]
+    out = dk.fused_dpo_loss(**inputs, **case.keywords(), strategy=name, scratch_bytes=scratch)
+    leaves = [inputs["hidden"]] if frozen else [inputs["hidden"], inputs["weight"]]
+    for leaf in leaves:
+        (grad,) = torch.autograd.grad(out.loss, leaf, create_graph=True)
+        penalized = dk.fused_dpo_loss(**inputs, **case.keywords()).loss + grad.square().sum()
+        with pytest.raises(RuntimeError, match="second derivatives of the fused losses"):
+            torch.autograd.grad(penalized, leaves, retain_graph=True)
+
+
+def test_create_graph_alone_is_no_error():
+    inputs = Case(torch.float32).tensors()
+    out = dk.fused_dpo_loss(**inputs)
+    (plain,) = torch.autograd.grad(out.loss, inputs["hidden"], retain_graph=True)
+    (grad,) = torch.autograd.grad(out.loss, inputs["hidden"], create_graph=True)
+    assert torch.equal(grad, plain)
+
+
+def test_hooks_and_accumulation_see_ordinary_gradients():
+    inputs = Case(torch.float32).tensors()
+    inputs["weight"].grad = torch.ones_like(inputs["weight"])
+    seen = []
+    inputs["hidden"].register_hook(seen.append)
+    loss = dk.fused_dpo_loss(**inputs).loss
+    (expected,) = torch.autograd.grad(loss, inputs["weight"], retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(inputs["weight"].grad, expected + 1, rtol=0, atol=0)
+    assert len(seen) == 1

@@ -1,0 +1,116 @@
+"""Every strategy and backend against the float64 oracle, by the tolerance rule."""
+
+import itertools
+
+import pytest
+import torch
+
+from dpo_kernels import dispatch
+from tests.cases import STRATEGIES, Case, broken_rules
+
+BACKENDS = tuple(dispatch.BACKENDS)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = {
+    "padded": {"layout": "padded"},
+    "padded-shift-interleaved": {"layout": "padded", "shift": True, "pairs": "interleaved"},
+    "packed": {"layout": "packed"},
+    "packed-shift-interleaved": {"layout": "packed", "shift": True, "pairs": "interleaved"},
+}
+REFERENCES = ("hidden", "shared", "cached", "free")
+
+
+def coupled(x):
+    """Depends on the mean margin of the batch, so no pair stands alone."""
+    margin = x.beta * ((x.policy_chosen_logps - x.ref_chosen_logps) - (x.policy_rejected_logps - x.ref_rejected_logps))
+    return -torch.nn.functional.logsigmoid(margin - margin.mean() + margin.tanh())
+
+
+def one_sided(x):
+    """Has different coefficients on the two sides."""
+    chosen, rejected = x.policy_chosen_logps - x.ref_chosen_logps, x.policy_rejected_logps - x.ref_rejected_logps
+    return -torch.nn.functional.logsigmoid(x.beta * chosen) + 0.25 * (x.beta * rejected).square()
+
+
+one_sided.separable = True  # type: ignore[attr-defined]
+
+LOSSES = {
+    "sigmoid": {},
+    "cdpo": {"label_smoothing": 0.2},
+    "ipo": {"loss_type": "ipo", "beta": 0.5},
+    "hinge": {"loss_type": "hinge"},
+    "separable callable": {"loss_type": one_sided},
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet_shared_reference(monkeypatch):
+    # These cases share a trainable head with the reference on purpose; the warning has its own test.
+    monkeypatch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equivalence(layout, dtype, strategy, backend):
+    broken = {}
+    for reference, frozen, extras in itertools.product(REFERENCES, (False, True), (False, True)):
+        options = {"softcap": 12.0, "logit_scale": 0.7, "stats": ("entropy", "mean_logits", "top1")} if extras else {}
+        case = Case(
+            dtype, reference=reference, frozen=frozen, bias=extras, weights=extras, options=options, **LAYOUTS[layout]
+        )
+        broken[reference, frozen, extras] = broken_rules(case, strategy, backend)
+    assert not {key: value for key, value in broken.items() if value}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses(loss, frozen, strategy, backend):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        case = Case(dtype, frozen=frozen, weights=True, options=LOSSES[loss])
+        assert not broken_rules(case, strategy, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if not name.startswith("chunked")])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_coupled_callable(frozen, strategy, backend):
+    for dtype in (torch.float64, torch.bfloat16):
+        assert not broken_rules(Case(dtype, frozen=frozen, options={"loss_type": coupled}), strategy, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("upstream", [1 / 3, 65536.0, -2.5e-3])
+def test_upstream(upstream, dtype, strategy, backend):
+    """Upstream gradients multiply what was kept before the one rounding to the parameter's dtype."""
+    for frozen in (False, True):
+        for reduction in ("mean", "sum"):
+            case = Case(dtype, frozen=frozen, bias=True, options={"reduction": reduction})
+            assert not broken_rules(case, strategy, backend, upstream)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("strategy", "frozen"),
+    # chunked refuses per-pair upstreams with a trainable head; test_dispatch.py shows it
+    [(s, f) for s in STRATEGIES for f in (False, True) if f or not s.startswith("chunked")],
+)
+def test_reduction_none_with_strided_upstream(strategy, frozen, backend):
+    upstream = torch.randn(3, 4, dtype=torch.float64)[:, 1]
+    assert not upstream.is_contiguous()
+    for dtype in DTYPES:
+        case = Case(dtype, frozen=frozen, bias=True, weights=True, options={"reduction": "none"})
+        assert not broken_rules(case, strategy, backend, upstream)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_distribution_is_half_sure(dtype):
+    inputs = Case(dtype).tensors()
+    keep = inputs["labels"] != -100
+    logits = inputs["hidden"].detach().double() @ inputs["weight"].detach().double().t()
+    p = logits.softmax(-1).gather(-1, inputs["labels"].clamp(min=0)[..., None])[..., 0][keep]
+    assert 0.1 < float(p.mean()) < 0.5

@@ -1,0 +1,196 @@
+"""What a call costs: GEMM FLOPs as counted by torch, allocations as seen by the dispatcher, memory as the system says."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import dpo_kernels as dk
+from tests.test_equivalence import coupled
+
+ROWS, HIDDEN, VOCAB = 64, 32, 2048  # per sequence
+MIB = 2**20
+SCRATCH = MIB // 2
+
+
+def problem(trainable=True, prompt=0, hidden_grad=True, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, VOCAB, (8, ROWS), generator=g)
+    labels[:, :prompt] = -100
+    hidden = torch.randn(8, ROWS, HIDDEN, generator=g).to(dtype).requires_grad_(hidden_grad)
+    weight = torch.randn(VOCAB, HIDDEN, generator=g).to(dtype).requires_grad_(trainable)
+    return hidden, weight, labels
+
+
+class Allocations(TorchDispatchMode):
+    """Storages that operations make, largest first."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self.kept: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                self.sizes.setdefault(storage._cdata, (storage.nbytes(), tuple(leaf.shape)))
+                self.kept.append(leaf)  # a freed storage's address would be used again
+        return out
+
+    def largest(self):
+        return max(self.sizes.values())
+
+
+def costs(call):
+    """(GEMM FLOPs, largest allocation) of a forward and backward."""
+    with FlopCounterMode(display=False) as flops, Allocations() as allocations:
+        loss = call()
+        if loss.requires_grad:
+            loss.sum().backward()
+    return flops.get_total_flops(), allocations.largest()
+
+
+UNITS = [
+    # strategy, trainable head, hidden with gradient -> units of 2 N H V
+    ("chunked", True, True, 3),
+    ("chunked", False, True, 2),
+    ("chunked", True, False, 2),
+    ("recompute", True, True, 4),
+    ("recompute", False, True, 2),
+    ("recompute", True, False, 3),
+    ("streaming", True, True, 4),
+    ("streaming", False, True, 3),
+    ("streaming", True, False, 3),
+    ("chunked", False, False, 1),
+    ("recompute", False, False, 1),
+    ("streaming", False, False, 1),
+]
+
+
+@pytest.mark.parametrize(("strategy", "trainable", "hidden_grad", "units"), UNITS)
+@pytest.mark.parametrize("prompt", [0, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scratch", [SCRATCH, 48 * VOCAB * 4 * 2], ids=["whole pairs cut", "less"])
+def test_units_and_largest_allocation(scratch, dtype, prompt, strategy, trainable, hidden_grad, units):
+    hidden, weight, labels = problem(trainable, prompt, hidden_grad, dtype)
+    options = {"reference_free": True, "strategy": strategy, "scratch_bytes": scratch}
+    plan = dk.explain(hidden, weight, labels, **options)
+    flops, (largest, shape) = costs(lambda: dk.fused_dpo_loss(hidden, weight, labels, **options).loss)
+    scored = 8 * (ROWS - prompt)
+    assert flops == units * 2 * scored * HIDDEN * VOCAB
+    assert (plan.strategy, plan.units, plan.reference_units) == (strategy, units, 0)
+    assert largest <= scratch, shape
+    assert scored * VOCAB * 4 > 2 * scratch  # the logits would not have fit
+
+
+def test_no_grad_costs_one_unit_whatever_is_trainable():
+    hidden, weight, labels = problem()
+    with torch.no_grad():
+        flops, _ = costs(lambda: dk.fused_dpo_loss(hidden, weight, labels, reference_free=True).loss)
+        assert dk.explain(hidden, weight, labels, reference_free=True).units == 1
+    assert flops == 2 * labels.numel() * HIDDEN * VOCAB
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_reference_costs_one_unit_of_its_own(trainable):
+    hidden, weight, labels = problem(trainable)
+    width = 48
+    reference = {"ref_hidden": torch.randn(8, ROWS, width), "ref_weight": torch.randn(VOCAB, width)}
+    flops, _ = costs(lambda: dk.fused_dpo_loss(hidden, weight, labels, **reference).loss)
+    assert flops == 2 * labels.numel() * VOCAB * ((3 if trainable else 2) * HIDDEN + width)
+    assert dk.explain(hidden, weight, labels, **reference).reference_units == 1
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", coupled], ids=["sigmoid", "coupled"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_what_explain_says_is_what_runs(trainable, reduction, loss_type):
+    for prompt, stats in itertools.product((0, 30), ((), ("entropy",))):
+        hidden, weight, labels = problem(trainable, prompt)
+        options = {"reference_free": True, "loss_type": loss_type, "reduction": reduction, "stats": stats}
+        plan = dk.explain(hidden, weight, labels, **options)
+        flops, _ = costs(lambda: dk.fused_dpo_loss(hidden, weight, labels, **options).loss)  # noqa: B023
+        assert flops == plan.units * 2 * 8 * (ROWS - prompt) * HIDDEN * VOCAB
+    upstream_is_late = reduction == "none" or loss_type is coupled
+    assert plan.units == (2 if not trainable else 4 if upstream_is_late else 3)
+    assert plan.strategy == ("recompute" if loss_type is coupled or (trainable and upstream_is_late) else "chunked")
+
+
+@pytest.mark.parametrize("function", [dk.fused_sequence_logps, dk.fused_token_logps])
+@pytest.mark.parametrize(("trainable", "units"), [(True, 4), (False, 2)])
+def test_log_prob_primitives(function, trainable, units):
+    hidden, weight, labels = problem(trainable, prompt=10)
+    flops, (largest, _) = costs(lambda: function(hidden, weight, labels, scratch_bytes=SCRATCH))
+    assert flops == units * 2 * 8 * (ROWS - 10) * HIDDEN * VOCAB
+    assert largest <= SCRATCH
+
+
+def test_oversized_pairs_cost_no_fourth_gemm():
+    hidden, weight, labels = problem()
+    scratch = 40 * VOCAB * 4 * 2  # a pair has 128 rows
+    plan = dk.explain(hidden, weight, labels, reference_free=True, scratch_bytes=scratch)
+    assert plan.strategy == "chunked"
+    assert plan.chunks == 4
+    assert plan.extra_bytes == VOCAB * HIDDEN * 4
+    flops, _ = costs(lambda: dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, scratch_bytes=scratch).loss)
+    assert flops == 3 * 2 * labels.numel() * HIDDEN * VOCAB
+
+
+# --- memory, as the system sees it ------------------------------------------------------------------------------------
+
+MEASURE = """
+import json, resource, sys, torch
+import dpo_kernels as dk
+
+pairs, length = int(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+N, H, V = 2 * pairs * length, 512, 49152
+hidden = torch.randn(2 * pairs, length, H).requires_grad_()
+weight = torch.randn(V, H).mul_(0.05).requires_grad_()
+labels = torch.randint(0, V, (2 * pairs, length))
+small = dk.fused_dpo_loss(hidden[:, :1], weight[:64], labels[:, :1] % 64, reference_free=True)  # loads what is loaded once
+small.loss.backward()
+hidden.grad = weight.grad = None
+
+
+def resident():
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("VmRSS")).split()[1]) * 1024
+
+
+before = resident()
+out = dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, scratch_bytes=64 * 2**20)
+out.loss.backward()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({
+    "extra": peak - before,
+    "gradients": hidden.grad.nbytes + weight.grad.nbytes,
+    "finite": bool(hidden.grad.isfinite().all() and weight.grad.isfinite().all()),
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pairs", "length"), [(2, 1024), (32, 64)], ids=["oversized pairs", "many pairs"])
+def test_peak_memory(pairs, length):
+    """N = 4096, H = 512, V = 49152: full logits would take 805 MB for each copy."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(pairs), str(length)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        timeout=600,
+    )
+    measured = json.loads(done.stdout)
+    assert measured["finite"]
+    assert measured["extra"] <= 64 * MIB + 2 * measured["gradients"] + 128e6, measured

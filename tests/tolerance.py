@@ -1,0 +1,48 @@
+"""The tolerance rule: nobody may be worse than twice plain torch in the same dtype, against float64.
+
+``err(got) <= 2 * err(plain) + floor`` in the largest absolute error, for every result. Gradients also keep a bar on
+their relative L2 error, or that of plain torch where that is larger. The bars are for rows that are not saturated
+(mean target probability at most 0.5): the cast alone costs 1.65e-3 in bfloat16.
+"""
+
+import torch
+from torch import Tensor
+
+RELATIVE_L2_BAR = {torch.bfloat16: 2.2e-3, torch.float16: 2.8e-4, torch.float32: 2e-6, torch.float64: 4e-15}
+FLOOR_ULPS = 4  # of the largest element: a few roundings of the result's own dtype
+FLOAT64_ULPS = 64  # there the oracle is no better than what it judges, and sums of hundreds of terms differ by this
+
+
+def largest_error(value: Tensor, oracle: Tensor) -> float:
+    """Largest absolute difference; NaN counts as infinite unless both are."""
+    value, oracle = value.double(), oracle.double()
+    difference = (value - oracle).abs()
+    difference = torch.where(value == oracle, torch.zeros_like(difference), difference)  # equal infinities
+    return float(difference.nan_to_num(nan=torch.inf).max()) if difference.numel() else 0.0
+
+
+def relative_l2(value: Tensor, oracle: Tensor) -> float:
+    """Relative error in the L2 norm; 0 where both vanish."""
+    scale = float(oracle.double().norm())
+    error = float((value.double() - oracle.double()).norm())
+    return error / scale if scale else error
+
+
+def violations(
+    name: str, got: Tensor, oracle: Tensor, plain: Tensor, dtype: torch.dtype, *, gradient: bool, saturated: bool = False
+) -> list[str]:
+    """What of the rule ``got`` breaks; ``dtype`` is that of the operands, ``oracle`` the float64 truth."""
+    if got.shape != oracle.shape:
+        return [f"{name}: shape {tuple(got.shape)}, expected {tuple(oracle.shape)}"]
+    broken = []
+    finite = oracle[oracle.isfinite()].abs().double()
+    ulps = FLOAT64_ULPS if dtype == torch.float64 else FLOOR_ULPS
+    floor = ulps * torch.finfo(got.dtype).eps * (float(finite.max()) if finite.numel() else 0.0)
+    error, allowed = largest_error(got, oracle), 2 * largest_error(plain, oracle) + floor
+    if not error <= allowed:
+        broken.append(f"{name}: largest error {error:.3e}, allowed {allowed:.3e}")
+    if gradient and not saturated:
+        error, allowed = relative_l2(got, oracle), max(RELATIVE_L2_BAR[dtype], relative_l2(plain, oracle))
+        if not error <= allowed:
+            broken.append(f"{name}: relative L2 error {error:.3e}, allowed {allowed:.3e}")
+    return broken
