@@ -46,7 +46,7 @@ clean: ## remove .venv, caches, build outputs, and the demo's downloads and resu
 
 venv: $(VENV)/.base ## make .venv with torch, and nothing else
 
-# --- what is installed, one stamp each (after another PYTHON or TORCH: make clean) --------------------------------------------------------------------------------
+# --- what is installed, one stamp each (after another PYTHON or TORCH: make clean) ---
 
 CHECK_PYTHON := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
 CHECK_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))

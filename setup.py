@@ -1,4 +1,4 @@
-"""The build, which pyproject.toml describes. What has to be computed at build time, the C++/CUDA extension, goes here."""
+"""The build, described by pyproject.toml; what must be computed (the C++/CUDA extension) belongs here."""
 
 from setuptools import setup
 

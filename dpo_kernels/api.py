@@ -9,10 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dpo_kernels import autograd, calls, dispatch, inputs, losses
+from dpo_kernels import autograd, calls, checks, dispatch, inputs, losses
 from dpo_kernels.types import DPOLossOutput, LossInputs
 
 Loss = str | Callable[[LossInputs], Tensor]
@@ -125,19 +124,17 @@ def fused_dpo_loss(
     call = calls.prepare(hidden, weight, labels, options)
     # The reference comes first: a pass that forms gradients needs the coefficients, and these the reference.
     ref_S = calls.reference_logps(call, ref_logps)
+    divisor = calls.divisor(call, reduction, denominator, ref_S)
     if call.plan.forms_gradient:
-        total, losses_P, policy_S, means = autograd.pair_loss(
-            call.batch, call.rows, ref_S, call.loss, call.plan, call.need, call.stats
+        loss, _, policy_S, means = autograd.pair_loss(
+            call.batch, call.rows, ref_S, divisor, call.loss, call.plan, call.need, call.stats
         )
     else:
         policy_S, means = autograd.logps(
             call.batch, call.rows, call.plan, call.need, call.stats, per_token=False, shift=shift
         )
         losses_P = call.loss(policy_S, ref_S, call.rows.counts)
-        total = losses_P.sum()
-    loss = losses_P if reduction == "none" else total
-    if reduction == "mean":
-        loss = loss / (losses_P.shape[0] if denominator is None else denominator)
+        loss = losses_P if reduction == "none" else losses_P.sum() / divisor
     return calls.output(call, loss, policy_S, ref_S, means)
 
 
@@ -169,8 +166,8 @@ class FusedDPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         losses.bind(loss_type, beta, label_smoothing, loss_options)
-        inputs.check_choice("reduction", reduction, inputs.REDUCTIONS)
-        inputs.check_choice("pairs", pairs, calls.PAIRS)
+        checks.check_choice("reduction", reduction, inputs.REDUCTIONS)
+        checks.check_choice("pairs", pairs, calls.PAIRS)
         calls.Run(shift, ignore_index, backend, strategy, scratch_bytes, max_scored_tokens)
         self.options = {
             "loss_type": loss_type,
@@ -309,7 +306,7 @@ def dpo_loss(
         bound.spec.needs_reference,
         bound.spec.name,
     )
-    losses_P = bound.evaluate(LossInputs(*policy, *reference, *tokens, bound.beta))
+    losses_P = bound.evaluate(LossInputs._make((*policy, *reference, *tokens, bound.beta)))
     chosen, rejected = (bound.beta * (p - r).detach() for p, r in zip(policy, reference, strict=True))
     return losses_P, chosen, rejected
 

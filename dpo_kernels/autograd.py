@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import dispatch, inputs, losses, passes
-from dpo_kernels.kernels.tiled import accumulation_dtype
 from dpo_kernels.sequence import sum_dtype
-from dpo_kernels.types import Rows
+from dpo_kernels.types import Rows, accumulation_dtype
 
 SECOND_DERIVATIVE = (
     "second derivatives of the fused losses and log-probs are not supported: use dpo_kernels.reference, "
@@ -58,17 +57,18 @@ def pair_loss(
     batch: inputs.Batch,
     rows: Rows,
     ref_S: Tensor,
+    denominator: Tensor,
     loss: losses.BoundLoss,
     plan: dispatch.Plan,
     need: tuple[bool, bool, bool],
     stats: tuple[str, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable sum of the losses () and, detached, losses (P,), log-probs (S,), statistics (k, S)."""
+    """Differentiable sum of the losses over the denominator (); detached losses (P,), log-probs (S,), stats (k, S)."""
     tensors, options = _tensors(batch, rows), (*_options(batch, plan, stats), *need)
     if traced(batch.hidden):
         values = [float(value) for _, value in loss.options]
-        return _pair_loss_op(*tensors, ref_S, loss.spec.name, loss.beta, values, *options)[:4]
-    return _PairLoss.apply(*tensors, ref_S, loss, 0.0, [], *options)[:4]
+        return _pair_loss_op(*tensors, ref_S, denominator, loss.spec.name, loss.beta, values, *options)[:4]
+    return _PairLoss.apply(*tensors, ref_S, denominator, loss, 0.0, [], *options)[:4]
 
 
 def logps(
@@ -88,7 +88,15 @@ def logps(
 
 def _tensors(batch: inputs.Batch, rows: Rows) -> tuple[Tensor | None, ...]:
     packed = (rows.index, rows.labels, rows.weights, rows.segments, rows.slot)
-    return (batch.hidden, batch.head.weight, batch.head.bias, *packed, rows.counts, rows.counts_host, rows.poison)
+    return (
+        batch.hidden,
+        batch.head.weight,
+        batch.head.bias,
+        *packed,
+        rows.counts,
+        rows.counts_host,
+        rows.poison,
+    )
 
 
 def _options(batch: inputs.Batch, plan: dispatch.Plan, stats: tuple[str, ...]) -> tuple[Any, ...]:
@@ -118,9 +126,13 @@ def _pair_loss_backward(ctx: Any, grad_total: Tensor | None, *ignored: Tensor | 
     if grad_total is None:
         return (None,) * ctx.inputs
     slot, dx, dw, db = ctx.saved_tensors
-    call = _scale_op if traced(grad_total) else passes.scale
     with torch.no_grad():
-        grads = call(grad_total, dx, dw, db, slot, *ctx.dtypes, *ctx.need)
+        if traced(grad_total):
+            grads = _scale_op(grad_total, dx, dw, db, slot, *ctx.dtypes, *ctx.need)
+        else:
+            last = not torch._C._autograd._get_current_graph_task_keep_graph()
+            scale = passes.scale_last if last else passes.scale
+            grads = scale(grad_total, dx, dw, db, slot, *ctx.dtypes, *ctx.need)
     return _finish_backward(ctx, grads)
 
 
@@ -242,6 +254,7 @@ def _fake_pair_loss(
     counts_host: Tensor,
     poison: Tensor,
     ref: Tensor,
+    denominator: Tensor,
     loss: str,
     beta: float,
     loss_values: Sequence[float],

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels import autograd, dispatch, inputs, losses
+from dpo_kernels import autograd, checks, dispatch, inputs, losses
 from dpo_kernels.sequence import sum_dtype
 from dpo_kernels.types import DPOLossOutput, Rows
 
@@ -25,12 +25,12 @@ class Run:
     max_scored_tokens: int | None
 
     def __post_init__(self) -> None:
-        inputs.check_choice("backend", self.backend, ("auto", *dispatch.BACKEND_NAMES))
-        inputs.check_choice("strategy", self.strategy, ("auto", *dispatch.STRATEGIES))
-        inputs.check_count("scratch_bytes", self.scratch_bytes, least=0)
-        inputs.check_count("max_scored_tokens", self.max_scored_tokens, least=1)
-        inputs.check_flag("shift", self.shift)
-        inputs.check_integer("ignore_index", self.ignore_index)
+        checks.check_choice("backend", self.backend, ("auto", *dispatch.BACKEND_NAMES))
+        checks.check_choice("strategy", self.strategy, ("auto", *dispatch.STRATEGIES))
+        checks.check_count("scratch_bytes", self.scratch_bytes, least=0)
+        checks.check_count("max_scored_tokens", self.max_scored_tokens, least=1)
+        checks.check_flag("shift", self.shift)
+        checks.check_integer("ignore_index", self.ignore_index)
 
     def pack(self, batch: inputs.Batch, *, stacked: bool) -> Rows:
         """The scored rows."""
@@ -110,7 +110,7 @@ def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, A
         loss_name=loss.spec.name,
     )
     inputs.check_reduction(options["reduction"], options["denominator"], batch.sequences)
-    inputs.check_choice("pairs", options["pairs"], PAIRS)
+    checks.check_choice("pairs", options["pairs"], PAIRS)
     stats = inputs.check_stats(options["stats"])
     run = Run(
         options["shift"],
@@ -170,6 +170,15 @@ def reference_logps(call: Call, ref_logps: Tensor | None) -> Tensor:
     return out
 
 
+def divisor(call: Call, reduction: str, denominator: float | Tensor | None, like: Tensor) -> Tensor:
+    """What the sum of the losses is divided by, 0-d, in the dtype of sums."""
+    if reduction != "mean":
+        return like.new_ones(())
+    if isinstance(denominator, Tensor):
+        return denominator.detach().to(device=like.device, dtype=like.dtype, copy=True)
+    return torch.full_like(like.new_ones(()), call.batch.sequences // 2 if denominator is None else denominator)
+
+
 def to_internal(values_S: Tensor, stacked: bool) -> Tensor:
     """Input order to chosen and rejected alternating."""
     return values_S.view(2, -1).t().reshape(-1) if stacked else values_S
@@ -182,9 +191,7 @@ def to_input(values_S: Tensor, stacked: bool) -> Tensor:
     return torch.cat([values_S[..., 0::2], values_S[..., 1::2]], dim=-1)
 
 
-def output(
-    call: Call, loss: Tensor, policy_S: Tensor, ref_S: Tensor, means: Tensor
-) -> DPOLossOutput:
+def output(call: Call, loss: Tensor, policy_S: Tensor, ref_S: Tensor, means: Tensor) -> DPOLossOutput:
     """The results in the caller's order and dtype."""
     dtype = call.batch.result_dtype
     policy_S, ref_S = policy_S.detach(), ref_S.detach()

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dpo_kernels.kernels.tiled import accumulation_dtype
 from dpo_kernels.kernels.torch_rows import TorchRows
 from dpo_kernels.strategies import chunked
-from dpo_kernels.types import PairLoss, RowKernels, Tile
+from dpo_kernels.types import PairLoss, RowKernels, Tile, accumulation_dtype
 
 MIB = 2**20
 CPU_SCRATCH_BYTES = 256 * MIB
@@ -251,7 +250,8 @@ def _units_streaming(problem: Problem, backend: Backend) -> int:
 def _minimum_scratch(problem: Problem, budget: Budget) -> int:
     """Least ``scratch_bytes`` of which the tile's share holds one row of logits."""
     row, limit = problem.vocab * budget.bytes_per_logit, _workspace_limit(problem.device)
-    return math.ceil(row * 4 / 3) if row <= 3 * limit else row + limit
+    # Least s with s - s // 4 >= row, while a quarter is under the limit.
+    return (row - 1) * 4 // 3 + 1 if row < 3 * limit else row + limit
 
 
 def _groups(problem: Problem, tile: Tile) -> list[chunked.Group] | None:

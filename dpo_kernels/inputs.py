@@ -1,24 +1,21 @@
-"""User tensors to packed rows: check, shift, drop what is not scored.
+"""The door: shapes, dtypes and devices of what users pass, checked once, with the argument named.
 
-The only place that raises about user tensors; behind it every layer may assume what the docstrings of ``types`` say.
-Shapes and dtypes are checked on the way in (``check_batch``), values when the rows are packed (``pack``).
+Behind it (and ``packing``, which looks at values) every layer may assume what the docstrings of ``types`` say.
 """
 
-import math
 import warnings
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_kernels.types import STATS, Head, Rows
+from dpo_kernels.checks import check_choice, check_number
+from dpo_kernels.types import STATS, Head
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 INDEX_DTYPES = (torch.int32, torch.int64)
-NOWHERE = 2**62  # a slot past every capacity
 _warned: set[str] = set()
 
 
@@ -52,7 +49,7 @@ def check_batch(
     *,
     paired: bool,
 ) -> Batch:
-    """Check the policy's tensors and flatten them. Raises as design §6 says."""
+    """Check the policy's tensors and flatten them. ``ValueError`` for shapes, ``TypeError`` for dtypes."""
     _check_float_tensor("hidden", hidden)
     _check_layout(hidden, cu_seqlens)
     head = check_head(hidden, weight, bias, logit_scale, softcap, names=("hidden", "weight", "bias"))
@@ -114,7 +111,8 @@ def check_head(
         _check_float_tensor(bias_name, bias)
         if bias.shape != (weight.shape[0],):
             raise ValueError(
-                f"{bias_name} has shape {_shape(bias)}, expected ({weight.shape[0]},) for {weight_name} {_shape(weight)}"
+                f"{bias_name} has shape {_shape(bias)}, expected ({weight.shape[0]},) for {weight_name} "
+                f"{_shape(weight)}"
             )
         _check_device(bias_name, bias, hidden)
         compute_dtype(hidden, bias, (hidden_name, bias_name))
@@ -174,9 +172,7 @@ def check_reference(
     return _reference_batch(batch, ref_hidden, ref_weight, ref_bias)
 
 
-def _reference_batch(
-    batch: Batch, ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None
-) -> Batch:
+def _reference_batch(batch: Batch, ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None) -> Batch:
     weight, bias, weight_name = ref_weight, ref_bias, "ref_weight"
     if weight is None:
         weight, weight_name = batch.head.weight, "weight (ref_weight=None shares it)"
@@ -195,7 +191,10 @@ def _reference_batch(
         names=("ref_hidden", weight_name, "ref_bias"),
     )
     detached = Head(
-        head.weight.detach(), None if head.bias is None else head.bias.detach(), head.logit_scale, head.softcap
+        head.weight.detach(),
+        None if head.bias is None else head.bias.detach(),
+        head.logit_scale,
+        head.softcap,
     )
     if head.vocab != batch.head.vocab:
         raise ValueError(
@@ -238,27 +237,18 @@ def check_logps(
     reference_free: bool,
     needs_reference: bool,
     loss_name: str,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Check the (chosen, rejected) tensors of ``dpo_loss``; what is missing is filled in: reference 0, tokens 1."""
     chosen = policy[0]
-    names = ("policy_{}_logps", "ref_{}_logps", "{}_tokens")
-    for name, pair in zip(names, (policy, reference, tokens), strict=True):
-        for side, tensor in zip(("chosen", "rejected"), pair, strict=True):
-            if tensor is None and pair is not policy:
-                continue
-            argument = name.format(side)
-            _check_tensor(argument, tensor)
-            if pair is not tokens and not tensor.is_floating_point():
-                raise TypeError(f"{argument} must be floating point, got {tensor.dtype}")
-            if tensor.dim() != 1 or tensor.shape != chosen.shape:
-                raise ValueError(
-                    f"{argument} has shape {_shape(tensor)}, expected (P,) as policy_chosen_logps {_shape(chosen)}"
-                )
-            if tensor.device != chosen.device:
-                raise ValueError(f"{argument} is on {tensor.device} but policy_chosen_logps is on {chosen.device}")
+    for side, own, ref, count in zip(("chosen", "rejected"), policy, reference, tokens, strict=True):
+        _check_by_pair(f"policy_{side}_logps", own, chosen)
+        if ref is not None:
+            _check_by_pair(f"ref_{side}_logps", ref, chosen)
+        if count is not None:
+            _check_by_pair(f"{side}_tokens", count, chosen, floating=False)
     given = any(tensor is not None for tensor in reference)
     if given and reference_free:
-        raise ValueError("reference_free=True and ref_chosen_logps exclude each other")
+        raise ValueError("reference_free=True and ref_chosen_logps exclude each other; pass None for the reference")
     if given and not needs_reference:
         raise ValueError(f"ref_chosen_logps is given, but the loss {loss_name!r} has no reference; pass None")
     if needs_reference and not reference_free and any(tensor is None for tensor in reference):
@@ -267,9 +257,18 @@ def check_logps(
             "or say reference_free=True"
         )
     zero, one = torch.zeros_like(chosen), torch.ones_like(chosen)
-    reference = tuple(zero if t is None else t.detach() for t in reference)
-    tokens = tuple(one if t is None else t.to(chosen.dtype) for t in tokens)
-    return policy, reference, tokens
+    filled = tuple(zero if t is None else t.detach() for t in reference)
+    return policy, filled, tuple(one if t is None else t.to(chosen.dtype) for t in tokens)
+
+
+def _check_by_pair(name: str, tensor: Any, like: Tensor, *, floating: bool = True) -> None:
+    _check_tensor(name, tensor)
+    if floating and not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.dim() != 1 or tensor.shape != like.shape:
+        raise ValueError(f"{name} has shape {_shape(tensor)}, expected (P,) as policy_chosen_logps {_shape(like)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device} but policy_chosen_logps is on {like.device}: move one of them")
 
 
 def check_stats(stats: Any) -> tuple[str, ...]:
@@ -279,43 +278,6 @@ def check_stats(stats: Any) -> tuple[str, ...]:
     for name in stats:
         check_choice("stats", name, STATS)
     return tuple(name for name in STATS if name in stats)
-
-
-def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Raise unless ``value`` is one of the ``known`` names."""
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise unless ``value`` is None or an integer of at least ``least``."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an integer or None, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-
-
-def check_integer(name: str, value: Any) -> None:
-    """Raise unless ``value`` is an integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-
-
-def check_number(name: str, value: Any) -> float:
-    """``value`` as a finite float."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced with a symbolic float
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str]) -> torch.dtype:
@@ -328,111 +290,6 @@ def compute_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str]) -> tor
             f"{names[0]} is {hidden.dtype} but {names[1]} is {weight.dtype}: cast one of them, or use autocast"
         )
     return hidden.dtype
-
-
-# --- packing ----------------------------------------------------------------------------------------------------------
-
-
-def pack(
-    labels_R: Tensor,
-    cu_seqlens: Tensor,
-    token_weights_R: Tensor | None,
-    vocab: int,
-    ignore_index: int,
-    shift: bool,
-    stacked: bool,
-    width: int,
-    capacity: int | None,
-    static: bool,
-) -> Rows:
-    """Pack the scored rows, sequence by sequence: chosen and rejected of a pair side by side.
-
-    ``capacity`` None allocates exactly what is scored, which needs the counts on the host: the one sync of a call.
-    ``static`` avoids that sync too; more scored rows than ``capacity`` then poison the result. Values are checked
-    here: on the CPU a bad label is a ``ValueError``; on other devices, where reading it would be a sync, NaN poison.
-    """
-    device, sequences = labels_R.device, cu_seqlens.shape[0] - 1
-    rows = labels_R.shape[0]
-    if device.type == "cpu" or not static:
-        _check_cu_seqlens(cu_seqlens, rows)
-    targets_R, position = labels_R, torch.arange(rows, device=device)
-    sequence_R = torch.bucketize(position, cu_seqlens[1:], right=True)
-    in_range = sequence_R < sequences
-    sequence_R = sequence_R.clamp(max=max(sequences - 1, 0))
-    if shift:
-        # hidden[t] predicts labels[t + 1]; a sequence's last row predicts nothing.
-        targets_R = torch.cat([labels_R[1:], labels_R.new_full((min(rows, 1),), ignore_index)])
-        in_range &= position + 1 < cu_seqlens[1:].index_select(0, sequence_R) if sequences else in_range
-    scored_R = (targets_R != ignore_index) & in_range
-    bad_R = scored_R & ((targets_R < 0) | (targets_R >= vocab))
-    if device.type == "cpu" and bool(bad_R.any()):
-        _raise_bad_label(targets_R, bad_R, vocab, ignore_index, shift, width)
-    order_S = _internal_order(sequences, stacked, device)
-    slot_R, counts_S = _slots(scored_R, sequence_R, cu_seqlens, order_S)
-    if static:
-        counts_host = torch.full((sequences,), -1, dtype=torch.int64)
-    else:
-        counts_host = counts_S.to("cpu", copy=True)
-        if capacity is None:
-            capacity = int(counts_host.sum())
-    assert capacity is not None, "a static packing has a capacity"
-    overflow = counts_S.sum() > capacity
-    slot_R = slot_R.clamp(max=capacity)
-    # One slot more than the capacity takes everything that is not scored; it is cut off again.
-    index = torch.zeros(capacity + 1, dtype=torch.int64, device=device).scatter_(0, slot_R, position)[:capacity]
-    segments = _segments(counts_S, capacity)
-    unused = torch.arange(capacity, device=device) >= counts_S.sum()
-    labels_N = targets_R.index_select(0, index).to(torch.int64) if rows else index
-    labels_N = labels_N.clamp(0, vocab - 1).masked_fill(unused, 0)
-    weights = None
-    if token_weights_R is not None:
-        shifted = torch.cat([token_weights_R[1:], token_weights_R[:1]]) if shift else token_weights_R
-        weights = shifted.index_select(0, index) if rows else shifted.new_zeros(capacity)
-        weights = weights.to(torch.float64 if weights.dtype == torch.float64 else torch.float32)
-        weights = weights.masked_fill(unused, 0.0)
-    elif static:
-        weights = (~unused).to(torch.float32)  # no coefficient may reach a row that stands for nothing
-    poisoned = bad_R.any() | overflow | (cu_seqlens[0] != 0) | (cu_seqlens[-1] != rows) | (cu_seqlens.diff() < 0).any()
-    zero = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    return Rows(
-        index=index.clone(),
-        labels=labels_N,
-        weights=weights,
-        segments=segments,
-        slot=slot_R,
-        counts=counts_S,
-        counts_host=counts_host,
-        poison=torch.where(poisoned, zero + math.nan, zero),
-    )
-
-
-def _internal_order(sequences: int, stacked: bool, device: torch.device) -> Tensor:
-    """Input sequence at each internal place: chosen and rejected of a pair alternate inside."""
-    order_S = torch.arange(sequences, device=device)
-    return order_S.view(2, -1).t().reshape(-1) if stacked else order_S
-
-
-def _slots(scored_R: Tensor, sequence_R: Tensor, cu_seqlens: Tensor, order_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Place of each row among the packed ones (a number past every place where not scored), and counts ``(S,)``."""
-    rows, sequences = scored_R.shape[0], order_S.shape[0]
-    before = torch.cat([scored_R.new_zeros(1, dtype=torch.int64), scored_R.cumsum(0)])  # scored rows before each row
-    bounds = cu_seqlens.clamp(0, rows)
-    before_S = before.index_select(0, bounds)
-    by_input_S = before_S.diff()
-    counts_S = by_input_S.index_select(0, order_S)
-    starts_S = torch.zeros_like(counts_S).scatter_(0, order_S, counts_S.cumsum(0) - counts_S)
-    if rows == 0 or sequences == 0:
-        return torch.full((rows,), NOWHERE, dtype=torch.int64, device=scored_R.device), counts_S
-    rank_R = before[:-1] - before_S.index_select(0, sequence_R)
-    slot_R = starts_S.index_select(0, sequence_R) + rank_R
-    return torch.where(scored_R, slot_R, torch.full_like(slot_R, NOWHERE)), counts_S
-
-
-def _segments(counts_S: Tensor, capacity: int) -> Tensor:
-    """Sequence of each packed row."""
-    place = torch.arange(capacity, device=counts_S.device)
-    segments = torch.bucketize(place, counts_S.cumsum(0), right=True)
-    return segments.clamp(max=max(counts_S.shape[0] - 1, 0))
 
 
 # --- the single checks ------------------------------------------------------------------------------------------------
@@ -487,27 +344,6 @@ def _check_labels(labels: Any, hidden: Tensor) -> None:
 def _check_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
     if tensor is not None and tensor.device != hidden.device:
         raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}: move one of them")
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> None:
-    values = cu_seqlens.tolist()
-    if values[0] != 0 or values[-1] != rows or any(b < a for a, b in zip(values, values[1:], strict=False)):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to N = {rows} (rows of hidden) without falling, got {values[:8]}"
-            f"{'...' if len(values) > 8 else ''}"
-        )
-
-
-def _raise_bad_label(
-    targets_R: Tensor, bad_R: Tensor, vocab: int, ignore_index: int, shift: bool, width: int
-) -> None:
-    row = int(bad_R.nonzero()[0])
-    at = row + int(shift)
-    where = f"{at // width}, {at % width}" if width else f"{at}"
-    raise ValueError(
-        f"labels[{where}] = {int(targets_R[row])} is outside [0, {vocab}) (weight has {vocab} rows) and is not "
-        f"ignore_index = {ignore_index}"
-    )
 
 
 def _warn_once(message: str) -> None:

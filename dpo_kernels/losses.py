@@ -6,17 +6,16 @@ row in the README's table.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_kernels.checks import check_number
 from dpo_kernels.types import LossInputs
 
 LossFunction = Callable[..., Tensor]
@@ -131,7 +130,13 @@ class BoundLoss:
         tokens_S = counts_S.to(policy_S.dtype)
         return self.evaluate(
             LossInputs(
-                policy_S[0::2], policy_S[1::2], ref_S[0::2], ref_S[1::2], tokens_S[0::2], tokens_S[1::2], self.beta
+                policy_S[0::2],
+                policy_S[1::2],
+                ref_S[0::2],
+                ref_S[1::2],
+                tokens_S[0::2],
+                tokens_S[1::2],
+                self.beta,
             )
         )
 
@@ -166,11 +171,11 @@ def bind(loss_type: str | LossFunction, beta: float, label_smoothing: float, opt
     for a wrong type.
     """
     spec = _find(loss_type)
-    beta = _finite("beta", beta)
+    beta = check_number("beta", beta)
     if beta < 0 or (spec.beta_positive and beta == 0):
         raise ValueError(f"beta must be {'> 0 for ' + spec.name if spec.beta_positive else '>= 0'}, got {beta}")
     given = dict(options)
-    label_smoothing = _finite("label_smoothing", label_smoothing)
+    label_smoothing = check_number("label_smoothing", label_smoothing)
     if "label_smoothing" in spec.options or label_smoothing != 0.0:
         given["label_smoothing"] = label_smoothing
     for name, value in given.items():
@@ -179,7 +184,7 @@ def bind(loss_type: str | LossFunction, beta: float, label_smoothing: float, opt
             raise ValueError(f"{name} is not an option of the loss {spec.name!r}; it has: {known}")
         if name in spec.limits:
             low, high = spec.limits[name]
-            if not low <= _finite(name, value) <= high:
+            if not low <= check_number(name, value) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}] for {spec.name!r}, got {value}")
     return BoundLoss(spec, beta, tuple((spec.defaults | given).items()))
 
@@ -202,15 +207,6 @@ def _find(loss_type: str | LossFunction) -> LossSpec:
     raise TypeError(f"loss_type must be a name or a callable, got {type(loss_type).__name__}")
 
 
-def _finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    value = float(value)
-    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced with a symbolic float
-        raise ValueError(f"{name} must be finite, got {value}")
-    return value
-
-
 def _refuse_foreign_leaves(losses_P: Tensor, leaf_S: Tensor, name: str) -> None:
     """A separable loss is differentiated inside the fused pass, by log-probs alone: it can train nothing else."""
     seen: set[Any] = set()
@@ -229,7 +225,13 @@ def _refuse_foreign_leaves(losses_P: Tensor, leaf_S: Tensor, name: str) -> None:
         todo.extend(parent for parent, _ in node.next_functions)
 
 
-_AUTOGRAD_KEYS = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "AutogradCPU", "AutogradCUDA")
+_AUTOGRAD_KEYS = (
+    "AutogradFunctionality",
+    "AutogradOther",
+    "AutogradNestedTensor",
+    "AutogradCPU",
+    "AutogradCUDA",
+)
 
 
 @contextmanager

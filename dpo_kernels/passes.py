@@ -7,14 +7,15 @@ asked for.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_kernels import dispatch, inputs, losses
+from dpo_kernels import dispatch, losses, packing
 from dpo_kernels.sequence import spread
 from dpo_kernels.strategies import chunked, recompute, streaming
-from dpo_kernels.types import Head, RowKernels, RowResult, Rows, Tile
+from dpo_kernels.types import Head, RowKernels, RowResult, Rows, Tile, accumulation_dtype
 
 COPY_BLOCK_BYTES = 16 * 2**20
 
@@ -31,7 +32,8 @@ def pack(
     capacity: int,
     static: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = inputs.pack(
+    """``packing.pack`` with a tensor for everything; ``capacity`` -1 takes what is scored."""
+    rows = packing.pack(
         labels,
         cu_seqlens,
         token_weights,
@@ -44,7 +46,16 @@ def pack(
         static,
     )
     weights = rows.poison.new_zeros(0) if rows.weights is None else rows.weights
-    return rows.index, rows.labels, weights, rows.segments, rows.slot, rows.counts, rows.counts_host, rows.poison
+    return (
+        rows.index,
+        rows.labels,
+        weights,
+        rows.segments,
+        rows.slot,
+        rows.counts,
+        rows.counts_host,
+        rows.poison,
+    )
 
 
 def pair_loss(
@@ -60,6 +71,7 @@ def pair_loss(
     counts_host: Tensor,
     poison: Tensor,
     ref: Tensor,
+    denominator: Tensor,
     loss: str,
     beta: float,
     loss_values: Sequence[float],
@@ -74,6 +86,7 @@ def pair_loss(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fused pass: total (), losses (P,), log-probs (S,), statistics (k, S), and gradients of the total."""
     rows = Rows(index, labels, weights, segments, slot, counts, counts_host, poison)
     bound = losses.rebind(loss, beta, loss_values) if isinstance(loss, str) else loss
     names = _names(stats)
@@ -81,9 +94,9 @@ def pair_loss(
         head = _operand_head(weight, bias, logit_scale, softcap, dtype)
         kernels, tile = _kernels_and_tile(rows, head, dtype, strategy, backend, scratch_bytes, hidden.device)
         need = (need_hidden, need_weight, need_bias)
-        done = chunked.pair_gradients(kernels, hidden, head, rows, ref, bound, tile.rows, need, names)
+        done = chunked.pair_gradients(kernels, hidden, head, rows, ref, bound, denominator, tile.rows, need, names)
         means = _sequence_means(kernels, done.stats, names, rows)
-    nothing = done.losses.new_zeros(0)
+    nothing = torch.empty(0, dtype=accumulation_dtype(dtype), device=hidden.device)
     grads = [nothing.clone() if g is None else g for g in (done.hidden, done.weight, done.bias)]
     return done.total, done.losses, done.logps, means, grads[0], grads[1], grads[2]
 
@@ -102,12 +115,27 @@ def scale(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kept gradients times the upstream, in the dtypes of the parameters; empty where not needed."""
-    factor = grad_total.to(dx.dtype if need_hidden else dw.dtype if need_weight else db.dtype)
+    factor = grad_total.to(dx.dtype)
     return (
         _to_input_rows(dx, slot, factor, hidden_dtype) if need_hidden else dx.new_zeros(0),
         _scaled_copy(dw, factor, weight_dtype) if need_weight else dx.new_zeros(0),
         _scaled_copy(db, factor, bias_dtype) if need_bias else dx.new_zeros(0),
     )
+
+
+def scale_last(
+    grad_total: Tensor, dx: Tensor, dw: Tensor, db: Tensor, slot: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``scale``, where nothing will read the kept gradients again: times 1 they are handed over, not copied.
+
+    Writing a copy of a head's gradient costs as much as a good part of its GEMM on a CPU. Elsewhere looking at the
+    upstream would be a sync.
+    """
+    hidden_dtype, weight_dtype, bias_dtype, need_hidden, need_weight, need_bias = options
+    give = need_weight and grad_total.device.type == "cpu" and dw.dtype == weight_dtype and float(grad_total) == 1.0
+    dtypes = (hidden_dtype, weight_dtype, bias_dtype)
+    grads = scale(grad_total, dx, dw, db, slot, *dtypes, need_hidden, need_weight and not give, need_bias)
+    return (grads[0], dw, grads[2]) if give else grads
 
 
 def logps(
@@ -135,6 +163,7 @@ def logps(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs by sequence (S,) or label (R,), statistics (k, S), and what the backward pass needs."""
     rows = Rows(index, labels, weights, segments, slot, counts, counts_host, poison)
     names = _names(stats)
     direction: Tensor | None = None
@@ -187,6 +216,7 @@ def logps_grad(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (hidden, weight, bias) of ``logps`` from its upstream; empty where not needed."""
     rows = Rows(index, labels, weights, segments, slot, counts, counts_host, poison)
     need = (need_hidden, need_weight, need_bias)
     nothing = direction.new_zeros(0)
@@ -195,7 +225,8 @@ def logps_grad(
         if keeps_direction(strategy, need):
             scale = torch.cat([-grad_N, grad_N.new_zeros(1)]).to(direction.dtype)
             return _to_input_rows(direction, slot, scale, hidden_dtype), nothing, nothing.clone()
-        assert hidden is not None and weight is not None, "kept unless the direction is"
+        assert hidden is not None, "kept unless the direction is"
+        assert weight is not None, "kept with hidden"
         head = _operand_head(weight, bias, logit_scale, softcap, dtype)
         kernels, tile = _kernels_and_tile(rows, head, dtype, strategy, backend, scratch_bytes, hidden.device)
         run = streaming.backward if strategy == "streaming" else recompute.backward
@@ -224,7 +255,13 @@ def _operand_head(
 
 
 def _kernels_and_tile(
-    rows: Rows, head: Head, dtype: torch.dtype, strategy: str, backend: str, scratch_bytes: int, device: torch.device
+    rows: Rows,
+    head: Head,
+    dtype: torch.dtype,
+    strategy: str,
+    backend: str,
+    scratch_bytes: int,
+    device: torch.device,
 ) -> tuple[RowKernels, Tile]:
     budget = dispatch.budget_of(scratch_bytes, backend, dtype, device)
     kernels = dispatch.BACKENDS[backend].make(dtype, budget.workspace_bytes)

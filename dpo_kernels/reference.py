@@ -9,8 +9,9 @@ Rafailov et al., arXiv 2305.18290, eq. 7, with s a sequence's summed log-prob::
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,10 +57,10 @@ def sequence_logps_reference(
     *,
     cu_seqlens: Tensor | None = None,
     token_weights: Tensor | None = None,
-    **options: object,
+    **options: Any,
 ) -> Tensor:
     """Sums ``(S,)`` of the token log-probs, weighted by ``token_weights``."""
-    logps = token_logps_reference(hidden, weight, labels, cu_seqlens=cu_seqlens, **options)  # type: ignore[arg-type]
+    logps = token_logps_reference(hidden, weight, labels, cu_seqlens=cu_seqlens, **options)
     if token_weights is not None:
         logps = logps * token_weights.detach().to(logps.dtype)
     return _sums(logps, cu_seqlens)
@@ -94,11 +95,9 @@ def dpo_loss_reference(
 
     Any floating dtype; differentiable as often as torch is. Arguments are taken to be right.
     """
-    layout = {"cu_seqlens": cu_seqlens, "shift": shift, "ignore_index": ignore_index}
-    cap = {"logit_scale": logit_scale, "softcap": softcap}
-    policy = sequence_logps_reference(
-        hidden, weight, labels, bias=bias, token_weights=token_weights, **layout, **cap
-    )
+    layout: dict[str, Any] = {"cu_seqlens": cu_seqlens, "shift": shift, "ignore_index": ignore_index}
+    cap: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap}
+    policy = sequence_logps_reference(hidden, weight, labels, bias=bias, token_weights=token_weights, **layout, **cap)
     if ref_hidden is not None:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
@@ -179,17 +178,17 @@ def _stats(
     labels: Tensor,
     bias: Tensor | None,
     names: tuple[str, ...],
-    layout: dict[str, object],
-    cap: dict[str, object],
+    layout: dict[str, Any],
+    cap: dict[str, Any],
 ) -> dict[str, Tensor]:
     """Means over scored tokens, ``(S,)``, by input sequence."""
     if not names:
         return {}
     cu_seqlens, shift, ignore_index = layout.values()
-    hidden, targets, places = _align(hidden, labels, cu_seqlens, shift, ignore_index)  # type: ignore[arg-type]
+    hidden, targets, places = _align(hidden, labels, cu_seqlens, shift, ignore_index)
     keep = targets != ignore_index
     with torch.no_grad():
-        logits = _logits(hidden[keep], weight, bias, **cap)  # type: ignore[arg-type]
+        logits = _logits(hidden[keep], weight, bias, **cap)
         logp = logits.log_softmax(-1)
         token = {
             "entropy": -torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1),
@@ -198,13 +197,11 @@ def _stats(
         }
         one = torch.ones_like(token["top1"])
         full = {name: one.new_zeros(labels.numel()).index_put((places[keep],), v) for name, v in token.items()}
-        count = _sums(one.new_zeros(labels.numel()).index_put((places[keep],), one).view(labels.shape), cu_seqlens)  # type: ignore[arg-type]
-        return {name: _sums(full[name].view(labels.shape), cu_seqlens) / count.clamp(min=1) for name in names}  # type: ignore[arg-type]
+        count = _sums(one.new_zeros(labels.numel()).index_put((places[keep],), one).view(labels.shape), cu_seqlens)
+        return {name: _sums(full[name].view(labels.shape), cu_seqlens) / count.clamp(min=1) for name in names}
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
-) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
     """Final logits of rows, at least float32."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -222,7 +219,7 @@ def _align(
     places = torch.arange(flat.numel(), device=labels.device)
     if not shift:
         return rows, flat, places
-    pieces = [(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b - a > 1]
+    pieces = [(a, b) for a, b in pairwise(bounds) if b - a > 1]
     if not pieces:
         return rows[:0], flat[:0], places[:0]
     return (
@@ -236,7 +233,7 @@ def _sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return values.sum(-1)
     bounds = cu_seqlens.tolist()
-    return torch.stack([values[a:b].sum() for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    return torch.stack([values[a:b].sum() for a, b in pairwise(bounds)])
 
 
 def _split(values: Tensor, pairs: str) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,11 @@ from torch import Tensor
 STATS = ("entropy", "mean_logits", "top1")
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of logits tiles, reductions and gradients in flight."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class DPOLossOutput(NamedTuple):
     """What ``fused_dpo_loss`` returns; every field but ``loss`` is detached.
 
@@ -122,6 +127,7 @@ class RowState:
     entropy: Tensor | None = None  # (C,) -sum of exp(z - max) * (z - max)
     logit_sum: Tensor | None = None  # (C,)
     argmax: Tensor | None = None  # (C,) int64, first column of the largest logit
+    exponentiated: bool = False  # the tile that was reduced last now holds exp(z - max)
 
 
 @dataclass(frozen=True)
@@ -145,9 +151,13 @@ class Tile:
 class PairLoss(Protocol):
     """A loss bound to its options, as strategies see it."""
 
-    difference: str | None
-    """"sum" or "mean" if the loss depends on log-probs only through chosen minus rejected sums or averages,
-    so that one coefficient serves a pair; None if the two sides have coefficients of their own."""
+    @property
+    def difference(self) -> str | None:
+        """Whether one coefficient serves a pair.
+
+        "sum" or "mean" if the loss depends on log-probs only through chosen minus rejected sums or averages; None if
+        the two sides have coefficients of their own.
+        """
 
     def value_and_grad(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> tuple[Tensor, Tensor]:
         """Losses ``(P,)`` and their derivative by the policy's sequence log-probs ``(S,)``."""
@@ -172,14 +182,24 @@ class RowKernels(Protocol):
     def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
         """Write the final logits of ``x_CH`` for the tile's columns into ``tile``."""
 
-    def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int) -> None:
-        """Fold the tile into the state: log-sum-exp, target gather, statistics."""
+    def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
+        """Fold the tile into the state: log-sum-exp, target gather, statistics.
+
+        Without ``keep_logits`` a tile of whole rows may be left holding ``exp(z - max)``; the state then says so.
+        """
 
     def finish(self, state: RowState, labels_C: Tensor, vocab: int) -> RowResult:
         """Log-probs and statistics of the rows once every column was folded in."""
 
     def dlogits_(
-        self, tile: Tensor, labels_C: Tensor, start: int, max_C: Tensor, sumexp_C: Tensor, head: Head
+        self,
+        tile: Tensor,
+        labels_C: Tensor,
+        start: int,
+        max_C: Tensor,
+        sumexp_C: Tensor,
+        head: Head,
+        exponentiated: bool = False,
     ) -> None:
         """Overwrite logits by ``sumexp * (softmax - onehot)``, times the softcap's derivative."""
 
@@ -198,15 +218,19 @@ class RowKernels(Protocol):
         """Weighted sums ``(S,)`` in float64 of consecutive runs of ``counts_S`` values, in a fixed order."""
 
     def tail(
-        self, logp_N: Tensor, weights_N: Tensor | None, counts_S: Tensor, ref_S: Tensor, poison: Tensor, loss: PairLoss
+        self,
+        logp_N: Tensor,
+        weights_N: Tensor | None,
+        counts_S: Tensor,
+        ref_S: Tensor,
+        poison: Tensor,
+        loss: PairLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sequence log-probs ``(S,)``, losses ``(P,)`` and the derivative of their sum by the former, ``(S,)``."""
 
     # --- all rows, one tile at a time ---
 
-    def linear_logprob(
-        self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
-    ) -> RowResult:
+    def linear_logprob(self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]) -> RowResult:
         """Log-probs of all rows: one GEMM unit."""
 
     def linear_direction(

@@ -1,8 +1,8 @@
 """The arrows of the package (docs/design.md): who may import whom, read from the source with ``ast``.
 
-``violations(root)`` reads ``root/dpo_kernels`` and ``root/csrc`` and imports nothing. It sees every import statement,
-wherever it stands (functions and ``if TYPE_CHECKING`` included: a type is knowledge too), ``import_module`` and
-``__import__``, and ``torch.distributed`` where it is reached as an attribute.
+``violations(root)`` reads ``root/dpo_kernels`` and ``root/csrc`` and imports nothing. It sees every import
+statement, wherever it stands (functions and ``if TYPE_CHECKING`` included: a type is knowledge too),
+``import_module`` and ``__import__``, and ``torch.distributed`` where it is reached as an attribute.
 """
 
 import ast
@@ -19,11 +19,15 @@ MAY_IMPORT = {
     "public": {"api", "dispatch", "losses", "reference", "types"},
     "integrations": {"public", "distributed", "api", "losses", "types"},
     "distributed": {"api", "autograd", "dispatch", "inputs", "losses", "sequence", "strategies", "types"},
-    "api": {"autograd", "dispatch", "inputs", "losses", "sequence", "types"},
-    "autograd": {"dispatch", "inputs", "losses", "sequence", "strategies", "types"},
+    "api": {"autograd", "calls", "checks", "dispatch", "inputs", "losses", "types"},
+    "calls": {"autograd", "checks", "dispatch", "inputs", "losses", "sequence", "types"},
+    "autograd": {"dispatch", "inputs", "losses", "passes", "sequence", "types"},
+    "passes": {"dispatch", "losses", "packing", "sequence", "strategies", "types"},
     "dispatch": {"kernels", "strategies", "types"},
-    "inputs": {"types"},
-    "losses": {"types"},
+    "inputs": {"checks", "types"},
+    "packing": {"sequence", "types"},
+    "losses": {"checks", "types"},
+    "checks": set(),
     "strategies": {"sequence", "types"},
     "kernels": {"sequence", "types"},
     "sequence": {"types"},
@@ -77,6 +81,7 @@ class Import(NamedTuple):
 
 def violations(root: Path) -> list[Violation]:
     """Every broken arrow under ``root``, by file and line. Raises where there is no package to read."""
+    root = root.resolve()
     files = {_module_name(path.relative_to(root)): path for path in sorted((root / PACKAGE).rglob("*.py"))}
     if PACKAGE not in files:
         raise FileNotFoundError(f"no {PACKAGE}/__init__.py under {root}")
@@ -104,7 +109,7 @@ def _within(module: str, prefix: str) -> bool:
     return module == prefix or module.startswith(prefix + ".")
 
 
-# --- the rules --------------------------------------------------------------------------------------------------------
+# --- the rules ----------------------------------------------------------------------------------------------
 
 
 def _broken_rules(name: str, layer: str, imported: Import) -> Iterator[str]:
@@ -139,7 +144,7 @@ def _broken_third_party(name: str, layer: str, target: str) -> Iterator[str]:
             yield f"{module} must not be imported outside {home.replace('.', '/')} (here: {target})"
 
 
-# --- reading Python ---------------------------------------------------------------------------------------------------
+# --- reading Python -----------------------------------------------------------------------------------------
 
 
 def _module_name(relative: Path) -> str:
@@ -162,13 +167,13 @@ def _aliases(tree: ast.AST) -> dict[str, str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                aliases[alias.asname or alias.name.split(".")[0]] = (
-                    alias.name if alias.asname else alias.name.split(".")[0]
-                )
+                bound = alias.name if alias.asname else alias.name.split(".")[0]
+                aliases[alias.asname or bound] = bound
         elif isinstance(node, ast.ImportFrom) and not node.level:
             for alias in node.names:
                 aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-    return {name: full for name, full in aliases.items() if full.split(".")[0] in ("torch", "importlib", "__import__")}
+    roots = ("torch", "importlib", "__import__")
+    return {name: full for name, full in aliases.items() if full.split(".")[0] in roots}
 
 
 class _Reader(ast.NodeVisitor):
@@ -200,7 +205,7 @@ class _Reader(ast.NodeVisitor):
             self.add(node, self.from_name(base, alias.name))
 
     def from_name(self, base: str, name: str) -> str:
-        """``from base import name``: a module of ours or of torch is the target itself, anything else its home."""
+        """``from base import name``: the name itself if it is a module with rules, else where it is from."""
         full = f"{base}.{name}"
         compiled = base == PACKAGE and name.startswith("_C")
         return full if full in self.known or full in ONLY_IN or compiled else base
@@ -267,7 +272,7 @@ class _Reader(ast.NodeVisitor):
         self.lazy = outer
 
 
-# --- reading CUDA headers ---------------------------------------------------------------------------------------------
+# --- reading CUDA headers -----------------------------------------------------------------------------------
 
 
 def _header_violations(root: Path) -> list[Violation]:
@@ -280,8 +285,11 @@ def _header_violations(root: Path) -> list[Violation]:
     return found
 
 
-def _torch_headers(path: Path, csrc: Path, seen: frozenset[Path]) -> Iterator[tuple[int, str, tuple[Path, ...]]]:
-    """(line in ``path``, torch header, files of ours it comes through) for each torch header that ``path`` reaches."""
+Reached = tuple[int, str, tuple[Path, ...]]
+
+
+def _torch_headers(path: Path, csrc: Path, seen: frozenset[Path]) -> Iterator[Reached]:
+    """Each torch header that ``path`` reaches: (line in ``path``, header, files of ours in between)."""
     text = path.read_text(encoding="utf-8")
     text = re.sub(r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), text, flags=re.DOTALL)
     for match in INCLUDE.finditer(text):
@@ -289,9 +297,8 @@ def _torch_headers(path: Path, csrc: Path, seen: frozenset[Path]) -> Iterator[tu
         name = match["name"]
         if name.split("/")[0] in TORCH_HEADERS:
             yield line, name, ()
-        for ours in (path.parent / name, csrc / name):
-            if ours.is_file() and ours.resolve() not in {step.resolve() for step in seen}:
-                inside = ours.resolve().relative_to(csrc.resolve())
-                for _, header, through in _torch_headers(csrc / inside, csrc, seen | {ours}):
-                    yield line, header, (csrc / inside, *through)
-                break
+        ours = next((file for file in (path.parent / name, csrc / name) if file.is_file()), None)
+        if ours is not None and ours.resolve() not in seen:
+            inside = ours.resolve()
+            for _, header, through in _torch_headers(inside, csrc, seen | {inside}):
+                yield line, header, (inside, *through)

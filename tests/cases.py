@@ -89,7 +89,12 @@ class Case:
 
     def keywords(self) -> dict[str, Any]:
         """Options of the call."""
-        base = {"pairs": self.pairs, "shift": self.shift, "beta": 0.3, "reference_free": self.reference == "free"}
+        base = {
+            "pairs": self.pairs,
+            "shift": self.shift,
+            "beta": 0.3,
+            "reference_free": self.reference == "free",
+        }
         return base | self.options
 
     def but(self, **changes: Any) -> "Case":

@@ -7,7 +7,7 @@ from hypothesis import settings
 # Tests run side by side, and several threads each would only wait for one another.
 torch.set_num_threads(1)
 
-# The same examples every time, and no deadline: how long one takes says more about the machine than about the code.
+# The same examples every time; no deadline, because how long one takes says more about the machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 

@@ -27,7 +27,10 @@ def coupled(x):
 
 def one_sided(x):
     """Has different coefficients on the two sides."""
-    chosen, rejected = x.policy_chosen_logps - x.ref_chosen_logps, x.policy_rejected_logps - x.ref_rejected_logps
+    chosen, rejected = (
+        x.policy_chosen_logps - x.ref_chosen_logps,
+        x.policy_rejected_logps - x.ref_rejected_logps,
+    )
     return -torch.nn.functional.logsigmoid(x.beta * chosen) + 0.25 * (x.beta * rejected).square()
 
 
@@ -57,7 +60,13 @@ def test_equivalence(layout, dtype, strategy, backend):
     for reference, frozen, extras in itertools.product(REFERENCES, (False, True), (False, True)):
         options = {"softcap": 12.0, "logit_scale": 0.7, "stats": ("entropy", "mean_logits", "top1")} if extras else {}
         case = Case(
-            dtype, reference=reference, frozen=frozen, bias=extras, weights=extras, options=options, **LAYOUTS[layout]
+            dtype,
+            reference=reference,
+            frozen=frozen,
+            bias=extras,
+            weights=extras,
+            options=options,
+            **LAYOUTS[layout],
         )
         broken[reference, frozen, extras] = broken_rules(case, strategy, backend)
     assert not {key: value for key, value in broken.items() if value}

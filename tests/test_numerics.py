@@ -192,9 +192,9 @@ def test_float16_logits_beyond_its_range(strategy):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_a_bad_token_poisons_instead_of_passing(monkeypatch, frozen, strategy):
     """Where looking at labels would be a sync they are not looked at: loss and gradients become NaN, not a number."""
-    from dpo_kernels import inputs as door
+    from dpo_kernels import packing
 
-    monkeypatch.setattr(door, "_raise_bad_label", lambda *args: None)
+    monkeypatch.setattr(packing, "_raise_bad_label", lambda *args: None)
     for loss_type in ("sigmoid", "hinge", "ipo"):
         inputs = extreme()
         inputs["weight"].requires_grad_(not frozen)

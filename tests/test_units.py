@@ -1,4 +1,4 @@
-"""What a call costs: GEMM FLOPs as counted by torch, allocations as seen by the dispatcher, memory as the system says."""
+"""What a call costs: GEMM FLOPs as torch counts them, allocations as the dispatcher sees them, resident memory."""
 
 import itertools
 import json
@@ -157,7 +157,8 @@ N, H, V = 2 * pairs * length, 512, 49152
 hidden = torch.randn(2 * pairs, length, H).requires_grad_()
 weight = torch.randn(V, H).mul_(0.05).requires_grad_()
 labels = torch.randint(0, V, (2 * pairs, length))
-small = dk.fused_dpo_loss(hidden[:, :1], weight[:64], labels[:, :1] % 64, reference_free=True)  # loads what is loaded once
+# What is loaded once is loaded here.
+small = dk.fused_dpo_loss(hidden[:, :1], weight[:64], labels[:, :1] % 64, reference_free=True)
 small.loss.backward()
 hidden.grad = weight.grad = None
 

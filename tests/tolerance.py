@@ -29,7 +29,14 @@ def relative_l2(value: Tensor, oracle: Tensor) -> float:
 
 
 def violations(
-    name: str, got: Tensor, oracle: Tensor, plain: Tensor, dtype: torch.dtype, *, gradient: bool, saturated: bool = False
+    name: str,
+    got: Tensor,
+    oracle: Tensor,
+    plain: Tensor,
+    dtype: torch.dtype,
+    *,
+    gradient: bool,
+    saturated: bool = False,
 ) -> list[str]:
     """What of the rule ``got`` breaks; ``dtype`` is that of the operands, ``oracle`` the float64 truth."""
     if got.shape != oracle.shape:

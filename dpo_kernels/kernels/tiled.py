@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.sequence import segment_sum
-from dpo_kernels.types import Head, PairLoss, RowKernels, RowResult, Rows, Tile
+from dpo_kernels.types import Head, PairLoss, RowKernels, RowResult, Rows, Tile, accumulation_dtype
 
 
 class TiledPasses(RowKernels):
@@ -33,9 +33,7 @@ class TiledPasses(RowKernels):
         losses_P, grad_S = loss.value_and_grad(sums_S, ref_S, counts_S)
         return sums_S, losses_P, grad_S + poison
 
-    def linear_logprob(
-        self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
-    ) -> RowResult:
+    def linear_logprob(self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]) -> RowResult:
         """See ``types.RowKernels``."""
         scratch = new_scratch(hidden_RH.device, self.dtype, tile)
         out = _Collected(rows, scratch, stats)
@@ -53,7 +51,7 @@ class TiledPasses(RowKernels):
     def linear_direction(
         self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
     ) -> tuple[RowResult, Tensor]:
-        """See ``types.RowKernels``: design §4, fact 3. A row's softmax-weighted head is rescaled as its maximum grows."""
+        """See ``types.RowKernels``. A row's softmax-weighted sum of the head is rescaled as its maximum grows."""
         scratch = new_scratch(hidden_RH.device, self.dtype, tile)
         out = _Collected(rows, scratch, stats)
         direction = scratch.new_zeros(rows.capacity + 1, hidden_RH.shape[1])
@@ -68,11 +66,11 @@ class TiledPasses(RowKernels):
                 z = view_tile(scratch, stop - start, right - left)
                 self.project(x_CH, head, left, z)
                 before = state.max.clone()
-                self.reduce(state, z, labels_C, left)
+                self.reduce(state, z, labels_C, left, keep_logits=not whole or head.softcap is not None)
                 if left:
                     out_CH.mul_(rescale(before, state.max)[:, None])
                 taken = labels_C if whole else no_label
-                self.dlogits_(z, taken, left, state.max, state.sumexp, head)
+                self.dlogits_(z, taken, left, state.max, state.sumexp, head, state.exponentiated)
                 self.grad_hidden(z, head, left, out_CH, accumulate=left > 0)
             out_CH.mul_((head.logit_scale / state.sumexp)[:, None])
             if not whole:
@@ -120,11 +118,6 @@ def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, total)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of logits tiles, reductions and gradients in flight."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def new_scratch(device: torch.device, dtype: torch.dtype, tile: Tile) -> Tensor:
     """Flat scratch for one tile of logits."""
     return torch.empty(tile.rows * tile.cols, dtype=accumulation_dtype(dtype), device=device)
@@ -167,9 +160,7 @@ class _Collected:
 
     def __init__(self, rows: Rows, like: Tensor, stats: Sequence[str]) -> None:
         zeros, ones = like.new_zeros(rows.capacity), like.new_ones(rows.capacity)
-        self.result = RowResult(
-            zeros, torch.zeros_like(zeros), ones, {name: torch.zeros_like(zeros) for name in stats}
-        )
+        self.result = RowResult(zeros, torch.zeros_like(zeros), ones, {name: torch.zeros_like(zeros) for name in stats})
 
     def put(self, start: int, stop: int, part: RowResult) -> None:
         self.result.logp[start:stop] = part.logp

@@ -5,12 +5,14 @@ upcasting the operands in blocks.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernels.tiled import TiledPasses, accumulation_dtype, rescale, spans
-from dpo_kernels.types import Head, RowResult, RowState
+from dpo_kernels.kernels.tiled import TiledPasses, rescale, spans
+from dpo_kernels.types import Head, RowResult, RowState, accumulation_dtype
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 CACHED_BYTES = 2 * 2**20  # two temporaries of this together stay in a core's second-level cache
@@ -61,16 +63,18 @@ class TorchRows(TiledPasses):
         elif head.logit_scale != 1.0:
             tile.mul_(head.logit_scale)
 
-    def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int) -> None:
+    def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
         """See ``types.RowKernels``."""
+        fields: dict[str, Any] = {name: value for name, value in vars(state).items() if isinstance(value, Tensor)}
         for rows, cols in self._blocks(tile):
-            part = RowState(**{k: None if v is None else v[rows] for k, v in vars(state).items()})
-            self._reduce_block(part, tile[rows, cols], labels_C[rows], start + cols.start)
-            for name, value in vars(part).items():
-                if value is not None:
-                    getattr(state, name)[rows] = value
+            # Only a row that is whole is shifted by its last maximum.
+            state.exponentiated = not keep_logits and cols.stop - cols.start == tile.shape[1]
+            part = replace(state, **{name: value[rows] for name, value in fields.items()})
+            self._reduce_block(part, tile[rows, cols], labels_C[rows], start + cols.start, state.exponentiated)
+            for name, value in fields.items():
+                value[rows] = getattr(part, name)
 
-    def _reduce_block(self, state: RowState, z: Tensor, labels_C: Tensor, start: int) -> None:
+    def _reduce_block(self, state: RowState, z: Tensor, labels_C: Tensor, start: int, overwrite: bool) -> None:
         column = labels_C - start
         here = (column >= 0) & (column < z.shape[1])
         label_logit = z.gather(1, column.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
@@ -78,17 +82,17 @@ class TorchRows(TiledPasses):
         highest = torch.maximum(state.max, block_max)
         # A row of -inf so far (unreachable tokens) is shifted by 0, or -inf - -inf would be NaN.
         shift = highest.masked_fill(highest == -torch.inf, 0.0)
-        e = (z - shift[:, None]).exp_()
         kept = rescale(state.max, highest)
-        if state.entropy is not None:
-            # Moving the shift by d adds d * exp to every -e * log e.
-            drop = torch.where(state.sumexp > 0, (highest - state.max) * state.sumexp, state.sumexp)
-            state.entropy = (state.entropy + drop) * kept + torch.special.entr(e).sum(dim=1)
         if state.logit_sum is not None:
             state.logit_sum = state.logit_sum + z.sum(dim=1)
         if state.argmax is not None:
             first = z.argmax(dim=1) + start
             state.argmax = torch.where(block_max > state.max, first, state.argmax)
+        e = (z.sub_(shift[:, None]) if overwrite else z - shift[:, None]).exp_()
+        if state.entropy is not None:
+            # Moving the shift by d adds d * exp to every -e * log e.
+            drop = torch.where(state.sumexp > 0, (highest - state.max) * state.sumexp, state.sumexp)
+            state.entropy = (state.entropy + drop) * kept + torch.special.entr(e).sum(dim=1)
         state.sumexp = state.sumexp * kept + e.sum(dim=1)
         state.max = highest
         state.target = torch.where(here, label_logit, state.target)
@@ -106,21 +110,34 @@ class TorchRows(TiledPasses):
         return RowResult((state.target - state.max) - log_sumexp, state.max, state.sumexp, stats)
 
     def dlogits_(
-        self, tile: Tensor, labels_C: Tensor, start: int, max_C: Tensor, sumexp_C: Tensor, head: Head
+        self,
+        tile: Tensor,
+        labels_C: Tensor,
+        start: int,
+        max_C: Tensor,
+        sumexp_C: Tensor,
+        head: Head,
+        exponentiated: bool = False,
     ) -> None:
         """See ``types.RowKernels``. Rows stay unnormalised: the caller divides their coefficient by ``sumexp``."""
+        column = labels_C - start
+        here = (column >= 0) & (column < tile.shape[1])
+        removed = torch.where(here, -sumexp_C, torch.zeros_like(sumexp_C))
+        label, removed = column.clamp(0, tile.shape[1] - 1)[:, None], removed[:, None]
+        if head.softcap is None:
+            if not exponentiated:
+                for rows, cols in self._blocks(tile):
+                    tile[rows, cols].sub_(max_C[rows, None]).exp_()
+            tile.scatter_add_(1, label, removed)
+            return
+        assert not exponentiated, "the softcap's derivative needs the logits"
+        # d z / d raw = scale * (1 - (z / softcap)^2); the label's own is taken before the logits are gone.
+        own = tile.gather(1, label).div_(head.softcap).square_().neg_().add_(1.0)
         for rows, cols in self._blocks(tile):
             z = tile[rows, cols]
-            slope = None
-            if head.softcap is not None:
-                slope = (z / head.softcap).square_().neg_().add_(1.0)
-            z.sub_(max_C[rows, None]).exp_()
-            column = labels_C[rows] - (start + cols.start)
-            here = (column >= 0) & (column < z.shape[1])
-            removed = torch.where(here, -sumexp_C[rows], torch.zeros_like(sumexp_C[rows]))
-            z.scatter_add_(1, column.clamp(0, z.shape[1] - 1)[:, None], removed[:, None])
-            if slope is not None:
-                z.mul_(slope)
+            slope = (z / head.softcap).square_().neg_().add_(1.0)
+            z.sub_(max_C[rows, None]).exp_().mul_(slope)
+        tile.scatter_add_(1, label, removed * own)
 
     def grad_hidden(self, tile: Tensor, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """See ``types.RowKernels``."""

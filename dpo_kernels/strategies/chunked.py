@@ -4,7 +4,7 @@ For a chunk of whole pairs: logits GEMM, log-sum-exp and gather, sequence sums, 
 overwritten by their gradient, one GEMM each for the hidden states and the head: three units of ``2 N H V`` FLOP, two
 when one of them needs no gradient. Nothing vocabulary-sized outlives the chunk but the gradient of the head.
 
-A pair longer than the scratch is cut freely (design §4, fact 2): its gradient is linear in the coefficients, which
+A pair longer than the scratch is cut freely (``docs/design.md``): its gradient is linear in the coefficients, which
 are known once its last token is, so the head's share is kept unscaled in a buffer of its own until then.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.sequence import spread
-from dpo_kernels.types import Head, PairLoss, RowKernels, Rows
+from dpo_kernels.types import Head, PairLoss, RowKernels, Rows, RowState, accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,21 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Logits:
+    """The logits of rows ``start..stop-1`` in the scratch, and what was reduced from them."""
+
+    start: int
+    stop: int
+    x: Tensor  # (C, H)
+    tile: Tensor  # (C, V)
+    state: RowState
+
+
+@dataclass(frozen=True)
 class PairGradients:
     """What the pass leaves behind; gradients are those of ``total``, None where not needed."""
 
-    total: Tensor  # () float64
+    total: Tensor  # () float64, sum of the losses over the denominator
     losses: Tensor  # (P,)
     logps: Tensor  # (S,)
     stats: dict[str, Tensor]  # name -> (N,)
@@ -76,14 +87,15 @@ def pair_gradients(
     rows: Rows,
     ref_S: Tensor,
     loss: PairLoss,
+    denominator: Tensor,
     tile_rows: int,
     need: tuple[bool, bool, bool],
     stats: Sequence[str],
 ) -> PairGradients:
-    """Run the pass; ``need`` says which of (hidden, weight, bias) want a gradient."""
+    """Run the pass; ``need`` says which of (hidden, weight, bias) want a gradient, ``denominator`` is 0-d float64."""
     pairs = rows.counts.shape[0] // 2
     groups = plan_groups(rows.host_counts, rows.capacity, pairs, tile_rows)
-    run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, tile_rows, need, stats)
+    run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, denominator, tile_rows, need, stats)
     for group in groups:
         if group.oversized:
             run.oversized(group)
@@ -103,16 +115,16 @@ class _Pass:
         rows: Rows,
         ref_S: Tensor,
         loss: PairLoss,
+        denominator: Tensor,
         tile_rows: int,
         need: tuple[bool, bool, bool],
         stats: Sequence[str],
     ) -> None:
         self.kernels, self.hidden, self.head, self.rows = kernels, hidden_RH, head, rows
-        self.ref, self.loss, self.tile_rows, self.stats = ref_S, loss, tile_rows, stats
-        wide = torch.float64 if kernels.dtype == torch.float64 else torch.float32
-        self.scratch = torch.empty(
-            min(tile_rows, rows.used) * head.vocab, dtype=wide, device=hidden_RH.device
-        )
+        self.ref, self.loss, self.denominator = ref_S, loss, denominator
+        self.tile_rows, self.stats = tile_rows, stats
+        wide = accumulation_dtype(kernels.dtype)
+        self.scratch = torch.empty(min(tile_rows, rows.used) * head.vocab, dtype=wide, device=hidden_RH.device)
         need_hidden, need_weight, need_bias = need
         width, fresh = hidden_RH.shape[1], self.scratch.new_empty
         self.dx = self.scratch.new_zeros(rows.capacity + 1, width) if need_hidden else None
@@ -127,27 +139,21 @@ class _Pass:
 
     def whole(self, group: Group) -> None:
         """A chunk of whole pairs: the coefficients are known before the gradient is formed."""
-        x_CH, z, max_C, sumexp_C = self._forward(group.start, group.stop)
-        grad_S = self._tail(group)
-        grad_C = self._row_coefficients(grad_S, group, group.start, group.stop)
-        scale_C = (-grad_C * self.head.logit_scale / sumexp_C).to(z.dtype)
-        self._backward(group.start, group.stop, x_CH, z, max_C, sumexp_C, scale_C, self.dw, self.db, self.written)
+        logits = self._forward(group.start, group.stop)
+        scale_C = self._row_scale(self._tail(group), group, logits)
+        self._backward(logits, scale_C, self.dw, self.db, self.written)
         self.written = self.written or group.stop > group.start
 
     def oversized(self, group: Group) -> None:
         """One pair in several tiles: the gradient per unit of coefficient first, the coefficient last."""
         unit_S = self._unit_coefficients(group)
-        shared = self.loss.difference is not None
         filled = [False, False]
-        for start, stop, side in self._cut(group, by_side=not shared):
-            x_CH, z, max_C, sumexp_C = self._forward(start, stop)
-            unit_C = self._row_coefficients(unit_S, group, start, stop)
-            scale_C = (-unit_C * self.head.logit_scale / sumexp_C).to(z.dtype)
+        for start, stop, side in self._cut(group):
+            logits = self._forward(start, stop)
             dw, db = self._unscaled_buffers(side)
-            self._backward(start, stop, x_CH, z, max_C, sumexp_C, scale_C, dw, db, filled[side])
+            self._backward(logits, self._row_scale(unit_S, group, logits), dw, db, filled[side])
             filled[side] = True
-        grad_S = self._tail(group)
-        factor_S = (grad_S / unit_S).to(self.scratch.dtype)
+        factor_S = (self._tail(group) / unit_S).to(self.scratch.dtype)
         if self.dx is not None:
             factor_C = factor_S.index_select(0, self.rows.segments[group.start : group.stop] - 2 * group.first_pair)
             self.dx[group.start : group.stop].mul_(factor_C[:, None])
@@ -161,28 +167,28 @@ class _Pass:
             for empty in (self.dw, self.db):
                 if empty is not None:
                     empty.zero_()
-        zero_P = self.ref[0::2] * 0.0
-        losses = torch.cat(self.losses) if self.losses else zero_P
-        logps = torch.cat(self.logps) if self.logps else self.ref * 0.0
-        return PairGradients(
-            losses.sum(), losses, logps, self.token_stats, self.dx, self.dw, self.db
-        )
+        losses = torch.cat(self.losses) if self.losses else self.ref[0::2]
+        logps = torch.cat(self.logps) if self.logps else self.ref
+        total = losses.sum() / self.denominator
+        return PairGradients(total, losses, logps, self.token_stats, self.dx, self.dw, self.db)
 
-    def _forward(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kernels, labels_C = self.kernels, self.rows.labels[start:stop]
+    def _forward(self, start: int, stop: int) -> Logits:
+        kernels, head, labels_C = self.kernels, self.head, self.rows.labels[start:stop]
         x_CH = self.rows.gather(self.hidden, start, stop, kernels.dtype)
-        z = self.scratch[: (stop - start) * self.head.vocab].view(stop - start, self.head.vocab)
+        tile = self.scratch[: (stop - start) * head.vocab].view(stop - start, head.vocab)
         state = kernels.new_state(stop - start, x_CH.device, self.stats)
         if stop > start:
-            kernels.project(x_CH, self.head, 0, z)
-            kernels.reduce(state, z, labels_C, 0)
-            done = kernels.finish(state, labels_C, self.head.vocab)
+            kernels.project(x_CH, head, 0, tile)
+            # The softcap's derivative is taken from the logits; without one they have been seen for the last time.
+            kernels.reduce(state, tile, labels_C, 0, keep_logits=head.softcap is not None)
+            done = kernels.finish(state, labels_C, head.vocab)
             self.logp[start:stop] = done.logp
             for name in self.stats:
                 self.token_stats[name][start:stop] = done.stats[name]
-        return x_CH, z, state.max, state.sumexp
+        return Logits(start, stop, x_CH, tile, state)
 
     def _tail(self, group: Group) -> Tensor:
+        """Close the group's pairs; returns the derivative of the total by their sequence log-probs."""
         tokens = slice(group.start, group.stop)
         sequences = slice(2 * group.first_pair, 2 * group.last_pair)
         weights = None if self.rows.weights is None else self.rows.weights[tokens]
@@ -196,36 +202,31 @@ class _Pass:
         )
         self.losses.append(losses_P)
         self.logps.append(logps_S)
-        return grad_S
+        return grad_S / self.denominator
 
-    def _row_coefficients(self, values_S: Tensor, group: Group, start: int, stop: int) -> Tensor:
-        weights = None if self.rows.weights is None else self.rows.weights[start:stop]
-        return spread(values_S, self.rows.segments[start:stop] - 2 * group.first_pair, weights)
+    def _row_scale(self, values_S: Tensor, group: Group, logits: Logits) -> Tensor:
+        """Factor of each row of the tile: minus its coefficient, over the row's sum of exponentials."""
+        rows = slice(logits.start, logits.stop)
+        weights = None if self.rows.weights is None else self.rows.weights[rows]
+        coefficient_C = spread(values_S, self.rows.segments[rows] - 2 * group.first_pair, weights)
+        return (-coefficient_C * self.head.logit_scale / logits.state.sumexp).to(self.scratch.dtype)
 
     def _backward(
-        self,
-        start: int,
-        stop: int,
-        x_CH: Tensor,
-        z: Tensor,
-        max_C: Tensor,
-        sumexp_C: Tensor,
-        scale_C: Tensor,
-        dw: Tensor | None,
-        db: Tensor | None,
-        accumulate: bool,
+        self, logits: Logits, scale_C: Tensor, dw: Tensor | None, db: Tensor | None, accumulate: bool
     ) -> None:
+        """Overwrite the logits by their gradient and add its products to ``dx``, ``dw`` and ``db``."""
+        start, stop, tile, state = logits.start, logits.stop, logits.tile, logits.state
         if stop == start:
             return
-        kernels = self.kernels
-        kernels.dlogits_(z, self.rows.labels[start:stop], 0, max_C, sumexp_C, self.head)
+        kernels, labels_C = self.kernels, self.rows.labels[start:stop]
+        kernels.dlogits_(tile, labels_C, 0, state.max, state.sumexp, self.head, state.exponentiated)
         if self.dx is not None:
-            kernels.grad_hidden(z, self.head, 0, self.dx[start:stop], accumulate=False)
+            kernels.grad_hidden(tile, self.head, 0, self.dx[start:stop], accumulate=False)
             self.dx[start:stop].mul_(scale_C[:, None])
         if dw is not None:
-            kernels.grad_weight(z, x_CH, scale_C, dw, accumulate)
+            kernels.grad_weight(tile, logits.x, scale_C, dw, accumulate)
         if db is not None:
-            kernels.grad_bias(z, scale_C, db, accumulate)
+            kernels.grad_bias(tile, scale_C, db, accumulate)
 
     def _unit_coefficients(self, group: Group) -> Tensor:
         """Derivative of what the pair's loss depends on by the two sequence log-probs, ``(2,)`` float64.
@@ -237,10 +238,10 @@ class _Pass:
         sign = torch.tensor([1.0, -1.0 if self.loss.difference else 1.0], device=counts.device, dtype=self.ref.dtype)
         return sign / counts.clamp(min=1) if self.loss.difference == "mean" else sign
 
-    def _cut(self, group: Group, by_side: bool) -> list[tuple[int, int, int]]:
-        """Tiles ``(start, stop, side)`` of an oversized pair; a tile never mixes sides that are kept apart."""
+    def _cut(self, group: Group) -> list[tuple[int, int, int]]:
+        """Tiles ``(start, stop, buffer)`` of an oversized pair; sides with coefficients of their own are not mixed."""
         bounds = [(group.start, group.stop, 0)]
-        if by_side:
+        if self.loss.difference is None:
             counts = self.rows.host_counts
             assert counts is not None, "an oversized pair is only planned where the counts are on the host"
             middle = group.start + counts[2 * group.first_pair]

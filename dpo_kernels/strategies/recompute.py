@@ -2,7 +2,7 @@
 
 Per-row log-probs in the forward pass (one unit). With a trainable head the backward pass recomputes each tile: four
 units in all. With a frozen head the forward pass also forms the derivative of each row's log-prob by its hidden
-state, whose direction no upstream can change (design §4, fact 3): two units in all, the backward pass scales rows.
+state, whose direction no upstream can change (``docs/design.md``): two units in all, the backward pass scales rows.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,13 @@ from dpo_kernels.types import Head, RowKernels, RowResult, Rows, Tile
 
 
 def forward(
-    kernels: RowKernels, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, keep_direction: bool, stats: Sequence[str]
+    kernels: RowKernels,
+    hidden_RH: Tensor,
+    head: Head,
+    rows: Rows,
+    tile: Tile,
+    keep_direction: bool,
+    stats: Sequence[str],
 ) -> tuple[RowResult, Tensor | None]:
     """Log-probs of the rows; with ``keep_direction`` also ``(N + 1, H)`` derivatives of ``-logp``, last row 0."""
     if keep_direction:

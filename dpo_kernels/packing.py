@@ -1,0 +1,136 @@
+"""Labels to packed rows: shift, drop what is not scored, put the sequences of a pair side by side.
+
+The values of labels and ``cu_seqlens`` are checked here, where they are first looked at.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.sequence import sum_dtype
+from dpo_kernels.types import Rows, accumulation_dtype
+
+NOWHERE = 2**62  # a slot past every capacity
+
+
+def pack(
+    labels_R: Tensor,
+    cu_seqlens: Tensor,
+    token_weights_R: Tensor | None,
+    vocab: int,
+    ignore_index: int,
+    shift: bool,
+    stacked: bool,
+    width: int,
+    capacity: int | None,
+    static: bool,
+) -> Rows:
+    """Pack the scored rows, sequence by sequence: chosen and rejected of a pair side by side.
+
+    ``capacity`` None allocates exactly what is scored, which needs the counts on the host: the one sync of a call.
+    ``static`` avoids that sync too; more scored rows than ``capacity`` then poison the result. Values are checked
+    here: on the CPU a bad label is a ``ValueError``; on other devices, where reading it would be a sync, NaN poison.
+    """
+    device, sequences = labels_R.device, cu_seqlens.shape[0] - 1
+    rows = labels_R.shape[0]
+    if device.type == "cpu" or not static:
+        _check_cu_seqlens(cu_seqlens, rows)
+    targets_R, position = labels_R, torch.arange(rows, device=device)
+    sequence_R = torch.bucketize(position, cu_seqlens[1:], right=True)
+    in_range = sequence_R < sequences
+    sequence_R = sequence_R.clamp(max=max(sequences - 1, 0))
+    if shift:
+        # hidden[t] predicts labels[t + 1]; a sequence's last row predicts nothing.
+        targets_R = torch.cat([labels_R[1:], labels_R.new_full((min(rows, 1),), ignore_index)])
+        in_range &= position + 1 < cu_seqlens[1:].index_select(0, sequence_R) if sequences else in_range
+    scored_R = (targets_R != ignore_index) & in_range
+    bad_R = scored_R & ((targets_R < 0) | (targets_R >= vocab))
+    if device.type == "cpu" and bool(bad_R.any()):
+        _raise_bad_label(targets_R, bad_R, vocab, ignore_index, shift, width)
+    order_S = _internal_order(sequences, stacked, device)
+    slot_R, counts_S = _slots(scored_R, sequence_R, cu_seqlens, order_S)
+    if static:
+        counts_host = torch.full((sequences,), -1, dtype=torch.int64)
+    else:
+        counts_host = counts_S.to("cpu", copy=True)
+        if capacity is None:
+            capacity = int(counts_host.sum())
+    assert capacity is not None, "a static packing has a capacity"
+    overflow = counts_S.sum() > capacity
+    slot_R = slot_R.clamp(max=capacity)
+    # One slot more than the capacity takes everything that is not scored; it is cut off again.
+    index = torch.zeros(capacity + 1, dtype=torch.int64, device=device).scatter_(0, slot_R, position)[:capacity]
+    segments = _segments(counts_S, capacity)
+    unused = torch.arange(capacity, device=device) >= counts_S.sum()
+    labels_N = targets_R.index_select(0, index).to(torch.int64) if rows else index
+    labels_N = labels_N.clamp(0, vocab - 1).masked_fill(unused, 0)
+    weights = None
+    if token_weights_R is not None:
+        shifted = torch.cat([token_weights_R[1:], token_weights_R[:1]]) if shift else token_weights_R
+        weights = shifted.index_select(0, index) if rows else shifted.new_zeros(capacity)
+        weights = weights.to(accumulation_dtype(weights.dtype))
+        weights = weights.masked_fill(unused, 0.0)
+    elif static:
+        weights = (~unused).to(torch.float32)  # no coefficient may reach a row that stands for nothing
+    poisoned = bad_R.any() | overflow | (cu_seqlens[0] != 0) | (cu_seqlens[-1] != rows) | (cu_seqlens.diff() < 0).any()
+    zero = torch.zeros((), dtype=sum_dtype(device), device=device)
+    return Rows(
+        index=index.clone(),
+        labels=labels_N,
+        weights=weights,
+        segments=segments,
+        slot=slot_R,
+        counts=counts_S,
+        counts_host=counts_host,
+        poison=torch.where(poisoned, zero + math.nan, zero),
+    )
+
+
+def _internal_order(sequences: int, stacked: bool, device: torch.device) -> Tensor:
+    """Input sequence at each internal place: chosen and rejected of a pair alternate inside."""
+    order_S = torch.arange(sequences, device=device)
+    return order_S.view(2, -1).t().reshape(-1) if stacked else order_S
+
+
+def _slots(scored_R: Tensor, sequence_R: Tensor, cu_seqlens: Tensor, order_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Place of each row among the packed ones (a number past every place where not scored), and counts ``(S,)``."""
+    rows, sequences = scored_R.shape[0], order_S.shape[0]
+    before = torch.cat([scored_R.new_zeros(1, dtype=torch.int64), scored_R.cumsum(0)])  # scored rows before each row
+    bounds = cu_seqlens.clamp(0, rows)
+    before_S = before.index_select(0, bounds)
+    by_input_S = before_S.diff()
+    counts_S = by_input_S.index_select(0, order_S)
+    starts_S = torch.zeros_like(counts_S).scatter_(0, order_S, counts_S.cumsum(0) - counts_S)
+    if rows == 0 or sequences == 0:
+        return torch.full((rows,), NOWHERE, dtype=torch.int64, device=scored_R.device), counts_S
+    rank_R = before[:-1] - before_S.index_select(0, sequence_R)
+    slot_R = starts_S.index_select(0, sequence_R) + rank_R
+    return torch.where(scored_R, slot_R, torch.full_like(slot_R, NOWHERE)), counts_S
+
+
+def _segments(counts_S: Tensor, capacity: int) -> Tensor:
+    """Sequence of each packed row."""
+    place = torch.arange(capacity, device=counts_S.device)
+    segments = torch.bucketize(place, counts_S.cumsum(0), right=True)
+    return segments.clamp(max=max(counts_S.shape[0] - 1, 0))
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> None:
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != rows or any(b < a for a, b in pairwise(values)):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to N = {rows} (rows of hidden) without falling, got {values[:8]}"
+            f"{'...' if len(values) > 8 else ''}"
+        )
+
+
+def _raise_bad_label(targets_R: Tensor, bad_R: Tensor, vocab: int, ignore_index: int, shift: bool, width: int) -> None:
+    row = int(bad_R.nonzero()[0])
+    at = row + int(shift)
+    where = f"{at // width}, {at % width}" if width else f"{at}"
+    raise ValueError(
+        f"labels[{where}] = {int(targets_R[row])} is outside [0, {vocab}) (weight has {vocab} rows) and is not "
+        f"ignore_index = {ignore_index}"
+    )

@@ -1,0 +1,358 @@
+"""Each loss of the family: numbers worked out by hand, its derivative, its limits, and the facts its entry claims."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dpo_kernels import LossInputs, dpo_loss, fused_dpo_loss, losses
+from dpo_kernels.losses import LOSSES, LossSpec
+from dpo_kernels.reference import dpo_loss_reference
+from tests.test_inputs import META, rand, says, whole
+
+F64 = torch.float64
+close = torch.testing.assert_close
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=F64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One pair worked out by hand."""
+
+    logps: tuple[float, float, float, float]  # policy chosen, policy rejected, reference chosen, reference rejected
+    loss: float
+    chosen_grad: float
+    rejected_grad: float
+    options: dict
+    tokens: tuple[float, float] = (1.0, 1.0)
+
+    def call(self, requires_grad=False, **changes):
+        chosen, rejected, *reference = (f64(value) for value in self.logps)
+        for side in (chosen, rejected):
+            side.requires_grad_(requires_grad)
+        counts = {name: f64(n) for name, n in zip(("chosen_tokens", "rejected_tokens"), self.tokens, strict=True)}
+        return (chosen, rejected), dpo_loss(chosen, rejected, *reference, **counts | self.options | changes)
+
+
+# Log-ratios 1 (= -10 + 11) and -1.1972245773362196 (= -20 + 18.80277542266378), so that with beta 0.5
+# u = 0.5 * 2.1972245773362196 = log 3, sigmoid(u) = 3/4, sigmoid(-u) = 1/4.
+QUARTER = (-10.0, -20.0, -11.0, -18.80277542266378)
+
+HAND = {
+    # loss = -log(3/4); derivative by u is -sigmoid(-u) = -1/4, times beta: -0.125
+    "sigmoid": Row(QUARTER, 0.28768207245178085, -0.125, 0.125, {"loss_type": "sigmoid", "beta": 0.5}),
+    # -0.8 log(3/4) - 0.2 log(1/4) = 0.8 * 0.28768207245178085 + 0.2 * 1.3862943611198906;
+    # derivative by u: -0.8 / 4 + 0.2 * 3/4 = -0.05, times beta: -0.025
+    "sigmoid, smoothed": Row(
+        QUARTER, 0.5074045301854028, -0.025, 0.025, {"loss_type": "sigmoid", "beta": 0.5, "label_smoothing": 0.2}
+    ),
+    # u = 0.5 * (1 - -0.5) = 0.75: 1 - 0.75; slope -beta
+    "hinge": Row((-3.0, -5.0, -4.0, -4.5), 0.25, -0.5, 0.5, {"loss_type": "hinge", "beta": 0.5}),
+    # u = 0.5 * (1 - 5) = -2: 1 + 2
+    "hinge, wrong side": Row((-3.0, -5.0, -4.0, -10.0), 3.0, -0.5, 0.5, {"loss_type": "hinge", "beta": 0.5}),
+    # u = 0.5 * (1 - -4) = 2.5: beyond the margin nothing is left
+    "hinge, beyond the margin": Row((-3.0, -8.0, -4.0, -4.0), 0.0, 0.0, 0.0, {"loss_type": "hinge", "beta": 0.5}),
+    # averages 3 / 2 and -5 / 4, h = 2.75, 1 / (2 beta) = 2: 0.75^2; 2 * 0.75 / 2 and -2 * 0.75 / 4
+    "ipo": Row((-7.0, -15.0, -10.0, -10.0), 0.5625, 0.75, -0.375, {"loss_type": "ipo", "beta": 0.25}, (2.0, 4.0)),
+    # no tokens count as 1: 3 and -5 / 4, h = 4.25: 2.25^2; 2 * 2.25 and -2 * 2.25 / 4
+    "ipo, no tokens": Row(
+        (-7.0, -15.0, -10.0, -10.0), 5.0625, 4.5, -1.125, {"loss_type": "ipo", "beta": 0.25}, (0.0, 4.0)
+    ),
+}
+OPTIONS = {case: row.options for case, row in HAND.items()}
+
+
+def batch(pairs=6, requires_grad=False, scale=4.0):
+    """Random log-probs (policy chosen and rejected, reference chosen and rejected) and token counts."""
+    g = torch.Generator().manual_seed(1)
+    logps = [-scale * torch.rand(pairs, generator=g, dtype=F64) for _ in range(4)]
+    tokens = [torch.randint(1, 6, (pairs,), generator=g).to(F64) for _ in range(2)]
+    return [side.requires_grad_(requires_grad) for side in logps[:2]], logps[2:], tokens
+
+
+def losses_of(policy, reference, tokens, **options):
+    return dpo_loss(*policy, *reference, chosen_tokens=tokens[0], rejected_tokens=tokens[1], **options)[0]
+
+
+def test_every_loss_has_a_row():
+    assert {row.options["loss_type"] for row in HAND.values()} == set(LOSSES)
+
+
+@pytest.mark.parametrize("case", HAND)
+def test_value_and_gradient_by_hand(case):
+    row = HAND[case]
+    (chosen, rejected), (loss, chosen_rewards, rejected_rewards) = row.call(requires_grad=True)
+    close(loss.detach(), f64(row.loss), rtol=1e-14, atol=1e-15)
+    loss.sum().backward()
+    close(chosen.grad, f64(row.chosen_grad), rtol=1e-13, atol=0)
+    close(rejected.grad, f64(row.rejected_grad), rtol=1e-13, atol=0)
+    beta, (s_w, s_l, r_w, r_l) = row.options["beta"], row.logps
+    close(chosen_rewards, f64(beta * (s_w - r_w)), rtol=1e-15, atol=0)
+    close(rejected_rewards, f64(beta * (s_l - r_l)), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("case", HAND)
+def test_swapped_sides_are_another_loss(case):
+    policy, reference, tokens = batch()
+    straight = losses_of(policy, reference, tokens, **OPTIONS[case])
+    swapped = losses_of(policy[::-1], reference[::-1], tokens[::-1], **OPTIONS[case])
+    assert ((straight - swapped).abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("case", HAND)
+def test_agrees_with_the_oracle(case):
+    g = torch.Generator().manual_seed(2)
+    hidden, ref_hidden = (torch.randn(6, 5, 4, generator=g, dtype=F64) for _ in range(2))
+    weight = torch.randn(9, 4, generator=g, dtype=F64).requires_grad_()
+    labels = torch.randint(0, 9, (6, 5), generator=g)
+    labels[1, 2:] = labels[3, :] = labels[5, 1] = -100
+    call = {"ref_hidden": ref_hidden, "ref_weight": weight.detach() * 0.7, "reduction": "none", **OPTIONS[case]}
+    oracle = dpo_loss_reference(hidden, weight, labels, **call)
+    logps = [getattr(oracle, name).requires_grad_() for name in ("chosen_logps", "rejected_logps")]
+    counts = oracle.stats["tokens"]
+    got, chosen, rejected = dpo_loss(
+        *logps, oracle.ref_chosen_logps, oracle.ref_rejected_logps,
+        chosen_tokens=counts[:3], rejected_tokens=counts[3:], **OPTIONS[case],
+    )  # fmt: skip
+    close(got, oracle.loss, rtol=1e-12, atol=1e-14)
+    close(chosen, oracle.chosen_rewards, rtol=1e-12, atol=1e-14)
+    close(rejected, oracle.rejected_rewards, rtol=1e-12, atol=1e-14)
+    assert (chosen - rejected).abs().min() > 1e-3
+    fused = fused_dpo_loss(hidden, weight, labels, **call)
+    close(fused.loss, got, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("case", HAND)
+def test_gradcheck(case):
+    policy, reference, tokens = batch(requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *sides: losses_of(sides, reference, tokens, **OPTIONS[case]), policy)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 3.0])
+def test_derivative_of_sigmoid(beta):
+    """d loss / d logp_w = -beta sigmoid(-u), and its opposite for the rejected."""
+    policy, reference, tokens = batch(requires_grad=True)
+    losses_of(policy, reference, tokens, beta=beta).sum().backward()
+    (s_w, s_l), (r_w, r_l) = (side.detach() for side in policy), reference
+    c = beta / (1 + torch.exp(beta * ((s_w - r_w) - (s_l - r_l))))
+    close(policy[0].grad, -c, rtol=1e-12, atol=0)
+    close(policy[1].grad, c, rtol=1e-12, atol=0)
+
+
+# loss and its derivative by the chosen log-prob at u = +1e4 and u = -1e4 (beta 1)
+FAR = {
+    "sigmoid": ({}, (0.0, 0.0), (1e4, -1.0)),
+    "smoothed": ({"label_smoothing": 0.125}, (1250.0, 0.125), (8750.0, -0.875)),
+    "hinge": ({"loss_type": "hinge"}, (0.0, 0.0), (10001.0, -1.0)),
+    # (1e4 - 1/2)^2 and (-1e4 - 1/2)^2; 2 (u - 1/2)
+    "ipo": ({"loss_type": "ipo"}, (99990000.25, 19999.0), (100010000.25, -20001.0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("case", FAR)
+def test_large_margins_stay_finite_and_right(case, dtype):
+    options, *expected = FAR[case]
+    for u, (value, slope) in zip((1e4, -1e4), expected, strict=True):
+        chosen, zero = torch.tensor([u], dtype=dtype, requires_grad=True), torch.zeros(1, dtype=dtype)
+        loss, reward, _ = dpo_loss(chosen, zero, zero, zero, beta=1.0, **options)
+        loss.backward()
+        close(loss.detach(), torch.tensor([value], dtype=dtype))
+        close(chosen.grad, torch.tensor([slope], dtype=dtype))
+        close(reward, torch.tensor([u], dtype=dtype))
+
+
+@pytest.mark.parametrize(("options", "value"), [
+    ({}, 0.6931471805599453), ({"label_smoothing": 0.3}, 0.6931471805599453), ({"loss_type": "hinge"}, 1.0),
+])  # fmt: skip
+def test_beta_zero(options, value):
+    policy, reference, tokens = batch(requires_grad=True)
+    loss = losses_of(policy, reference, tokens, beta=0.0, **options)
+    loss.sum().backward()
+    close(loss.detach(), torch.full((6,), value, dtype=F64), rtol=1e-15, atol=0)
+    for side in policy:
+        close(side.grad, torch.zeros(6, dtype=F64), rtol=0, atol=0)
+
+
+def test_smoothing_smooths():
+    """cDPO is the expectation over labels flipped with probability e, and at 1/2 it does not care which side won."""
+    policy, reference, tokens = batch()
+    straight = losses_of(policy, reference, tokens, beta=0.7)
+    flipped = losses_of(policy[::-1], reference[::-1], tokens, beta=0.7)
+    for e in (0.0, 0.1, 0.5):
+        smooth = losses_of(policy, reference, tokens, beta=0.7, label_smoothing=e)
+        close(smooth, (1 - e) * straight + e * flipped, rtol=1e-12, atol=0)
+    close(smooth, losses_of(policy[::-1], reference[::-1], tokens, beta=0.7, label_smoothing=0.5), rtol=1e-12, atol=0)
+
+
+def test_ipo_without_counts_takes_averages():
+    (s_w, s_l), (r_w, r_l), (n_w, n_l) = batch()
+    counted = losses_of((s_w, s_l), (r_w, r_l), (n_w, n_l), loss_type="ipo")
+    close(dpo_loss(s_w / n_w, s_l / n_l, r_w / n_w, r_l / n_l, loss_type="ipo")[0], counted, rtol=1e-12, atol=0)
+    whole_counts = losses_of((s_w, s_l), (r_w, r_l), (n_w.long(), n_l.int()), loss_type="ipo")
+    close(whole_counts, counted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", HAND)
+def test_facts_of_the_entry(case):
+    """``difference``, ``separable`` and ``needs_reference`` are what the engine relies on: each is tried."""
+    spec = LOSSES[OPTIONS[case]["loss_type"]]
+    policy, reference, tokens = batch()
+    base = losses_of(policy, reference, tokens, **OPTIONS[case])
+    step = {"sum": torch.full((6,), 0.75, dtype=F64), "mean": 0.75}.get(spec.difference)
+    if step is not None:
+        n_w, n_l = tokens if spec.difference == "mean" else (1.0, 1.0)
+        lifted = (policy[0] + step * n_w, policy[1] + step * n_l)
+        close(losses_of(lifted, reference, tokens, **OPTIONS[case]), base, rtol=1e-12, atol=1e-14)
+    changed = (policy[0] - torch.arange(6) % 2, policy[1])  # pairs 0, 2, 4 as they were
+    other = losses_of(changed, reference, tokens, **OPTIONS[case])
+    assert torch.equal(other[0::2], base[0::2]) == spec.separable
+    assert (other[1::2] != base[1::2]).any()
+    elsewhere = losses_of(policy, (reference[0] - 0.5, reference[1]), tokens, **OPTIONS[case])
+    assert torch.equal(elsewhere, base) != spec.needs_reference
+
+
+@pytest.mark.parametrize("case", HAND)
+def test_value_and_grad_is_autograd(case):
+    """What the fused pass asks of a loss, also with gradients switched off around it."""
+    policy, reference, tokens = batch(requires_grad=True)
+    options = dict(OPTIONS[case])
+    name, beta = options.pop("loss_type"), options.pop("beta")
+    bound = losses.bind(name, beta, options.pop("label_smoothing", 0.0), options)
+    expected = losses_of(policy, reference, tokens, **OPTIONS[case])
+    grads = torch.autograd.grad(expected.sum(), policy)
+    alternating = [torch.stack(sides, dim=1).flatten().detach() for sides in (policy, reference, tokens)]
+    again = losses.rebind(name, beta, [float(value) for _, value in bound.options])
+    for each in (bound, again):
+        with torch.no_grad():
+            value, grad = each.value_and_grad(*alternating)
+        close(value, expected.detach(), rtol=1e-14, atol=1e-15)
+        close(grad, torch.stack(grads, dim=1).flatten(), rtol=1e-14, atol=1e-15)
+        assert not value.requires_grad
+        assert not grad.requires_grad
+
+
+def test_options_are_the_keywords_of_the_function(monkeypatch):
+    def tempered(x: LossInputs, *, tau: float, floor: float = 0.25):
+        return tau * (x.policy_rejected_logps - x.policy_chosen_logps) + floor
+
+    assert LOSSES["sigmoid"].options == ("label_smoothing",)
+    assert LOSSES["sigmoid"].defaults == {"label_smoothing": 0.0}
+    assert LOSSES["ipo"].options == LOSSES["hinge"].options == ()
+    spec = LossSpec("tempered", tempered, limits={"tau": (0.0, 4.0)})
+    assert spec.options == ("tau", "floor")
+    monkeypatch.setitem(LOSSES, "tempered", spec)
+    got = dpo_loss(f64(-1.0), f64(-2.0), f64(0.0), f64(0.0), loss_type="tempered", tau=3.0)[0]
+    close(got, f64(-2.75), rtol=1e-15, atol=0)  # 3 * (-2 + 1) + 0.25
+    got = dpo_loss(f64(-1.0), f64(-2.0), f64(0.0), f64(0.0), loss_type="tempered", tau=3.0, floor=5.0)[0]
+    close(got, f64(2.0), rtol=1e-15, atol=0)
+    for value, kind, words in ((5.0, ValueError, "tau must lie in [0.0, 4.0] for 'tempered' ... 5.0"),
+                               ("3", TypeError, "tau must be a real number ... str")):  # fmt: skip
+        with pytest.raises(kind, match=says(words)):
+            dpo_loss(f64(-1.0), f64(-2.0), f64(0.0), f64(0.0), loss_type="tempered", tau=value)
+    with pytest.raises(ValueError, match=says("label_smoothing is not an option ... it has: tau, floor")):
+        dpo_loss(f64(0), f64(0), f64(0), f64(0), loss_type="tempered", tau=1.0, label_smoothing=0.1)
+
+
+def test_register_enters_under_the_functions_name(monkeypatch):
+    monkeypatch.setattr(losses, "LOSSES", {})
+
+    @losses.register(separable=False, difference="sum")
+    def fresh(x):
+        return x.policy_chosen_logps
+
+    assert list(losses.LOSSES) == ["fresh"]
+    assert not losses.LOSSES["fresh"].separable
+    assert losses.LOSSES["fresh"].difference == "sum"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_results_are_by_pair_and_rewards_detached(dtype):
+    policy, reference, _ = batch(requires_grad=True)
+    sides = [side.to(dtype) for side in (*policy, *reference)]
+    out = dpo_loss(*sides)
+    assert [value.shape for value in out] == [(6,)] * 3
+    assert [value.dtype for value in out] == [dtype] * 3
+    assert [value.requires_grad for value in out] == [True, False, False]
+    close(out[1] - out[2], 0.1 * ((sides[0] - sides[2]) - (sides[1] - sides[3])).detach())
+    close(out[0].detach(), torch.log1p(torch.exp(out[2] - out[1])))
+
+
+def test_the_reference_gets_no_gradient():
+    policy, reference, tokens = batch(requires_grad=True)
+    for side in reference:
+        side.requires_grad_()
+    grads = torch.autograd.grad(
+        losses_of(policy, reference, tokens).sum(), (*policy, *reference), allow_unused=True
+    )  # fmt: skip
+    assert [grad is None for grad in grads] == [False, False, True, True]
+
+
+def test_without_a_reference_it_counts_as_zero():
+    policy, _, tokens = batch()
+    zeros = [torch.zeros(6, dtype=F64)] * 2
+    for options in OPTIONS.values():
+        got = losses_of(policy, (None, None), tokens, reference_free=True, **options)
+        close(got, losses_of(policy, zeros, tokens, **options), rtol=0, atol=0)
+
+
+def test_a_callable_sees_every_field():
+    policy, reference, tokens = batch()
+    seen = {}
+
+    def mine(x):
+        seen.update(x._asdict())
+        return x.beta * x.policy_chosen_logps
+
+    got = losses_of(policy, reference, tokens, loss_type=mine, beta=0.3)
+    close(got, 0.3 * policy[0], rtol=0, atol=0)
+    given = (*policy, *reference, *tokens, 0.3)
+    assert tuple(seen) == LossInputs._fields
+    for name, value in zip(LossInputs._fields, given, strict=True):
+        close(seen[name], value, rtol=0, atol=0)
+
+
+def test_no_pairs():
+    none = torch.zeros(0)
+    assert all(torch.equal(value, none) for value in dpo_loss(none, none, none, none))
+
+
+def logps_with(**changes):
+    names = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+    return {name: rand(2) for name in names} | changes
+
+
+BAD_LOGPS = {
+    "policy a list": ({"policy_chosen_logps": [0.0]}, TypeError, "policy_chosen_logps must be a tensor ... got list"),
+    "policy None": ({"policy_rejected_logps": None}, TypeError, "policy_rejected_logps must be a tensor"),
+    "policy int64": ({"policy_rejected_logps": whole(1, 2)}, TypeError, "policy_rejected_logps must be floating point"),
+    "policy 2-D": ({"policy_chosen_logps": rand(2, 1)}, ValueError, "policy_chosen_logps has shape (2, 1) ... (P,)"),
+    "sides differ": ({"policy_rejected_logps": rand(3)}, ValueError,
+        "policy_rejected_logps has shape (3,) ... policy_chosen_logps (2,)"),
+    "reference shape": ({"ref_rejected_logps": rand(1)}, ValueError, "ref_rejected_logps has shape (1,)"),
+    "reference int64": ({"ref_chosen_logps": whole(1, 2)}, TypeError, "ref_chosen_logps must be floating point"),
+    "reference elsewhere": ({"ref_chosen_logps": rand(2, **META)}, ValueError,
+        "ref_chosen_logps is on meta ... policy_chosen_logps is on cpu"),
+    "reference missing": ({"ref_chosen_logps": None, "ref_rejected_logps": None}, ValueError,
+        "'sigmoid' needs a reference ... reference_free=True"),
+    "reference half": ({"ref_rejected_logps": None}, ValueError,
+        "needs a reference ... ref_chosen_logps and ref_rejected_logps"),
+    "reference_free with one": ({"reference_free": True}, ValueError,
+        "reference_free=True and ref_chosen_logps exclude"),
+    "tokens shape": ({"chosen_tokens": rand(3)}, ValueError, "chosen_tokens has shape (3,)"),
+    "tokens an int": ({"rejected_tokens": 3}, TypeError, "rejected_tokens must be a tensor ... got int"),
+    "loss_type unknown": ({"loss_type": "dpo"}, ValueError, "unknown loss_type 'dpo' ... known:"),
+    "beta negative": ({"beta": -1.0}, ValueError, "beta must be >= 0"),
+    "label_smoothing": ({"label_smoothing": 0.7}, ValueError, "label_smoothing must lie in [0.0, 0.5]"),
+    "no such option": ({"tau": 1.0}, ValueError, "tau is not an option of the loss 'sigmoid'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_LOGPS)
+def test_bad_input_of_dpo_loss(case):
+    changes, kind, words = BAD_LOGPS[case]
+    with pytest.raises(kind, match=says(words)):
+        dpo_loss(**logps_with(**changes))

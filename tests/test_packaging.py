@@ -1,0 +1,100 @@
+"""What is shipped: the wheel, the source archive, and a package that works away from its checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dpo_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "demo_out")
+
+# What pip calls once it has the build requirements: no network, and no pip of a certain age.
+BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, 'build_' + sys.argv[1])(sys.argv[2]))"
+
+
+def run(*arguments: str, cwd: Path, **environment: str) -> str:
+    """Standard output of this Python with ``arguments``; fails with everything it printed."""
+    command = [sys.executable, *arguments]
+    env = os.environ | environment
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    return out / run("-c", BUILD, kind, str(out), cwd=source).splitlines()[-1]
+
+
+def files_of(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def metadata_of(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return archive.read(name).decode().split("\n\n")[0].splitlines()
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout: setuptools builds inside the tree it reads."""
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("tree") / "source", ignore=NOT_SOURCE))
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", tree, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("sdist", tree, tmp_path_factory.mktemp("sdist"))
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dpo_kernels").rglob("*.py")}
+    assert "dpo_kernels/strategies/chunked.py" in modules
+    assert files_of(wheel) == modules
+
+
+def test_the_metadata_says_what_the_package_needs(wheel: Path) -> None:
+    metadata = metadata_of(wheel)
+    required = {line for line in metadata if line.startswith("Requires-Dist:") and "extra ==" not in line}
+    assert f"Version: {dpo_kernels.__version__}" in metadata
+    assert wheel.name.startswith(f"dpo_kernels-{dpo_kernels.__version__}-")
+    assert "License-Expression: Apache-2.0" in metadata
+    assert required == {"Requires-Dist: torch>=2.11", "Requires-Dist: numpy"}
+
+
+def test_the_source_archive_is_complete(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = tmp_path / sdist.name.removesuffix(".tar.gz")
+    wanted = ["LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.py"]
+    wanted += [path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert [name for name in wanted if not (source / name).is_file()] == []
+    assert files_of(build("wheel", source, tmp_path)) == files_of(wheel)
+
+
+def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    code = (
+        "import torch, dpo_kernels as d, importlib.metadata as m\n"
+        "print(d.__file__, m.version('dpo-kernels'))\n"
+        "out = d.fused_dpo_loss(torch.ones(2, 3, 4), torch.ones(5, 4), torch.ones(2, 3, dtype=torch.long),"
+        " reference_free=True)\n"
+        "print(round(out.loss.item(), 4))\n"
+    )
+    output = run("-c", code, cwd=elsewhere, PYTHONPATH=str(site)).splitlines()
+    assert output == [f"{site}/dpo_kernels/__init__.py {dpo_kernels.__version__}", "0.6931"]
