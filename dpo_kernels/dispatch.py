@@ -21,7 +21,7 @@ SMALL_GPU_SHARE = 40  # part of a smaller GPU's memory that the scratch takes
 CPU_WORKSPACE_BYTES = 8 * MIB
 GPU_WORKSPACE_BYTES = 256 * MIB
 STREAMING_TILE_BYTES = 1 * MIB
-LEAST_TILE_BYTES = 4096  # below this a tile is more bookkeeping than arithmetic
+LEAST_TILE_BYTES = 1024  # below this a tile is more bookkeeping than arithmetic
 GOOD_TILE_ROWS = 128  # fewer rows make a poor GEMM: then the vocabulary is cut instead
 
 

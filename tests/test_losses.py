@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dpo_kernels import LossInputs, dpo_loss, fused_dpo_loss, losses
+from dpo_kernels import LossInputs, dpo_loss, explain, fused_dpo_loss, losses
 from dpo_kernels.losses import LOSSES, LossSpec
 from dpo_kernels.reference import dpo_loss_reference
 from tests.test_inputs import META, rand, says, whole
@@ -313,6 +313,75 @@ def test_a_callable_sees_every_field():
     assert tuple(seen) == LossInputs._fields
     for name, value in zip(LossInputs._fields, given, strict=True):
         close(seen[name], value, rtol=0, atol=0)
+
+
+def a_batch_of_hidden_states():
+    g = torch.Generator().manual_seed(4)
+    labels = torch.randint(0, 9, (6, 5), generator=g)
+    labels[1, 2:] = labels[3, :] = labels[5, 1] = -100
+    return {
+        "hidden": torch.randn(6, 5, 4, generator=g, dtype=F64, requires_grad=True),
+        "weight": torch.randn(9, 4, generator=g, dtype=F64, requires_grad=True),
+        "labels": labels,
+        "ref_logps": -torch.rand(6, generator=g, dtype=F64),
+    }
+
+
+def centred(x):
+    """Coupled over the batch."""
+    margin = x.policy_chosen_logps - x.policy_rejected_logps - (x.ref_chosen_logps - x.ref_rejected_logps)
+    return x.beta * (margin - margin.mean()).square() + x.chosen_tokens - 2 * x.rejected_tokens
+
+
+def apart(x):
+    """Each pair by itself, and each side with a coefficient of its own."""
+    chosen, rejected = x.policy_chosen_logps - x.ref_chosen_logps, x.policy_rejected_logps - x.ref_rejected_logps
+    return x.beta * chosen.square() - torch.nn.functional.logsigmoid(rejected / x.rejected_tokens.clamp(min=1))
+
+
+@pytest.mark.parametrize(("function", "separable", "strategy"), [
+    (centred, None, "recompute"), (apart, None, "recompute"), (apart, False, "recompute"), (apart, True, "chunked"),
+])  # fmt: skip
+def test_a_callable_is_coupled_unless_it_says_otherwise(monkeypatch, function, separable, strategy):
+    if separable is not None:
+        monkeypatch.setattr(function, "separable", separable, raising=False)
+    inputs = a_batch_of_hidden_states()
+    assert explain(**inputs, loss_type=function, beta=0.3).strategy == strategy
+    got = fused_dpo_loss(**inputs, loss_type=function, beta=0.3)
+    want = dpo_loss_reference(**inputs, loss_type=function, beta=0.3)
+    close(got.loss, want.loss, rtol=1e-12, atol=0)
+    close(got.chosen_rewards, want.chosen_rewards, rtol=1e-12, atol=0)
+    leaves = (inputs["hidden"], inputs["weight"])
+    for ours, theirs in zip(*(torch.autograd.grad(out.loss, leaves) for out in (got, want)), strict=True):
+        close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("separable", [False, True])
+@pytest.mark.parametrize("pairs", ["stacked", "interleaved"])
+def test_the_engine_fills_every_field_of_a_callable(separable, pairs):
+    seen = []
+
+    def mine(x):
+        seen.append(x)
+        return x.policy_chosen_logps
+
+    mine.separable = separable
+    inputs = a_batch_of_hidden_states()
+    out = fused_dpo_loss(**inputs, loss_type=mine, beta=0.3, pairs=pairs)
+    (x,) = seen
+    assert type(x) is LossInputs
+    counts = (inputs["labels"] >= 0).sum(1).to(F64)
+    sides = (slice(0, 3), slice(3, 6)) if pairs == "stacked" else (slice(0, 6, 2), slice(1, 6, 2))
+    for got, want in (
+        (x.policy_chosen_logps.detach(), out.chosen_logps),
+        (x.policy_rejected_logps.detach(), out.rejected_logps),
+        (x.ref_chosen_logps, inputs["ref_logps"][sides[0]]),
+        (x.ref_rejected_logps, inputs["ref_logps"][sides[1]]),
+        (x.chosen_tokens, counts[sides[0]]),
+        (x.rejected_tokens, counts[sides[1]]),
+    ):
+        close(got, want, rtol=0, atol=0)
+    assert x.beta == 0.3
 
 
 def test_no_pairs():

@@ -1,0 +1,103 @@
+"""The plan: which strategy a problem gets, and the words in which the others are refused."""
+
+import pytest
+import torch
+
+import dpo_kernels as dk
+from dpo_kernels import dispatch
+from dpo_kernels.strategies.chunked import Group, plan_groups
+from tests.test_equivalence import coupled, one_sided
+
+
+def problem(trainable=True, pairs=4, length=16, vocab=512):
+    labels = torch.randint(0, vocab, (2 * pairs, length))
+    hidden = torch.randn(2 * pairs, length, 8, requires_grad=True)
+    return hidden, torch.randn(vocab, 8, requires_grad=trainable), labels
+
+
+def explain(*inputs, **options):
+    return dk.explain(*inputs, reference_free=True, **options)
+
+
+def test_the_usual_case_is_one_chunk():
+    plan = explain(*problem())
+    assert (plan.strategy, plan.backend, plan.chunks, plan.extra_bytes) == ("chunked", "torch", 1, 0)
+    assert plan.scratch_bytes == dispatch.CPU_SCRATCH_BYTES
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy", "refused", "words"),
+    [
+        ({"reduction": "none"}, "recompute", "chunked", "known only in the backward pass"),
+        ({"loss_type": coupled}, "recompute", "chunked", "coupled over the batch"),
+        ({"loss_type": one_sided}, "chunked", "recompute", "at 4 GEMM units against 3"),
+        ({"scratch_bytes": 2000}, "recompute", "chunked", "scratch_bytes=2000 is less than the 2730 bytes"),
+        ({"scratch_bytes": 0}, "streaming", "recompute", "scratch_bytes=0 leaves a tile of less than 1024 bytes"),
+        ({"max_scored_tokens": 128, "scratch_bytes": 65536}, "recompute", "chunked", "max_scored_tokens=128 does not"),
+        ({"max_scored_tokens": 128}, "chunked", "recompute", "it could run"),
+    ],
+)
+def test_choice_and_reasons(options, strategy, refused, words):
+    plan = explain(*problem(), **options)
+    assert plan.strategy == strategy
+    assert words in plan.against[refused]
+    assert words in str(plan)
+    assert set(plan.against) == {*dispatch.STRATEGIES, *dispatch.BACKEND_NAMES} - {plan.strategy, plan.backend}
+
+
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"loss_type": coupled}, {"scratch_bytes": 100}])
+def test_asked_by_name_and_refused_is_an_error_with_the_reason(options):
+    reason = explain(*problem(), **options).against["chunked"]
+    with pytest.raises(ValueError, match="strategy='chunked' cannot run this") as raised:
+        dk.fused_dpo_loss(*problem(), reference_free=True, strategy="chunked", **options)
+    assert reason in str(raised.value)
+
+
+def test_a_frozen_head_lifts_the_refusal():
+    plan = explain(*problem(trainable=False), reduction="none")
+    assert (plan.strategy, plan.units) == ("chunked", 2)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_log_prob_primitives_with_a_trainable_head_are_not_chunked(trainable):
+    hidden, weight, labels = problem(trainable)
+    if trainable:
+        with pytest.raises(ValueError, match="log-probs have upstreams that are known only in the backward pass"):
+            dk.fused_sequence_logps(hidden, weight, labels, strategy="chunked")
+    else:
+        dk.fused_sequence_logps(hidden, weight, labels, strategy="chunked").sum().backward()
+
+
+def test_two_accumulators_where_the_sides_differ():
+    inputs, tight = problem(pairs=1), {"scratch_bytes": 10 * 512 * 4}
+    one, two = explain(*inputs, **tight), explain(*inputs, loss_type=one_sided, **tight)
+    assert one.extra_bytes == 512 * 8 * 4
+    assert two.extra_bytes == 2 * one.extra_bytes
+
+
+@pytest.mark.parametrize("strategy", dispatch.STRATEGIES)
+@pytest.mark.parametrize("scratch", [1, 777, 4096, 10**5, 10**6, 10**9])
+@pytest.mark.parametrize("vocab", [1, 3, 1000, 256000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_tile_and_its_temporaries_fit_the_scratch(dtype, vocab, scratch, strategy):
+    budget = dispatch.budget_of(scratch, "torch", dtype, torch.device("cpu"))
+    tile = dispatch.tile_of(strategy, budget, 10**6, vocab)
+    assert tile.rows >= 1
+    assert 1 <= tile.cols <= vocab
+    if strategy != "chunked" or budget.whole_rows(vocab) >= 1:
+        used = tile.rows * tile.cols * budget.bytes_per_logit + budget.workspace_bytes
+        assert used <= scratch or tile == dispatch.Tile(1, 1)
+
+
+def test_groups_are_whole_pairs_or_one_oversized_pair():
+    # pairs of 3, 0, 7, 0, 2, 2 tokens into 4 rows
+    counts = [1, 2, 0, 0, 4, 3, 0, 0, 1, 1, 2, 0]
+    assert plan_groups(counts, 14, 6, tile_rows=4) == [
+        Group(0, 2, 0, 3, oversized=False),
+        Group(2, 3, 3, 10, oversized=True),
+        Group(3, 6, 10, 14, oversized=False),
+    ]
+
+
+def test_static_capacity_is_one_group():
+    assert plan_groups(None, 9, 2, tile_rows=9) == [Group(0, 2, 0, 9, oversized=False)]

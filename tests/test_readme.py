@@ -1,0 +1,122 @@
+"""The documents say what is: the README's code runs, its tables are complete, its map is true."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import dpo_kernels
+from dpo_kernels import dispatch, losses
+from tests.test_units import UNITS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def table(first_header):
+    """Rows of the table whose header starts so, as lists of cells."""
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_header} "))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip().strip("`") for cell in line.strip("|").split("|")])
+    return rows
+
+
+@pytest.fixture(scope="module")
+def snippets():
+    space: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(code, "README.md", "exec"), space)
+    return space
+
+
+def _model_and_batch():
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    ids = torch.randint(0, 101, (6, 12))
+    mask = torch.arange(12) < torch.tensor([12, 9, 7, 12, 11, 5])[:, None]
+    labels = ids.masked_fill(~mask | (torch.arange(12) < 4), -100)
+    return LlamaForCausalLM(config), {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+
+
+def test_the_drop_in_trains_the_same_model(snippets):
+    trained = []
+    for step in ("naive_step", "fused_step"):
+        model, batch = _model_and_batch()
+        ref_logps = snippets["reference_logps"](model, batch)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        results = [snippets[step](model, batch, ref_logps, optimizer) for _ in range(3)]
+        trained.append((results, [p.detach() for p in model.parameters()]))
+    (naive, naive_parameters), (fused, fused_parameters) = trained
+    for a, b in zip(naive, fused, strict=True):
+        torch.testing.assert_close(b[0], a[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(b[1], a[1], rtol=1e-4, atol=1e-5)
+    assert naive[-1][0] < naive[0][0]
+    for a, b in zip(naive_parameters, fused_parameters, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+def test_the_drop_in_is_as_short_as_it_says():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in blocks[1].splitlines() if line.strip()]) <= 20
+
+
+def test_the_table_of_losses_is_complete():
+    named = {row[0].strip('"') for row in table("`loss_type`")}
+    assert named == {*losses.LOSSES, "a callable"}
+
+
+def test_the_table_of_strategies_says_what_is_counted():
+    counted = {(s, trainable): units for s, trainable, hidden, units in UNITS if hidden}
+    rows = {row[0]: row for row in table("strategy")}
+    assert set(rows) == set(dispatch.STRATEGIES)
+    for name, row in rows.items():
+        assert (int(row[1]), int(row[2])) == (counted[name, True], counted[name, False])
+
+
+def test_the_table_of_backends_says_what_there_is():
+    rows = {row[0]: row[1] for row in table("backend")}
+    assert set(rows) == set(dispatch.BACKEND_NAMES)
+    for name, state in rows.items():
+        assert (name in dispatch.ABSENT) == ("not in this version" in state)
+
+
+def test_the_map_is_true():
+    block = re.search(r"## Map\n\n```\n(.*?)```", README, re.DOTALL).group(1)
+    named = set(re.findall(r"[\w/]+\.py", block.split("csrc/")[0]))
+    package = {path.name for path in (ROOT / "dpo_kernels").rglob("*.py")} - {"__init__.py"}
+    assert named == package
+    for folder in re.findall(r"^([\w/]+/)(?= |$)", block, re.MULTILINE):
+        assert (ROOT / folder).is_dir()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/design.md", "CHANGELOG.md"])
+def test_links_and_commands_exist(document):
+    text = (ROOT / document).read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):
+        assert command in targets
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert ((ROOT / document).parent / link).exists(), link
+    for path in re.findall(r"`((?:dpo_kernels|tests|docs|benchmarks)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_public_name_has_a_docstring_and_a_mention():
+    for name in set(dpo_kernels.__all__) - {"__version__"}:
+        assert getattr(dpo_kernels, name).__doc__, name
+        if name != "DPOLossOutput":
+            assert name in README, name
