@@ -28,7 +28,8 @@ SLOT, LOGPS_OPTIONS, LOGPS_STRATEGY = 7, 11, 16
 
 def traced(tensor: Tensor) -> bool:
     """Whether a tracer or fake tensors are at work, so that only operators of the dispatcher may run."""
-    return torch.compiler.is_compiling() or type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
+    fake = tensor.is_meta or type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
+    return fake or torch.compiler.is_compiling()
 
 
 def pack(batch: inputs.Batch, ignore_index: int, shift: bool, stacked: bool, max_scored_tokens: int | None) -> Rows:
@@ -174,8 +175,12 @@ class _RefuseSecondDerivative(torch.autograd.Function):
     """Passes a gradient through; differentiating it again is an error instead of a silent zero."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, grad: Tensor) -> Tensor:
+    def forward(anchor: Tensor, grad: Tensor) -> Tensor:
         return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass  # torch.func asks for one
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:

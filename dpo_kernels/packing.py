@@ -35,7 +35,7 @@ def pack(
     """
     device, sequences = labels_R.device, cu_seqlens.shape[0] - 1
     rows = labels_R.shape[0]
-    if device.type == "cpu" or not static:
+    if device.type == "cpu" and not width:
         _check_cu_seqlens(cu_seqlens, rows)
     targets_R, position = labels_R, torch.arange(rows, device=device)
     sequence_R = torch.bucketize(position, cu_seqlens[1:], right=True)
@@ -54,12 +54,15 @@ def pack(
     if static:
         counts_host = torch.full((sequences,), -1, dtype=torch.int64)
     else:
-        counts_host = counts_S.to("cpu", copy=True)
+        host = torch.cat([counts_S, cu_seqlens]).to("cpu", copy=True)  # one transfer for both
+        counts_host = host[:sequences].clone()
+        if device.type != "cpu" and not width:
+            _check_cu_seqlens(host[sequences:], rows)
         if capacity is None:
             capacity = int(counts_host.sum())
     assert capacity is not None, "a static packing has a capacity"
     overflow = counts_S.sum() > capacity
-    slot_R = slot_R.clamp(max=capacity)
+    slot_R = slot_R.clamp(0, capacity)
     # One slot more than the capacity takes everything that is not scored; it is cut off again.
     index = torch.zeros(capacity + 1, dtype=torch.int64, device=device).scatter_(0, slot_R, position)[:capacity]
     segments = _segments(counts_S, capacity)

@@ -318,3 +318,53 @@ def test_hooks_and_accumulation_see_ordinary_gradients():
     loss.backward()
     torch.testing.assert_close(inputs["weight"].grad, expected + 1, rtol=0, atol=0)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_torch_func_grad(strategy):
+    inputs = Case(torch.float64).tensors()
+    name, scratch = STRATEGIES[strategy]
+    others = {k: v for k, v in inputs.items() if k not in ("hidden", "weight")}
+
+    def call(hidden, weight):
+        return dk.fused_dpo_loss(hidden, weight, **others, strategy=name, scratch_bytes=scratch).loss
+
+    leaves = (inputs["hidden"], inputs["weight"])
+    expected = torch.autograd.grad(call(*leaves), leaves)
+    got = torch.func.grad(call, argnums=(0, 1))(*(leaf.detach() for leaf in leaves))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_export():
+    class Step(torch.nn.Module):
+        def forward(self, hidden, weight, labels, ref_logps):
+            return _named(hidden, weight, labels, ref_logps).loss
+
+    inputs = {k: v.detach() for k, v in Case().tensors().items()}
+    exported = torch.export.export(Step(), (), kwargs=inputs)
+    assert torch.equal(exported.module()(**inputs), _named(**inputs).loss)
+
+
+def test_offloaded_saved_tensors():
+    inputs = Case(torch.float32).tensors()
+    leaves = (inputs["hidden"], inputs["weight"])
+    expected = torch.autograd.grad(dk.fused_dpo_loss(**inputs).loss, leaves)
+    with torch.autograd.graph.save_on_cpu():
+        loss = dk.fused_dpo_loss(**inputs).loss
+    for a, b in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_meta_tensors_have_shapes_only():
+    out = dk.fused_dpo_loss(
+        torch.empty(4, 3, 8, device="meta", requires_grad=True),
+        torch.empty(9, 8, device="meta"),
+        torch.zeros(4, 3, dtype=torch.int64, device="meta"),
+        reference_free=True,
+        reduction="none",
+    )
+    assert out.loss.is_meta
+    assert out.loss.shape == out.chosen_rewards.shape == (2,)

@@ -128,7 +128,7 @@ class TorchRows(TiledPasses):
             if not exponentiated:
                 for rows, cols in self._blocks(tile):
                     tile[rows, cols].sub_(max_C[rows, None]).exp_()
-            tile.scatter_add_(1, label, removed)
+            tile.scatter_(1, label, tile.gather(1, label) + removed)
             return
         assert not exponentiated, "the softcap's derivative needs the logits"
         # d z / d raw = scale * (1 - (z / softcap)^2); the label's own is taken before the logits are gone.
@@ -137,7 +137,7 @@ class TorchRows(TiledPasses):
             z = tile[rows, cols]
             slope = (z / head.softcap).square_().neg_().add_(1.0)
             z.sub_(max_C[rows, None]).exp_().mul_(slope)
-        tile.scatter_add_(1, label, removed * own)
+        tile.scatter_(1, label, tile.gather(1, label) + removed * own)
 
     def grad_hidden(self, tile: Tensor, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """See ``types.RowKernels``."""
