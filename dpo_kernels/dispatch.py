@@ -3,7 +3,9 @@
 A new backend is a kernel file and a line in ``BACKENDS``; a new strategy a file and a line in ``STRATEGIES``.
 """
 
+import importlib.util
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -99,11 +101,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Backend:
-    """How a backend's kernels are made, from the dtype of the operands and the bytes of their temporaries."""
+    """Why a backend cannot run a problem (None: it can), and where its class of kernels is loaded from."""
 
-    make: Callable[[torch.dtype, int], RowKernels]
-    bytes_per_logit: Callable[[torch.dtype, str], int]
-    streaming_shares_tile: bool  # one recomputed tile serves both gradients
+    refuse: Callable[[Problem, bool], str | None]  # the problem, and whether the backend was asked for by name
+    load: Callable[[], type[TorchRows]]
+
+    def make(self, dtype: torch.dtype, workspace_bytes: int) -> RowKernels:
+        """The kernels for one call."""
+        return self.load()(dtype, workspace_bytes)
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,14 @@ class Strategy:
     """Why a strategy cannot run a problem (None: it can), and its units forward + backward."""
 
     refuse: Callable[[Problem, Budget], str | None]
-    units: Callable[[Problem, Backend], int]
+    units: Callable[[Problem], int]
 
 
 def choose(problem: Problem, strategy: str, backend: str) -> Plan:
     """The plan for a problem; raises ``ValueError`` with the reason if what was asked for by name cannot run."""
-    backend_name = _first(BACKEND_NAMES, backend, "backend", ABSENT.get)
+    backend_name = _first(
+        BACKEND_NAMES, backend, "backend", lambda name: _refuse_backend(problem, name, by_name=backend != "auto")
+    )
     budget = divide(problem, backend_name)
     name = _first(tuple(STRATEGIES), strategy, "strategy", lambda name: STRATEGIES[name].refuse(problem, budget))
     tile = tile_of(name, budget, problem.rows, problem.vocab)
@@ -130,7 +137,7 @@ def choose(problem: Problem, strategy: str, backend: str) -> Plan:
     return Plan(
         strategy=name,
         backend=backend_name,
-        units=STRATEGIES[name].units(problem, BACKENDS[backend_name]),
+        units=STRATEGIES[name].units(problem),
         reference_units=problem.reference_units,
         tile=tile,
         scratch_bytes=problem.scratch_bytes,
@@ -142,13 +149,17 @@ def choose(problem: Problem, strategy: str, backend: str) -> Plan:
 
 def reasons_against(problem: Problem, plan: Plan) -> dict[str, str]:
     """Why every strategy and backend but the plan's is not taken."""
-    against: dict[str, str] = dict(ABSENT)
-    against |= {name: f"{plan.backend} is preferred" for name in BACKENDS if name != plan.backend}
+    against: dict[str, str] = {}
+    for name in BACKEND_NAMES:
+        if name != plan.backend:
+            against[name] = (
+                _refuse_backend(problem, name, by_name=False) or f"it could run; {plan.backend} is preferred"
+            )
     budget = divide(problem, plan.backend)
     for name, candidate in STRATEGIES.items():
         if name == plan.strategy:
             continue
-        units = candidate.units(problem, BACKENDS[plan.backend])
+        units = candidate.units(problem)
         reason = candidate.refuse(problem, budget)
         against[name] = reason or f"it could run, at {units} GEMM units against {plan.units}"
     return against
@@ -162,7 +173,7 @@ def divide(problem: Problem, backend: str) -> Budget:
 def budget_of(scratch_bytes: int, backend: str, dtype: torch.dtype, device: torch.device) -> Budget:
     """Divide a scratch: a quarter, up to a limit, for the temporaries, the rest for the tile."""
     workspace = min(scratch_bytes // 4, _workspace_limit(device))
-    per_logit = BACKENDS[backend].bytes_per_logit(dtype, device.type)
+    per_logit = BACKENDS[backend].load().bytes_per_logit(dtype, device.type)
     return Budget(scratch_bytes - workspace, workspace, per_logit)
 
 
@@ -241,10 +252,8 @@ def _units_kept(problem: Problem, passes_with_head: int) -> int:
     return passes_with_head + problem.gemms
 
 
-def _units_streaming(problem: Problem, backend: Backend) -> int:
-    if not any(problem.need):
-        return 1
-    return 2 + problem.gemms if backend.streaming_shares_tile else 1 + 2 * problem.gemms
+def _units_streaming(problem: Problem) -> int:
+    return 2 + problem.gemms if any(problem.need) else 1  # a recomputed tile serves both gradients
 
 
 def _minimum_scratch(problem: Problem, budget: Budget) -> int:
@@ -268,22 +277,47 @@ def _extra_bytes(problem: Problem, tile: Tile) -> int:
     return buffers * problem.vocab * problem.hidden * accumulation_dtype(problem.dtype).itemsize
 
 
+# --- the backends -----------------------------------------------------------------------------------------------------
+
+
+def _refuse_backend(problem: Problem, name: str, by_name: bool) -> str | None:
+    return ABSENT[name] if name in ABSENT else BACKENDS[name].refuse(problem, by_name)
+
+
+def _refuse_triton(problem: Problem, by_name: bool) -> str | None:
+    if problem.dtype == torch.float64:
+        return "float64 is not for Triton kernels"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if problem.device.type == "cuda":
+        return None
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return f"hidden is on {problem.device.type}: the kernels need CUDA, or TRITON_INTERPRET=1 to step through them"
+    return None if by_name else "its interpreter is for stepping through the kernels: ask for it by name"
+
+
+def _load_triton() -> type[TorchRows]:
+    from dpo_kernels.kernels.triton.backend import TritonRows
+
+    return TritonRows
+
+
 # --- the tables, best first -------------------------------------------------------------------------------------------
 
 STRATEGIES = {
-    "chunked": Strategy(_refuse_chunked, lambda problem, backend: _units_kept(problem, 1)),
-    "recompute": Strategy(_refuse_recompute, lambda problem, backend: _units_kept(problem, 2)),
+    "chunked": Strategy(_refuse_chunked, lambda problem: _units_kept(problem, 1)),
+    "recompute": Strategy(_refuse_recompute, lambda problem: _units_kept(problem, 2)),
     "streaming": Strategy(lambda problem, budget: None, _units_streaming),
 }
 BACKENDS = {
-    "torch": Backend(TorchRows, TorchRows.bytes_per_logit, streaming_shares_tile=True),
+    "triton": Backend(_refuse_triton, _load_triton),
+    "torch": Backend(lambda problem, by_name: None, lambda: TorchRows),
 }
 ABSENT = {
-    "triton": "the Triton kernels are not in this version",
     "cuda": "the CUDA extension is not in this version",
     "cpp": "the C++ extension is not in this version",
 }
-BACKEND_NAMES = (*ABSENT, *BACKENDS)
+BACKEND_NAMES = ("triton", "cuda", "cpp", "torch")
 
 
 def _first(names: Sequence[str], asked: str, what: str, refuse: Callable[[str], str | None]) -> str:

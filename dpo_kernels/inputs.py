@@ -283,7 +283,11 @@ def check_stats(stats: Any) -> tuple[str, ...]:
 def compute_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str]) -> torch.dtype:
     """Dtype of the GEMM operands: the tensors' own, or autocast's."""
     device_type = hidden.device.type
-    if not hidden.is_meta and torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
+    if (
+        not hidden.is_meta
+        and torch.is_autocast_enabled(device_type)
+        and torch.float64 not in (hidden.dtype, weight.dtype)
+    ):
         return torch.get_autocast_dtype(device_type)
     if hidden.dtype != weight.dtype:
         raise TypeError(

@@ -121,6 +121,11 @@ class BoundLoss:
         return self.spec is not LOSSES.get(self.spec.name)
 
     @property
+    def sigmoid(self) -> tuple[float, float] | None:
+        """See ``types.PairLoss``."""
+        return (self.beta, dict(self.options)["label_smoothing"]) if self.spec is LOSSES["sigmoid"] else None
+
+    @property
     def separable(self) -> bool:
         """Whether a pair's loss depends on that pair alone."""
         return self.spec.separable

@@ -159,6 +159,10 @@ class PairLoss(Protocol):
         the two sides have coefficients of their own.
         """
 
+    @property
+    def sigmoid(self) -> tuple[float, float] | None:
+        """(beta, label smoothing) if the loss is DPO's, which a backend may do in one kernel."""
+
     def value_and_grad(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> tuple[Tensor, Tensor]:
         """Losses ``(P,)`` and their derivative by the policy's sequence log-probs ``(S,)``."""
 
@@ -199,18 +203,39 @@ class RowKernels(Protocol):
         max_C: Tensor,
         sumexp_C: Tensor,
         head: Head,
+        scale_C: Tensor | None,
         exponentiated: bool = False,
-    ) -> None:
-        """Overwrite logits by ``sumexp * (softmax - onehot)``, times the softcap's derivative."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """``sumexp * (softmax - onehot)``, times the softcap's derivative, as the gradient GEMMs read it.
+
+        The tile is overwritten, or given up where the result is another tensor. A backend that rounds the result
+        multiplies it by ``scale_C`` first, so that there is one rounding; otherwise the scale comes back, to be
+        applied to the rows of X and dX.
+        """
 
     def grad_hidden(self, tile: Tensor, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """``out (+)= tile @ W[start:start+Vt]``."""
 
-    def grad_weight(self, tile: Tensor, x_CH: Tensor, scale_C: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
-        """``out (+)= tile^T @ (scale * x)``: the rows of ``x`` are scaled, never the tile."""
+    def grad_weight(
+        self, tile: Tensor, x_CH: Tensor, scale_C: Tensor | None, out_VtH: Tensor, accumulate: bool
+    ) -> None:
+        """``out (+)= tile^T @ (scale * x)``."""
 
-    def grad_bias(self, tile: Tensor, scale_C: Tensor, out_Vt: Tensor, accumulate: bool) -> None:
+    def grad_bias(self, tile: Tensor, scale_C: Tensor | None, out_Vt: Tensor, accumulate: bool) -> None:
         """``out (+)= tile^T @ scale``."""
+
+    def recomputed_dlogits(
+        self,
+        x_CH: Tensor,
+        head: Head,
+        start: int,
+        tile: Tensor,
+        labels_C: Tensor,
+        max_C: Tensor,
+        sumexp_C: Tensor,
+        scale_C: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``project`` and ``dlogits_`` in one."""
 
     # --- tokens to pairs ---
 
@@ -233,10 +258,13 @@ class RowKernels(Protocol):
     def linear_logprob(self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]) -> RowResult:
         """Log-probs of all rows: one GEMM unit."""
 
+    def stream_logprob(self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]) -> RowResult:
+        """The same without a tile in memory, where the backend has a kernel for it."""
+
     def linear_direction(
         self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
     ) -> tuple[RowResult, Tensor]:
-        """The same, and ``(N + 1, H)`` derivatives of ``-logp`` by the hidden rows (last row 0): two units."""
+        """Log-probs, and ``(N + 1, H)`` derivatives of ``-logp`` by the hidden rows (last row 0): two units."""
 
     def linear_logprob_backward(
         self,

@@ -48,6 +48,25 @@ class TiledPasses(RowKernels):
             out.put(start, stop, self.finish(state, labels_C, head.vocab))
         return out.result
 
+    def stream_logprob(self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]) -> RowResult:
+        """See ``types.RowKernels``; without a kernel of its own, small tiles in memory."""
+        return self.linear_logprob(hidden_RH, head, rows, tile, stats)
+
+    def recomputed_dlogits(
+        self,
+        x_CH: Tensor,
+        head: Head,
+        start: int,
+        tile: Tensor,
+        labels_C: Tensor,
+        max_C: Tensor,
+        sumexp_C: Tensor,
+        scale_C: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``types.RowKernels``."""
+        self.project(x_CH, head, start, tile)
+        return self.dlogits_(tile, labels_C, start, max_C, sumexp_C, head, scale_C)
+
     def linear_direction(
         self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
     ) -> tuple[RowResult, Tensor]:
@@ -70,8 +89,8 @@ class TiledPasses(RowKernels):
                 if left:
                     out_CH.mul_(rescale(before, state.max)[:, None])
                 taken = labels_C if whole else no_label
-                self.dlogits_(z, taken, left, state.max, state.sumexp, head, state.exponentiated)
-                self.grad_hidden(z, head, left, out_CH, accumulate=left > 0)
+                d, _ = self.dlogits_(z, taken, left, state.max, state.sumexp, head, None, state.exponentiated)
+                self.grad_hidden(d, head, left, out_CH, accumulate=left > 0)
             out_CH.mul_((head.logit_scale / state.sumexp)[:, None])
             if not whole:
                 out_CH.sub_(_label_rows(head, labels_C, state.target, self.dtype))
@@ -96,18 +115,18 @@ class TiledPasses(RowKernels):
         scale_N = (-grad_N * head.logit_scale / sumexp_N).to(scratch.dtype)
         for start, stop in spans(rows.used, tile.rows):
             x_CH = rows.gather(hidden_RH, start, stop, self.dtype)
-            scale_C = scale_N[start:stop]
+            scale_C: Tensor | None = None
             for left, right in spans(head.vocab, tile.cols):
                 z = view_tile(scratch, stop - start, right - left)
-                self.project(x_CH, head, left, z)
-                self.dlogits_(z, rows.labels[start:stop], left, max_N[start:stop], sumexp_N[start:stop], head)
+                here = (rows.labels[start:stop], max_N[start:stop], sumexp_N[start:stop])
+                d, scale_C = self.recomputed_dlogits(x_CH, head, left, z, *here, scale_N[start:stop])
                 if dx is not None:
-                    self.grad_hidden(z, head, left, dx[start:stop], accumulate=left > 0)
+                    self.grad_hidden(d, head, left, dx[start:stop], accumulate=left > 0)
                 if dw is not None:
-                    self.grad_weight(z, x_CH, scale_C, dw[left:right], accumulate=start > 0)
+                    self.grad_weight(d, x_CH, scale_C, dw[left:right], accumulate=start > 0)
                 if db is not None:
-                    self.grad_bias(z, scale_C, db[left:right], accumulate=start > 0)
-            if dx is not None:
+                    self.grad_bias(d, scale_C, db[left:right], accumulate=start > 0)
+            if dx is not None and scale_C is not None:
                 dx[start:stop].mul_(scale_C[:, None])
         return grads
 

@@ -117,52 +117,54 @@ class TorchRows(TiledPasses):
         max_C: Tensor,
         sumexp_C: Tensor,
         head: Head,
+        scale_C: Tensor | None,
         exponentiated: bool = False,
-    ) -> None:
-        """See ``types.RowKernels``. Rows stay unnormalised: the caller divides their coefficient by ``sumexp``."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``types.RowKernels``; float32 tiles need no scaling of their own."""
         column = labels_C - start
         here = (column >= 0) & (column < tile.shape[1])
-        removed = torch.where(here, -sumexp_C, torch.zeros_like(sumexp_C))
-        label, removed = column.clamp(0, tile.shape[1] - 1)[:, None], removed[:, None]
-        if head.softcap is None:
-            if not exponentiated:
-                for rows, cols in self._blocks(tile):
-                    tile[rows, cols].sub_(max_C[rows, None]).exp_()
-            tile.scatter_(1, label, tile.gather(1, label) + removed)
-            return
-        assert not exponentiated, "the softcap's derivative needs the logits"
-        # d z / d raw = scale * (1 - (z / softcap)^2); the label's own is taken before the logits are gone.
-        own = tile.gather(1, label).div_(head.softcap).square_().neg_().add_(1.0)
-        for rows, cols in self._blocks(tile):
-            z = tile[rows, cols]
-            slope = (z / head.softcap).square_().neg_().add_(1.0)
-            z.sub_(max_C[rows, None]).exp_().mul_(slope)
-        tile.scatter_(1, label, tile.gather(1, label) + removed * own)
+        removed = torch.where(here, -sumexp_C, torch.zeros_like(sumexp_C))[:, None]
+        label = column.clamp(0, tile.shape[1] - 1)[:, None]
+        if head.softcap is not None:
+            assert not exponentiated, "the softcap's derivative needs the logits"
+            # d z / d raw = scale * (1 - (z / softcap)^2); the label's own is taken before the logits are gone.
+            removed = removed * tile.gather(1, label).div_(head.softcap).square_().neg_().add_(1.0)
+        if not exponentiated:
+            for rows, cols in self._blocks(tile):
+                z = tile[rows, cols]
+                slope = None if head.softcap is None else (z / head.softcap).square_().neg_().add_(1.0)
+                z.sub_(max_C[rows, None]).exp_()
+                if slope is not None:
+                    z.mul_(slope)
+        tile.scatter_(1, label, tile.gather(1, label) + removed)
+        if not tile.is_cuda or self.dtype != torch.bfloat16:
+            return tile, scale_C
+        return (tile if scale_C is None else tile.mul_(scale_C[:, None])).to(self.dtype), None
 
     def grad_hidden(self, tile: Tensor, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """See ``types.RowKernels``."""
-        narrow = self._operand(tile)
+        narrow = tile.to(self.dtype) if tile.is_cuda else tile
         for left, right, weight_VtH in self._weights(head, start, start + tile.shape[1], tile):
             _matmul_into(narrow[:, left:right], weight_VtH, out_CH, accumulate or left > 0)
 
-    def grad_weight(self, tile: Tensor, x_CH: Tensor, scale_C: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
-        """See ``types.RowKernels``."""
-        scaled_CH = x_CH * scale_C[:, None]
-        # Coefficients of 1e-9 are ordinary: in float16 they would underflow before any GradScaler sees them.
-        narrow = self._operand(tile) if self.dtype != torch.float16 else tile
-        _matmul_into(narrow.t(), scaled_CH.to(narrow.dtype), out_VtH, accumulate)
+    def grad_weight(
+        self, tile: Tensor, x_CH: Tensor, scale_C: Tensor | None, out_VtH: Tensor, accumulate: bool
+    ) -> None:
+        """See ``types.RowKernels``.
 
-    def grad_bias(self, tile: Tensor, scale_C: Tensor, out_Vt: Tensor, accumulate: bool) -> None:
+        float16 tiles come in float32: coefficients of 1e-9 are ordinary, and would underflow before any GradScaler
+        sees them.
+        """
+        scaled_CH = x_CH if scale_C is None else x_CH * scale_C[:, None]
+        _matmul_into(tile.t(), scaled_CH.to(tile.dtype), out_VtH, accumulate)
+
+    def grad_bias(self, tile: Tensor, scale_C: Tensor | None, out_Vt: Tensor, accumulate: bool) -> None:
         """See ``types.RowKernels``."""
-        product = torch.mv(tile.t(), scale_C)
+        product = tile.sum(dim=0, dtype=out_Vt.dtype) if scale_C is None else torch.mv(tile.t(), scale_C)
         if accumulate:
             out_Vt.add_(product)
         else:
             out_Vt.copy_(product)
-
-    def _operand(self, tile: Tensor) -> Tensor:
-        """The tile as the gradient GEMMs read it."""
-        return tile.to(self.dtype) if tile.is_cuda else tile
 
     def _weights(self, head: Head, start: int, stop: int, tile: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Rows ``start..stop-1`` of the head as GEMM operands, with their columns of the tile.
@@ -172,10 +174,10 @@ class TorchRows(TiledPasses):
         if tile.is_cuda or self.dtype not in SIXTEEN_BIT:
             yield 0, stop - start, head.weight[start:stop].to(self.dtype)
             return
-        row_bytes = head.weight.shape[1] * tile.dtype.itemsize
+        row_bytes = head.weight.shape[1] * accumulation_dtype(self.dtype).itemsize
         for left, right in spans(stop - start, max(1, self.workspace_bytes // max(1, row_bytes))):
             weight_VtH = head.weight[start + left : start + right]
-            yield left, right, weight_VtH.to(self.dtype).to(tile.dtype)
+            yield left, right, weight_VtH.to(self.dtype).to(accumulation_dtype(self.dtype))
 
     def _blocks(self, tile: Tensor) -> Iterator[tuple[slice, slice]]:
         """Cut a tile into blocks whose temporaries fit the workspace, and on the CPU the cache."""

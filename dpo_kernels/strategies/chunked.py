@@ -219,14 +219,15 @@ class _Pass:
         if stop == start:
             return
         kernels, labels_C = self.kernels, self.rows.labels[start:stop]
-        kernels.dlogits_(tile, labels_C, 0, state.max, state.sumexp, self.head, state.exponentiated)
+        d, scale = kernels.dlogits_(tile, labels_C, 0, state.max, state.sumexp, self.head, scale_C, state.exponentiated)
         if self.dx is not None:
-            kernels.grad_hidden(tile, self.head, 0, self.dx[start:stop], accumulate=False)
-            self.dx[start:stop].mul_(scale_C[:, None])
+            kernels.grad_hidden(d, self.head, 0, self.dx[start:stop], accumulate=False)
+            if scale is not None:
+                self.dx[start:stop].mul_(scale[:, None])
         if dw is not None:
-            kernels.grad_weight(tile, logits.x, scale_C, dw, accumulate)
+            kernels.grad_weight(d, logits.x, scale, dw, accumulate)
         if db is not None:
-            kernels.grad_bias(tile, scale_C, db, accumulate)
+            kernels.grad_bias(d, scale, db, accumulate)
 
     def _unit_coefficients(self, group: Group) -> Tensor:
         """Derivative of what the pair's loss depends on by the two sequence log-probs, ``(2,)`` float64.

@@ -16,7 +16,7 @@ def forward(
     kernels: RowKernels, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
 ) -> RowResult:
     """Log-probs of the rows, one unit."""
-    return kernels.linear_logprob(hidden_RH, head, rows, tile, stats)
+    return kernels.stream_logprob(hidden_RH, head, rows, tile, stats)
 
 
 def backward(

@@ -1,0 +1,1 @@
+"""Triton kernels. The only place that imports triton; imported at its first use."""

@@ -1,0 +1,267 @@
+"""The Triton backend: the row kernels, the tail and the streaming pass; plain GEMMs stay torch's."""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from dpo_kernels.kernels.torch_rows import TorchRows
+from dpo_kernels.kernels.triton import dpo_tail, linear_logprob
+from dpo_kernels.kernels.triton import rows as row_kernels
+from dpo_kernels.kernels.triton.configs import (
+    INTERPRETED,
+    MATRIX,
+    ROW_BLOCK,
+    ROW_WARPS,
+    TAIL_BLOCK,
+    TAIL_WARPS,
+    MatrixLaunch,
+    target_of,
+)
+from dpo_kernels.types import Head, PairLoss, RowResult, Rows, RowState, Tile
+
+PROGRAMS = 512  # aim of the streaming pass: a few waves on any GPU
+MOST_SPLITS = 32
+
+
+class TritonRows(TorchRows):
+    """Row operations by Triton kernels, on CUDA or, with ``TRITON_INTERPRET=1``, step by step on the CPU."""
+
+    name = "triton"
+
+    @staticmethod
+    def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
+        """The float32 tile and, for 16-bit operands, what the gradient GEMMs read."""
+        return 4 if dtype == torch.float32 else 6
+
+    def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
+        """See ``types.RowKernels``; the logits are kept, the gradient's kernel exponentiates again."""
+        count, cols = tile.shape
+        nothing, nowhere = state.max, labels_C
+        with _on(tile):
+            row_kernels.reduce_rows[(count,)](
+                tile,
+                labels_C,
+                state.max,
+                state.sumexp,
+                state.target,
+                nothing if state.entropy is None else state.entropy,
+                nothing if state.logit_sum is None else state.logit_sum,
+                nowhere if state.argmax is None else state.argmax,
+                cols,
+                tile.stride(0),
+                start,
+                HAS_ENTROPY=state.entropy is not None,
+                HAS_LOGIT_SUM=state.logit_sum is not None,
+                HAS_ARGMAX=state.argmax is not None,
+                BLOCK=ROW_BLOCK,
+                num_warps=ROW_WARPS,
+            )
+
+    def dlogits_(
+        self,
+        tile: Tensor,
+        labels_C: Tensor,
+        start: int,
+        max_C: Tensor,
+        sumexp_C: Tensor,
+        head: Head,
+        scale_C: Tensor | None,
+        exponentiated: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``types.RowKernels``; bfloat16 operands are scaled, and written beside the tile."""
+        assert not exponentiated, "this backend keeps the logits"
+        out, applied = tile, None
+        if self.dtype == torch.bfloat16:
+            out, applied, scale_C = torch.empty_like(tile, dtype=torch.bfloat16), scale_C, None
+        count, cols = tile.shape
+        with _on(tile):
+            row_kernels.dlogits_rows[(count, triton.cdiv(cols, ROW_BLOCK))](
+                tile,
+                out,
+                labels_C,
+                max_C,
+                sumexp_C,
+                max_C if applied is None else applied,
+                cols,
+                tile.stride(0),
+                out.stride(0),
+                start,
+                1.0 if head.softcap is None else head.softcap,
+                HAS_SCALE=applied is not None,
+                HAS_SOFTCAP=head.softcap is not None,
+                BLOCK=ROW_BLOCK,
+                num_warps=ROW_WARPS,
+            )
+        return out, scale_C
+
+    def tail(
+        self,
+        logp_N: Tensor,
+        weights_N: Tensor | None,
+        counts_S: Tensor,
+        ref_S: Tensor,
+        poison: Tensor,
+        loss: PairLoss,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``types.RowKernels``; the sigmoid family in one kernel, other losses by autograd."""
+        if loss.sigmoid is None or counts_S.shape[0] == 0:
+            return super().tail(logp_N, weights_N, counts_S, ref_S, poison, loss)
+        sums_S, grad_S, losses_P = torch.empty_like(ref_S), torch.empty_like(ref_S), torch.empty_like(ref_S[0::2])
+        offsets = torch.cat([counts_S.new_zeros(1), counts_S.cumsum(0)])
+        beta, smoothing = loss.sigmoid
+        numbers = torch.stack([torch.full_like(poison, value) for value in (beta, smoothing)])
+        with _on(logp_N):
+            dpo_tail.dpo_tail[(counts_S.shape[0] // 2,)](
+                logp_N,
+                logp_N if weights_N is None else weights_N,
+                offsets,
+                ref_S,
+                poison,
+                sums_S,
+                losses_P,
+                grad_S,
+                numbers,
+                HAS_WEIGHTS=weights_N is not None,
+                BLOCK=TAIL_BLOCK,
+                num_warps=TAIL_WARPS,
+            )
+        return sums_S, losses_P, grad_S
+
+    def stream_logprob(
+        self, hidden_RH: Tensor, head: Head, packed: Rows, tile: Tile, stats: Sequence[str]
+    ) -> RowResult:
+        """See ``types.RowKernels``: the logits stay in registers."""
+        x_NH = packed.gather(hidden_RH, 0, packed.used, self.dtype)
+        count, vocab = packed.used, head.vocab
+        if count == 0:
+            return super().stream_logprob(hidden_RH, head, packed, tile, stats)
+        launch = _launch(x_NH)
+        blocks = triton.cdiv(count, launch.block_rows)
+        splits = max(1, min(MOST_SPLITS, PROGRAMS // blocks, triton.cdiv(vocab, launch.block_cols)))
+        split = triton.cdiv(triton.cdiv(vocab, splits), launch.block_cols) * launch.block_cols
+        splits = triton.cdiv(vocab, split)
+        kept = [x_NH.new_empty(splits, count, dtype=torch.float32) for _ in range(5 if stats else 3)]
+        argmax = torch.empty(splits if stats else 1, count, dtype=torch.int64, device=x_NH.device)
+        with _on(x_NH):
+            linear_logprob.linear_logprob[(blocks, splits)](
+                x_NH,
+                head.weight,
+                head.weight if head.bias is None else head.bias,
+                packed.labels,
+                *kept[:3],
+                *(kept[3:] or kept[:2]),
+                argmax,
+                count,
+                vocab,
+                x_NH.shape[1],
+                x_NH.stride(0),
+                head.weight.stride(0),
+                split,
+                *_numbers(head),
+                HAS_BIAS=head.bias is not None,
+                HAS_SOFTCAP=head.softcap is not None,
+                HAS_STATS=bool(stats),
+                **launch.blocks,
+                PRECISION="ieee",
+                **launch.options,
+            )
+        state = _merge(kept, argmax, stats)
+        done = self.finish(state, packed.labels[:count], vocab)
+        return _to_capacity(done, packed.capacity)
+
+    def recomputed_dlogits(
+        self,
+        x_CH: Tensor,
+        head: Head,
+        start: int,
+        tile: Tensor,
+        labels_C: Tensor,
+        max_C: Tensor,
+        sumexp_C: Tensor,
+        scale_C: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``types.RowKernels``: one kernel from hidden states to the operand, no float32 logits between."""
+        launch = _launch(x_CH)
+        out, applied = tile, None
+        if self.dtype == torch.bfloat16:  # in the scratch's own memory, of which it takes half
+            applied, scale_C = scale_C, None
+            out = tile.view(torch.bfloat16).view(-1)[: tile.numel()].view(tile.shape)
+        count, cols = tile.shape
+        grid = (triton.cdiv(count, launch.block_rows), triton.cdiv(cols, launch.block_cols))
+        with _on(x_CH):
+            linear_logprob.linear_dlogits[grid](
+                x_CH,
+                head.weight,
+                head.weight if head.bias is None else head.bias,
+                labels_C,
+                max_C,
+                sumexp_C,
+                max_C if applied is None else applied,
+                out,
+                count,
+                cols,
+                start,
+                x_CH.shape[1],
+                x_CH.stride(0),
+                head.weight.stride(0),
+                out.stride(0),
+                *_numbers(head),
+                HAS_BIAS=head.bias is not None,
+                HAS_SOFTCAP=head.softcap is not None,
+                HAS_SCALE=applied is not None,
+                **launch.blocks,
+                PRECISION="ieee",
+                **launch.options,
+            )
+        return out, scale_C
+
+
+def interpreting() -> bool:
+    """Whether the kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _launch(x: Tensor) -> MatrixLaunch:
+    return INTERPRETED if not x.is_cuda else MATRIX[target_of(x.device), x.dtype == torch.float32]
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever its arguments say."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _numbers(head: Head) -> tuple[float, float]:
+    return float(head.logit_scale), 1.0 if head.softcap is None else float(head.softcap)
+
+
+def _merge(kept: list[Tensor], argmax: Tensor, stats: Sequence[str]) -> RowState:
+    """One state from those of the shares of the vocabulary; they come in the order of their columns."""
+    highest = kept[0].amax(dim=0)
+    shift = highest.masked_fill(highest == -torch.inf, 0.0)
+    factor = torch.where(kept[0] == highest, torch.ones_like(kept[0]), (kept[0] - shift).exp())
+    state = RowState(highest, (kept[1] * factor).sum(dim=0), kept[2].amax(dim=0))
+    if not stats:
+        return state
+    moved = torch.where(kept[1] > 0, (highest - kept[0]) * kept[1], torch.zeros_like(kept[1]))
+    winner = (kept[0] == highest).to(torch.int8).argmax(dim=0)  # the first share that has the maximum
+    return replace(
+        state,
+        entropy=((kept[3] + moved) * factor).sum(dim=0) if "entropy" in stats else None,
+        logit_sum=kept[4].sum(dim=0) if "mean_logits" in stats else None,
+        argmax=argmax.gather(0, winner[None])[0] if "top1" in stats else None,
+    )
+
+
+def _to_capacity(done: RowResult, capacity: int) -> RowResult:
+    """Capacity that stands for nothing gets log-prob 0."""
+
+    def padded(value: Tensor, fill: float) -> Tensor:
+        return torch.cat([value, value.new_full((capacity - value.shape[0],), fill)])
+
+    stats = {name: padded(value, 0.0) for name, value in done.stats.items()}
+    return RowResult(padded(done.logp, 0.0), padded(done.max, 0.0), padded(done.sumexp, 1.0), stats)

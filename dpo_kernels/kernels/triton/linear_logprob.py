@@ -1,0 +1,237 @@
+"""Matmul kernels whose logits live in registers: log-sum-exp of ``X W^T`` without writing it, and its gradient tile.
+
+``linear_logprob`` folds each tile of logits into a running maximum and sum of exponentials; a program does a block of
+rows over a share of the vocabulary, and the shares are merged afterwards. ``linear_dlogits`` forms the logits of a tile
+again and writes ``sumexp * (softmax - onehot)`` in the dtype of the GEMMs that follow. Strides are in elements.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from dpo_kernels.kernels.triton.configs import MATRIX, TARGETS, Configuration
+
+
+@triton.jit
+def _logits(
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    rows,  # (BLOCK_N,) int64
+    row_inside,
+    cols,  # (BLOCK_V,) int64, columns of the whole vocabulary
+    col_inside,
+    width,
+    x_stride,
+    w_stride,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Final logits of a block of rows and columns, float32; what lies outside is to be masked by the caller."""
+    z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    at = tl.arange(0, BLOCK_H)
+    x_rows = x_ptr + rows[:, None] * x_stride
+    w_rows = w_ptr + cols[None, :] * w_stride
+    for h in range(0, width, BLOCK_H):
+        inside = h + at < width
+        x = tl.load(x_rows + (h + at)[None, :], mask=row_inside[:, None] & inside[None, :], other=0.0)
+        w = tl.load(w_rows + (h + at)[:, None], mask=col_inside[None, :] & inside[:, None], other=0.0)
+        z = tl.dot(x, w, z, input_precision=PRECISION)
+    if HAS_BIAS:
+        z += tl.load(b_ptr + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
+    if HAS_SOFTCAP:
+        y = z * (scale / softcap)
+        t = tl.exp(-2.0 * tl.abs(y))
+        size = (1.0 - t) / (1.0 + t)
+        z = softcap * tl.where(y < 0, -size, size)
+    else:
+        z = z * scale
+    return z
+
+
+@triton.jit
+def linear_logprob(
+    x_ptr,  # (N, H)
+    w_ptr,  # (V, H)
+    b_ptr,  # (V,)
+    labels_ptr,  # (N,) int64
+    max_ptr,  # (splits, N) float32, written, as all that follow
+    sumexp_ptr,
+    target_ptr,
+    entropy_ptr,
+    logit_sum_ptr,
+    argmax_ptr,  # (splits, N) int64
+    total_rows,
+    vocab,
+    width,
+    x_stride,
+    w_stride,
+    split,  # columns of each share, a multiple of BLOCK_V
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (ceil(N / BLOCK_N), splits)."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside = rows < total_rows
+    labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1)
+    running = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    target = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    sumexp = tl.zeros([BLOCK_N], tl.float32)
+    entropy = tl.zeros([BLOCK_N], tl.float32)
+    logit_sum = tl.zeros([BLOCK_N], tl.float32)
+    first = tl.zeros([BLOCK_N], tl.int64)
+    begin = tl.program_id(1).to(tl.int64) * split
+    end = tl.minimum(begin + split, vocab)
+    for left in range(begin, end, BLOCK_V):
+        cols = left + tl.arange(0, BLOCK_V).to(tl.int64)
+        col_inside = cols < end
+        z = _logits(
+            x_ptr, w_ptr, b_ptr, rows, row_inside, cols, col_inside, width, x_stride, w_stride, scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_H, PRECISION,
+        )  # fmt: skip
+        if HAS_STATS:
+            logit_sum += tl.sum(tl.where(col_inside[None, :], z, 0.0), axis=1)
+        z = tl.where(col_inside[None, :], z, -float("inf"))
+        block_max = tl.max(z, axis=1)
+        highest = tl.maximum(running, block_max)
+        shift = tl.where(highest == -float("inf"), 0.0, highest)
+        kept = tl.where(running == highest, 1.0, tl.exp(running - shift))
+        e = tl.exp(z - shift[:, None])
+        if HAS_STATS:
+            drop = tl.where(sumexp > 0, (highest - running) * sumexp, 0.0)
+            own = tl.where(e > 0, e * (z - shift[:, None]), 0.0)
+            entropy = (entropy + drop) * kept - tl.sum(own, axis=1)
+            place = tl.argmax(z, axis=1, tie_break_left=True).to(tl.int64) + left
+            first = tl.where(block_max > running, place, first)
+        sumexp = sumexp * kept + tl.sum(e, axis=1)
+        hit = cols[None, :] == labels[:, None]
+        target = tl.maximum(target, tl.max(tl.where(hit, z, -float("inf")), axis=1))
+        running = highest
+    at = tl.program_id(1).to(tl.int64) * total_rows + rows
+    tl.store(max_ptr + at, running, mask=row_inside)
+    tl.store(sumexp_ptr + at, sumexp, mask=row_inside)
+    tl.store(target_ptr + at, target, mask=row_inside)
+    if HAS_STATS:
+        tl.store(entropy_ptr + at, entropy, mask=row_inside)
+        tl.store(logit_sum_ptr + at, logit_sum, mask=row_inside)
+        tl.store(argmax_ptr + at, first, mask=row_inside)
+
+
+@triton.jit
+def linear_dlogits(
+    x_ptr,  # (C, H)
+    w_ptr,  # (V, H)
+    b_ptr,  # (V,)
+    labels_ptr,  # (C,) int64
+    max_ptr,  # (C,) float32
+    sumexp_ptr,  # (C,) float32
+    scale_ptr,  # (C,) float32
+    out_ptr,  # (C, Vt), columns start..start+Vt-1, written
+    total_rows,
+    tile_cols,
+    start,
+    width,
+    x_stride,
+    w_stride,
+    out_stride,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (ceil(C / BLOCK_N), ceil(Vt / BLOCK_V))."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside = rows < total_rows
+    at = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    col_inside = at < tile_cols
+    cols = start + at
+    z = _logits(
+        x_ptr, w_ptr, b_ptr, rows, row_inside, cols, col_inside, width, x_stride, w_stride, scale, softcap,
+        HAS_BIAS, HAS_SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_H, PRECISION,
+    )  # fmt: skip
+    labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1)
+    row_max = tl.load(max_ptr + rows, mask=row_inside, other=0.0)
+    sumexp = tl.load(sumexp_ptr + rows, mask=row_inside, other=1.0)
+    d = tl.exp(z - row_max[:, None])
+    d = tl.where(cols[None, :] == labels[:, None], d - sumexp[:, None], d)
+    if HAS_SOFTCAP:
+        capped = z / softcap
+        d = d * (1.0 - capped * capped)
+    if HAS_SCALE:
+        d = d * tl.load(scale_ptr + rows, mask=row_inside, other=0.0)[:, None]
+    inside = row_inside[:, None] & col_inside[None, :]
+    tl.store(out_ptr + rows[:, None] * out_stride + at[None, :], d.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _common(dtype: torch.dtype, width: int, block: dict[str, int], extras: bool) -> dict[str, Any]:
+    return {
+        **dict.fromkeys(("x_ptr", "w_ptr", "b_ptr"), dtype),
+        "labels_ptr": torch.int64,
+        **dict.fromkeys(("max_ptr", "sumexp_ptr"), torch.float32),
+        "width": width,
+        "x_stride": width,
+        "w_stride": width,
+        "scale": 1.0,
+        "softcap": 30.0,
+        "HAS_BIAS": extras,
+        "HAS_SOFTCAP": extras,
+        **block,
+        "PRECISION": "ieee",
+    }
+
+
+def _configurations(target: str, dtype: torch.dtype, width: int, vocab: int, extras: bool) -> list[Configuration]:
+    chosen = MATRIX[target, dtype == torch.float32]
+    common = _common(dtype, width, chosen.blocks, extras)
+    kind = f"H={width} V={vocab} {str(dtype).removeprefix('torch.')}{' bias softcap' if extras else ''}"
+    f32, i64 = torch.float32, torch.int64
+    kept: dict[str, Any] = {**dict.fromkeys(("target_ptr", "entropy_ptr", "logit_sum_ptr"), f32), "argmax_ptr": i64}
+    sizes: dict[str, Any] = {"total_rows": 8192, "vocab": vocab, "split": chosen.blocks["BLOCK_V"] * 64}
+    forward = {**common, **kept, **sizes, "HAS_STATS": extras}
+    tile: dict[str, Any] = {
+        "out_ptr": dtype,
+        "scale_ptr": f32,
+        "HAS_SCALE": True,
+        "total_rows": 2048,
+        "tile_cols": 8192,
+        "start": 8192,
+        "out_stride": 8192,
+    }
+    options, matrix = chosen.options, dtype != torch.float32
+    return [
+        Configuration(f"linear_logprob {kind}", linear_logprob, forward, options, matrix, (target,)),
+        Configuration(f"linear_dlogits {kind}", linear_dlogits, {**common, **tile}, options, matrix, (target,)),
+    ]
+
+
+CONFIGURATIONS = [
+    configuration
+    for target in TARGETS
+    for dtype, width, vocab, extras in (
+        (torch.bfloat16, 4096, 128256, False),
+        (torch.bfloat16, 2304, 256000, True),
+        (torch.float16, 4096, 32000, False),
+        (torch.float32, 2048, 50257, False),
+    )
+    for configuration in _configurations(target, dtype, width, vocab, extras)
+]

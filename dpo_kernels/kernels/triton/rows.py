@@ -1,0 +1,154 @@
+"""Row kernels over a tile of logits: online log-sum-exp with target gather and statistics, and the gradient in place.
+
+A program owns a row (``reduce_rows``) or a stretch of one (``dlogits_rows``); nobody else writes there. Strides are in
+elements, offsets that multiply a row are 64-bit.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from dpo_kernels.kernels.triton.configs import ROW_BLOCK, ROW_WARPS, Configuration
+
+
+@triton.jit
+def reduce_rows(
+    tile_ptr,  # (C, Vt) float32, final logits of columns start..start+Vt-1
+    labels_ptr,  # (C,) int64
+    max_ptr,  # (C,) float32, as all that follow; read and written
+    sumexp_ptr,
+    target_ptr,
+    entropy_ptr,
+    logit_sum_ptr,
+    argmax_ptr,  # (C,) int64
+    cols,
+    row_stride,
+    start,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_LOGIT_SUM: tl.constexpr,
+    HAS_ARGMAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Fold the tile into the running state of each row; grid (C,)."""
+    row = tl.program_id(0).to(tl.int64)
+    base = tile_ptr + row * row_stride
+    column = tl.load(labels_ptr + row) - start
+    running = tl.load(max_ptr + row)
+    sumexp = tl.load(sumexp_ptr + row)
+    entropy = tl.load(entropy_ptr + row) if HAS_ENTROPY else 0.0
+    logit_sum = tl.load(logit_sum_ptr + row) if HAS_LOGIT_SUM else 0.0
+    first = tl.load(argmax_ptr + row) if HAS_ARGMAX else column
+    for left in range(0, cols, BLOCK):
+        at = left + tl.arange(0, BLOCK)
+        inside = at < cols
+        z = tl.load(base + at, mask=inside, other=-float("inf"))
+        block_max = tl.max(z, axis=0)
+        highest = tl.maximum(running, block_max)
+        # A row of -inf so far (unreachable tokens) is shifted by 0, or -inf - -inf would be NaN.
+        shift = tl.where(highest == -float("inf"), 0.0, highest)
+        kept = tl.where(running == highest, 1.0, tl.exp(running - shift))
+        e = tl.exp(z - shift)
+        if HAS_ENTROPY:
+            # Moving the shift by d adds d * exp to every -e * log e.
+            drop = tl.where(sumexp > 0, (highest - running) * sumexp, 0.0)
+            own = tl.where(e > 0, e * (z - shift), 0.0)
+            entropy = (entropy + drop) * kept - tl.sum(own, axis=0)
+        if HAS_LOGIT_SUM:
+            logit_sum += tl.sum(tl.where(inside, z, 0.0), axis=0)
+        if HAS_ARGMAX:
+            place = tl.argmax(z, axis=0, tie_break_left=True).to(tl.int64) + left + start
+            first = tl.where(block_max > running, place, first)
+        sumexp = sumexp * kept + tl.sum(e, axis=0)
+        running = highest
+    tl.store(max_ptr + row, running)
+    tl.store(sumexp_ptr + row, sumexp)
+    if (column >= 0) & (column < cols):
+        tl.store(target_ptr + row, tl.load(base + column))
+    if HAS_ENTROPY:
+        tl.store(entropy_ptr + row, entropy)
+    if HAS_LOGIT_SUM:
+        tl.store(logit_sum_ptr + row, logit_sum)
+    if HAS_ARGMAX:
+        tl.store(argmax_ptr + row, first)
+
+
+@triton.jit
+def dlogits_rows(
+    tile_ptr,  # (C, Vt) float32, final logits; overwritten unless out_ptr is another tensor
+    out_ptr,  # (C, Vt) float32 (the tile itself) or the dtype of the GEMM operands
+    labels_ptr,  # (C,) int64
+    max_ptr,  # (C,) float32
+    sumexp_ptr,  # (C,) float32
+    scale_ptr,  # (C,) float32
+    cols,
+    row_stride,
+    out_stride,
+    start,
+    softcap,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``sumexp * (softmax - onehot) * (1 - (z / softcap)^2) * scale``; grid (C, ceil(Vt / BLOCK))."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < cols
+    z = tl.load(tile_ptr + row * row_stride + at, mask=inside, other=0.0)
+    d = tl.exp(z - tl.load(max_ptr + row))
+    column = tl.load(labels_ptr + row) - start
+    d = tl.where(at == column, d - tl.load(sumexp_ptr + row), d)
+    if HAS_SOFTCAP:
+        capped = z / softcap
+        d = d * (1.0 - capped * capped)
+    if HAS_SCALE:
+        d = d * tl.load(scale_ptr + row)
+    tl.store(out_ptr + row * out_stride + at, d.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _reduce(cols: int, stats: bool) -> Configuration:
+    f32, i64 = torch.float32, torch.int64
+    kept = {name: f32 for name in ("max_ptr", "sumexp_ptr", "target_ptr", "entropy_ptr", "logit_sum_ptr")}
+    flags = dict.fromkeys(("HAS_ENTROPY", "HAS_LOGIT_SUM", "HAS_ARGMAX"), stats)
+    arguments: dict[str, Any] = {
+        "tile_ptr": f32,
+        "labels_ptr": i64,
+        **kept,
+        "argmax_ptr": i64,
+        "cols": cols,
+        "row_stride": cols,
+    }
+    return Configuration(
+        f"reduce_rows V={cols}{' stats' if stats else ''}",
+        reduce_rows,
+        {**arguments, "start": 0, **flags, "BLOCK": ROW_BLOCK},
+        {"num_warps": ROW_WARPS},
+    )
+
+
+def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
+    f32, i64 = torch.float32, torch.int64
+    arguments: dict[str, Any] = {
+        "tile_ptr": f32,
+        "out_ptr": dtype,
+        "labels_ptr": i64,
+        "max_ptr": f32,
+        "sumexp_ptr": f32,
+        "scale_ptr": f32,
+    }
+    sizes = {"cols": cols, "row_stride": cols, "out_stride": cols, "start": 0, "softcap": 30.0}
+    return Configuration(
+        f"dlogits_rows V={cols} {str(dtype).removeprefix('torch.')}{' softcap' if softcap else ''}",
+        dlogits_rows,
+        {**arguments, **sizes, "HAS_SCALE": dtype == torch.bfloat16, "HAS_SOFTCAP": softcap, "BLOCK": ROW_BLOCK},
+        {"num_warps": ROW_WARPS},
+    )
+
+
+CONFIGURATIONS = [
+    *(_reduce(cols, stats) for cols in (128256, 50257) for stats in (False, True)),
+    *(_dlogits(128256, dtype, False) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    _dlogits(50257, torch.bfloat16, False),
+    _dlogits(256000, torch.bfloat16, True),
+]
