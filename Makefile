@@ -18,7 +18,7 @@ EDITABLE := $(PIP) install --quiet --no-build-isolation --editable
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test demo lint format clean
+.PHONY: help venv test test-gpu demo lint format clean
 
 help: ## show this list
 	@echo 'usage: make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]'
@@ -27,6 +27,11 @@ help: ## show this list
 
 test: $(VENV)/.test ## run every test; PYTEST_ARGS='-n 2' is what pytest is given, e.g. PYTEST_ARGS='tests/test_losses.py -x'
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.test ## the gpu-marked tests; fails where there is no GPU, so that it is never green by skipping
+	@$(PY) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
+	    { echo 'make: torch finds no CUDA device; test-gpu proves nothing here' >&2; exit 1; }
+	$(PY) -m pytest -m gpu
 
 demo: $(VENV)/.demo ## train a real model on real ratings; ARGS=--help lists its options
 	$(PY) -m demo $(ARGS)

@@ -43,7 +43,7 @@ class Case:
     weights: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
-    def tensors(self, seed: int = 0) -> dict[str, Any]:
+    def tensors(self, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
         """Inputs, rounded to the dtype; ``hidden`` and, unless frozen, the head require a gradient."""
         g = torch.Generator().manual_seed(seed)
         count, longest = len(LENGTHS), max(LENGTHS) + 2
@@ -81,6 +81,7 @@ class Case:
             inputs["cu_seqlens"] = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
         if self.reference == "cached":
             inputs["ref_logps"] = torch.randn(count, generator=g, dtype=torch.float64).to(torch.float32) * 5 - 20
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         inputs["hidden"].requires_grad_()
         for name in ("weight", "bias"):
             if name in inputs and not self.frozen:
@@ -138,10 +139,14 @@ def widened(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def broken_rules(
-    case: Case, strategy: str = "chunked", backend: str = "torch", upstream: Tensor | float = 1.0
+    case: Case,
+    strategy: str = "chunked",
+    backend: str = "torch",
+    upstream: Tensor | float = 1.0,
+    device: str = "cpu",
 ) -> list[str]:
     """Run a case three ways and say which results break the tolerance rule."""
-    return broken_by(case.tensors(), case.keywords(), case.dtype, strategy, backend, upstream)
+    return broken_by(case.tensors(device=device), case.keywords(), case.dtype, strategy, backend, upstream)
 
 
 def broken_by(

@@ -1,6 +1,8 @@
 """The documents say what is: the README's code runs, its tables are complete, its map is true."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,26 @@ def test_links_and_commands_exist(document):
         assert ((ROOT / document).parent / link).exists(), link
     for path in re.findall(r"`((?:dpo_kernels|tests|docs|benchmarks)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_every_command_of_the_workflow_exists():
+    text = (ROOT / ".github/workflows/tests.yml").read_text()
+    commands = re.findall(r"run: (.+)", text)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"make test", "make test-gpu"} <= set(commands)
+    for command in commands:
+        program, target = command.split()
+        assert program == "make"
+        assert target in targets
+
+
+def test_the_gpu_runner_cannot_be_green_by_skipping(tmp_path):
+    """Where torch finds no device, `make test-gpu` is an error."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: make test-gpu itself is the test")
+    recipe = (ROOT / "Makefile").read_text().split("test-gpu: ", 1)[1].split("\n\n", 1)[0]
+    check = re.search(r"-c '([^']+)'", recipe).group(1)
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 1
 
 
 def test_every_public_name_has_a_docstring_and_a_mention():

@@ -55,8 +55,8 @@ class MatrixLaunch:
 # (target, float32 operands): families that the gate found sane; none has been timed.
 MATRIX = {
     ("sm_80", False): MatrixLaunch(128, 128, 64, 8, 3),
-    ("sm_90", False): MatrixLaunch(128, 256, 64, 8, 3),
-    ("sm_100", False): MatrixLaunch(128, 256, 64, 8, 3),
+    ("sm_90", False): MatrixLaunch(128, 128, 64, 8, 4),
+    ("sm_100", False): MatrixLaunch(128, 128, 64, 8, 4),
     ("gfx942", False): MatrixLaunch(128, 128, 32, 8, 2),
     ("sm_80", True): MatrixLaunch(64, 64, 32, 4, 2),
     ("sm_90", True): MatrixLaunch(64, 64, 32, 4, 2),

@@ -1,0 +1,102 @@
+"""The same equivalence on real hardware, and what only hardware shows. `make test-gpu` fails where there is no GPU."""
+
+import itertools
+
+import pytest
+import torch
+
+import dpo_kernels as dk
+from tests.cases import STRATEGIES, Case, broken_rules, run
+from tests.test_equivalence import LAYOUTS, LOSSES, REFERENCES
+
+pytestmark = pytest.mark.gpu
+
+BACKENDS = ("torch", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_shared_reference(monkeypatch):
+    monkeypatch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equivalence(layout, dtype, strategy, backend):
+    broken = {}
+    for reference, frozen, extras in itertools.product(REFERENCES, (False, True), (False, True)):
+        options = {"softcap": 12.0, "logit_scale": 0.7, "stats": ("entropy", "mean_logits", "top1")} if extras else {}
+        case = Case(
+            dtype, reference=reference, frozen=frozen, bias=extras, weights=extras, options=options, **LAYOUTS[layout]
+        )
+        broken[reference, frozen, extras] = broken_rules(case, strategy, backend, device="cuda")
+    assert not {key: value for key, value in broken.items() if value}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("upstream", [1.0, 1 / 3, 65536.0])
+def test_losses_and_upstreams(upstream, loss, strategy, backend):
+    for frozen in (False, True):
+        case = Case(torch.bfloat16, frozen=frozen, weights=True, options=LOSSES[loss])
+        assert not broken_rules(case, strategy, backend, upstream, device="cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_repeated_runs_are_equal(strategy, backend):
+    case = Case(torch.bfloat16, bias=True, weights=True, reference="hidden")
+    inputs = case.tensors(device="cuda")
+    name, scratch = STRATEGIES[strategy]
+    options = {**case.keywords(), "strategy": name, "scratch_bytes": scratch, "backend": backend}
+    first = run(dk.fused_dpo_loss, inputs, **options)
+    for _ in range(5):
+        again = run(dk.fused_dpo_loss, inputs, **options)
+        assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_label_is_nan_not_a_device_assert(backend):
+    inputs = Case(torch.bfloat16).tensors(device="cuda")
+    inputs["labels"][0, 4] = 211
+    out = dk.fused_dpo_loss(**inputs, backend=backend)
+    out.loss.backward()
+    assert out.loss.isnan()
+    assert inputs["weight"].grad.isnan().all()
+    assert torch.ones(1, device="cuda").item() == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_than_two_to_the_31_elements(backend):
+    """2.2e9 logits in one tile, and a hidden state whose rows lie beyond 2^31 elements."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free memory")
+    vocab, width, rows = 128256, 64, 17000
+    hidden = torch.randn(2, rows // 2, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16).mul_(0.1).requires_grad_()
+    labels = torch.randint(0, vocab, (2, rows // 2), device="cuda")
+    whole = dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, backend=backend, scratch_bytes=32 * 2**30)
+    parts = dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, backend=backend, scratch_bytes=2 * 2**30)
+    torch.testing.assert_close(whole.chosen_logps, parts.chosen_logps, rtol=1e-6, atol=1e-2)
+    torch.testing.assert_close(whole.rejected_logps, parts.rejected_logps, rtol=1e-6, atol=1e-2)
+
+
+def test_a_second_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    assert not broken_rules(Case(torch.bfloat16), "chunked", "triton", device="cuda:1")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_sync_with_a_static_capacity(backend):
+    inputs = Case(torch.bfloat16).tensors(device="cuda")
+    options = {"max_scored_tokens": 64, "backend": backend}
+    dk.fused_dpo_loss(**inputs, **options).loss.backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        dk.fused_dpo_loss(**inputs, **options).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
