@@ -168,6 +168,8 @@ class FusedDPOLoss(nn.Module):
         losses.bind(loss_type, beta, label_smoothing, loss_options)
         checks.check_choice("reduction", reduction, inputs.REDUCTIONS)
         checks.check_choice("pairs", pairs, calls.PAIRS)
+        checks.check_flag("reference_free", reference_free)
+        inputs.check_scaling(logit_scale, softcap)
         calls.Run(shift, ignore_index, backend, strategy, scratch_bytes, max_scored_tokens)
         self.options = {
             "loss_type": loss_type,
@@ -293,11 +295,12 @@ def dpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss on log-probs alone: ``(losses, chosen_rewards, rejected_rewards)``, each ``(P,)``, no reduction.
 
-    ``losses`` is differentiable, the rewards ``beta * (policy - ref)`` are detached. Losses that average over tokens
+    float32 (float64 if the policy's are). ``losses`` is differentiable, the rewards ``beta * (policy - ref)`` are detached. Losses that average over tokens
     (ipo) divide by ``chosen_tokens`` and ``rejected_tokens``; without them the log-probs are taken to be averages.
     ``reference_free=True`` takes None for the reference. Errors as in ``fused_dpo_loss``.
     """
     bound = losses.bind(loss_type, beta, label_smoothing, loss_options)
+    checks.check_flag("reference_free", reference_free)
     policy, reference, tokens = inputs.check_logps(
         (policy_chosen_logps, policy_rejected_logps),
         (ref_chosen_logps, ref_rejected_logps),

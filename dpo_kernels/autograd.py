@@ -35,8 +35,9 @@ def traced(tensor: Tensor) -> bool:
 def pack(batch: inputs.Batch, ignore_index: int, shift: bool, stacked: bool, max_scored_tokens: int | None) -> Rows:
     """The scored rows of a batch. Traced, the capacity is every row, so that no shape depends on data."""
     capacity, static = max_scored_tokens, max_scored_tokens is not None
-    if traced(batch.labels) and capacity is None:
-        capacity = batch.labels.shape[0]
+    if capacity is not None or traced(batch.labels):
+        rows = batch.labels.shape[0]
+        capacity = rows if capacity is None else min(capacity, rows)
     call = _pack_op if traced(batch.labels) else passes.pack
     packed = call(
         batch.labels,

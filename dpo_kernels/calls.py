@@ -87,6 +87,7 @@ class Call:
 def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]) -> Call:
     """Check and pack the arguments of ``fused_dpo_loss`` and choose how to run them."""
     loss = losses.bind(options["loss_type"], options["beta"], options["label_smoothing"], options["loss_options"])
+    checks.check_flag("reference_free", options["reference_free"])
     batch = inputs.check_batch(
         hidden,
         weight,
@@ -109,7 +110,7 @@ def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, A
         needs_reference=loss.spec.needs_reference,
         loss_name=loss.spec.name,
     )
-    inputs.check_reduction(options["reduction"], options["denominator"], batch.sequences)
+    inputs.check_reduction(options["reduction"], options["denominator"], batch)
     checks.check_choice("pairs", options["pairs"], PAIRS)
     stats = inputs.check_stats(options["stats"])
     run = Run(

@@ -1,7 +1,7 @@
 """Checks of plain values. Each names the argument: ``TypeError`` for a type, ``ValueError`` for a value."""
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ def check_count(name: str, value: Any, least: int) -> None:
     """Raise unless ``value`` is None or an integer of at least ``least``."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
         raise TypeError(f"{name} must be an integer or None, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -31,8 +31,10 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_integer(name: str, value: Any) -> None:
     """Raise unless ``value`` is an integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit 64 bits, got {value}")
 
 
 def check_number(name: str, value: Any) -> float:

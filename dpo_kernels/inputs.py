@@ -98,8 +98,8 @@ def check_head(
     """Check an LM head against the hidden states it is applied to."""
     hidden_name, weight_name, bias_name = names
     _check_float_tensor(weight_name, weight)
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"{weight_name} must have shape (V, H) with V >= 1, got {_shape(weight)}")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"{weight_name} must have shape (V, H) with V >= 1 and H >= 1, got {_shape(weight)}")
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{weight_name} has H = {weight.shape[1]} (shape {_shape(weight)}) but {hidden_name} has "
@@ -116,10 +116,18 @@ def check_head(
             )
         _check_device(bias_name, bias, hidden)
         compute_dtype(hidden, bias, (hidden_name, bias_name))
+    return Head(weight, bias, *check_scaling(logit_scale, softcap))
+
+
+def check_scaling(logit_scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """Check what is done to logits."""
     scale = check_number("logit_scale", logit_scale)
-    if softcap is not None and check_number("softcap", softcap) <= 0:
+    if softcap is None:
+        return scale, None
+    cap = check_number("softcap", softcap)
+    if cap <= 0:
         raise ValueError(f"softcap must be > 0 or None, got {softcap}")
-    return Head(weight, bias, scale, None if softcap is None else float(softcap))
+    return scale, cap
 
 
 def check_reference(
@@ -213,7 +221,7 @@ def _reference_batch(batch: Batch, ref_hidden: Tensor, ref_weight: Tensor | None
     )
 
 
-def check_reduction(reduction: str, denominator: Any, sequences: int) -> None:
+def check_reduction(reduction: str, denominator: Any, batch: Batch) -> None:
     """Check ``reduction`` and ``denominator`` together."""
     check_choice("reduction", reduction, REDUCTIONS)
     if denominator is not None:
@@ -224,9 +232,14 @@ def check_reduction(reduction: str, denominator: Any, sequences: int) -> None:
                 raise ValueError(f"denominator must be a number or a 0-d tensor, got shape {_shape(denominator)}")
             if denominator.dtype == torch.bool or denominator.is_complex():
                 raise TypeError(f"denominator must be a real number, got {denominator.dtype}")
+            if denominator.device not in (batch.hidden.device, torch.device("cpu")):
+                raise ValueError(f"denominator is on {denominator.device} but hidden is on {batch.hidden.device}")
+            readable = denominator.device.type == "cpu" and not torch.compiler.is_compiling()
+            if readable and type(denominator) is Tensor and not denominator > 0:
+                raise ValueError(f"denominator must be > 0, got {float(denominator)}")
         elif check_number("denominator", denominator) <= 0:
             raise ValueError(f"denominator must be > 0, got {denominator}")
-    elif reduction == "mean" and sequences == 0:
+    elif reduction == "mean" and batch.sequences == 0:
         raise ValueError("empty batch: reduction='mean' of no pairs is undefined; use 'sum' or give a denominator")
 
 
@@ -246,19 +259,24 @@ def check_logps(
             _check_by_pair(f"ref_{side}_logps", ref, chosen)
         if count is not None:
             _check_by_pair(f"{side}_tokens", count, chosen, floating=False)
-    given = any(tensor is not None for tensor in reference)
+    sides = zip(("ref_chosen_logps", "ref_rejected_logps"), reference, strict=True)
+    given = [name for name, tensor in sides if tensor is not None]
     if given and reference_free:
-        raise ValueError("reference_free=True and ref_chosen_logps exclude each other; pass None for the reference")
+        raise ValueError(f"reference_free=True and {given[0]} exclude each other; pass None for the reference")
     if given and not needs_reference:
-        raise ValueError(f"ref_chosen_logps is given, but the loss {loss_name!r} has no reference; pass None")
+        raise ValueError(f"{given[0]} is given, but the loss {loss_name!r} has no reference; pass None")
     if needs_reference and not reference_free and any(tensor is None for tensor in reference):
         raise ValueError(
             f"the loss {loss_name!r} needs a reference: give ref_chosen_logps and ref_rejected_logps, "
             "or say reference_free=True"
         )
-    zero, one = torch.zeros_like(chosen), torch.ones_like(chosen)
-    filled = tuple(zero if t is None else t.detach() for t in reference)
-    return policy, filled, tuple(one if t is None else t.to(chosen.dtype) for t in tokens)
+    dtype = torch.float64 if torch.float64 in (policy[0].dtype, policy[1].dtype) else torch.float32
+    zero, one = torch.zeros_like(chosen, dtype=dtype), torch.ones_like(chosen, dtype=dtype)
+    return (
+        tuple(t.to(dtype) for t in policy),
+        tuple(zero if t is None else t.detach().to(dtype) for t in reference),
+        tuple(one if t is None else t.to(dtype) for t in tokens),
+    )
 
 
 def _check_by_pair(name: str, tensor: Any, like: Tensor, *, floating: bool = True) -> None:
@@ -315,6 +333,8 @@ def _check_tensor(name: str, tensor: Any) -> None:
 
 def _check_float_tensor(name: str, tensor: Any) -> None:
     _check_tensor(name, tensor)
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 

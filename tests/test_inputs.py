@@ -77,6 +77,14 @@ META = {"device": "meta"}
 
 # Shapes, values and combinations; case: (what is changed in a valid call, words of the message).
 VALUE_ERRORS = {
+    "denominator tensor 0": ({"denominator": torch.tensor(0.0)}, "denominator must be > 0, got 0.0"),
+    "denominator tensor NaN": ({"denominator": torch.tensor(torch.nan)}, "denominator must be > 0, got nan"),
+    "denominator elsewhere": (
+        {"denominator": torch.tensor(3.0, device="meta")},
+        "denominator is on meta but hidden is on cpu",
+    ),
+    "H of 0": ({"hidden": torch.zeros(4, 3, 0), "weight": torch.zeros(7, 0)}, "weight must have ... H >= 1, got (7, 0)"),
+    "ignore_index beyond 64 bits": ({"ignore_index": 2**70}, "ignore_index must fit 64 bits"),
     # hidden
     "hidden 2-D without cu_seqlens": ({"hidden": rand(12, H)},
         "hidden must have shape (2B, T, H) ... cu_seqlens ... (12, 5) without cu_seqlens"),
@@ -202,7 +210,8 @@ VALUE_ERRORS = {
     "pairs unknown": ({"pairs": "zipped"}, "unknown pairs 'zipped' ... known: stacked, interleaved"),
     "stats unknown": ({"stats": ("entropy", "top5")}, "unknown stats 'top5' ... known: entropy, mean_logits, top1"),
     "backend unknown": ({"backend": "cutlass"}, "unknown backend 'cutlass' ... known: auto, triton, cuda, cpp, torch"),
-    "backend triton": ({"backend": "triton"}, "backend='triton' cannot run this: ... Triton kernels"),
+    "backend triton": ({"backend": "triton", **{n: valid()[n].double() for n in ("hidden", "weight")}},
+        "backend='triton' cannot run this: ... float64"),
     "backend cuda": ({"backend": "cuda"}, "backend='cuda' cannot run this: ... CUDA extension"),
     "backend cpp": ({"backend": "cpp"}, "backend='cpp' cannot run this: ... C++ extension"),
     "strategy unknown": ({"strategy": "tiled"},
@@ -219,6 +228,8 @@ VALUE_ERRORS = {
 
 # Dtypes and types.
 TYPE_ERRORS = {
+    "reference_free a str": ({"reference_free": "no"}, "reference_free must be a bool, got str"),
+    "weight sparse": ({"weight": torch.eye(7, 5).to_sparse()}, "weight must be a dense tensor, got layout torch.sparse_coo"),
     "hidden int64": ({"hidden": torch.ones(S, T, H, dtype=torch.int64)}, "hidden must be float32 ... got torch.int64"),
     "hidden complex": ({"hidden": rand(S, T, H, dtype=torch.complex64)},
         "hidden must be float32 ... got torch.complex64"),
@@ -316,6 +327,16 @@ def test_what_the_tables_change_is_all_that_is_wrong():
     assert (odd < 0).all()
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_triton_says_what_is_missing(monkeypatch, installed):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: object() if installed else None)
+    words = "hidden is on cpu ... CUDA" if installed else "triton is not installed"
+    with pytest.raises(ValueError, match=says(f"backend='triton' cannot run this: ... {words}")):
+        fused_dpo_loss(**valid(), backend="triton")
+    assert explain(**valid()).backend == "torch"
+
+
 def test_every_name_of_the_family_is_listed():
     with pytest.raises(ValueError, match=says(" ... ".join(sorted(LOSSES)))):
         fused_dpo_loss(**valid(), loss_type="nope")
@@ -333,6 +354,7 @@ CONSTRUCTION = [
     "label_smoothing above", "label_smoothing for hinge", "no such option", "reduction unknown", "pairs unknown",
     "stats unknown", "stats a str", "backend unknown", "strategy unknown", "scratch_bytes negative",
     "scratch_bytes a str", "max_scored_tokens 0", "ignore_index a float", "shift an int",
+    "reference_free a str", "softcap negative", "logit_scale NaN",
 ]  # fmt: skip
 
 

@@ -1,0 +1,86 @@
+"""Six ragged sequences in float64, small enough to check everything by the oracle to the last digits."""
+
+import torch
+
+from dpo_kernels import DPOLossOutput, dispatch, fused_dpo_loss
+from dpo_kernels.reference import dpo_loss_reference
+
+S, T, H, H_REF, V = 6, 5, 4, 3, 11
+P = S // 2
+COUNTS = [4, 2, 1, 5, 3, 0]  # scored tokens of the sequences below
+F64 = torch.float64
+STRATEGIES = tuple(dispatch.STRATEGIES)
+BY_PAIR = DPOLossOutput._fields[1:7]
+close = torch.testing.assert_close
+
+
+def same(got, expected):
+    close(got, expected, rtol=1e-12, atol=1e-13)
+
+
+def problem(*grads, dtype=F64, **more):
+    """Six ragged sequences, one without a scored token; ``grads`` names what requires a gradient."""
+    g = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, V, (S, T), generator=g)
+    place = torch.arange(T)
+    labels[(place < 1) & (torch.tensor(COUNTS)[:, None] < T)] = -100  # a prompt of one token, where there is room
+    labels[place >= torch.tensor([5, 3, 2, 5, 4, 0])[:, None]] = -100
+    data = {
+        "hidden": torch.randn(S, T, H, generator=g, dtype=F64),
+        "weight": torch.randn(V, H, generator=g, dtype=F64),
+        "bias": torch.randn(V, generator=g, dtype=F64),
+    }
+    data = {name: value.to(dtype) for name, value in data.items()}
+    data |= {"labels": labels, "ref_logps": torch.randn(S, generator=g, dtype=F64) - 8}
+    extra = {
+        "ref_hidden": torch.randn(S, T, H_REF, generator=g, dtype=F64),
+        "ref_weight": torch.randn(V, H_REF, generator=g, dtype=F64),
+        "ref_bias": torch.randn(V, generator=g, dtype=F64),
+        "token_weights": torch.rand(S, T, generator=g, dtype=F64) + 0.25,
+    }
+    data |= {name: extra[name].to(dtype) if value is True else value for name, value in more.items()}
+    if "ref_hidden" in more:
+        del data["ref_logps"]
+    for name in grads:
+        data[name].requires_grad_()
+    return data
+
+
+TRAINED = ("hidden", "weight", "bias")
+
+
+def gradients(loss, data):
+    """Gradients by everything that requires one, None where the loss does not depend on it."""
+    leaves = {name: value for name, value in data.items() if isinstance(value, torch.Tensor) and value.requires_grad}
+    grads = torch.autograd.grad(
+        loss, list(leaves.values()), torch.ones_like(loss), retain_graph=True, allow_unused=True
+    )
+    return dict(zip(leaves, grads, strict=True))
+
+
+def agree(data, **options):
+    """Every result and gradient of the library against the oracle; returns the library's output."""
+    how = {name: options.pop(name) for name in ("strategy", "scratch_bytes", "max_scored_tokens") if name in options}
+    got, want = fused_dpo_loss(**data, **options, **how), dpo_loss_reference(**data, **options)
+    for name in ("loss", *BY_PAIR):
+        same(getattr(got, name).detach(), getattr(want, name).detach())
+    assert got.stats.keys() == want.stats.keys()
+    for name, value in got.stats.items():
+        close(value, want.stats[name].float())
+    if got.loss.requires_grad:
+        ours, theirs = gradients(got.loss, data), gradients(want.loss, data)
+        for name in TRAINED:
+            if name in ours:
+                same(ours[name], theirs[name])
+    return got
+
+
+def pack(data):
+    """The same problem packed: T to a sequence becomes ragged, unscored tails cut off, one sequence empty."""
+    lengths = torch.tensor([5, 3, 2, 5, 4, 0])
+    keep = torch.arange(T) < lengths[:, None]
+    moved = {
+        name: data[name].detach()[keep] for name in ("hidden", "labels", "ref_hidden", "token_weights") if name in data
+    }
+    moved["hidden"].requires_grad_(data["hidden"].requires_grad)
+    return data | moved | {"cu_seqlens": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()}, keep
