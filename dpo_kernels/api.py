@@ -295,9 +295,10 @@ def dpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss on log-probs alone: ``(losses, chosen_rewards, rejected_rewards)``, each ``(P,)``, no reduction.
 
-    float32 (float64 if the policy's are). ``losses`` is differentiable, the rewards ``beta * (policy - ref)`` are detached. Losses that average over tokens
-    (ipo) divide by ``chosen_tokens`` and ``rejected_tokens``; without them the log-probs are taken to be averages.
-    ``reference_free=True`` takes None for the reference. Errors as in ``fused_dpo_loss``.
+    float32, float64 if the policy's are. ``losses`` is differentiable, the rewards ``beta * (policy - ref)`` are
+    detached. Losses that average over tokens (ipo) divide by ``chosen_tokens`` and ``rejected_tokens``; without them
+    the log-probs are taken to be averages. ``reference_free=True`` takes None for the reference. Errors as in
+    ``fused_dpo_loss``.
     """
     bound = losses.bind(loss_type, beta, label_smoothing, loss_options)
     checks.check_flag("reference_free", reference_free)

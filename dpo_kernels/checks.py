@@ -33,7 +33,7 @@ def check_integer(name: str, value: Any) -> None:
     """Raise unless ``value`` is an integer."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if not -(2**63) <= value < 2**63:
+    if not -(2**63) <= int(value) < 2**63:
         raise ValueError(f"{name} must fit 64 bits, got {value}")
 
 

@@ -131,6 +131,16 @@ class RowState:
 
 
 @dataclass(frozen=True)
+class LogitsGradient:
+    """A tile of ``d logits`` as the gradient GEMMs read it, and what is still to be done to their results."""
+
+    values: Tensor  # (C, Vt), the dtype of the operands or of accumulation
+    scale: Tensor | None  # (C,) factor of the rows of X and dX; None where the values carry it
+    labels: Tensor  # (C,) int64
+    residual: Tensor | None = None  # (C,) what rounding took from each label's own value, by far the largest of a row
+
+
+@dataclass(frozen=True)
 class RowResult:
     """Per-row outcome of a forward pass over the head."""
 
@@ -205,24 +215,21 @@ class RowKernels(Protocol):
         head: Head,
         scale_C: Tensor | None,
         exponentiated: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``sumexp * (softmax - onehot)``, times the softcap's derivative, as the gradient GEMMs read it.
+    ) -> LogitsGradient:
+        """``sumexp * (softmax - onehot)``, times the softcap's derivative.
 
         The tile is overwritten, or given up where the result is another tensor. A backend that rounds the result
-        multiplies it by ``scale_C`` first, so that there is one rounding; otherwise the scale comes back, to be
-        applied to the rows of X and dX.
+        multiplies it by ``scale_C`` first, so that there is one rounding; otherwise the scale comes back.
         """
 
-    def grad_hidden(self, tile: Tensor, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
-        """``out (+)= tile @ W[start:start+Vt]``."""
+    def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
+        """``out (+)= d @ W[start:start+Vt]``, not yet times ``d.scale``."""
 
-    def grad_weight(
-        self, tile: Tensor, x_CH: Tensor, scale_C: Tensor | None, out_VtH: Tensor, accumulate: bool
-    ) -> None:
-        """``out (+)= tile^T @ (scale * x)``."""
+    def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
+        """``out (+)= d^T @ (d.scale * x)``."""
 
-    def grad_bias(self, tile: Tensor, scale_C: Tensor | None, out_Vt: Tensor, accumulate: bool) -> None:
-        """``out (+)= tile^T @ scale``."""
+    def grad_bias(self, d: LogitsGradient, out_Vt: Tensor, accumulate: bool) -> None:
+        """``out (+)= d^T @ d.scale``."""
 
     def recomputed_dlogits(
         self,
@@ -234,7 +241,7 @@ class RowKernels(Protocol):
         max_C: Tensor,
         sumexp_C: Tensor,
         scale_C: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> LogitsGradient:
         """``project`` and ``dlogits_`` in one."""
 
     # --- tokens to pairs ---

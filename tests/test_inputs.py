@@ -83,7 +83,7 @@ VALUE_ERRORS = {
         {"denominator": torch.tensor(3.0, device="meta")},
         "denominator is on meta but hidden is on cpu",
     ),
-    "H of 0": ({"hidden": torch.zeros(4, 3, 0), "weight": torch.zeros(7, 0)}, "weight must have ... H >= 1, got (7, 0)"),
+    "H of 0": ({"hidden": rand(S, T, 0), "weight": rand(V, 0)}, "weight must have ... H >= 1, got (7, 0)"),
     "ignore_index beyond 64 bits": ({"ignore_index": 2**70}, "ignore_index must fit 64 bits"),
     # hidden
     "hidden 2-D without cu_seqlens": ({"hidden": rand(12, H)},
@@ -229,7 +229,7 @@ VALUE_ERRORS = {
 # Dtypes and types.
 TYPE_ERRORS = {
     "reference_free a str": ({"reference_free": "no"}, "reference_free must be a bool, got str"),
-    "weight sparse": ({"weight": torch.eye(7, 5).to_sparse()}, "weight must be a dense tensor, got layout torch.sparse_coo"),
+    "weight sparse": ({"weight": rand(V, H).to_sparse()}, "weight must be a dense tensor, got layout torch.sparse_coo"),
     "hidden int64": ({"hidden": torch.ones(S, T, H, dtype=torch.int64)}, "hidden must be float32 ... got torch.int64"),
     "hidden complex": ({"hidden": rand(S, T, H, dtype=torch.complex64)},
         "hidden must be float32 ... got torch.complex64"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.sequence import segment_sum
-from dpo_kernels.types import Head, PairLoss, RowKernels, RowResult, Rows, Tile, accumulation_dtype
+from dpo_kernels.types import Head, LogitsGradient, PairLoss, RowKernels, RowResult, Rows, Tile, accumulation_dtype
 
 
 class TiledPasses(RowKernels):
@@ -62,7 +62,7 @@ class TiledPasses(RowKernels):
         max_C: Tensor,
         sumexp_C: Tensor,
         scale_C: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> LogitsGradient:
         """See ``types.RowKernels``."""
         self.project(x_CH, head, start, tile)
         return self.dlogits_(tile, labels_C, start, max_C, sumexp_C, head, scale_C)
@@ -89,7 +89,7 @@ class TiledPasses(RowKernels):
                 if left:
                     out_CH.mul_(rescale(before, state.max)[:, None])
                 taken = labels_C if whole else no_label
-                d, _ = self.dlogits_(z, taken, left, state.max, state.sumexp, head, None, state.exponentiated)
+                d = self.dlogits_(z, taken, left, state.max, state.sumexp, head, None, state.exponentiated)
                 self.grad_hidden(d, head, left, out_CH, accumulate=left > 0)
             out_CH.mul_((head.logit_scale / state.sumexp)[:, None])
             if not whole:
@@ -115,17 +115,17 @@ class TiledPasses(RowKernels):
         scale_N = (-grad_N * head.logit_scale / sumexp_N).to(scratch.dtype)
         for start, stop in spans(rows.used, tile.rows):
             x_CH = rows.gather(hidden_RH, start, stop, self.dtype)
-            scale_C: Tensor | None = None
             for left, right in spans(head.vocab, tile.cols):
                 z = view_tile(scratch, stop - start, right - left)
                 here = (rows.labels[start:stop], max_N[start:stop], sumexp_N[start:stop])
-                d, scale_C = self.recomputed_dlogits(x_CH, head, left, z, *here, scale_N[start:stop])
+                d = self.recomputed_dlogits(x_CH, head, left, z, *here, scale_N[start:stop])
                 if dx is not None:
                     self.grad_hidden(d, head, left, dx[start:stop], accumulate=left > 0)
                 if dw is not None:
-                    self.grad_weight(d, x_CH, scale_C, dw[left:right], accumulate=start > 0)
+                    self.grad_weight(d, x_CH, dw[left:right], accumulate=start > 0)
                 if db is not None:
-                    self.grad_bias(d, scale_C, db[left:right], accumulate=start > 0)
+                    self.grad_bias(d, db[left:right], accumulate=start > 0)
+                scale_C = d.scale
             if dx is not None and scale_C is not None:
                 dx[start:stop].mul_(scale_C[:, None])
         return grads

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.kernels.tiled import TiledPasses, rescale, spans
-from dpo_kernels.types import Head, RowResult, RowState, accumulation_dtype
+from dpo_kernels.types import Head, LogitsGradient, RowResult, RowState, accumulation_dtype
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 CACHED_BYTES = 2 * 2**20  # two temporaries of this together stay in a core's second-level cache
@@ -119,7 +119,7 @@ class TorchRows(TiledPasses):
         head: Head,
         scale_C: Tensor | None,
         exponentiated: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> LogitsGradient:
         """See ``types.RowKernels``; float32 tiles need no scaling of their own."""
         column = labels_C - start
         here = (column >= 0) & (column < tile.shape[1])
@@ -138,29 +138,34 @@ class TorchRows(TiledPasses):
                     z.mul_(slope)
         tile.scatter_(1, label, tile.gather(1, label) + removed)
         if not tile.is_cuda or self.dtype != torch.bfloat16:
-            return tile, scale_C
-        return (tile if scale_C is None else tile.mul_(scale_C[:, None])).to(self.dtype), None
+            return LogitsGradient(tile, scale_C, labels_C)
+        if scale_C is not None:
+            tile.mul_(scale_C[:, None])
+        narrow = tile.to(self.dtype)
+        lost = (tile.gather(1, label) - narrow.gather(1, label).to(tile.dtype))[:, 0]
+        return LogitsGradient(narrow, None, labels_C, lost.masked_fill(~here, 0.0))
 
-    def grad_hidden(self, tile: Tensor, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
+    def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """See ``types.RowKernels``."""
-        narrow = tile.to(self.dtype) if tile.is_cuda else tile
-        for left, right, weight_VtH in self._weights(head, start, start + tile.shape[1], tile):
-            _matmul_into(narrow[:, left:right], weight_VtH, out_CH, accumulate or left > 0)
+        values = d.values.to(self.dtype) if d.values.is_cuda else d.values
+        for left, right, weight_VtH in self._weights(head, start, start + values.shape[1], values):
+            _matmul_into(values[:, left:right], weight_VtH, out_CH, accumulate or left > 0)
+        if d.residual is not None:
+            own_CH = head.weight.index_select(0, d.labels.clamp(min=0)).to(self.dtype).to(out_CH.dtype)
+            out_CH.addcmul_(own_CH, d.residual[:, None])
 
-    def grad_weight(
-        self, tile: Tensor, x_CH: Tensor, scale_C: Tensor | None, out_VtH: Tensor, accumulate: bool
-    ) -> None:
+    def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
         """See ``types.RowKernels``.
 
         float16 tiles come in float32: coefficients of 1e-9 are ordinary, and would underflow before any GradScaler
         sees them.
         """
-        scaled_CH = x_CH if scale_C is None else x_CH * scale_C[:, None]
-        _matmul_into(tile.t(), scaled_CH.to(tile.dtype), out_VtH, accumulate)
+        scaled_CH = x_CH if d.scale is None else x_CH * d.scale[:, None]
+        _matmul_into(d.values.t(), scaled_CH.to(d.values.dtype), out_VtH, accumulate)
 
-    def grad_bias(self, tile: Tensor, scale_C: Tensor | None, out_Vt: Tensor, accumulate: bool) -> None:
+    def grad_bias(self, d: LogitsGradient, out_Vt: Tensor, accumulate: bool) -> None:
         """See ``types.RowKernels``."""
-        product = tile.sum(dim=0, dtype=out_Vt.dtype) if scale_C is None else torch.mv(tile.t(), scale_C)
+        product = d.values.sum(dim=0, dtype=out_Vt.dtype) if d.scale is None else torch.mv(d.values.t(), d.scale)
         if accumulate:
             out_Vt.add_(product)
         else:

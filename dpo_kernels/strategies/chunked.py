@@ -219,15 +219,15 @@ class _Pass:
         if stop == start:
             return
         kernels, labels_C = self.kernels, self.rows.labels[start:stop]
-        d, scale = kernels.dlogits_(tile, labels_C, 0, state.max, state.sumexp, self.head, scale_C, state.exponentiated)
+        d = kernels.dlogits_(tile, labels_C, 0, state.max, state.sumexp, self.head, scale_C, state.exponentiated)
         if self.dx is not None:
             kernels.grad_hidden(d, self.head, 0, self.dx[start:stop], accumulate=False)
-            if scale is not None:
-                self.dx[start:stop].mul_(scale[:, None])
+            if d.scale is not None:
+                self.dx[start:stop].mul_(d.scale[:, None])
         if dw is not None:
-            kernels.grad_weight(d, logits.x, scale, dw, accumulate)
+            kernels.grad_weight(d, logits.x, dw, accumulate)
         if db is not None:
-            kernels.grad_bias(d, scale, db, accumulate)
+            kernels.grad_bias(d, db, accumulate)
 
     def _unit_coefficients(self, group: Group) -> Tensor:
         """Derivative of what the pair's loss depends on by the two sequence log-probs, ``(2,)`` float64.

@@ -22,7 +22,7 @@ from dpo_kernels.kernels.triton.configs import (
     MatrixLaunch,
     target_of,
 )
-from dpo_kernels.types import Head, PairLoss, RowResult, Rows, RowState, Tile
+from dpo_kernels.types import Head, LogitsGradient, PairLoss, RowResult, Rows, RowState, Tile
 
 PROGRAMS = 512  # aim of the streaming pass: a few waves on any GPU
 MOST_SPLITS = 32
@@ -32,6 +32,18 @@ class TritonRows(TorchRows):
     """Row operations by Triton kernels, on CUDA or, with ``TRITON_INTERPRET=1``, step by step on the CPU."""
 
     name = "triton"
+
+    def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
+        super().__init__(dtype, workspace_bytes)
+        self._row_major: Tensor | None = None
+
+    def _weight(self, head: Head) -> Tensor:
+        """The head with its rows contiguous, as the matmul kernels read it; copied once a call where it is not."""
+        if head.weight.stride(1) == 1:
+            return head.weight
+        if self._row_major is None:
+            self._row_major = head.weight.contiguous()
+        return self._row_major
 
     @staticmethod
     def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
@@ -72,12 +84,13 @@ class TritonRows(TorchRows):
         head: Head,
         scale_C: Tensor | None,
         exponentiated: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> LogitsGradient:
         """See ``types.RowKernels``; bfloat16 operands are scaled, and written beside the tile."""
         assert not exponentiated, "this backend keeps the logits"
-        out, applied = tile, None
+        out, applied, residual = tile, None, None
         if self.dtype == torch.bfloat16:
             out, applied, scale_C = torch.empty_like(tile, dtype=torch.bfloat16), scale_C, None
+            residual = torch.zeros_like(max_C)
         count, cols = tile.shape
         with _on(tile):
             row_kernels.dlogits_rows[(count, triton.cdiv(cols, ROW_BLOCK))](
@@ -87,17 +100,19 @@ class TritonRows(TorchRows):
                 max_C,
                 sumexp_C,
                 max_C if applied is None else applied,
+                max_C if residual is None else residual,
                 cols,
                 tile.stride(0),
                 out.stride(0),
                 start,
                 1.0 if head.softcap is None else head.softcap,
                 HAS_SCALE=applied is not None,
+                HAS_RESIDUAL=residual is not None,
                 HAS_SOFTCAP=head.softcap is not None,
                 BLOCK=ROW_BLOCK,
                 num_warps=ROW_WARPS,
             )
-        return out, scale_C
+        return LogitsGradient(out, scale_C, labels_C, residual)
 
     def tail(
         self,
@@ -147,11 +162,12 @@ class TritonRows(TorchRows):
         splits = triton.cdiv(vocab, split)
         kept = [x_NH.new_empty(splits, count, dtype=torch.float32) for _ in range(5 if stats else 3)]
         argmax = torch.empty(splits if stats else 1, count, dtype=torch.int64, device=x_NH.device)
+        weight = self._weight(head)
         with _on(x_NH):
             linear_logprob.linear_logprob[(blocks, splits)](
                 x_NH,
-                head.weight,
-                head.weight if head.bias is None else head.bias,
+                weight,
+                weight if head.bias is None else head.bias,
                 packed.labels,
                 *kept[:3],
                 *(kept[3:] or kept[:2]),
@@ -160,7 +176,7 @@ class TritonRows(TorchRows):
                 vocab,
                 x_NH.shape[1],
                 x_NH.stride(0),
-                head.weight.stride(0),
+                weight.stride(0),
                 split,
                 *_numbers(head),
                 HAS_BIAS=head.bias is not None,
@@ -184,41 +200,44 @@ class TritonRows(TorchRows):
         max_C: Tensor,
         sumexp_C: Tensor,
         scale_C: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> LogitsGradient:
         """See ``types.RowKernels``: one kernel from hidden states to the operand, no float32 logits between."""
         launch = _launch(x_CH)
-        out, applied = tile, None
+        out, applied, residual = tile, None, None
         if self.dtype == torch.bfloat16:  # in the scratch's own memory, of which it takes half
-            applied, scale_C = scale_C, None
+            applied, scale_C, residual = scale_C, None, torch.zeros_like(max_C)
             out = tile.view(torch.bfloat16).view(-1)[: tile.numel()].view(tile.shape)
         count, cols = tile.shape
         grid = (triton.cdiv(count, launch.block_rows), triton.cdiv(cols, launch.block_cols))
+        weight = self._weight(head)
         with _on(x_CH):
             linear_logprob.linear_dlogits[grid](
                 x_CH,
-                head.weight,
-                head.weight if head.bias is None else head.bias,
+                weight,
+                weight if head.bias is None else head.bias,
                 labels_C,
                 max_C,
                 sumexp_C,
                 max_C if applied is None else applied,
+                max_C if residual is None else residual,
                 out,
                 count,
                 cols,
                 start,
                 x_CH.shape[1],
                 x_CH.stride(0),
-                head.weight.stride(0),
+                weight.stride(0),
                 out.stride(0),
                 *_numbers(head),
                 HAS_BIAS=head.bias is not None,
                 HAS_SOFTCAP=head.softcap is not None,
                 HAS_SCALE=applied is not None,
+                HAS_RESIDUAL=residual is not None,
                 **launch.blocks,
                 PRECISION="ieee",
                 **launch.options,
             )
-        return out, scale_C
+        return LogitsGradient(out, scale_C, labels_C, residual)
 
 
 def interpreting() -> bool:

@@ -141,6 +141,7 @@ def linear_dlogits(
     max_ptr,  # (C,) float32
     sumexp_ptr,  # (C,) float32
     scale_ptr,  # (C,) float32
+    residual_ptr,  # (C,) float32, 0; written by the program that has the label
     out_ptr,  # (C, Vt), columns start..start+Vt-1, written
     total_rows,
     tile_cols,
@@ -154,6 +155,7 @@ def linear_dlogits(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -173,14 +175,21 @@ def linear_dlogits(
     row_max = tl.load(max_ptr + rows, mask=row_inside, other=0.0)
     sumexp = tl.load(sumexp_ptr + rows, mask=row_inside, other=1.0)
     d = tl.exp(z - row_max[:, None])
-    d = tl.where(cols[None, :] == labels[:, None], d - sumexp[:, None], d)
+    hit = (cols[None, :] == labels[:, None]) & col_inside[None, :]
+    d = tl.where(hit, d - sumexp[:, None], d)
     if HAS_SOFTCAP:
         capped = z / softcap
         d = d * (1.0 - capped * capped)
     if HAS_SCALE:
         d = d * tl.load(scale_ptr + rows, mask=row_inside, other=0.0)[:, None]
     inside = row_inside[:, None] & col_inside[None, :]
-    tl.store(out_ptr + rows[:, None] * out_stride + at[None, :], d.to(out_ptr.dtype.element_ty), mask=inside)
+    rounded = d.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows[:, None] * out_stride + at[None, :], rounded, mask=inside)
+    if HAS_RESIDUAL:
+        lost = tl.sum(tl.where(hit, d - rounded.to(tl.float32), 0.0), axis=1)
+        first = start + tl.program_id(1).to(tl.int64) * BLOCK_V
+        here = (labels >= first) & (labels < tl.minimum(first + BLOCK_V, start + tile_cols))
+        tl.store(residual_ptr + rows, lost, mask=row_inside & here)
 
 
 def _common(dtype: torch.dtype, width: int, block: dict[str, int], extras: bool) -> dict[str, Any]:
@@ -211,7 +220,9 @@ def _configurations(target: str, dtype: torch.dtype, width: int, vocab: int, ext
     tile: dict[str, Any] = {
         "out_ptr": dtype,
         "scale_ptr": f32,
-        "HAS_SCALE": True,
+        "residual_ptr": f32,
+        "HAS_SCALE": dtype == torch.bfloat16,
+        "HAS_RESIDUAL": dtype == torch.bfloat16,
         "total_rows": 2048,
         "tile_cols": 8192,
         "start": 8192,

@@ -82,12 +82,14 @@ def dlogits_rows(
     max_ptr,  # (C,) float32
     sumexp_ptr,  # (C,) float32
     scale_ptr,  # (C,) float32
+    residual_ptr,  # (C,) float32, 0; written by the program that has the label
     cols,
     row_stride,
     out_stride,
     start,
     softcap,
     HAS_SCALE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -104,7 +106,14 @@ def dlogits_rows(
         d = d * (1.0 - capped * capped)
     if HAS_SCALE:
         d = d * tl.load(scale_ptr + row)
-    tl.store(out_ptr + row * out_stride + at, d.to(out_ptr.dtype.element_ty), mask=inside)
+    rounded = d.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * out_stride + at, rounded, mask=inside)
+    if HAS_RESIDUAL:
+        own = (at == column) & inside
+        lost = tl.sum(tl.where(own, d - rounded.to(tl.float32), 0.0), axis=0)
+        first = tl.program_id(1) * BLOCK
+        if (column >= first) & (column < tl.minimum(first + BLOCK, cols)):
+            tl.store(residual_ptr + row, lost)
 
 
 def _reduce(cols: int, stats: bool) -> Configuration:
@@ -128,7 +137,7 @@ def _reduce(cols: int, stats: bool) -> Configuration:
 
 
 def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
-    f32, i64 = torch.float32, torch.int64
+    f32, i64, narrow = torch.float32, torch.int64, dtype == torch.bfloat16
     arguments: dict[str, Any] = {
         "tile_ptr": f32,
         "out_ptr": dtype,
@@ -136,12 +145,13 @@ def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
         "max_ptr": f32,
         "sumexp_ptr": f32,
         "scale_ptr": f32,
+        "residual_ptr": f32,
     }
     sizes = {"cols": cols, "row_stride": cols, "out_stride": cols, "start": 0, "softcap": 30.0}
     return Configuration(
         f"dlogits_rows V={cols} {str(dtype).removeprefix('torch.')}{' softcap' if softcap else ''}",
         dlogits_rows,
-        {**arguments, **sizes, "HAS_SCALE": dtype == torch.bfloat16, "HAS_SOFTCAP": softcap, "BLOCK": ROW_BLOCK},
+        {**arguments, **sizes, "HAS_SCALE": narrow, "HAS_RESIDUAL": narrow, "HAS_SOFTCAP": softcap, "BLOCK": ROW_BLOCK},
         {"num_warps": ROW_WARPS},
     )
 

@@ -1,0 +1,146 @@
+"""Every equivalence case of the core through the Triton kernels, in the sanitized interpreter."""
+
+import itertools
+
+import pytest
+import torch
+
+import dpo_kernels as dk
+from tests.cases import STRATEGIES, Case, broken_by, broken_rules, run
+from tests.test_equivalence import LAYOUTS, LOSSES, REFERENCES, coupled
+from tests.test_numerics import assert_same_bits, extreme, masked
+from tests.triton_tools.interpreter import sanitize
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _sanitized(monkeypatch):
+    # Shares of the vocabulary of several tiles each, as on a GPU.
+    monkeypatch.setattr("dpo_kernels.kernels.triton.backend.MOST_SPLITS", 2)
+    monkeypatch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
+    with sanitize():
+        yield
+
+
+def fused(inputs, strategy, **keywords):
+    name, scratch = STRATEGIES[strategy]
+    return run(dk.fused_dpo_loss, inputs, strategy=name, scratch_bytes=scratch, backend="triton", **keywords)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equivalence(layout, dtype, strategy):
+    broken = {}
+    for (reference, frozen), extras in itertools.product(
+        zip(REFERENCES, (False, True, False, True), strict=True), (False, True)
+    ):
+        options = {"softcap": 12.0, "logit_scale": 0.7, "stats": ("entropy", "mean_logits", "top1")} if extras else {}
+        case = Case(
+            dtype, reference=reference, frozen=frozen, bias=extras, weights=extras, options=options, **LAYOUTS[layout]
+        )
+        broken[reference, frozen, extras] = broken_rules(case, strategy, "triton")
+    assert not {key: value for key, value in broken.items() if value}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses(loss, strategy):
+    for frozen, upstream in ((False, 1 / 3), (True, 65536.0)):
+        case = Case(torch.bfloat16, frozen=frozen, weights=True, options=LOSSES[loss])
+        assert not broken_rules(case, strategy, "triton", upstream)
+
+
+def test_coupled_callable():
+    assert not broken_rules(Case(torch.bfloat16, options={"loss_type": coupled}), "recompute", "triton")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_vocabulary_of_one_is_certain(strategy):
+    inputs = extreme(labels=torch.zeros(4, 5, dtype=torch.int64))
+    inputs["weight"] = torch.randn(1, 8).requires_grad_()
+    out = fused(inputs, strategy)
+    assert not out["chosen_logps"].any()
+    # Logits recomputed by another kernel may differ in their last bit.
+    assert float(out["dhidden"].abs().max()) < 1e-6
+    assert float(out["dweight"].abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("vocab", "strategy"),
+    [(v, s) for v in (2, 3, 5000) for s in STRATEGIES if (v, s) != (5000, "chunked-tiny")],
+)
+def test_vocabularies(vocab, strategy):
+    """5000 columns are more than one block of the row kernels."""
+    inputs = extreme(labels=torch.randint(0, vocab, (4, 5)))
+    inputs["weight"] = torch.randn(vocab, 8).requires_grad_()
+    assert not broken_by(inputs, {"stats": ("entropy", "top1")}, torch.float32, strategy, "triton")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rows", [(0, 1, 2, 3), (0, 1), (3,)], ids=str)
+def test_masked_sequences(rows, strategy):
+    assert not broken_by(extreme(labels=masked(*rows)), {}, torch.float32, strategy, "triton")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("scale", [0.0, 60.0, 1e3], ids=["flat", "peaked", "one-hot"])
+def test_peaked_and_flat_softmax(scale, strategy):
+    inputs = extreme(torch.bfloat16, scale)
+    assert not broken_by(inputs, {"stats": ("entropy",)}, torch.bfloat16, strategy, "triton", saturated=True)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_unreachable_tokens(strategy):
+    inputs = extreme()
+    inputs["labels"] = inputs["labels"].clamp(min=20)
+    bias = torch.zeros(37)
+    bias[:20] = -torch.inf
+    inputs["bias"] = bias.requires_grad_()
+    assert not broken_by(inputs, {"stats": ("entropy", "top1")}, torch.float32, strategy, "triton")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("shift", [9e4, -9e4])
+def test_margins_of_thousands(shift, strategy):
+    inputs = extreme()
+    inputs["ref_logps"] = inputs["ref_logps"] + torch.tensor([shift, shift, 0.0, 0.0])
+    assert not broken_by(inputs, {"label_smoothing": 0.1}, torch.float32, strategy, "triton")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_repeated_runs_are_equal(strategy):
+    case = Case(torch.bfloat16, bias=True, weights=True, reference="hidden")
+    inputs = case.tensors()
+    assert_same_bits(fused(inputs, strategy, **case.keywords()), fused(inputs, strategy, **case.keywords()))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_token_log_probs_of_bfloat16_are_float32_exact(strategy):
+    """Within 1e-4 nats of float64 on the same rounded inputs: no logit was rounded."""
+    case = Case(torch.bfloat16, frozen=True)
+    inputs = case.tensors()
+    name, scratch = STRATEGIES[strategy]
+    got = dk.fused_token_logps(
+        inputs["hidden"], inputs["weight"], inputs["labels"], strategy=name, scratch_bytes=scratch, backend="triton"
+    )
+    logits = inputs["hidden"].detach().double() @ inputs["weight"].double().t()
+    exact = logits.log_softmax(-1).gather(-1, inputs["labels"].clamp(min=0)[..., None])[..., 0]
+    scored = inputs["labels"] != -100
+    assert float((got.detach().double() - exact)[scored].abs().max()) < 1e-4
+
+
+def test_strided_and_misaligned_inputs():
+    g = torch.Generator().manual_seed(0)
+    store = torch.randn(4 * 6 * 21 + 1, generator=g)
+    hidden = store[1:].view(4, 6, 21)[..., 2:19]
+    weight = torch.randn(17, 50, generator=g).t()
+    inputs = {
+        "hidden": hidden.detach().requires_grad_(),
+        "weight": weight.requires_grad_(),
+        "labels": torch.randint(0, 50, (4, 6), generator=g),
+    }
+    assert not inputs["weight"].is_contiguous()
+    for strategy in STRATEGIES:
+        assert not broken_by(inputs, {"reference_free": True}, torch.float32, strategy, "triton")

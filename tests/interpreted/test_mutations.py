@@ -1,0 +1,102 @@
+"""The kernels' tests can fail: each planted mutation is caught by the equivalence cases or the sanitizer."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_kernels.kernels.triton import backend, dpo_tail, linear_logprob, rows
+from tests.cases import Case, broken_rules
+from tests.triton_tools.interpreter import sanitize
+
+MODULES = {"rows": rows, "dpo_tail": dpo_tail, "linear_logprob": linear_logprob}
+NAMES = {"rows": "row_kernels", "dpo_tail": "dpo_tail", "linear_logprob": "linear_logprob"}
+
+# what: (module, text of the kernel, text instead of its first occurrence)
+MUTATIONS = {
+    "a masked lane is a logit of 0": ("rows", 'mask=inside, other=-float("inf")', "mask=inside, other=0.0"),
+    "no mask at all": ("rows", 'base + at, mask=inside, other=-float("inf")', "base + at"),
+    "no rescale of the running sum": ("rows", "sumexp = sumexp * kept + tl.sum", "sumexp = sumexp + tl.sum"),
+    "target off by one": ("rows", "tl.load(base + column)", "tl.load(base + tl.maximum(column - 1, 0))"),
+    "entropy without the moved shift": ("rows", "(entropy + drop) * kept", "entropy * kept"),
+    "last maximum wins ties": ("rows", "block_max > running", "block_max >= running"),
+    "onehot with the wrong sign": ("rows", "d - tl.load(sumexp_ptr + row)", "d + tl.load(sumexp_ptr + row)"),
+    "no derivative of the softcap": ("rows", "d = d * (1.0 - capped * capped)", "d = d"),
+    "the scale of another row": ("rows", "tl.load(scale_ptr + row)", "tl.load(scale_ptr)"),
+    "rejected added instead of subtracted": ("dpo_tail", "- (rejected - ref", "+ (rejected - ref"),
+    "coefficient of the wrong sequence": (
+        "dpo_tail",
+        "grad_ptr + 2 * pair + 1, -grad",
+        "grad_ptr + 2 * pair + 1, grad",
+    ),
+    "chosen and rejected swapped": ("dpo_tail", "sums_ptr + 2 * pair, chosen", "sums_ptr + 2 * pair, rejected"),
+    "a sequence ends one early": ("dpo_tail", "inside = place < end", "inside = place < end - 1"),
+    "label smoothing ignored": ("dpo_tail", "(1.0 - smoothing) * wrong - smoothing * right", "wrong"),
+    "token weights ignored": ("dpo_tail", "if HAS_WEIGHTS:", "if False:"),
+    "columns beyond the vocabulary count": (
+        "linear_logprob",
+        'z = tl.where(col_inside[None, :], z, -float("inf"))',
+        "z = z",
+    ),
+    "no rescale while streaming": ("linear_logprob", "sumexp = sumexp * kept + tl.sum", "sumexp = sumexp + tl.sum"),
+    "streamed target off by one": (
+        "linear_logprob",
+        "hit = cols[None, :] == labels",
+        "hit = cols[None, :] + 1 == labels",
+    ),
+    "a tile forgets where it starts": ("linear_logprob", "cols = start + at", "cols = at"),
+    "the last part of H is dropped": ("linear_logprob", "inside = h + at < width", "inside = h + at < width - 1"),
+    "bias of the wrong columns": ("linear_logprob", "tl.load(b_ptr + cols, ", "tl.load(b_ptr + cols - cols, "),
+}
+
+
+def _mutated(tmp_path: Path, name: str, old: str, new: str):
+    source = Path(MODULES[name].__file__).read_text()
+    assert old in source, f"{name} has no {old!r} to mutate"
+    path = tmp_path / f"mutated_{name}.py"
+    path.write_text(source.replace(old, new, 1))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _caught() -> bool:
+    plain = {"label_smoothing": 0.2}
+    rich = {**plain, "softcap": 12.0, "logit_scale": 0.7, "stats": ("entropy", "mean_logits", "top1")}
+    try:
+        with sanitize():
+            for strategy in ("chunked", "recompute-tiles", "streaming"):
+                for dtype, options in ((torch.float32, plain), (torch.bfloat16, rich)):
+                    extras = options is rich
+                    case = Case(dtype, bias=extras, weights=extras, options=options)
+                    if broken_rules(case, strategy, "triton"):
+                        return True
+            return _ties_are_broken()
+    except Exception:  # noqa: BLE001 - any report of the sanitizer counts
+        return True
+
+
+def _ties_are_broken() -> bool:
+    """Equal logits in different tiles: the first column must win."""
+    case = Case(torch.float32, options={"stats": ("top1",)})
+    inputs = case.tensors()
+    with torch.no_grad():
+        inputs["weight"][100:200] = inputs["weight"][:100]
+    from tests.cases import broken_by
+
+    return bool(broken_by(inputs, case.keywords(), torch.float32, "recompute-tiles", "triton"))
+
+
+def test_the_kernels_as_they_are_pass():
+    assert not _caught()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutation_is_caught(tmp_path, monkeypatch, mutation):
+    name, old, new = MUTATIONS[mutation]
+    monkeypatch.setattr(backend, "MOST_SPLITS", 2)
+    monkeypatch.setattr(backend, NAMES[name], _mutated(tmp_path, name, old, new))
+    assert _caught(), mutation
