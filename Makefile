@@ -6,6 +6,9 @@ PYTHON ?= python3
 # also change size and CUDA version from day to day. A torch that $(PYTHON) already has (2.11 or later) is used instead.
 TORCH ?= torch==2.13.0
 
+# Any triton of 3.6 to 3.9 does; this is the one that matches the torch above. A CPU torch does not bring one.
+TRITON ?= triton==3.7.1
+
 # Two worker processes of one thread each beat two threads: most tests are too small for a second thread.
 PYTEST_ARGS ?= -n 2
 ARGS ?=
@@ -18,7 +21,7 @@ EDITABLE := $(PIP) install --quiet --no-build-isolation --editable
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test test-gpu demo lint format clean
+.PHONY: help venv test test-gpu kernels-check demo lint format clean
 
 help: ## show this list
 	@echo 'usage: make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]'
@@ -33,6 +36,9 @@ test-gpu: $(VENV)/.test ## the gpu-marked tests; fails where there is no GPU, so
 	    { echo 'make: torch finds no CUDA device; test-gpu proves nothing here' >&2; exit 1; }
 	$(PY) -m pytest -m gpu
 
+kernels-check: $(VENV)/.test ## compile every Triton kernel for GPUs that are not here, and judge the code
+	$(PY) -m tests.triton_tools.gate
+
 demo: $(VENV)/.demo ## train a real model on real ratings; ARGS=--help lists its options
 	$(PY) -m demo $(ARGS)
 
@@ -46,7 +52,7 @@ format: $(VENV)/.lint ## mend what ruff can mend, and format
 	$(PY) -m ruff format
 
 clean: ## remove .venv, caches, build outputs, and the demo's downloads and results
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache .demo_cache demo_out
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache .demo_cache demo_out .kernels_check_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv: $(VENV)/.base ## make .venv with torch, and nothing else
@@ -79,6 +85,8 @@ $(VENV)/.base:
 
 $(VENV)/.test: $(VENV)/.base pyproject.toml
 	$(EDITABLE) '.[test,demo]'
+	@$(PY) -c 'import triton' 2>/dev/null || (set -x; $(PIP) install --quiet '$(TRITON)') || \
+	    echo 'make: no triton for this platform; the tests of the Triton kernels will be skipped' >&2
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base pyproject.toml

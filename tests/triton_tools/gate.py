@@ -1,0 +1,345 @@
+"""The ahead-of-time gate: every configuration of every Triton kernel, compiled for every target and held to rules.
+
+``python -m tests.triton_tools.gate`` (``make kernels-check``) needs no GPU. It prints a line for each configuration and
+target, and exits with 1 and the reasons where a rule of ``broken_rules`` is broken or a kernel has no configuration.
+What was measured is kept in ``.kernels_check_cache`` (another folder: ``DPO_KERNELS_CHECK_CACHE``), so that a run
+without news takes seconds; a kernel that does not compile is compiled again each time.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from dpo_kernels.kernels.triton.configs import Configuration
+    from tests.triton_tools.aot import Measured
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = "dpo_kernels.kernels.triton"
+PROCESSES = 2
+STACK_CAP = 128  # bytes; a few spills outside the loop cost nothing, so that "no stack at all" is too strict
+TENSOR_COLUMNS_CAP = 512  # of Blackwell's tensor memory, all that there are
+REASON_LENGTH = 200
+
+
+class Job(NamedTuple):
+    """One configuration for one target, named so that another process finds it."""
+
+    module: str
+    index: int  # in the module's CONFIGURATIONS
+    target: str
+
+
+class Verdict(NamedTuple):
+    """A line of the table; ``measured`` is None where the kernel does not compile."""
+
+    name: str
+    target: str
+    measured: "Measured | None"
+    reasons: list[str]
+
+
+# --- the rules ----------------------------------------------------------------------------------------------
+
+
+def broken_rules(configuration: "Configuration", target: str, measured: "Measured") -> list[str]:
+    """Why a compiled configuration may not be launched on ``target``; empty where it may."""
+    from tests.triton_tools.aot import TARGETS
+
+    gpu, reasons = TARGETS[target], []
+    if measured.shared_bytes > gpu.shared_cap:
+        reasons.append(f"{measured.shared_bytes} bytes of shared memory, {target} has {gpu.shared_cap}")
+    if measured.tensor_columns > TENSOR_COLUMNS_CAP:
+        reasons.append(f"{measured.tensor_columns} columns of tensor memory, {target} has {TENSOR_COLUMNS_CAP}")
+    if measured.local_in_loops:
+        reasons.append(f"{measured.local_in_loops} local loads and stores in the MMA loop")
+    if measured.stack_bytes > STACK_CAP:
+        reasons.append(f"{measured.stack_bytes} bytes of stack, more than {STACK_CAP}")
+    if not configuration.matrix:
+        return reasons
+    if not measured.matrix.get(gpu.matrix):
+        others = " and ".join(measured.matrix)
+        reasons.append(f"no {gpu.matrix}" + (f" but {others}" if others else ", no matrix instruction at all"))
+    if gpu.backend == "hip":
+        if not measured.prefetched:
+            reasons.append("loads are not pipelined: the MMA loop waits for what it loads")
+    elif not measured.async_copies:
+        reasons.append("loads are not pipelined: no cp.async, no TMA")
+    elif measured.loads_in_loops:
+        reasons.append(f"loads are not pipelined: {measured.loads_in_loops} plain global loads in the MMA loop")
+    return reasons
+
+
+def ungated(modules: list[str], jobs: list[Job]) -> list[str]:
+    """Public kernels of our own modules that no configuration compiles for some target."""
+    from triton.runtime.jit import JITFunction
+
+    from tests.triton_tools.aot import TARGETS
+
+    seen = {(_configuration(job).kernel, job.target) for job in jobs}
+    missing = []
+    for module in modules:
+        for name, kernel in vars(importlib.import_module(module)).items():
+            if isinstance(kernel, JITFunction) and kernel.__module__ == module and not name.startswith("_"):
+                targets = [target for target in TARGETS if (kernel, target) not in seen]
+                missing += [f"{module}.{name}: no configuration for {', '.join(targets)}"] if targets else []
+    return missing
+
+
+# --- which configurations -----------------------------------------------------------------------------------
+
+
+def kernel_modules() -> list[str]:
+    """Every module of the package of Triton kernels."""
+    package = importlib.import_module(KERNELS)
+    return sorted(module.name for module in pkgutil.walk_packages(package.__path__, f"{KERNELS}."))
+
+
+def all_jobs(modules: list[str]) -> list[Job]:
+    """Every configuration of ``modules`` with each of its targets."""
+    from tests.triton_tools.aot import TARGETS
+
+    jobs = []
+    for module in modules:
+        for index, configuration in enumerate(getattr(importlib.import_module(module), "CONFIGURATIONS", [])):
+            unknown = set(configuration.targets) - set(TARGETS)
+            if unknown:
+                raise ValueError(f"{module}: {configuration.name!r} names the unknown targets {sorted(unknown)}")
+            jobs += [Job(module, index, target) for target in configuration.targets]
+    names = Counter((job.module, _configuration(job).name, job.target) for job in jobs)
+    if twice := [key for key, count in names.items() if count > 1]:
+        raise ValueError(f"two configurations of one name: {twice}")
+    return jobs
+
+
+def _configuration(job: Job) -> "Configuration":
+    return importlib.import_module(job.module).CONFIGURATIONS[job.index]
+
+
+# --- measuring, in other processes --------------------------------------------------------------------------
+
+
+def measured_or_why(jobs: list[Job], cache: Path) -> Iterator["Measured | str"]:
+    """For each job what was measured, or why it does not compile."""
+    results = [_recall(cache / f"{_key(job)}.json") for job in jobs]
+    missing = [number for number, result in enumerate(results) if result is None]
+    if missing:
+        print(f"compiling {len(missing)} of {len(jobs)}, the rest is known", flush=True)
+        compiled = _compile_all([jobs[number] for number in missing], cache)
+        for number, result in zip(missing, compiled, strict=True):
+            results[number] = result
+    yield from results
+
+
+def _compile_all(jobs: list[Job], cache: Path) -> list["Measured | str"]:
+    results: dict[int, Measured | str] = {}
+    with tempfile.TemporaryDirectory(prefix="kernels-check-") as scratch:
+        # Not Triton's usual cache: intermediate code of targets that nobody launches on would only fill it.
+        os.environ["TRITON_CACHE_DIR"] = str(Path(scratch, "triton"))
+        logs = [Path(scratch, f"{number}.log") for number in range(len(jobs))]
+        run = partial(_run, jobs, logs, cache)
+        while waiting := [number for number in range(len(jobs)) if number not in results]:
+            results |= run(waiting, PROCESSES)
+            # A compiler that aborts takes the pool with it: whoever was at work then is tried alone.
+            lost = [number for number in waiting if number not in results]
+            for number in [number for number in lost if logs[number].exists()] or lost:
+                results |= run([number], 1) or {number: f"does not compile: crash: {_said(logs[number])}"}
+    return [results[number] for number in range(len(jobs))]
+
+
+def _said(log: Path) -> str:
+    return (log.exists() and shortened(log.read_text(errors="replace"))) or "the compiler's process died without a word"
+
+
+def _run(
+    jobs: list[Job], logs: list[Path], cache: Path, numbers: list[int], processes: int
+) -> dict[int, "Measured | str"]:
+    """Results of those jobs that came to an end."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(numbers)), mp_context=spawn) as pool:
+        futures: dict[int, Future[Measured | str]] = {}
+        with contextlib.suppress(BrokenProcessPool):
+            for number in numbers:
+                futures[number] = pool.submit(_compile, jobs[number], logs[number], cache)
+    return {
+        number: future.result()
+        for number, future in futures.items()
+        if not isinstance(future.exception(), BrokenProcessPool)
+    }
+
+
+def _compile(job: Job, log: Path, cache: Path) -> "Measured | str":
+    from tests.triton_tools import aot
+
+    configuration = _configuration(job)
+    with _output_to(log):
+        try:
+            compiled = aot.compile_for(configuration, job.target)
+        except Exception as error:  # noqa: BLE001 - whatever the compiler raises is the finding
+            return f"does not compile: {shortened(f'{type(error).__name__}: {error}')}"
+    measured = aot.measure(compiled, job.target)
+    # Under this process's key: the source may have been edited since the other one read it.
+    _keep(cache / f"{_key(job)}.json", measured)
+    return measured
+
+
+@contextlib.contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """What this process and its children write goes to ``log``: MLIR and ptxas print whole programs."""
+    kept = [os.dup(1), os.dup(2)]
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in enumerate(kept, start=1):
+                os.dup2(copy, number)
+                os.close(copy)
+
+
+def shortened(text: str) -> str:
+    """The line of a compiler's message that says what is wrong, or its last, at most REASON_LENGTH characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip(" \t^~")]
+    for telling in (r"\bfatal\b", r"\bLLVM ERROR\b", r"error\b ?:"):
+        if found := [line for line in lines if re.search(telling, line)]:
+            return found[0][:REASON_LENGTH]
+    return "".join(lines[-1:])[:REASON_LENGTH]
+
+
+# --- what is known already ----------------------------------------------------------------------------------
+
+
+def _cache_folder() -> Path:
+    folder = Path(os.environ.get("DPO_KERNELS_CHECK_CACHE") or ROOT / ".kernels_check_cache")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
+    return folder
+
+
+def _key(job: Job) -> str:
+    """Of everything that decides about the machine code, and of how it is read."""
+    import triton
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+
+    from tests.triton_tools import aot
+
+    configuration = _configuration(job)
+    try:
+        source = configuration.kernel.cache_key  # with that of the functions that it calls
+    except Exception as error:  # noqa: BLE001 - it refers to what Triton refuses, and the compiler will say so again
+        source = repr(error)
+    own = {name: value for name, value in os.environ.items() if re.match(r"TRITON_(PTXAS|DEFAULT)", name)}
+    parts = [
+        triton.__version__,
+        [job.module, getattr(configuration.kernel, "__name__", ""), source],
+        sorted((name, repr(value)) for name, value in configuration.arguments.items()),
+        sorted(configuration.options.items()),
+        job.target,
+        sorted((get_cache_invalidating_env_vars() | own).items()),
+        Path(aot.__file__).read_text(encoding="utf-8"),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _recall(path: Path) -> "Measured | None":
+    from tests.triton_tools.aot import Measured
+
+    try:
+        return Measured(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, TypeError, ValueError):  # a damaged record is measured again
+        return None
+
+
+def _keep(path: Path, measured: "Measured") -> None:
+    beside = path.with_suffix(f".{os.getpid()}")
+    beside.write_text(json.dumps(dataclasses.asdict(measured)), encoding="utf-8")
+    beside.replace(path)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+COLUMNS = "{:<8}{:>9}{:>7}{:>9}  {:<12}{:<14}{:>6}{:>8}  {:<9}{}"
+HEADER = ("target", "registers", "stack", "shared", "local", "matrix", "async", "widest", "verdict", "configuration")
+
+
+def line(verdict: Verdict) -> str:
+    """A line of the table: stack and shared memory in bytes, local accesses (in the MMA loop), the widest in bits."""
+    facts, cells = verdict.measured, ["-"] * 7
+    if facts is not None:
+        local = f"{facts.local} ({facts.local_in_loops})" if facts.local else "0"
+        matrix = " ".join(f"{count} {kind}" for kind, count in facts.matrix.items()) or "-"
+        cells = [facts.registers, facts.stack_bytes, facts.shared_bytes, local, matrix]
+        cells += [facts.async_copies, facts.widest_bits]
+    return COLUMNS.format(verdict.target, *cells, "FAIL" if verdict.reasons else "ok", verdict.name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0 where every rule holds."""
+    parser = argparse.ArgumentParser(prog="python -m tests.triton_tools.gate", description=__doc__)
+    parser.add_argument("--modules", nargs="+", help="with a list CONFIGURATIONS; default: every module of the kernels")
+    parser.add_argument("--targets", nargs="+", help="default: all that the configurations name")
+    parser.add_argument("--only", default="", metavar="TEXT", help="configurations with this in their names")
+    parser.add_argument("--json", type=Path, help="write the table there as well")
+    options = parser.parse_args(arguments)
+
+    os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported, or there is nothing to compile
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.10 changes the default
+    if "triton" in sys.modules:
+        raise RuntimeError("the gate needs a process of its own: triton was imported before it")
+    import triton
+
+    started = time.perf_counter()
+    modules = options.modules or kernel_modules()
+    jobs = all_jobs(modules)
+    uncovered = [] if options.modules else ungated(modules, jobs)
+    jobs = [job for job in jobs if options.only in _configuration(job).name]
+    jobs = [job for job in jobs if job.target in (options.targets or [job.target])]
+    if not jobs:
+        print(f"no configuration to compile in {', '.join(modules)}")
+        return 1
+    verdicts = []
+    for job, result in zip(jobs, measured_or_why(jobs, _cache_folder()), strict=True):
+        configuration = _configuration(job)
+        if isinstance(result, str):
+            verdicts.append(Verdict(configuration.name, job.target, None, [result]))
+        else:
+            reasons = broken_rules(configuration, job.target, result)
+            verdicts.append(Verdict(configuration.name, job.target, result, reasons))
+    refused = [verdict for verdict in verdicts if verdict.reasons]
+    print(COLUMNS.format(*HEADER), *map(line, verdicts), "", sep="\n")
+    for verdict in refused:
+        print(f"{verdict.name} on {verdict.target}: {'; '.join(verdict.reasons)}")
+    print(*uncovered, sep="\n", end="\n" if uncovered else "")
+    took = time.perf_counter() - started
+    print(f"triton {triton.__version__}: {len(verdicts)} compiled or known, {len(refused)} refused, {took:.1f} s")
+    if options.json:
+        options.json.write_text(json.dumps([_plain(verdict) for verdict in verdicts], indent=1), encoding="utf-8")
+    return 1 if refused or uncovered else 0
+
+
+def _plain(verdict: Verdict) -> dict[str, object]:
+    return verdict._asdict() | {"measured": verdict.measured and dataclasses.asdict(verdict.measured)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
