@@ -1,5 +1,6 @@
 """The documents say what is: the README's code runs, its tables are complete, its map is true."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dpo_kernels
+from benchmarks import demo_table
 from dpo_kernels import dispatch, losses
 from tests.test_units import UNITS
 
@@ -135,6 +137,14 @@ def test_the_gpu_runner_cannot_be_green_by_skipping(tmp_path):
     recipe = (ROOT / "Makefile").read_text().split("test-gpu: ", 1)[1].split("\n\n", 1)[0]
     check = re.search(r"-c '([^']+)'", recipe).group(1)
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 1
+
+
+def test_the_measured_table_is_what_the_results_say():
+    results = json.loads(demo_table.RESULTS.read_text())
+    assert demo_table.section(results) in README
+    changed = json.loads(json.dumps(results))
+    changed["comparison"]["fused"]["step_s"] *= 1.5
+    assert demo_table.section(changed) not in README
 
 
 def test_every_public_name_has_a_docstring_and_a_mention():

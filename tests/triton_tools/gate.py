@@ -189,11 +189,13 @@ def _compile(job: Job, log: Path, cache: Path) -> "Measured | str":
     from tests.triton_tools import aot
 
     configuration = _configuration(job)
-    with _output_to(log):
-        try:
+    try:
+        with _output_to(log):
             compiled = aot.compile_for(configuration, job.target)
-        except Exception as error:  # noqa: BLE001 - whatever the compiler raises is the finding
-            return f"does not compile: {shortened(f'{type(error).__name__}: {error}')}"
+    except Exception as error:  # noqa: BLE001 - whatever the compiler raises is the finding
+        printed = log.read_text(errors="replace")  # MLIR raises "PassManager::run failed" and prints what did
+        message = shortened(f"{printed}\n{type(error).__name__}: {error}")
+        return f"does not compile: {message}"
     measured = aot.measure(compiled, job.target)
     # Under this process's key: the source may have been edited since the other one read it.
     _keep(cache / f"{_key(job)}.json", measured)

@@ -155,7 +155,7 @@ class TritonRows(TorchRows):
         count, vocab = packed.used, head.vocab
         if count == 0:
             return super().stream_logprob(hidden_RH, head, packed, tile, stats)
-        launch = _launch(x_NH)
+        launch = _launch(x_NH).for_stats() if stats else _launch(x_NH)
         blocks = triton.cdiv(count, launch.block_rows)
         splits = max(1, min(MOST_SPLITS, PROGRAMS // blocks, triton.cdiv(vocab, launch.block_cols)))
         split = triton.cdiv(triton.cdiv(vocab, splits), launch.block_cols) * launch.block_cols

@@ -4,7 +4,7 @@ A configuration is a launch in every detail that specialises the code: dtypes of
 divisible by 16, constants, warps and stages.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,10 @@ class MatrixLaunch:
     def blocks(self) -> dict[str, int]:
         """The kernel's constants."""
         return {"BLOCK_N": self.block_rows, "BLOCK_V": self.block_cols, "BLOCK_H": self.block_width}
+
+    def for_stats(self) -> "MatrixLaunch":
+        """Half the columns: the statistics keep several tiles of values alive at once, and would spill."""
+        return replace(self, block_cols=self.block_cols // 2)
 
     @property
     def options(self) -> dict[str, int]:

@@ -215,8 +215,9 @@ def _configurations(target: str, dtype: torch.dtype, width: int, vocab: int, ext
     kind = f"H={width} V={vocab} {str(dtype).removeprefix('torch.')}{' bias softcap' if extras else ''}"
     f32, i64 = torch.float32, torch.int64
     kept: dict[str, Any] = {**dict.fromkeys(("target_ptr", "entropy_ptr", "logit_sum_ptr"), f32), "argmax_ptr": i64}
-    sizes: dict[str, Any] = {"total_rows": 8192, "vocab": vocab, "split": chosen.blocks["BLOCK_V"] * 64}
-    forward = {**common, **kept, **sizes, "HAS_STATS": extras}
+    blocks = (chosen.for_stats() if extras else chosen).blocks
+    sizes: dict[str, Any] = {"total_rows": 8192, "vocab": vocab, "split": blocks["BLOCK_V"] * 64}
+    forward = {**common, **kept, **sizes, **blocks, "HAS_STATS": extras}
     tile: dict[str, Any] = {
         "out_ptr": dtype,
         "scale_ptr": f32,
