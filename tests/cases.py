@@ -4,6 +4,7 @@ The distribution "half-sure": half the labels are the head's first choice, half 
 enough for the mean probability of a label to lie between 0.1 and 0.5, as in a model that has learned something.
 """
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +28,16 @@ STRATEGIES = {
     "recompute-tiles": ("recompute", 8192),  # the vocabulary is cut
     "streaming": ("streaming", 16384),
 }
+
+
+LAYOUTS = {
+    "padded": {"layout": "padded"},
+    "padded-shift-interleaved": {"layout": "padded", "shift": True, "pairs": "interleaved"},
+    "packed": {"layout": "packed"},
+    "packed-shift-interleaved": {"layout": "packed", "shift": True, "pairs": "interleaved"},
+}
+REFERENCES = ("hidden", "shared", "cached", "free")
+RICH = {"softcap": 12.0, "logit_scale": 0.7, "stats": ("entropy", "mean_logits", "top1")}
 
 
 @dataclass(frozen=True)
@@ -147,6 +158,27 @@ def broken_rules(
 ) -> list[str]:
     """Run a case three ways and say which results break the tolerance rule."""
     return broken_by(case.tensors(device=device), case.keywords(), case.dtype, strategy, backend, upstream)
+
+
+def broken_over_forms(
+    dtype: torch.dtype, layout: str, strategy: str, backend: str, device: str = "cpu"
+) -> dict[tuple[str, bool, bool], list[str]]:
+    """What breaks over every form of reference, trainable and frozen heads, plain and rich options."""
+    broken = {}
+    for reference, frozen, rich in itertools.product(REFERENCES, (False, True), (False, True)):
+        case = Case(
+            dtype,
+            reference=reference,
+            frozen=frozen,
+            bias=rich,
+            weights=rich,
+            options=RICH if rich else {},
+            **LAYOUTS[layout],
+        )
+        rules = broken_rules(case, strategy, backend, device=device)
+        if rules:
+            broken[reference, frozen, rich] = rules
+    return broken
 
 
 def broken_by(

@@ -1,23 +1,14 @@
 """Every strategy and backend against the float64 oracle, by the tolerance rule."""
 
-import itertools
-
 import pytest
 import torch
 
 from dpo_kernels import dispatch
-from tests.cases import STRATEGIES, Case, broken_rules
+from tests.cases import LAYOUTS, STRATEGIES, Case, broken_over_forms, broken_rules
 
 BACKENDS = ("torch",)  # Triton's interpreter needs a process of its own: tests/interpreted
 assert set(BACKENDS) <= set(dispatch.BACKENDS)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = {
-    "padded": {"layout": "padded"},
-    "padded-shift-interleaved": {"layout": "padded", "shift": True, "pairs": "interleaved"},
-    "packed": {"layout": "packed"},
-    "packed-shift-interleaved": {"layout": "packed", "shift": True, "pairs": "interleaved"},
-}
-REFERENCES = ("hidden", "shared", "cached", "free")
 
 
 def coupled(x):
@@ -57,20 +48,7 @@ def _quiet_shared_reference(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equivalence(layout, dtype, strategy, backend):
-    broken = {}
-    for reference, frozen, extras in itertools.product(REFERENCES, (False, True), (False, True)):
-        options = {"softcap": 12.0, "logit_scale": 0.7, "stats": ("entropy", "mean_logits", "top1")} if extras else {}
-        case = Case(
-            dtype,
-            reference=reference,
-            frozen=frozen,
-            bias=extras,
-            weights=extras,
-            options=options,
-            **LAYOUTS[layout],
-        )
-        broken[reference, frozen, extras] = broken_rules(case, strategy, backend)
-    assert not {key: value for key, value in broken.items() if value}
+    assert not broken_over_forms(dtype, layout, strategy, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

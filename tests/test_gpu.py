@@ -1,13 +1,11 @@
 """The same equivalence on real hardware, and what only hardware shows. `make test-gpu` fails where there is no GPU."""
 
-import itertools
-
 import pytest
 import torch
 
 import dpo_kernels as dk
-from tests.cases import STRATEGIES, Case, broken_rules, run
-from tests.test_equivalence import LAYOUTS, LOSSES, REFERENCES
+from tests.cases import LAYOUTS, STRATEGIES, Case, broken_over_forms, broken_rules, run
+from tests.test_equivalence import LOSSES
 
 pytestmark = pytest.mark.gpu
 
@@ -25,14 +23,7 @@ def _quiet_shared_reference(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equivalence(layout, dtype, strategy, backend):
-    broken = {}
-    for reference, frozen, extras in itertools.product(REFERENCES, (False, True), (False, True)):
-        options = {"softcap": 12.0, "logit_scale": 0.7, "stats": ("entropy", "mean_logits", "top1")} if extras else {}
-        case = Case(
-            dtype, reference=reference, frozen=frozen, bias=extras, weights=extras, options=options, **LAYOUTS[layout]
-        )
-        broken[reference, frozen, extras] = broken_rules(case, strategy, backend, device="cuda")
-    assert not {key: value for key, value in broken.items() if value}
+    assert not broken_over_forms(dtype, layout, strategy, backend, device="cuda")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from tests.cases import STRATEGIES, Case, broken_by, broken_rules, run
-from tests.test_equivalence import LAYOUTS, LOSSES, REFERENCES, coupled
+from tests.cases import LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
+from tests.test_equivalence import LOSSES, coupled
 from tests.test_numerics import assert_same_bits, extreme, masked
 from tests.triton_tools.interpreter import sanitize
 
@@ -36,7 +36,7 @@ def test_equivalence(layout, dtype, strategy):
     for (reference, frozen), extras in itertools.product(
         zip(REFERENCES, (False, True, False, True), strict=True), (False, True)
     ):
-        options = {"softcap": 12.0, "logit_scale": 0.7, "stats": ("entropy", "mean_logits", "top1")} if extras else {}
+        options = RICH if extras else {}
         case = Case(
             dtype, reference=reference, frozen=frozen, bias=extras, weights=extras, options=options, **LAYOUTS[layout]
         )
