@@ -77,7 +77,8 @@ def fused_dpo_loss(
         softcap: soft cap of the logits after scaling, None for none.
         reduction: "mean" over pairs, "sum", or "none" for the loss by pair.
         denominator: replaces the number of pairs under "mean" (gradient accumulation, data parallel).
-        stats: any of "entropy", "mean_logits", "top1": means over the scored tokens of a sequence, detached.
+        stats: any of "entropy", "mean_logits", "top1" and "log_sum_p2" (the log of the sum of squared probabilities
+            over the vocabulary): means over the scored tokens of a sequence, detached.
         backend: "auto", "triton", "cuda", "cpp" or "torch".
         strategy: "auto", "chunked", "recompute" or "streaming".
         scratch_bytes: cap on vocabulary-sized scratch; None: 2 GiB on a GPU of 80 GB or more, a fortieth of the memory

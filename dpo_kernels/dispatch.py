@@ -3,6 +3,8 @@
 A new backend is a kernel file and a line in ``BACKENDS``; a new strategy a file and a line in ``STRATEGIES``.
 """
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -10,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.torch_version import TorchVersion
 
 from dpo_kernels.kernels.torch_rows import TorchRows
 from dpo_kernels.strategies import chunked
@@ -24,6 +27,7 @@ CPU_WORKSPACE_BYTES = 8 * MIB
 GPU_WORKSPACE_BYTES = 256 * MIB
 STREAMING_TILE_BYTES = 1 * MIB
 LEAST_TILE_BYTES = 1024  # below this a tile is more bookkeeping than arithmetic
+OLDEST_TRITON = "3.6"
 GOOD_TILE_ROWS = 128  # fewer rows make a poor GEMM: then the vocabulary is cut instead
 
 
@@ -287,13 +291,27 @@ def _refuse_backend(problem: Problem, name: str, by_name: bool) -> str | None:
 def _refuse_triton(problem: Problem, by_name: bool) -> str | None:
     if problem.dtype == torch.float64:
         return "float64 is not for Triton kernels"
-    if importlib.util.find_spec("triton") is None:
+    version = _triton_version()
+    if version is None:
         return "triton is not installed (pip install triton)"
+    if TorchVersion(version) < OLDEST_TRITON:
+        return f"triton {version} is older than {OLDEST_TRITON}"
     if problem.device.type == "cuda":
         return None
     if os.environ.get("TRITON_INTERPRET") != "1":
         return f"hidden is on {problem.device.type}: the kernels need CUDA, or TRITON_INTERPRET=1 to step through them"
     return None if by_name else "its interpreter is for stepping through the kernels: ask for it by name"
+
+
+@torch.compiler.assume_constant_result
+def _triton_version() -> str | None:
+    """Version of the installed triton, without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for distribution in ("triton", "pytorch-triton", "triton-rocm", "triton-windows"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return OLDEST_TRITON  # a build of one's own, presumably a recent one
 
 
 def _load_triton() -> type[TorchRows]:

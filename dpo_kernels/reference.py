@@ -194,6 +194,7 @@ def _stats(
             "entropy": -torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1),
             "mean_logits": logits.mean(-1),
             "top1": (logits.argmax(-1) == targets[keep]).to(logits.dtype),
+            "log_sum_p2": (2 * logp).logsumexp(-1),
         }
         one = torch.ones_like(token["top1"])
         full = {name: one.new_zeros(labels.numel()).index_put((places[keep],), v) for name, v in token.items()}

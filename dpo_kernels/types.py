@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-STATS = ("entropy", "mean_logits", "top1")
+STATS = ("entropy", "mean_logits", "top1", "log_sum_p2")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -127,6 +127,7 @@ class RowState:
     entropy: Tensor | None = None  # (C,) -sum of exp(z - max) * (z - max)
     logit_sum: Tensor | None = None  # (C,)
     argmax: Tensor | None = None  # (C,) int64, first column of the largest logit
+    square_sum: Tensor | None = None  # (C,) sum of exp(z - max)^2
     exponentiated: bool = False  # the tile that was reduced last now holds exp(z - max)
 
 

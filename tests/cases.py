@@ -37,7 +37,7 @@ LAYOUTS = {
     "packed-shift-interleaved": {"layout": "packed", "shift": True, "pairs": "interleaved"},
 }
 REFERENCES = ("hidden", "shared", "cached", "free")
-RICH = {"softcap": 12.0, "logit_scale": 0.7, "stats": ("entropy", "mean_logits", "top1")}
+RICH = {"softcap": 12.0, "logit_scale": 0.7, "stats": ("entropy", "mean_logits", "top1", "log_sum_p2")}
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,13 @@ def test_a_tile_and_its_temporaries_fit_the_scratch(dtype, vocab, scratch, strat
         assert used <= scratch or tile == dispatch.Tile(1, 1)
 
 
+def test_an_old_triton_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.5.1")
+    assert explain(*problem()).against["triton"] == "triton 3.5.1 is older than 3.6"
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.10.0+git1")
+    assert "hidden is on cpu" in explain(*problem()).against["triton"]
+
+
 def test_groups_are_whole_pairs_or_one_oversized_pair():
     # pairs of 3, 0, 7, 0, 2, 2 tokens into 4 rows
     counts = [1, 2, 0, 0, 4, 3, 0, 0, 1, 1, 2, 0]

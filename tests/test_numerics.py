@@ -26,7 +26,7 @@ def assert_same_bits(a, b):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeated_runs_are_equal(dtype, strategy):
-    case = Case(dtype, bias=True, weights=True, reference="hidden", options={"stats": ("entropy", "top1")})
+    case = Case(dtype, bias=True, weights=True, reference="hidden", options={"stats": ("entropy", "top1", "log_sum_p2")})
     inputs = case.tensors()
     first = fused(inputs, strategy, **case.keywords())
     for _ in range(3):
@@ -165,7 +165,7 @@ def test_unreachable_tokens(frozen, strategy):
     bias[:20] = -torch.inf
     inputs["bias"] = bias.requires_grad_(not frozen)
     inputs["weight"].requires_grad_(not frozen)
-    assert not broken_by(inputs, {"stats": ("entropy", "top1")}, torch.float32, strategy)
+    assert not broken_by(inputs, {"stats": ("entropy", "top1", "log_sum_p2")}, torch.float32, strategy)
     out = fused(inputs, strategy, stats=("entropy",))
     assert all(value.isfinite().all() for value in out.values())
     if not frozen:

@@ -301,7 +301,7 @@ def test_accumulated_micro_batches_equal_one_batch(strategy):
 
 
 def test_stats_are_means_over_scored_tokens(strategy):
-    names = ("top1", "entropy", "mean_logits")
+    names = ("top1", "entropy", "mean_logits", "log_sum_p2")
     data = problem(*TRAINED, token_weights=True)
     out = agree(data, stats=names, strategy=strategy, logit_scale=0.8, softcap=3.0)
     assert out.stats.keys() == {*names, "tokens"}
@@ -312,6 +312,7 @@ def test_stats_are_means_over_scored_tokens(strategy):
     logp = logits[scored].detach().log_softmax(-1)
     close(out.stats["entropy"][1], -(logp.exp() * logp).sum(-1).mean().float())
     close(out.stats["mean_logits"][1], logits[scored].detach().mean().float())
+    close(out.stats["log_sum_p2"][1], logp.exp().square().sum(-1).log().mean().float())
     close(out.stats["top1"][1], (logp.argmax(-1) == data["labels"][1][scored]).float().mean())
     assert fused_dpo_loss(**data).stats.keys() == {"tokens"}
     assert fused_dpo_loss(**data, stats=["entropy"]).stats.keys() == {"entropy", "tokens"}

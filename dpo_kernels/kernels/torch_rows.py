@@ -49,6 +49,7 @@ class TorchRows(TiledPasses):
             entropy=full(0.0) if "entropy" in stats else None,
             logit_sum=full(0.0) if "mean_logits" in stats else None,
             argmax=torch.zeros(rows, dtype=torch.int64, device=device) if "top1" in stats else None,
+            square_sum=full(0.0) if "log_sum_p2" in stats else None,
         )
 
     def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
@@ -93,6 +94,8 @@ class TorchRows(TiledPasses):
             # Moving the shift by d adds d * exp to every -e * log e.
             drop = torch.where(state.sumexp > 0, (highest - state.max) * state.sumexp, state.sumexp)
             state.entropy = (state.entropy + drop) * kept + torch.special.entr(e).sum(dim=1)
+        if state.square_sum is not None:
+            state.square_sum = state.square_sum * kept.square() + torch.linalg.vecdot(e, e)
         state.sumexp = state.sumexp * kept + e.sum(dim=1)
         state.max = highest
         state.target = torch.where(here, label_logit, state.target)
@@ -107,6 +110,8 @@ class TorchRows(TiledPasses):
             stats["mean_logits"] = state.logit_sum / vocab
         if state.argmax is not None:
             stats["top1"] = (state.argmax == labels_C).to(state.max.dtype)
+        if state.square_sum is not None:
+            stats["log_sum_p2"] = state.square_sum.log() - 2.0 * log_sumexp
         return RowResult((state.target - state.max) - log_sumexp, state.max, state.sumexp, stats)
 
     def dlogits_(

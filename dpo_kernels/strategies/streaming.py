@@ -1,8 +1,7 @@
 """Nothing vocabulary-sized at all: logits exist only inside a small fixed tile (registers, in a native kernel).
 
-The backward pass recomputes the tiles from the kept log-sum-exp, whatever the head: a native kernel does so once for
-each gradient (five units with a trainable head, three with a frozen one), since without atomics no program can add
-to both.
+The backward pass recomputes the tiles from the kept log-sum-exp, whatever the head; one recomputed tile serves both
+gradients: four units with a trainable head, three with a frozen one.
 """
 
 from collections.abc import Sequence

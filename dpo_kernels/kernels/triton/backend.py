@@ -64,12 +64,14 @@ class TritonRows(TorchRows):
                 nothing if state.entropy is None else state.entropy,
                 nothing if state.logit_sum is None else state.logit_sum,
                 nowhere if state.argmax is None else state.argmax,
+                nothing if state.square_sum is None else state.square_sum,
                 cols,
                 tile.stride(0),
                 start,
                 HAS_ENTROPY=state.entropy is not None,
                 HAS_LOGIT_SUM=state.logit_sum is not None,
                 HAS_ARGMAX=state.argmax is not None,
+                HAS_SQUARE_SUM=state.square_sum is not None,
                 BLOCK=ROW_BLOCK,
                 num_warps=ROW_WARPS,
             )
@@ -160,7 +162,7 @@ class TritonRows(TorchRows):
         splits = max(1, min(MOST_SPLITS, PROGRAMS // blocks, triton.cdiv(vocab, launch.block_cols)))
         split = triton.cdiv(triton.cdiv(vocab, splits), launch.block_cols) * launch.block_cols
         splits = triton.cdiv(vocab, split)
-        kept = [x_NH.new_empty(splits, count, dtype=torch.float32) for _ in range(5 if stats else 3)]
+        kept = [x_NH.new_empty(splits, count, dtype=torch.float32) for _ in range(6 if stats else 3)]
         argmax = torch.empty(splits if stats else 1, count, dtype=torch.int64, device=x_NH.device)
         weight = self._weight(head)
         with _on(x_NH):
@@ -170,7 +172,7 @@ class TritonRows(TorchRows):
                 weight if head.bias is None else head.bias,
                 packed.labels,
                 *kept[:3],
-                *(kept[3:] or kept[:2]),
+                *(kept[3:] or kept),
                 argmax,
                 count,
                 vocab,
@@ -273,6 +275,7 @@ def _merge(kept: list[Tensor], argmax: Tensor, stats: Sequence[str]) -> RowState
         entropy=((kept[3] + moved) * factor).sum(dim=0) if "entropy" in stats else None,
         logit_sum=kept[4].sum(dim=0) if "mean_logits" in stats else None,
         argmax=argmax.gather(0, winner[None])[0] if "top1" in stats else None,
+        square_sum=(kept[5] * factor.square()).sum(dim=0) if "log_sum_p2" in stats else None,
     )
 
 

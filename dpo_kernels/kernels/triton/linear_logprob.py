@@ -68,6 +68,7 @@ def linear_logprob(
     target_ptr,
     entropy_ptr,
     logit_sum_ptr,
+    square_sum_ptr,
     argmax_ptr,  # (splits, N) int64
     total_rows,
     vocab,
@@ -94,6 +95,7 @@ def linear_logprob(
     sumexp = tl.zeros([BLOCK_N], tl.float32)
     entropy = tl.zeros([BLOCK_N], tl.float32)
     logit_sum = tl.zeros([BLOCK_N], tl.float32)
+    square_sum = tl.zeros([BLOCK_N], tl.float32)
     first = tl.zeros([BLOCK_N], tl.int64)
     begin = tl.program_id(1).to(tl.int64) * split
     end = tl.minimum(begin + split, vocab)
@@ -118,6 +120,7 @@ def linear_logprob(
             entropy = (entropy + drop) * kept - tl.sum(own, axis=1)
             place = tl.argmax(z, axis=1, tie_break_left=True).to(tl.int64) + left
             first = tl.where(block_max > running, place, first)
+            square_sum = square_sum * kept * kept + tl.sum(e * e, axis=1)
         sumexp = sumexp * kept + tl.sum(e, axis=1)
         hit = cols[None, :] == labels[:, None]
         target = tl.maximum(target, tl.max(tl.where(hit, z, -float("inf")), axis=1))
@@ -129,6 +132,7 @@ def linear_logprob(
     if HAS_STATS:
         tl.store(entropy_ptr + at, entropy, mask=row_inside)
         tl.store(logit_sum_ptr + at, logit_sum, mask=row_inside)
+        tl.store(square_sum_ptr + at, square_sum, mask=row_inside)
         tl.store(argmax_ptr + at, first, mask=row_inside)
 
 
@@ -214,10 +218,10 @@ def _configurations(target: str, dtype: torch.dtype, width: int, vocab: int, ext
     common = _common(dtype, width, chosen.blocks, extras)
     kind = f"H={width} V={vocab} {str(dtype).removeprefix('torch.')}{' bias softcap' if extras else ''}"
     f32, i64 = torch.float32, torch.int64
-    kept: dict[str, Any] = {**dict.fromkeys(("target_ptr", "entropy_ptr", "logit_sum_ptr"), f32), "argmax_ptr": i64}
+    kept: dict[str, Any] = dict.fromkeys(("target_ptr", "entropy_ptr", "logit_sum_ptr", "square_sum_ptr"), f32)
     blocks = (chosen.for_stats() if extras else chosen).blocks
     sizes: dict[str, Any] = {"total_rows": 8192, "vocab": vocab, "split": blocks["BLOCK_V"] * 64}
-    forward = {**common, **kept, **sizes, **blocks, "HAS_STATS": extras}
+    forward = {**common, **kept, "argmax_ptr": i64, **sizes, **blocks, "HAS_STATS": extras}
     tile: dict[str, Any] = {
         "out_ptr": dtype,
         "scale_ptr": f32,

@@ -23,12 +23,14 @@ def reduce_rows(
     entropy_ptr,
     logit_sum_ptr,
     argmax_ptr,  # (C,) int64
+    square_sum_ptr,  # (C,) float32
     cols,
     row_stride,
     start,
     HAS_ENTROPY: tl.constexpr,
     HAS_LOGIT_SUM: tl.constexpr,
     HAS_ARGMAX: tl.constexpr,
+    HAS_SQUARE_SUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Fold the tile into the running state of each row; grid (C,)."""
@@ -40,6 +42,7 @@ def reduce_rows(
     entropy = tl.load(entropy_ptr + row) if HAS_ENTROPY else 0.0
     logit_sum = tl.load(logit_sum_ptr + row) if HAS_LOGIT_SUM else 0.0
     first = tl.load(argmax_ptr + row) if HAS_ARGMAX else column
+    square_sum = tl.load(square_sum_ptr + row) if HAS_SQUARE_SUM else 0.0
     for left in range(0, cols, BLOCK):
         at = left + tl.arange(0, BLOCK)
         inside = at < cols
@@ -60,6 +63,8 @@ def reduce_rows(
         if HAS_ARGMAX:
             place = tl.argmax(z, axis=0, tie_break_left=True).to(tl.int64) + left + start
             first = tl.where(block_max > running, place, first)
+        if HAS_SQUARE_SUM:
+            square_sum = square_sum * kept * kept + tl.sum(e * e, axis=0)
         sumexp = sumexp * kept + tl.sum(e, axis=0)
         running = highest
     tl.store(max_ptr + row, running)
@@ -72,6 +77,8 @@ def reduce_rows(
         tl.store(logit_sum_ptr + row, logit_sum)
     if HAS_ARGMAX:
         tl.store(argmax_ptr + row, first)
+    if HAS_SQUARE_SUM:
+        tl.store(square_sum_ptr + row, square_sum)
 
 
 @triton.jit
@@ -118,13 +125,14 @@ def dlogits_rows(
 
 def _reduce(cols: int, stats: bool) -> Configuration:
     f32, i64 = torch.float32, torch.int64
-    kept = {name: f32 for name in ("max_ptr", "sumexp_ptr", "target_ptr", "entropy_ptr", "logit_sum_ptr")}
-    flags = dict.fromkeys(("HAS_ENTROPY", "HAS_LOGIT_SUM", "HAS_ARGMAX"), stats)
+    kept = dict.fromkeys(("max_ptr", "sumexp_ptr", "target_ptr", "entropy_ptr", "logit_sum_ptr"), f32)
+    flags = dict.fromkeys(("HAS_ENTROPY", "HAS_LOGIT_SUM", "HAS_ARGMAX", "HAS_SQUARE_SUM"), stats)
     arguments: dict[str, Any] = {
         "tile_ptr": f32,
         "labels_ptr": i64,
         **kept,
         "argmax_ptr": i64,
+        "square_sum_ptr": f32,
         "cols": cols,
         "row_stride": cols,
     }
