@@ -14,24 +14,27 @@ PYTEST_ARGS ?= -n 2
 ARGS ?=
 
 VENV := .venv
+COPY := build/sanitized
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-EDITABLE := $(PIP) install --quiet --no-build-isolation --editable
+# The extension is built by a stamp of its own, so that three sets of packages do not build it three times.
+EDITABLE := DPO_KERNELS_BUILD=none $(PIP) install --quiet --no-build-isolation --editable
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test test-gpu kernels-check demo lint format clean
+.PHONY: help venv test test-gpu kernels-check sanitize demo lint format clean
 
 help: ## show this list
 	@echo 'usage: make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]'
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; \
 	    do printf '  %-8s %s\n' "$$name" "$$text"; done
 
-test: $(VENV)/.test ## run every test; PYTEST_ARGS='-n 2' is what pytest is given, e.g. PYTEST_ARGS='tests/test_losses.py -x'
+test: $(VENV)/.test $(VENV)/.extension ## run every test; PYTEST_ARGS='-n 2' is what pytest is given, e.g. PYTEST_ARGS='tests/test_losses.py -x'
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(PYTEST_ARGS)
 
-test-gpu: $(VENV)/.test ## the gpu-marked tests; fails where there is no GPU, so that it is never green by skipping
+test-gpu: $(VENV)/.test $(VENV)/.extension ## the gpu-marked tests; fails where there is no GPU, so that it is never green by skipping
 	@$(PY) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
 	    { echo 'make: torch finds no CUDA device; test-gpu proves nothing here' >&2; exit 1; }
 	$(PY) -m pytest -m gpu
@@ -39,7 +42,19 @@ test-gpu: $(VENV)/.test ## the gpu-marked tests; fails where there is no GPU, so
 kernels-check: $(VENV)/.test ## compile every Triton kernel for GPUs that are not here, and judge the code
 	$(PY) -m tests.triton_tools.gate
 
-demo: $(VENV)/.demo ## train a real model on real ratings; ARGS=--help lists its options
+# In a copy of the tree, so that the fast build stays. gcc's runtime libraries must be there before Python is; Python
+# itself leaks by design.
+sanitize: $(VENV)/.test ## build the C++ extension with address and undefined sanitizers and run its tests
+	rm -rf $(COPY) && mkdir -p $(COPY) && cp -r pyproject.toml setup.py README.md csrc dpo_kernels tests $(COPY)
+	cd $(COPY) && DPO_KERNELS_BUILD=cpu DPO_KERNELS_SANITIZE=address,undefined $(CURDIR)/$(PY) setup.py --quiet \
+	    build_ext --inplace --force
+	nm -D $(COPY)/dpo_kernels/_C*.so | grep -q __asan_report_load4
+	cd $(COPY) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DPO_KERNELS_BUILD=cpu \
+	    $(CURDIR)/$(PY) -P -m pytest -q -p no:cacheprovider tests/test_extension.py tests/test_equivalence.py \
+	    -k 'extension or cpp'
+
+demo: $(VENV)/.demo $(VENV)/.extension ## train a real model on real ratings; ARGS=--help lists its options
 	$(PY) -m demo $(ARGS)
 
 lint: $(VENV)/.lint ## ruff's rules and formatting, and mypy; changes nothing
@@ -52,7 +67,7 @@ format: $(VENV)/.lint ## mend what ruff can mend, and format
 	$(PY) -m ruff format
 
 clean: ## remove .venv, caches, build outputs, and the demo's downloads and results
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache .demo_cache demo_out .kernels_check_cache
+	rm -rf $(VENV) build dist dpo_kernels/_C*.so *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache .demo_cache demo_out .kernels_check_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv: $(VENV)/.base ## make .venv with torch, and nothing else
@@ -78,7 +93,7 @@ $(VENV)/.base:
 	    echo "      Debian and Ubuntu: apt-get install python3-venv. Or name another: PYTHON=python3.12" >&2; \
 	    exit 1; \
 	fi
-	$(PIP) install --quiet 'setuptools>=77' wheel
+	$(PIP) install --quiet 'setuptools>=77' wheel ninja
 	@if $(PY) -c '$(CHECK_TORCH)' 2>/dev/null; then echo 'make: the torch that is installed is used'; \
 	else (set -x; $(PIP) install '$(TORCH)'); fi
 	@touch $@
@@ -87,6 +102,11 @@ $(VENV)/.test: $(VENV)/.base pyproject.toml
 	$(EDITABLE) '.[test,demo]'
 	@$(PY) -c 'import triton' 2>/dev/null || (set -x; $(PIP) install --quiet '$(TRITON)') || \
 	    echo 'make: no triton for this platform; the tests of the Triton kernels will be skipped' >&2
+	@touch $@
+
+# What cannot be built is said, and the package works without it; DPO_KERNELS_BUILD=cpu or =cuda makes it an error.
+$(VENV)/.extension: $(VENV)/.base setup.py $(CSRC)
+	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base pyproject.toml

@@ -168,7 +168,11 @@ def _anchor(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
     if traced(hidden):
         return None
     with torch.enable_grad():
-        ends = [t.reshape(-1)[:0].clone().float() for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+        ends = [
+            t.reshape(-1)[:0].to(torch.float32, copy=True)
+            for t in (hidden, weight, bias)
+            if t is not None and t.requires_grad
+        ]
         return torch.cat(ends) if ends else None
 
 

@@ -3,9 +3,6 @@
 A new backend is a kernel file and a line in ``BACKENDS``; a new strategy a file and a line in ``STRATEGIES``.
 """
 
-import contextlib
-import importlib.metadata
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -14,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.torch_version import TorchVersion
 
+from dpo_kernels.kernels import extension, installed
 from dpo_kernels.kernels.torch_rows import TorchRows
 from dpo_kernels.strategies import chunked
 from dpo_kernels.types import PairLoss, RowKernels, Tile, accumulation_dtype
@@ -27,7 +25,6 @@ CPU_WORKSPACE_BYTES = 8 * MIB
 GPU_WORKSPACE_BYTES = 256 * MIB
 STREAMING_TILE_BYTES = 1 * MIB
 LEAST_TILE_BYTES = 1024  # below this a tile is more bookkeeping than arithmetic
-OLDEST_TRITON = "3.6"
 GOOD_TILE_ROWS = 128  # fewer rows make a poor GEMM: then the vocabulary is cut instead
 
 
@@ -130,8 +127,8 @@ def choose(problem: Problem, strategy: str, backend: str) -> Plan:
     )
     budget = divide(problem, backend_name)
     name = _first(tuple(STRATEGIES), strategy, "strategy", lambda name: STRATEGIES[name].refuse(problem, budget))
-    tile = tile_of(name, budget, problem.rows, problem.vocab)
     forms_gradient = problem.loss is not None and problem.scalar and problem.head_trainable and name == "chunked"
+    tile = tile_of(name, budget, problem.rows, problem.vocab, whole_pairs=forms_gradient)
     groups = _groups(problem, tile) if forms_gradient else None
     chunks: int | None = None
     if groups is not None:
@@ -185,15 +182,19 @@ def _workspace_limit(device: torch.device) -> int:
     return CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
 
 
-def tile_of(strategy: str, budget: Budget, rows: int, vocab: int) -> Tile:
-    """The logits that a strategy holds at once: whole rows where enough of them fit, else a cut of the vocabulary."""
+def tile_of(strategy: str, budget: Budget, rows: int, vocab: int, whole_pairs: bool = False) -> Tile:
+    """The logits that a strategy holds at once: whole rows where enough of them fit, else a cut of the vocabulary.
+
+    Rows are cut evenly, a few left over would cost as much as many; ``whole_pairs`` need all the room there is.
+    """
     tile_bytes = budget.tile_bytes
     if strategy == "streaming":
         tile_bytes = min(STREAMING_TILE_BYTES, tile_bytes or LEAST_TILE_BYTES)
     elements = max(1, tile_bytes // budget.bytes_per_logit)
     whole = elements // vocab
     if strategy == "chunked" or whole >= min(rows, GOOD_TILE_ROWS):
-        return Tile(max(1, min(rows, whole)), vocab)
+        most = max(1, min(rows, whole))
+        return Tile(most if whole_pairs or rows == 0 else math.ceil(rows / math.ceil(rows / most)), vocab)
     tile_rows = max(1, min(rows, GOOD_TILE_ROWS, math.isqrt(elements)))
     return Tile(tile_rows, min(vocab, elements // tile_rows))
 
@@ -202,6 +203,8 @@ def default_scratch_bytes(device: torch.device) -> int:
     """2 GiB on a GPU of 80 GB or more, a fortieth of the memory of a smaller one, 256 MiB elsewhere."""
     if device.type != "cuda":
         return CPU_SCRATCH_BYTES
+    if not torch.cuda.is_available():
+        return GPU_SCRATCH_BYTES  # tracing for a GPU that is not here
     memory = int(torch.cuda.get_device_properties(device).total_memory)
     return GPU_SCRATCH_BYTES if memory >= BIG_GPU_BYTES else memory // SMALL_GPU_SHARE
 
@@ -285,17 +288,17 @@ def _extra_bytes(problem: Problem, tile: Tile) -> int:
 
 
 def _refuse_backend(problem: Problem, name: str, by_name: bool) -> str | None:
-    return ABSENT[name] if name in ABSENT else BACKENDS[name].refuse(problem, by_name)
+    return BACKENDS[name].refuse(problem, by_name)
 
 
 def _refuse_triton(problem: Problem, by_name: bool) -> str | None:
     if problem.dtype == torch.float64:
         return "float64 is not for Triton kernels"
-    version = _triton_version()
+    version = installed.triton_version()
     if version is None:
         return "triton is not installed (pip install triton)"
-    if TorchVersion(version) < OLDEST_TRITON:
-        return f"triton {version} is older than {OLDEST_TRITON}"
+    if TorchVersion(version) < installed.OLDEST_TRITON:
+        return f"triton {version} is older than {installed.OLDEST_TRITON}"
     if problem.device.type == "cuda":
         return None
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -303,15 +306,13 @@ def _refuse_triton(problem: Problem, by_name: bool) -> str | None:
     return None if by_name else "its interpreter is for stepping through the kernels: ask for it by name"
 
 
-@torch.compiler.assume_constant_result
-def _triton_version() -> str | None:
-    """Version of the installed triton, without importing it."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    for distribution in ("triton", "pytorch-triton", "triton-rocm", "triton-windows"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(distribution)
-    return OLDEST_TRITON  # a build of one's own, presumably a recent one
+def _refuse_extension(device_type: str) -> Callable[[Problem, bool], str | None]:
+    def refuse(problem: Problem, by_name: bool) -> str | None:
+        if problem.device.type != device_type:
+            return f"hidden is on {problem.device.type}, these kernels are for {device_type}"
+        return extension.why_not(device_type)
+
+    return refuse
 
 
 def _load_triton() -> type[TorchRows]:
@@ -329,13 +330,11 @@ STRATEGIES = {
 }
 BACKENDS = {
     "triton": Backend(_refuse_triton, _load_triton),
+    "cuda": Backend(_refuse_extension("cuda"), lambda: extension.CudaRows),
+    "cpp": Backend(_refuse_extension("cpu"), lambda: extension.CppRows),
     "torch": Backend(lambda problem, by_name: None, lambda: TorchRows),
 }
-ABSENT = {
-    "cuda": "the CUDA extension is not in this version",
-    "cpp": "the C++ extension is not in this version",
-}
-BACKEND_NAMES = ("triton", "cuda", "cpp", "torch")
+BACKEND_NAMES = tuple(BACKENDS)
 
 
 def _first(names: Sequence[str], asked: str, what: str, refuse: Callable[[str], str | None]) -> str:

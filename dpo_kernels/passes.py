@@ -92,7 +92,8 @@ def pair_loss(
     names = _names(stats)
     with _autocast_off(hidden), torch.no_grad():
         head = _operand_head(weight, bias, logit_scale, softcap, dtype)
-        kernels, tile = _kernels_and_tile(rows, head, dtype, strategy, backend, scratch_bytes, hidden.device)
+        kernels, budget = _kernels_and_budget(dtype, backend, scratch_bytes, hidden.device)
+        tile = dispatch.tile_of(strategy, budget, rows.used, head.vocab, whole_pairs=True)
         need = (need_hidden, need_weight, need_bias)
         done = chunked.pair_gradients(kernels, hidden, head, rows, ref, bound, denominator, tile.rows, need, names)
         means = _sequence_means(kernels, done.stats, names, rows)
@@ -263,9 +264,15 @@ def _kernels_and_tile(
     scratch_bytes: int,
     device: torch.device,
 ) -> tuple[RowKernels, Tile]:
-    budget = dispatch.budget_of(scratch_bytes, backend, dtype, device)
-    kernels = dispatch.BACKENDS[backend].make(dtype, budget.workspace_bytes)
+    kernels, budget = _kernels_and_budget(dtype, backend, scratch_bytes, device)
     return kernels, dispatch.tile_of(strategy, budget, rows.used, head.vocab)
+
+
+def _kernels_and_budget(
+    dtype: torch.dtype, backend: str, scratch_bytes: int, device: torch.device
+) -> tuple[RowKernels, dispatch.Budget]:
+    budget = dispatch.budget_of(scratch_bytes, backend, dtype, device)
+    return dispatch.BACKENDS[backend].make(dtype, budget.workspace_bytes), budget
 
 
 def keeps_direction(strategy: str, need: Sequence[bool]) -> bool:

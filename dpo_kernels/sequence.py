@@ -24,9 +24,18 @@ def segment_sum(values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) ->
         segments = torch.repeat_interleave(torch.arange(counts_S.shape[0], device=values.device), counts_S)
         out = values.new_zeros(counts_S.shape[0])
         return out.index_add_(0, segments, values[: segments.shape[0]])
-    offsets = torch.cat([counts_S.new_zeros(1), counts_S.cumsum(0)])
+    offsets = offsets_of(counts_S, values.shape[0])
     # unsafe skips a check that would read the offsets back to the host.
     return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)
+
+
+def offsets_of(counts_S: Tensor, length: int) -> Tensor:
+    """Where each run begins and the last ends, ``(S + 1,)``.
+
+    A static capacity that overflowed has more tokens than there is room for (the result is NaN): nothing is read
+    beyond it.
+    """
+    return torch.cat([counts_S.new_zeros(1), counts_S.cumsum(0)]).clamp(max=length)
 
 
 def spread(values_S: Tensor, segments_N: Tensor, weights_N: Tensor | None) -> Tensor:

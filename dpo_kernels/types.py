@@ -189,6 +189,9 @@ class RowKernels(Protocol):
     name: str
     dtype: torch.dtype
 
+    def buffer(self, device: torch.device, *shape: int) -> Tensor:
+        """Uninitialised memory in the precision of accumulation: scratch, or a gradient in the making."""
+
     # --- one tile of logits ---
 
     def new_state(self, rows: int, device: torch.device, stats: Sequence[str]) -> RowState:

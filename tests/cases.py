@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import dpo_kernels
+from dpo_kernels import autograd
+from dpo_kernels.kernels import extension
 from dpo_kernels.reference import dpo_loss_reference
 from tests.tolerance import violations
 
@@ -205,3 +207,56 @@ def broken_by(
         if value.dtype != expected and not key.startswith("stats."):
             broken.append(f"{key}: {value.dtype}, expected {expected}")
     return broken
+
+
+# What brings every custom operator with every kind of argument.
+OPERATOR_CALLS = {
+    "fused pass": {},
+    "fused pass, weighted, bias": {"bias": True, "weights": True},
+    "log-probs": {"options": {"strategy": "recompute", "stats": ("entropy", "top1")}},
+    "log-probs, frozen head": {"frozen": True, "options": {"reduction": "none"}},
+    "streaming": {"options": {"strategy": "streaming", "softcap": 9.0}},
+    "static capacity": {"options": {"max_scored_tokens": 60}},
+    "packed, computed reference": {"layout": "packed", "reference": "hidden", "shift": True},
+}
+
+
+def recorded_operators(monkeypatch: Any, case: Case, backend: str = "auto") -> list[tuple[Any, tuple[Any, ...]]]:
+    """Arguments of every operator that a call and its backward run, when everything goes through operators."""
+    seen = []
+
+    class Recorder:
+        def __init__(self, op: Any) -> None:
+            self.op = op
+
+        def __call__(self, *args: Any) -> Any:
+            seen.append((self.op, args))
+            return self.op(*args)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(autograd, "traced", lambda tensor: True)
+        for name in ("_pack_op", "_pair_loss_op", "_scale_op", "_logps_op", "_logps_grad_op"):
+            patches.setattr(autograd, name, Recorder(getattr(autograd, name)))
+        out = dpo_kernels.fused_dpo_loss(**case.tensors(), **case.keywords(), backend=backend)
+        out.loss.sum().backward()
+    return seen
+
+
+def failed_opchecks(operators: list[tuple[Any, tuple[Any, ...]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Which of the recorded operators are registered wrongly, by ``torch.library.opcheck``."""
+    failed = []
+    for op, args in operators:
+        forward = not op._qualname.endswith("_backward")  # backward operators run where nothing is recorded
+        leaves = tuple(
+            a.detach().requires_grad_(a.requires_grad and forward) if isinstance(a, Tensor) else a for a in args
+        )
+        results = torch.library.opcheck(op, leaves, raise_exception=False)
+        if set(results.values()) != {"SUCCESS"}:
+            failed.append((op._qualname, results))
+    return failed
+
+
+def registered_operators() -> set[str]:
+    """The package's differentiable operators, as torch knows them; those of the extension run inside them."""
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("dpo_kernels::")}
+    return names - {f"dpo_kernels::{name}" for name in extension.OPERATORS}

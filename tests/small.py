@@ -3,12 +3,14 @@
 import torch
 
 from dpo_kernels import DPOLossOutput, dispatch, fused_dpo_loss
+from dpo_kernels.kernels import extension
 from dpo_kernels.reference import dpo_loss_reference
 
 S, T, H, H_REF, V = 6, 5, 4, 3, 11
 P = S // 2
 COUNTS = [4, 2, 1, 5, 3, 0]  # scored tokens of the sequences below
 F64 = torch.float64
+CPU_BACKEND = "torch" if extension.why_not("cpu") else "cpp"  # what "auto" takes on this machine
 STRATEGIES = tuple(dispatch.STRATEGIES)
 BY_PAIR = DPOLossOutput._fields[1:7]
 close = torch.testing.assert_close

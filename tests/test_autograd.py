@@ -5,9 +5,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import dpo_kernels as dk
-from dpo_kernels import autograd
 from dpo_kernels.reference import dpo_loss_reference
-from tests.cases import STRATEGIES, Case
+from tests.cases import OPERATOR_CALLS, STRATEGIES, Case, failed_opchecks, recorded_operators, registered_operators, run
 from tests.test_equivalence import coupled, one_sided
 from tests.tolerance import relative_l2
 
@@ -75,63 +74,25 @@ def test_gradcheck_logps(function, shift, frozen, strategy):
 
 # --- operators --------------------------------------------------------------------------------------------------------
 
-CALLS = {
-    "fused pass": {},
-    "fused pass, weighted, bias": {"bias": True, "weights": True},
-    "log-probs": {"options": {"strategy": "recompute", "stats": ("entropy", "top1")}},
-    "log-probs, frozen head": {"frozen": True, "options": {"reduction": "none"}},
-    "streaming": {"options": {"strategy": "streaming", "softcap": 9.0}},
-    "static capacity": {"options": {"max_scored_tokens": 60}},
-    "packed, computed reference": {"layout": "packed", "reference": "hidden", "shift": True},
-}
 
-
-def _recorded(monkeypatch, case):
-    """Arguments of every operator that a call and its backward run, when everything goes through operators."""
-    seen = []
-
-    class Recorder:
-        def __init__(self, op):
-            self.op = op
-
-        def __call__(self, *args):
-            seen.append((self.op, args))
-            return self.op(*args)
-
-    monkeypatch.setattr(autograd, "traced", lambda tensor: True)
-    for name in ("_pack_op", "_pair_loss_op", "_scale_op", "_logps_op", "_logps_grad_op"):
-        monkeypatch.setattr(autograd, name, Recorder(getattr(autograd, name)))
-    inputs = case.tensors()
-    dk.fused_dpo_loss(**inputs, **case.keywords()).loss.sum().backward()
-    return seen
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_opcheck(monkeypatch, call):
-    seen = _recorded(monkeypatch, Case(torch.float64, **CALLS[call]))
-    assert len(seen) >= 3
-    monkeypatch.undo()
-    for op, args in seen:
-        forward = not op._qualname.endswith("_backward")  # backward operators run where nothing is recorded
-        leaves = tuple(
-            a.detach().requires_grad_(a.requires_grad and forward) if isinstance(a, torch.Tensor) else a for a in args
-        )
-        results = torch.library.opcheck(op, leaves)
-        assert set(results.values()) == {"SUCCESS"}, (op, results)
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+@pytest.mark.parametrize("call", OPERATOR_CALLS)
+def test_opcheck(monkeypatch, call, dtype):
+    operators = recorded_operators(monkeypatch, Case(dtype, **OPERATOR_CALLS[call]))
+    assert len(operators) >= 3
+    assert not failed_opchecks(operators)
 
 
 def test_every_operator_is_checked(monkeypatch):
     names = set()
-    for call in CALLS.values():
-        names |= {op._qualname for op, _ in _recorded(monkeypatch, Case(torch.float64, **call))}
-        monkeypatch.undo()
-    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("dpo_kernels::")}
-    assert names == registered
+    for call in OPERATOR_CALLS.values():
+        names |= {op._qualname for op, _ in recorded_operators(monkeypatch, Case(F64, **call))}
+    assert names == registered_operators()
 
 
 def test_pack_of_unknown_length_has_a_fake(monkeypatch):
     """Outside a tracer the capacity is what the data says: an unbacked size to the fake."""
-    (op, args), *_ = _recorded(monkeypatch, Case(torch.float64))
+    (op, args), *_ = recorded_operators(monkeypatch, Case(F64))
     assert op._qualname == "dpo_kernels::pack"
     torch.library.opcheck(op, (*args[:-2], -1, args[-1]), test_utils=("test_schema", "test_faketensor"))
 
@@ -189,6 +150,29 @@ def test_compile_fullgraph(function):
         torch.testing.assert_close(compiled.stats[name], value, rtol=1e-6, atol=1e-6)
     for got, expected in zip(compiled_grads, eager_grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-7)
+
+
+COMPUTED = {
+    "computed reference": Case(reference="hidden"),
+    "computed reference, shared head": Case(reference="shared", frozen=True),
+    "token weights": Case(weights=True, bias=True),
+    "token weights, computed reference, packed": Case(weights=True, reference="hidden", layout="packed", shift=True),
+}
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("case", COMPUTED)
+def test_compile_with_a_computed_reference_and_token_weights(case):
+    case = COMPUTED[case]
+    inputs = case.tensors()
+    eager = run(dk.fused_dpo_loss, inputs, 1.7, **case.keywords())
+    compiled = torch.compile(dk.fused_dpo_loss, fullgraph=True, backend="aot_eager")
+    got = run(compiled, inputs, 1.7, **case.keywords())
+    assert got.keys() == eager.keys()
+    for name, value in eager.items():
+        torch.testing.assert_close(
+            got[name], value, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import torch
 import dpo_kernels as dk
 from dpo_kernels import dispatch
 from dpo_kernels.strategies.chunked import Group, plan_groups
+from tests.small import CPU_BACKEND
 from tests.test_equivalence import coupled, one_sided
 
 
@@ -21,7 +22,7 @@ def explain(*inputs, **options):
 
 def test_the_usual_case_is_one_chunk():
     plan = explain(*problem())
-    assert (plan.strategy, plan.backend, plan.chunks, plan.extra_bytes) == ("chunked", "torch", 1, 0)
+    assert (plan.strategy, plan.backend, plan.chunks, plan.extra_bytes) == ("chunked", CPU_BACKEND, 1, 0)
     assert plan.scratch_bytes == dispatch.CPU_SCRATCH_BYTES
 
 
@@ -94,6 +95,15 @@ def test_an_old_triton_is_refused(monkeypatch):
     assert explain(*problem()).against["triton"] == "triton 3.5.1 is older than 3.6"
     monkeypatch.setattr("importlib.metadata.version", lambda name: "3.10.0+git1")
     assert "hidden is on cpu" in explain(*problem()).against["triton"]
+
+
+def test_groups_and_tiles_are_even():
+    assert [g.stop - g.start for g in plan_groups([3, 2] * 4, 20, 4, tile_rows=19)] == [10, 10]
+    assert [g.stop - g.start for g in plan_groups([1, 1, 5, 1, 1, 0, 1, 1], 11, 4, tile_rows=8)] == [8, 3]
+    budget = dispatch.Budget(tile_bytes=2031 * 32000 * 4, workspace_bytes=0, bytes_per_logit=4)
+    assert dispatch.tile_of("chunked", budget, 2048, 32000).rows == 1024
+    assert dispatch.tile_of("chunked", budget, 2048, 32000, whole_pairs=True).rows == 2031
+    assert dispatch.tile_of("chunked", budget, 0, 32000).rows == 1
 
 
 def test_groups_are_whole_pairs_or_one_oversized_pair():

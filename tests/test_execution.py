@@ -15,7 +15,24 @@ from dpo_kernels import (
     inputs,
 )
 from dpo_kernels.reference import dpo_loss_reference
-from tests.small import BY_PAIR, COUNTS, F64, STRATEGIES, TRAINED, H, P, S, T, V, agree, gradients, pack, problem, same
+from tests.small import (
+    BY_PAIR,
+    COUNTS,
+    CPU_BACKEND,
+    F64,
+    STRATEGIES,
+    TRAINED,
+    H,
+    P,
+    S,
+    T,
+    V,
+    agree,
+    gradients,
+    pack,
+    problem,
+    same,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -208,15 +225,15 @@ def test_explain_says_what_runs_and_why_nothing_else(case):
     need, options, strategy, units, reasons = PLANS[case]
     data = problem(*need)
     plan = explain(**data, **options)
-    assert (plan.strategy, plan.backend, plan.units, plan.reference_units) == (strategy, "torch", units, 0)
-    others = {*dispatch.STRATEGIES, *dispatch.BACKEND_NAMES} - {strategy, "torch"}
+    assert (plan.strategy, plan.backend, plan.units, plan.reference_units) == (strategy, CPU_BACKEND, units, 0)
+    others = {*dispatch.STRATEGIES, *dispatch.BACKEND_NAMES} - {strategy, CPU_BACKEND}
     assert plan.against.keys() == others
     assert all(plan.against.values())
     for name, words in reasons.items():
         assert words in plan.against[name]
     for name in others:
         assert f"not {name}: {plan.against[name]}" in str(plan)
-    assert f"strategy {strategy}, backend torch" in str(plan)
+    assert f"strategy {strategy}, backend {CPU_BACKEND}" in str(plan)
     agree(data, **options)
     with torch.no_grad():
         assert explain(**data, **options).units == 1

@@ -26,7 +26,9 @@ def assert_same_bits(a, b):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeated_runs_are_equal(dtype, strategy):
-    case = Case(dtype, bias=True, weights=True, reference="hidden", options={"stats": ("entropy", "top1", "log_sum_p2")})
+    case = Case(
+        dtype, bias=True, weights=True, reference="hidden", options={"stats": ("entropy", "top1", "log_sum_p2")}
+    )
     inputs = case.tensors()
     first = fused(inputs, strategy, **case.keywords())
     for _ in range(3):

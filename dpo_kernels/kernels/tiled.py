@@ -15,6 +15,10 @@ from dpo_kernels.types import Head, LogitsGradient, PairLoss, RowKernels, RowRes
 class TiledPasses(RowKernels):
     """``linear_*`` and ``tail`` of ``types.RowKernels`` from tile operations and plain torch."""
 
+    def buffer(self, device: torch.device, *shape: int) -> Tensor:
+        """See ``types.RowKernels``."""
+        return torch.empty(shape, dtype=accumulation_dtype(self.dtype), device=device)
+
     def segment_sum(self, values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) -> Tensor:
         """See ``sequence.segment_sum``."""
         return segment_sum(values_N, weights_N, counts_S)
@@ -35,7 +39,7 @@ class TiledPasses(RowKernels):
 
     def linear_logprob(self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]) -> RowResult:
         """See ``types.RowKernels``."""
-        scratch = new_scratch(hidden_RH.device, self.dtype, tile)
+        scratch = self.buffer(hidden_RH.device, tile.rows * tile.cols)
         out = _Collected(rows, scratch, stats)
         for start, stop in spans(rows.used, tile.rows):
             x_CH = rows.gather(hidden_RH, start, stop, self.dtype)
@@ -71,7 +75,7 @@ class TiledPasses(RowKernels):
         self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
     ) -> tuple[RowResult, Tensor]:
         """See ``types.RowKernels``. A row's softmax-weighted sum of the head is rescaled as its maximum grows."""
-        scratch = new_scratch(hidden_RH.device, self.dtype, tile)
+        scratch = self.buffer(hidden_RH.device, tile.rows * tile.cols)
         out = _Collected(rows, scratch, stats)
         direction = scratch.new_zeros(rows.capacity + 1, hidden_RH.shape[1])
         for start, stop in spans(rows.used, tile.rows):
@@ -109,8 +113,8 @@ class TiledPasses(RowKernels):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See ``types.RowKernels``."""
         max_N, sumexp_N = saved
-        scratch = new_scratch(hidden_RH.device, self.dtype, tile)
-        grads = new_gradients(scratch, head, rows, need)
+        scratch = self.buffer(hidden_RH.device, tile.rows * tile.cols)
+        grads = self._new_gradients(hidden_RH, head, rows, need)
         dx, dw, db = grads
         scale_N = (-grad_N * head.logit_scale / sumexp_N).to(scratch.dtype)
         for start, stop in spans(rows.used, tile.rows):
@@ -130,6 +134,21 @@ class TiledPasses(RowKernels):
                 dx[start:stop].mul_(scale_C[:, None])
         return grads
 
+    def _new_gradients(
+        self, hidden_RH: Tensor, head: Head, rows: Rows, need: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Buffers for the gradients by hidden rows (one more row, zero), weight and bias; None where not needed."""
+        need_hidden, need_weight, need_bias = need
+        vocab, width = head.weight.shape
+        device = hidden_RH.device
+        dx = self.buffer(device, rows.capacity + 1, width).zero_() if need_hidden else None
+        dw = self.buffer(device, vocab, width) if need_weight else None
+        db = self.buffer(device, vocab) if need_bias else None
+        for grad in (dw, db):
+            if grad is not None and not rows.used:
+                grad.zero_()  # no tile ever writes it
+        return dx, dw, db
+
 
 def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
     """Cut ``0..total`` into pieces of at most ``step``."""
@@ -137,28 +156,9 @@ def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, total)
 
 
-def new_scratch(device: torch.device, dtype: torch.dtype, tile: Tile) -> Tensor:
-    """Flat scratch for one tile of logits."""
-    return torch.empty(tile.rows * tile.cols, dtype=accumulation_dtype(dtype), device=device)
-
-
 def view_tile(scratch: Tensor, rows: int, cols: int) -> Tensor:
     """The first ``rows * cols`` elements of the scratch as a contiguous tile."""
     return scratch[: rows * cols].view(rows, cols)
-
-
-def new_gradients(
-    like: Tensor, head: Head, rows: Rows, need: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Buffers for the gradients by hidden rows (one more row, zero), weight and bias; None where not needed."""
-    need_hidden, need_weight, need_bias = need
-    vocab, width = head.weight.shape
-    dx = like.new_zeros(rows.capacity + 1, width) if need_hidden else None
-    # With nothing scored no tile ever writes these.
-    fresh = like.new_empty if rows.used else like.new_zeros
-    dw = fresh(vocab, width) if need_weight else None
-    db = fresh(vocab) if need_bias else None
-    return dx, dw, db
 
 
 def rescale(before: Tensor, after: Tensor) -> Tensor:

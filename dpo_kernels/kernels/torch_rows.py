@@ -54,15 +54,19 @@ class TorchRows(TiledPasses):
 
     def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
         """See ``types.RowKernels``."""
+        self.multiply(x_CH, head, start, tile)
         stop = start + tile.shape[1]
-        for left, right, weight_VtH in self._weights(head, start, stop, tile):
-            _matmul_into(x_CH, weight_VtH.t(), tile[:, left:right], accumulate=False)
         if head.bias is not None:
             tile.add_(head.bias[start:stop].to(self.dtype).to(tile.dtype))
         if head.softcap is not None:
             tile.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
         elif head.logit_scale != 1.0:
             tile.mul_(head.logit_scale)
+
+    def multiply(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
+        """``tile = x_CH @ W[start:start+Vt]^T``."""
+        for left, right, weight_VtH in self._weights(head, start, start + tile.shape[1], tile):
+            _matmul_into(x_CH, weight_VtH.t(), tile[:, left:right], accumulate=False)
 
     def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
         """See ``types.RowKernels``."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.sequence import spread
-from dpo_kernels.types import Head, PairLoss, RowKernels, Rows, RowState, accumulation_dtype
+from dpo_kernels.types import Head, PairLoss, RowKernels, Rows, RowState
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,39 @@ class PairGradients:
 
 
 def plan_groups(counts: Sequence[int] | None, capacity: int, pairs: int, tile_rows: int) -> list[Group]:
-    """Pack whole pairs greedily into at most ``tile_rows`` rows; ``counts`` is None for a static capacity.
+    """Pack whole pairs into as few groups of at most ``tile_rows`` rows as their order allows, and evenly.
 
-    A pair longer than that is a group of its own, without so much as an empty pair beside it.
+    A pair longer than that is a group of its own, without so much as an empty pair beside it. ``counts`` is None for a
+    static capacity. Evenly, because a GEMM of a few left-over rows costs as much as one of many.
     """
     if counts is None:
         return [Group(0, pairs, 0, capacity, oversized=False)]
+    lengths = [counts[2 * pair] + counts[2 * pair + 1] for pair in range(pairs)]
+    groups = _packed(lengths, tile_rows, tile_rows)
+    if any(group.oversized for group in groups):
+        return groups
+    # The smallest limit that needs no more groups.
+    lowest, highest = max(lengths, default=0), max((group.stop - group.start for group in groups), default=0)
+    while lowest < highest:
+        middle = (lowest + highest) // 2
+        if len(_packed(lengths, middle, tile_rows)) <= len(groups):
+            highest = middle
+        else:
+            lowest = middle + 1
+    return _packed(lengths, highest, tile_rows)
+
+
+def _packed(lengths: Sequence[int], limit: int, tile_rows: int) -> list[Group]:
+    """Pairs in groups of at most ``limit`` rows, greedily; oversized is what does not fit ``tile_rows``."""
     groups: list[Group] = []
     first, start, stop = 0, 0, 0
-    for pair in range(pairs):
-        length = counts[2 * pair] + counts[2 * pair + 1]
-        if pair > first and stop + length - start > tile_rows:
+    for pair, length in enumerate(lengths):
+        if pair > first and stop + length - start > limit:
             groups.append(Group(first, pair, start, stop, stop - start > tile_rows))
             first, start = pair, stop
         stop += length
-    if pairs > first:
-        groups.append(Group(first, pairs, start, stop, stop - start > tile_rows))
+    if len(lengths) > first:
+        groups.append(Group(first, len(lengths), start, stop, stop - start > tile_rows))
     return groups
 
 
@@ -95,6 +112,8 @@ def pair_gradients(
     """Run the pass; ``need`` says which of (hidden, weight, bias) want a gradient, ``denominator`` is 0-d float64."""
     pairs = rows.counts.shape[0] // 2
     groups = plan_groups(rows.host_counts, rows.capacity, pairs, tile_rows)
+    largest = max((group.stop - group.start for group in groups), default=0)
+    tile_rows = min(tile_rows, largest)
     run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, denominator, tile_rows, need, stats)
     for group in groups:
         if group.oversized:
@@ -123,13 +142,12 @@ class _Pass:
         self.kernels, self.hidden, self.head, self.rows = kernels, hidden_RH, head, rows
         self.ref, self.loss, self.denominator = ref_S, loss, denominator
         self.tile_rows, self.stats = tile_rows, stats
-        wide = accumulation_dtype(kernels.dtype)
-        self.scratch = torch.empty(min(tile_rows, rows.used) * head.vocab, dtype=wide, device=hidden_RH.device)
+        self.scratch = kernels.buffer(hidden_RH.device, tile_rows * head.vocab)
         need_hidden, need_weight, need_bias = need
-        width, fresh = hidden_RH.shape[1], self.scratch.new_empty
+        width = hidden_RH.shape[1]
         self.dx = self.scratch.new_zeros(rows.capacity + 1, width) if need_hidden else None
-        self.dw = fresh(head.vocab, width) if need_weight else None
-        self.db = fresh(head.vocab) if need_bias else None
+        self.dw = kernels.buffer(hidden_RH.device, head.vocab, width) if need_weight else None
+        self.db = kernels.buffer(hidden_RH.device, head.vocab) if need_bias else None
         self.unscaled: list[tuple[Tensor | None, Tensor | None]] = []
         self.written = False  # whether dw and db hold anything yet
         self.logp = self.scratch.new_zeros(rows.capacity)
@@ -257,8 +275,8 @@ class _Pass:
         while len(self.unscaled) <= side:
             self.unscaled.append(
                 (
-                    None if self.dw is None else torch.empty_like(self.dw),
-                    None if self.db is None else torch.empty_like(self.db),
+                    None if self.dw is None else self.kernels.buffer(self.dw.device, *self.dw.shape),
+                    None if self.db is None else self.kernels.buffer(self.db.device, *self.db.shape),
                 )
             )
         return self.unscaled[side]

@@ -2,13 +2,15 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dpo_kernels.kernels.triton import backend, dpo_tail, linear_logprob, rows
+from dpo_kernels.types import Head
 from tests.cases import Case, broken_rules
-from tests.triton_tools.interpreter import sanitize
+from tests.triton_tools.interpreter import IntegerOverflow, sanitize
 
 MODULES = {"rows": rows, "dpo_tail": dpo_tail, "linear_logprob": linear_logprob}
 NAMES = {"rows": "row_kernels", "dpo_tail": "dpo_tail", "linear_logprob": "linear_logprob"}
@@ -100,3 +102,78 @@ def test_mutation_is_caught(tmp_path, monkeypatch, mutation):
     monkeypatch.setattr(backend, "MOST_SPLITS", 2)
     monkeypatch.setattr(backend, NAMES[name], _mutated(tmp_path, name, old, new))
     assert _caught(), mutation
+
+
+# --- offsets beyond 2^31 ---
+
+FAR = 2**30 + 8  # elements from row to row: the third row's offset needs more than 31 bits
+
+
+def _far(values):
+    """The same rows far apart: 8.6 GB of addresses, of which only the rows' own pages are ever touched."""
+    return torch.empty_strided(values.shape, (FAR, 1)).copy_(values)
+
+
+def _reduced(place):
+    kernels, _, _, logits, labels, _ = _operands()
+    state = kernels.new_state(3, logits.device, ("entropy", "top1"))
+    kernels.reduce(state, place(logits), labels, 0)
+    return [state.max, state.sumexp, state.target, state.entropy, state.argmax]
+
+
+def _differentiated(place):
+    kernels, _, weight, logits, labels, saved = _operands()
+    return [kernels.dlogits_(place(logits), labels, 0, *saved, Head(weight), None).values]
+
+
+def _streamed(x_at=torch.clone, w_at=torch.clone):
+    kernels, x, weight, _, labels, _ = _operands()
+    packed = SimpleNamespace(gather=lambda hidden, *_: hidden, used=3, capacity=3, labels=labels)
+    done = kernels.stream_logprob(x_at(x), Head(w_at(weight)), packed, None, ())
+    return [done.logp, done.max, done.sumexp]
+
+
+def _recomputed(x_at=torch.clone, w_at=torch.clone, out_at=torch.clone):
+    kernels, x, weight, logits, labels, saved = _operands()
+    return [kernels.recomputed_dlogits(x_at(x), Head(w_at(weight)), 0, out_at(logits), labels, *saved, None).values]
+
+
+def _operands():
+    g = torch.Generator().manual_seed(0)
+    x, weight, logits = (torch.randn(3, width, generator=g) for width in (4, 4, 3))
+    saved = (logits.amax(dim=1), logits.exp().sum(dim=1))
+    return backend.TritonRows(torch.float32, 2**20), x, weight, logits, torch.tensor([1, 0, 2]), saved
+
+
+ROWS = "rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)\n    row_inside = rows < total_rows\n"
+# what: (module, text of the kernel whose 64 bits are dropped, what runs it with one operand's rows placed so)
+OFFSETS = {
+    "rows of reduce_rows": ("rows", "row = tl.program_id(0).to(tl.int64)\n    base", _reduced),
+    "rows of dlogits_rows": ("rows", "row = tl.program_id(0).to(tl.int64)\n    at", _differentiated),
+    "hidden rows of linear_logprob": ("linear_logprob", ROWS + "    labels", lambda place: _streamed(x_at=place)),
+    "head rows of linear_logprob": (
+        "linear_logprob",
+        "cols = left + tl.arange(0, BLOCK_V).to(tl.int64)",
+        lambda place: _streamed(w_at=place),
+    ),
+    "hidden rows of linear_dlogits": ("linear_logprob", ROWS + "    at", lambda place: _recomputed(x_at=place)),
+    "tile rows of linear_dlogits": ("linear_logprob", ROWS + "    at", lambda place: _recomputed(out_at=place)),
+    "head rows of linear_dlogits": (
+        "linear_logprob",
+        "at = tl.program_id(1).to(tl.int64) * BLOCK_V",
+        lambda place: _recomputed(w_at=place),
+    ),
+}
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_row_offsets_in_int32_are_caught(tmp_path, monkeypatch, offset):
+    """Right as it is wherever the rows lie; in 32 bits right for near rows only."""
+    name, old, launch = OFFSETS[offset]
+    expected = launch(torch.clone)
+    with sanitize(races=False):  # the record of what was read would be as long as the addresses are apart
+        torch.testing.assert_close(launch(_far), expected, rtol=0, atol=0)
+    monkeypatch.setattr(backend, NAMES[name], _mutated(tmp_path, name, old, old.replace(".to(tl.int64)", "")))
+    torch.testing.assert_close(launch(torch.clone), expected, rtol=0, atol=0)
+    with sanitize(races=False), pytest.raises(IntegerOverflow):
+        launch(_far)

@@ -22,6 +22,7 @@ from dpo_kernels.kernels.triton.configs import (
     MatrixLaunch,
     target_of,
 )
+from dpo_kernels.sequence import offsets_of
 from dpo_kernels.types import Head, LogitsGradient, PairLoss, RowResult, Rows, RowState, Tile
 
 PROGRAMS = 512  # aim of the streaming pass: a few waves on any GPU
@@ -129,7 +130,7 @@ class TritonRows(TorchRows):
         if loss.sigmoid is None or counts_S.shape[0] == 0:
             return super().tail(logp_N, weights_N, counts_S, ref_S, poison, loss)
         sums_S, grad_S, losses_P = torch.empty_like(ref_S), torch.empty_like(ref_S), torch.empty_like(ref_S[0::2])
-        offsets = torch.cat([counts_S.new_zeros(1), counts_S.cumsum(0)])
+        offsets = offsets_of(counts_S, logp_N.shape[0])
         beta, smoothing = loss.sigmoid
         numbers = torch.stack([torch.full_like(poison, value) for value in (beta, smoothing)])
         with _on(logp_N):

@@ -1,0 +1,276 @@
+// CPU implementations of the operators: checks, the choice of an instruction set, and threads over rows. A row belongs
+// to one thread, so that the result does not depend on how many there are.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <string>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "../checks.h"
+#include "rows.h"
+
+namespace dpo_kernels {
+namespace {
+
+enum class Isa { base, avx2, avx512 };
+
+// The best that the machine has, or a lesser one that DPO_KERNELS_ISA asks for: base, avx2 or avx512.
+Isa isa() {
+    static const Isa chosen = [] {
+        Isa best = Isa::base;
+#ifdef DPO_X86
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
+        if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+            best = Isa::avx512;
+        }
+#endif
+        const char* asked = std::getenv("DPO_KERNELS_ISA");
+        if (asked == nullptr) return best;
+        const std::string name(asked);
+        TORCH_CHECK(name == "base" || name == "avx2" || name == "avx512",
+                    "dpo_kernels: DPO_KERNELS_ISA must be base, avx2 or avx512, got ", name);
+        return std::min(best, name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::base);
+    }();
+    return chosen;
+}
+
+template <typename T>
+const Passes<T>& passes();
+
+template <>
+const Passes<float>& passes<float>() {
+#ifdef DPO_X86
+    if (isa() == Isa::avx512) return avx512::passes_float;
+    if (isa() == Isa::avx2) return avx2::passes_float;
+#endif
+    return base::passes_float;
+}
+
+template <>
+const Passes<double>& passes<double>() {
+#ifdef DPO_X86
+    if (isa() == Isa::avx512) return avx512::passes_double;
+    if (isa() == Isa::avx2) return avx2::passes_double;
+#endif
+    return base::passes_double;
+}
+
+constexpr int64_t kElementsByTask = 32768;
+
+template <typename Body>
+void over_rows(const TileShape& shape, const Body& body) {
+    at::parallel_for(0, shape.rows, std::max<int64_t>(1, kElementsByTask / std::max<int64_t>(1, shape.cols)), body);
+}
+
+template <typename T>
+Tile<T> tile_of(const at::Tensor& tile, const TileShape& shape, int64_t start) {
+    return {tile.mutable_data_ptr<T>(), shape.stride, shape.cols, start};
+}
+
+template <typename T>
+T* data_or_null(const std::optional<at::Tensor>& tensor) {
+    return tensor.has_value() ? tensor->mutable_data_ptr<T>() : nullptr;
+}
+
+void reduce_rows_(const at::Tensor& tile, const at::Tensor& labels, int64_t start, bool keep_logits,
+                  const at::Tensor& max, const at::Tensor& sumexp, const at::Tensor& target,
+                  const std::optional<at::Tensor>& entropy, const std::optional<at::Tensor>& logit_sum,
+                  const std::optional<at::Tensor>& argmax, const std::optional<at::Tensor>& square_sum) {
+    const TileShape shape = check_reduce_rows(tile, labels, start, max, sumexp, target, entropy, logit_sum, argmax,
+                                              square_sum);
+    if (shape.cols == 0) return;
+    AT_DISPATCH_FLOATING_TYPES(tile.scalar_type(), "reduce_rows_", [&] {
+        using T = scalar_t;
+        const RowState<T> state{max.mutable_data_ptr<T>(), sumexp.mutable_data_ptr<T>(), target.mutable_data_ptr<T>(),
+                                data_or_null<T>(entropy),  data_or_null<T>(logit_sum),   data_or_null<int64_t>(argmax),
+                                data_or_null<T>(square_sum)};
+        const Tile<T> logits = tile_of<T>(tile, shape, start);
+        const int64_t* labels_data = labels.const_data_ptr<int64_t>();
+        over_rows(shape, [&](int64_t first, int64_t last) {
+            passes<T>().reduce(logits, labels_data, state, !keep_logits, first, last);
+        });
+    });
+}
+
+void dlogits_rows_(const at::Tensor& tile, const std::optional<at::Tensor>& out, const at::Tensor& labels,
+                   int64_t start, const at::Tensor& max, const at::Tensor& sumexp,
+                   const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& residual,
+                   std::optional<double> softcap, bool exponentiated) {
+    const TileShape shape =
+        check_dlogits_rows(tile, out, labels, start, max, sumexp, scale, residual, softcap, exponentiated);
+    TORCH_CHECK(!out.has_value() || out->scalar_type() == at::kBFloat16,
+                "dpo_kernels: out must be absent or bfloat16 on the CPU, got ", out->scalar_type());
+    TORCH_CHECK(out.has_value() || !residual.has_value(), "dpo_kernels: residual needs an out of 16 bits");
+    AT_DISPATCH_FLOATING_TYPES(tile.scalar_type(), "dlogits_rows_", [&] {
+        using T = scalar_t;
+        Gradient<T> how{};
+        how.labels = labels.const_data_ptr<int64_t>();
+        how.max = max.const_data_ptr<T>();
+        how.sumexp = sumexp.const_data_ptr<T>();
+        how.scale = data_or_null<T>(scale);
+        how.residual = data_or_null<T>(residual);
+        how.softcap = static_cast<T>(softcap.value_or(0.0));
+        how.exponentiated = exponentiated;
+        if (out.has_value()) {
+            how.bfloat16 = reinterpret_cast<uint16_t*>(out->mutable_data_ptr<at::BFloat16>());
+            how.bfloat16_stride = out->stride(0);
+        }
+        const Tile<T> logits = tile_of<T>(tile, shape, start);
+        over_rows(shape, [&](int64_t first, int64_t last) { passes<T>().dlogits(logits, how, first, last); });
+    });
+}
+
+void finish_logits_(const at::Tensor& tile, const std::optional<at::Tensor>& bias, double scale,
+                    std::optional<double> softcap) {
+    const TileShape shape = check_matrix("tile", tile);
+    check_wide("tile", tile);
+    check_vector("bias", bias, shape.cols, tile.scalar_type(), tile.device());
+    TORCH_CHECK(!softcap.has_value() || (std::isfinite(*softcap) && *softcap > 0),
+                "dpo_kernels: softcap must be positive, got ", *softcap);
+    AT_DISPATCH_FLOATING_TYPES(tile.scalar_type(), "finish_logits_", [&] {
+        using T = scalar_t;
+        const Tile<T> logits = tile_of<T>(tile, shape, 0);
+        const T* bias_data = bias.has_value() ? bias->const_data_ptr<T>() : nullptr;
+        over_rows(shape, [&](int64_t first, int64_t last) {
+            passes<T>().finish_logits(logits, bias_data, static_cast<T>(scale), static_cast<T>(softcap.value_or(0.0)),
+                                      first, last);
+        });
+    });
+}
+
+// Offsets are read here, so they are checked here: what lies outside would be read.
+void check_offsets(const at::Tensor& offsets, const SegmentShape& shape) {
+    const int64_t* at = offsets.const_data_ptr<int64_t>();
+    TORCH_CHECK(at[0] >= 0 && at[shape.segments] <= shape.values, "dpo_kernels: offsets must lie within the ",
+                shape.values, " values, got ", at[0], " to ", at[shape.segments]);
+    for (int64_t s = 0; s < shape.segments; s++) {
+        TORCH_CHECK(at[s] <= at[s + 1], "dpo_kernels: offsets must not fall, got ", at[s], " before ", at[s + 1]);
+    }
+}
+
+template <typename T>
+struct Weighted {
+    const T* values;
+    const float* weights_float;
+    const double* weights_double;
+
+    Weighted(const at::Tensor& values_N, const std::optional<at::Tensor>& weights_N)
+        : values(values_N.const_data_ptr<T>()), weights_float(nullptr), weights_double(nullptr) {
+        if (!weights_N.has_value()) return;
+        if (weights_N->scalar_type() == at::kFloat) weights_float = weights_N->const_data_ptr<float>();
+        else weights_double = weights_N->const_data_ptr<double>();
+    }
+
+    double sum(int64_t begin, int64_t end) const {
+        double total = 0;
+        for (int64_t i = begin; i < end; i++) {
+            const double weight = weights_float ? weights_float[i] : weights_double ? weights_double[i] : 1.0;
+            total += static_cast<double>(values[i]) * weight;
+        }
+        return total;
+    }
+};
+
+at::Tensor segment_sum(const at::Tensor& values, const std::optional<at::Tensor>& weights, const at::Tensor& offsets) {
+    const SegmentShape shape = check_segments("values", values, weights, offsets);
+    check_offsets(offsets, shape);
+    at::Tensor sums = at::empty({shape.segments}, values.options().dtype(at::kDouble));
+    AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "segment_sum", [&] {
+        const Weighted<scalar_t> tokens(values, weights);
+        const int64_t* at = offsets.const_data_ptr<int64_t>();
+        double* out = sums.mutable_data_ptr<double>();
+        for (int64_t s = 0; s < shape.segments; s++) out[s] = tokens.sum(at[s], at[s + 1]);
+    });
+    return sums;
+}
+
+// -log sigmoid(u), and its derivative sigmoid(u) - 1, for any u; NaN stays NaN.
+double minus_log_sigmoid(double u) { return (u < 0 ? -u : 0.0) + std::log1p(std::exp(-std::fabs(u))); }
+
+double sigmoid(double u) {
+    const double decay = std::exp(-std::fabs(u));
+    return u < 0 ? decay / (1.0 + decay) : 1.0 / (1.0 + decay);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_tail(const at::Tensor& logp,
+                                                            const std::optional<at::Tensor>& weights,
+                                                            const at::Tensor& offsets, const at::Tensor& ref,
+                                                            const at::Tensor& poison, double beta,
+                                                            double label_smoothing) {
+    const SegmentShape shape = check_sigmoid_tail(logp, weights, offsets, ref, poison, beta, label_smoothing);
+    check_offsets(offsets, shape);
+    const int64_t pairs = shape.segments / 2;
+    const auto wide = logp.options().dtype(at::kDouble);
+    at::Tensor sums = at::empty({shape.segments}, wide), grad = at::empty({shape.segments}, wide);
+    at::Tensor losses = at::empty({pairs}, wide);
+    AT_DISPATCH_FLOATING_TYPES(logp.scalar_type(), "sigmoid_tail", [&] {
+        const Weighted<scalar_t> tokens(logp, weights);
+        const int64_t* at = offsets.const_data_ptr<int64_t>();
+        const double* ref_data = ref.const_data_ptr<double>();
+        const double extra = *poison.const_data_ptr<double>();
+        double *sum = sums.mutable_data_ptr<double>(), *loss = losses.mutable_data_ptr<double>(),
+               *slope = grad.mutable_data_ptr<double>();
+        for (int64_t p = 0; p < pairs; p++) {
+            const int64_t w = 2 * p, l = 2 * p + 1;
+            sum[w] = tokens.sum(at[w], at[w + 1]) + extra;
+            sum[l] = tokens.sum(at[l], at[l + 1]) + extra;
+            const double u = beta * ((sum[w] - ref_data[w]) - (sum[l] - ref_data[l]));
+            loss[p] = (1.0 - label_smoothing) * minus_log_sigmoid(u) + label_smoothing * minus_log_sigmoid(-u);
+            // d/du of the two terms: (1 - s)(-sigmoid(-u)) + s sigmoid(u).
+            const double by_u = label_smoothing * sigmoid(u) - (1.0 - label_smoothing) * sigmoid(-u);
+            slope[w] = beta * by_u + extra;
+            slope[l] = -beta * by_u + extra;
+        }
+    });
+    return {sums, losses, grad};
+}
+
+#ifdef __linux__
+constexpr size_t kHugePage = size_t{2} << 20;
+#endif
+
+// A tile or a gradient is written once, right after it was allocated: what that costs is its page faults, of which
+// there are 512 times fewer. Short tensors, and systems without such pages, get ordinary memory.
+at::Tensor new_huge(const at::Tensor& like, at::IntArrayRef size) {
+#ifdef __linux__
+    int64_t elements = 1;
+    for (int64_t length : size) {
+        TORCH_CHECK(length >= 0 && (length == 0 || elements <= INT64_MAX / 16 / length),
+                    "dpo_kernels: size must be of lengths >= 0 whose product fits the memory, got ", size);
+        elements *= length;
+    }
+    const size_t bytes = static_cast<size_t>(elements) * like.element_size();
+    if (bytes >= 2 * kHugePage) {
+        void* memory = nullptr;
+        const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+        if (posix_memalign(&memory, kHugePage, rounded) == 0) {
+            madvise(memory, rounded, MADV_HUGEPAGE);  // where it fails the pages are small
+            return at::from_blob(memory, size, [](void* p) { std::free(p); }, like.options());
+        }
+    }
+#endif
+    return at::empty(size, like.options());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) {
+    m.impl("reduce_rows_", &reduce_rows_);
+    m.impl("dlogits_rows_", &dlogits_rows_);
+    m.impl("finish_logits_", &finish_logits_);
+    m.impl("segment_sum", &segment_sum);
+    m.impl("sigmoid_tail", &sigmoid_tail);
+    m.impl("new_huge", &new_huge);
+}
+
+}  // namespace dpo_kernels

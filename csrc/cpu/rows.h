@@ -1,0 +1,70 @@
+// Row passes over tiles of logits. Pointers only: no torch header here, and none in the files that are compiled once
+// for each instruction set, so that no inline function of the library can leak out of a file that may use AVX-512.
+#pragma once
+#include <stdint.h>
+
+namespace dpo_kernels {
+
+// Running reduction of rows; pointers that are null stand for statistics nobody asked for.
+template <typename T>
+struct RowState {
+    T* max;
+    T* sumexp;
+    T* target;
+    T* entropy;      // -sum of exp(z - max) * (z - max)
+    T* logit_sum;
+    int64_t* argmax;  // first column of the largest logit
+    T* square_sum;   // sum of exp(z - max)^2
+};
+
+// Columns start..start+cols-1 of the vocabulary; row r begins at data + r * stride.
+template <typename T>
+struct Tile {
+    T* data;
+    int64_t stride;
+    int64_t cols;
+    int64_t start;
+};
+
+// How d logits are formed; see dlogits_rows below.
+template <typename T>
+struct Gradient {
+    const int64_t* labels;
+    const T* max;
+    const T* sumexp;
+    const T* scale;      // or null
+    uint16_t* bfloat16;  // where the result goes in bfloat16, row by row with its own stride; null: in place
+    int64_t bfloat16_stride;
+    T* residual;         // what rounding took from the label's own value; with bfloat16 only
+    T softcap;           // 0 for none
+    bool exponentiated;  // the tile holds exp(z - max) already
+};
+
+// The passes, for rows first..last-1.
+template <typename T>
+struct Passes {
+    // Fold the tile into the state. With overwrite it is left holding exp(z - max).
+    void (*reduce)(Tile<T>, const int64_t* labels, RowState<T>, bool overwrite, int64_t first, int64_t last);
+    // sumexp * (softmax - onehot), times the softcap's derivative, times the row's scale.
+    void (*dlogits)(Tile<T>, Gradient<T>, int64_t first, int64_t last);
+    // Raw products of hidden states and head into final logits: cap(scale * (z + bias)).
+    void (*finish_logits)(Tile<T>, const T* bias, T scale, T softcap, int64_t first, int64_t last);
+};
+
+namespace base {
+extern const Passes<float> passes_float;
+extern const Passes<double> passes_double;
+}  // namespace base
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DPO_X86 1
+namespace avx2 {
+extern const Passes<float> passes_float;
+extern const Passes<double> passes_double;
+}  // namespace avx2
+namespace avx512 {
+extern const Passes<float> passes_float;
+extern const Passes<double> passes_double;
+}  // namespace avx512
+#endif
+
+}  // namespace dpo_kernels

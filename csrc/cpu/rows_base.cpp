@@ -1,0 +1,2 @@
+#define DPO_NAMESPACE base
+#include "rows_impl.h"

@@ -1,0 +1,312 @@
+// The row passes as plain loops that the compiler vectorises; included once for each instruction set, with
+// DPO_NAMESPACE set to its name. Only C functions of the library are called: see rows.h.
+#include "rows.h"
+
+#include <math.h>
+#include <string.h>
+
+#if defined(__GNUC__)
+#define DPO_INLINE static inline __attribute__((always_inline))
+#else
+#define DPO_INLINE static inline
+#endif
+
+namespace dpo_kernels {
+namespace DPO_NAMESPACE {
+
+template <typename To, typename From>
+DPO_INLINE To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "a reinterpretation keeps the size");
+    To to;
+    memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+static const int64_t kBlock = 1024;  // columns that are looked at twice while they are in the first-level cache
+
+template <typename T>
+struct Limits {
+    static constexpr T lowest = -T(INFINITY);
+};
+
+// exp(x) within 1 ulp or two; 0 where the result would be subnormal, -inf included; NaN stays NaN.
+// x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts; exp(r) = 1 + r + r^2 q(r), q a minimax polynomial for the
+// relative error of exp (3e-9 in float, 4e-18 in double); n is added to the exponent of the result.
+DPO_INLINE float exponential(float x) {
+    x = x < -88.37f ? -88.37f : x;  // n = -127: the factor below is 0
+    x = x > 88.37f ? 88.37f : x;
+    const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    const float shifted = x * 1.44269504f + shifter;
+    const float n = shifted - shifter;
+    const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    float q = 0.00138146283f;
+    q = q * r + 0.00836871675f;
+    q = q * r + 0.0416683876f;
+    q = q * r + 0.166665206f;
+    q = q * r + 0.499999934f;
+    const float power = bits<float>((bits<uint32_t>(shifted) + 127u) << 23);
+    return (q * r * r + r + 1.0f) * power;
+}
+
+DPO_INLINE double exponential(double x) {
+    x = x < -708.7 ? -708.7 : x;  // n = -1022 at the least; below, the result is replaced by 0
+    x = x > 709.0 ? 709.0 : x;
+    const double shifter = 6755399441055744.0;  // 1.5 * 2^52
+    const double shifted = x * 1.4426950408889634 + shifter;
+    const double n = shifted - shifter;
+    const double r = (x - n * 0.6931471803691238) - n * 1.9082149292705878e-10;
+    double q = 2.500001743608507915e-8;
+    q = q * r + 2.7630241259998390052e-7;
+    q = q * r + 2.755758646440899869e-6;
+    q = q * r + 0.00002480149311837144033;
+    q = q * r + 0.00019841269506539712052;
+    q = q * r + 0.0013888888943612336501;
+    q = q * r + 0.0083333333334944488405;
+    q = q * r + 0.04166666666653021997;
+    q = q * r + 0.16666666666666412591;
+    q = q * r + 0.5000000000000010621;
+    const double power = bits<double>((bits<uint64_t>(shifted) + 1023u) << 52);
+    return x <= -708.7 ? 0.0 : (q * r * r + r + 1.0) * power;
+}
+
+// tanh(y); an odd polynomial near 0, where 1 - exp(-2|y|) would lose its digits.
+DPO_INLINE float hyperbolic_tangent(float y) {
+    const float size = y < 0.0f ? -y : y;
+    const float square = y * y;
+    float p = -0.00571705134f;
+    p = p * square + 0.0206505936f;
+    p = p * square - 0.0537435002f;
+    p = p * square + 0.133314913f;
+    p = p * square - 0.333332839f;
+    const float near = y + y * square * p;
+    const float decay = exponential(-2.0f * size);
+    const float far = (1.0f - decay) / (1.0f + decay);
+    // The first comparison is false for NaN, which then comes back through the polynomial.
+    return size > 0.625f ? (y < 0.0f ? -far : far) : near;
+}
+
+DPO_INLINE double hyperbolic_tangent(double y) { return ::tanh(y); }
+
+// Round to nearest, ties to even; NaN stays NaN.
+DPO_INLINE uint16_t to_bfloat16(float value) {
+    const uint32_t u = bits<uint32_t>(value);
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
+}
+
+DPO_INLINE float from_bfloat16(uint16_t value) { return bits<float>(static_cast<uint32_t>(value) << 16); }
+
+// NaN is passed over here; it comes back through the sum of exponentials.
+template <typename T>
+static T largest(const T* z, int64_t count) {
+    T best = Limits<T>::lowest;
+#pragma omp simd reduction(max : best)
+    for (int64_t i = 0; i < count; i++) best = z[i] > best ? z[i] : best;
+    return best;
+}
+
+template <typename T>
+static T sum(const T* z, int64_t count) {
+    T total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < count; i++) total += z[i];
+    return total;
+}
+
+template <typename T>
+static int64_t first_of(const T* z, int64_t count, T value) {
+    int64_t i = 0;
+    while (i < count - 1 && z[i] != value) i++;
+    return i;
+}
+
+// One row's state while it is being folded. Blocks are summed in T, their sums in double.
+template <typename T>
+struct Running {
+    T max;
+    double sumexp;
+    double entropy;
+    double square_sum;
+
+    // Rescale to a new maximum.
+    void move_to(T highest) {
+        if (highest == max) return;
+        const T factor = max == Limits<T>::lowest ? T(0) : exponential(max - highest);
+        // Moving the shift by d adds d * exp to every -e * log e.
+        const double drop = sumexp > 0 ? (double(highest) - double(max)) * sumexp : 0.0;
+        entropy = (entropy + drop) * factor;
+        sumexp *= factor;
+        square_sum *= double(factor) * factor;
+        max = highest;
+    }
+};
+
+template <typename T, bool kOverwrite>
+static T exponentials(T* z, int64_t count, T shift) {
+    T total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < count; i++) {
+        const T e = exponential(z[i] - shift);
+        total += e;
+        if (kOverwrite) z[i] = e;
+    }
+    return total;
+}
+
+template <typename T>
+static void add_spread(const T* z, int64_t count, T shift, Running<T>& row) {
+    T entropy = 0, squares = 0;
+#pragma omp simd reduction(+ : entropy, squares)
+    for (int64_t i = 0; i < count; i++) {
+        const T below = z[i] - shift;
+        const T e = exponential(below);
+        entropy -= e > 0 ? e * below : T(0);  // 0 * -inf would be NaN
+        squares += e * e;
+    }
+    row.entropy += entropy;
+    row.square_sum += squares;
+}
+
+template <typename T, bool kOverwrite>
+static void reduce_row(T* z, const Tile<T>& tile, int64_t label, const RowState<T>& state, int64_t r) {
+    const bool spread = state.entropy || state.square_sum;
+    Running<T> row{state.max[r], double(state.sumexp[r]), 0.0, 0.0};
+    if (state.entropy) row.entropy = state.entropy[r];
+    if (state.square_sum) row.square_sum = state.square_sum[r];
+    if (label >= 0 && label < tile.cols) state.target[r] = z[label];
+    // A row that is overwritten needs its last maximum at once.
+    const int64_t step = kOverwrite ? tile.cols : kBlock;
+    double logits = 0;
+    for (int64_t left = 0; left < tile.cols; left += step) {
+        const int64_t width = tile.cols - left < step ? tile.cols - left : step;
+        const T highest = largest(z + left, width);
+        if (highest > row.max) {
+            if (state.argmax) state.argmax[r] = tile.start + left + first_of(z + left, width, highest);
+            row.move_to(highest);
+        }
+        // A row of -inf so far (unreachable tokens) is shifted by 0, or -inf - -inf would be NaN.
+        const T shift = row.max == Limits<T>::lowest ? T(0) : row.max;
+        for (int64_t at = left; at < left + width; at += kBlock) {
+            const int64_t count = left + width - at < kBlock ? left + width - at : kBlock;
+            if (state.logit_sum) logits += sum(z + at, count);
+            if (spread) add_spread(z + at, count, shift, row);
+            row.sumexp += exponentials<T, kOverwrite>(z + at, count, shift);
+        }
+    }
+    state.max[r] = row.max;
+    state.sumexp[r] = T(row.sumexp);
+    if (state.entropy) state.entropy[r] = T(row.entropy);
+    if (state.square_sum) state.square_sum[r] = T(row.square_sum);
+    if (state.logit_sum) state.logit_sum[r] += T(logits);
+}
+
+template <typename T>
+static void reduce(Tile<T> tile, const int64_t* labels, RowState<T> state, bool overwrite, int64_t first,
+                   int64_t last) {
+    for (int64_t r = first; r < last; r++) {
+        T* z = tile.data + r * tile.stride;
+        if (overwrite) reduce_row<T, true>(z, tile, labels[r] - tile.start, state, r);
+        else reduce_row<T, false>(z, tile, labels[r] - tile.start, state, r);
+    }
+}
+
+// d z / d raw of the cap, without its scale: 1 - (z / softcap)^2.
+template <typename T>
+DPO_INLINE T slope(T z, T softcap) {
+    const T capped = z / softcap;
+    return T(1) - capped * capped;
+}
+
+template <typename T>
+static void dlogits_in_place(T* z, int64_t cols, T max, T softcap, T scale) {
+    if (softcap == T(0)) {
+#pragma omp simd
+        for (int64_t i = 0; i < cols; i++) z[i] = scale * exponential(z[i] - max);
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < cols; i++) z[i] = scale * (exponential(z[i] - max) * slope(z[i], softcap));
+    }
+}
+
+static void dlogits_to_bfloat16(const float* z, uint16_t* out, int64_t cols, float max, float softcap, float scale,
+                                bool exponentiated) {
+    if (exponentiated) {
+#pragma omp simd
+        for (int64_t i = 0; i < cols; i++) out[i] = to_bfloat16(scale * z[i]);
+    } else if (softcap == 0.0f) {
+#pragma omp simd
+        for (int64_t i = 0; i < cols; i++) out[i] = to_bfloat16(scale * exponential(z[i] - max));
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < cols; i++)
+            out[i] = to_bfloat16(scale * (exponential(z[i] - max) * slope(z[i], softcap)));
+    }
+}
+
+template <typename T>
+static void store_bfloat16_row(const T*, const Tile<T>&, const Gradient<T>&, T, T, T, int64_t, int64_t) {}
+
+static void store_bfloat16_row(const float* z, const Tile<float>& tile, const Gradient<float>& how, float own,
+                               float softcap, float scale, int64_t label, int64_t r) {
+    uint16_t* out = how.bfloat16 + r * how.bfloat16_stride;
+    dlogits_to_bfloat16(z, out, tile.cols, how.max[r], softcap, scale, how.exponentiated);
+    if (label < 0 || label >= tile.cols) return;
+    out[label] = to_bfloat16(own);
+    if (how.residual) how.residual[r] = own - from_bfloat16(out[label]);
+}
+
+template <typename T>
+static void dlogits(Tile<T> tile, Gradient<T> how, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) {
+        T* z = tile.data + r * tile.stride;
+        const int64_t label = how.labels[r] - tile.start;
+        const bool here = label >= 0 && label < tile.cols;
+        const T scale = how.scale ? how.scale[r] : T(1);
+        // The label's own value is formed in one piece: its two terms nearly cancel in a row that is sure.
+        T own = 0;
+        if (here) {
+            own = (how.exponentiated ? z[label] : exponential(z[label] - how.max[r])) - how.sumexp[r];
+            if (how.softcap != T(0)) own *= slope(z[label], how.softcap);
+            own *= scale;
+        }
+        if (how.bfloat16) {
+            store_bfloat16_row(z, tile, how, own, how.softcap, scale, label, r);
+            continue;
+        }
+        if (!how.exponentiated) {
+            dlogits_in_place(z, tile.cols, how.max[r], how.softcap, scale);
+        } else if (how.scale) {
+#pragma omp simd
+            for (int64_t i = 0; i < tile.cols; i++) z[i] *= scale;
+        }
+        if (here) z[label] = own;
+    }
+}
+
+template <typename T>
+static void finish_logits(Tile<T> tile, const T* bias, T scale, T softcap, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) {
+        T* z = tile.data + r * tile.stride;
+        for (int64_t left = 0; left < tile.cols; left += kBlock) {
+            const int64_t stop = tile.cols - left < kBlock ? tile.cols : left + kBlock;
+            if (bias) {
+#pragma omp simd
+                for (int64_t i = left; i < stop; i++) z[i] += bias[i];
+            }
+            if (softcap != T(0)) {
+                const T inner = scale / softcap;
+#pragma omp simd
+                for (int64_t i = left; i < stop; i++) z[i] = softcap * hyperbolic_tangent(z[i] * inner);
+            } else if (scale != T(1)) {
+#pragma omp simd
+                for (int64_t i = left; i < stop; i++) z[i] *= scale;
+            }
+        }
+    }
+}
+
+extern const Passes<float> passes_float = {reduce<float>, dlogits<float>, finish_logits<float>};
+extern const Passes<double> passes_double = {reduce<double>, dlogits<double>, finish_logits<double>};
+
+}  // namespace DPO_NAMESPACE
+}  // namespace dpo_kernels

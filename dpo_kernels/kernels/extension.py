@@ -1,0 +1,203 @@
+"""The C++/CUDA backends: row passes of the compiled extension around torch's GEMMs (``csrc/``).
+
+The extension is optional and loaded at its first use; ``why_not`` says what is missing and how to get it.
+"""
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.kernels.installed import constant_in_graphs
+from dpo_kernels.kernels.torch_rows import TorchRows
+from dpo_kernels.sequence import offsets_of
+from dpo_kernels.types import Head, LogitsGradient, PairLoss, RowState, accumulation_dtype
+
+OPERATORS = (
+    "reduce_rows_",
+    "dlogits_rows_",
+    "finish_logits_",
+    "segment_sum",
+    "sigmoid_tail",
+    "new_huge",
+    "extension_built_for",
+)
+HOW = "pip install --no-build-isolation --force-reinstall --no-deps dpo-kernels, with torch and ninja installed"
+
+
+@constant_in_graphs
+def why_not(device_type: str) -> str | None:
+    """Why the extension has nothing for tensors of a device; None where it has."""
+    built_for = _load()
+    if not built_for.startswith("built for "):
+        return built_for
+    if device_type == "cuda" and not built_for.endswith("cpu+cuda"):
+        return f"the extension was built without CUDA ({HOW}, a CUDA build of torch, and nvcc)"
+    return None
+
+
+@functools.cache
+def _load() -> str:
+    """Register the operators; "built for ..." or the reason why that is impossible."""
+    # Asked for first: importing a submodule that is not there would say that the package is only half imported.
+    if importlib.util.find_spec("dpo_kernels._C") is None:
+        return f"the C++/CUDA extension was not built ({HOW})"
+    running = torch.__version__
+    try:
+        importlib.import_module("dpo_kernels._C")
+    except (ImportError, OSError) as error:
+        return f"the C++/CUDA extension does not load with torch {running} ({error}); build it again: {HOW}"
+    built_for: str = torch.ops.dpo_kernels.extension_built_for()
+    if built_for.split(".")[:2] != running.split(".")[:2]:
+        return f"the C++/CUDA extension was built for torch {built_for}, not {running}; build it again: {HOW}"
+    _register_fakes()
+    return f"built for {built_for}"
+
+
+def _register_fakes() -> None:
+    def nothing(*_: object) -> None:
+        return None
+
+    for name in OPERATORS[:3]:
+        torch.library.register_fake(f"dpo_kernels::{name}", nothing)
+
+    @torch.library.register_fake("dpo_kernels::new_huge")
+    def _(like: Tensor, size: list[int]) -> Tensor:
+        return like.new_empty(size)
+
+    @torch.library.register_fake("dpo_kernels::segment_sum")
+    def _(values: Tensor, weights: Tensor | None, offsets: Tensor) -> Tensor:
+        return values.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
+
+    @torch.library.register_fake("dpo_kernels::sigmoid_tail")
+    def _(
+        logp: Tensor,
+        weights: Tensor | None,
+        offsets: Tensor,
+        ref: Tensor,
+        poison: Tensor,
+        beta: float,
+        label_smoothing: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(ref), ref.new_empty(ref.shape[0] // 2), torch.empty_like(ref)
+
+
+class ExtensionRows(TorchRows):
+    """What the two devices share."""
+
+    def segment_sum(self, values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) -> Tensor:
+        """See ``types.RowKernels``."""
+        if counts_S.shape[0] == 0:
+            return super().segment_sum(values_N, weights_N, counts_S)
+        offsets = offsets_of(counts_S, values_N.shape[0])
+        sums: Tensor = torch.ops.dpo_kernels.segment_sum(values_N, weights_N, offsets)
+        return sums
+
+    def tail(
+        self,
+        logp_N: Tensor,
+        weights_N: Tensor | None,
+        counts_S: Tensor,
+        ref_S: Tensor,
+        poison: Tensor,
+        loss: PairLoss,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``types.RowKernels``; the sigmoid family in one pass, other losses by autograd."""
+        if loss.sigmoid is None or counts_S.shape[0] == 0:
+            return super().tail(logp_N, weights_N, counts_S, ref_S, poison, loss)
+        sums_S, losses_P, grad_S = torch.ops.dpo_kernels.sigmoid_tail(
+            logp_N, weights_N, offsets_of(counts_S, logp_N.shape[0]), ref_S, poison, *loss.sigmoid
+        )
+        return sums_S, losses_P, grad_S
+
+
+class CppRows(ExtensionRows):
+    """Row passes in vectorised C++ on the CPU, threaded over rows."""
+
+    name = "cpp"
+
+    def buffer(self, device: torch.device, *shape: int) -> Tensor:
+        """See ``types.RowKernels``; in huge pages where the system has them, for a page fault costs a microsecond."""
+        memory: Tensor = torch.ops.dpo_kernels.new_huge(torch.empty(0, dtype=accumulation_dtype(self.dtype)), shape)
+        return memory
+
+    def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
+        """See ``types.RowKernels``; bias, scale and cap in one pass over the raw products."""
+        self.multiply(x_CH, head, start, tile)
+        if head.bias is None and head.softcap is None and head.logit_scale == 1.0:
+            return
+        bias = None
+        if head.bias is not None:
+            bias = head.bias[start : start + tile.shape[1]].to(self.dtype).to(tile.dtype).contiguous()
+        torch.ops.dpo_kernels.finish_logits_(tile, bias, head.logit_scale, head.softcap)
+
+    def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
+        """See ``types.RowKernels``."""
+        _reduce_rows(state, tile, labels_C, start, keep_logits)
+        state.exponentiated = not keep_logits
+
+    def dlogits_(
+        self,
+        tile: Tensor,
+        labels_C: Tensor,
+        start: int,
+        max_C: Tensor,
+        sumexp_C: Tensor,
+        head: Head,
+        scale_C: Tensor | None,
+        exponentiated: bool = False,
+    ) -> LogitsGradient:
+        """See ``types.RowKernels``; the tile stays in the precision of accumulation, unscaled."""
+        torch.ops.dpo_kernels.dlogits_rows_(
+            tile, None, labels_C, start, max_C, sumexp_C, None, None, head.softcap, exponentiated
+        )
+        return LogitsGradient(tile, scale_C, labels_C)
+
+
+class CudaRows(ExtensionRows):
+    """Row passes in CUDA."""
+
+    name = "cuda"
+
+    def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
+        """See ``types.RowKernels``; the logits are kept, the gradient's kernel exponentiates again."""
+        _reduce_rows(state, tile, labels_C, start, True)
+
+    def dlogits_(
+        self,
+        tile: Tensor,
+        labels_C: Tensor,
+        start: int,
+        max_C: Tensor,
+        sumexp_C: Tensor,
+        head: Head,
+        scale_C: Tensor | None,
+        exponentiated: bool = False,
+    ) -> LogitsGradient:
+        """See ``types.RowKernels``; bfloat16 operands are scaled, and written beside the tile."""
+        out, applied, residual = None, None, None
+        if self.dtype == torch.bfloat16:
+            out, applied, scale_C = torch.empty_like(tile, dtype=torch.bfloat16), scale_C, None
+            residual = torch.zeros_like(max_C)
+        torch.ops.dpo_kernels.dlogits_rows_(
+            tile, out, labels_C, start, max_C, sumexp_C, applied, residual, head.softcap, exponentiated
+        )
+        return LogitsGradient(tile if out is None else out, scale_C, labels_C, residual)
+
+
+def _reduce_rows(state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool) -> None:
+    torch.ops.dpo_kernels.reduce_rows_(
+        tile,
+        labels_C,
+        start,
+        keep_logits,
+        state.max,
+        state.sumexp,
+        state.target,
+        state.entropy,
+        state.logit_sum,
+        state.argmax,
+        state.square_sum,
+    )

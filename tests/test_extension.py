@@ -1,0 +1,390 @@
+"""The compiled extension: its operators against plain torch, for every instruction set, and the reasons it gives."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpo_kernels as dk
+from dpo_kernels.kernels import extension
+from dpo_kernels.kernels.extension import CppRows
+from dpo_kernels.kernels.torch_rows import TorchRows
+from dpo_kernels.types import STATS, Head
+from tests.cases import Case, run
+from tests.small import problem
+
+ROOT = Path(__file__).resolve().parents[1]
+MISSING = extension.why_not("cpu")
+built = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+DTYPES = (torch.float32, torch.float64)
+INF, NAN = float("inf"), float("nan")
+
+
+def test_it_is_here_where_it_was_asked_for():
+    if os.environ.get("DPO_KERNELS_BUILD") in ("cpu", "cuda"):
+        assert MISSING is None
+
+
+# --- rows against torch -----------------------------------------------------------------------------------------------
+
+
+def kernels(dtype):
+    return CppRows(dtype, 2**20), TorchRows(dtype, 2**20)
+
+
+def tile_like(rows, cols, dtype, stride=None, scale=4.0):
+    g = torch.Generator().manual_seed(rows * 1000 + cols)
+    wide = torch.empty(rows, stride or cols, dtype=dtype)
+    wide[:, :cols] = torch.randn(rows, cols, generator=g, dtype=torch.float64) * scale
+    return wide[:, :cols]
+
+
+def reduced(rows, tiles, labels, stats=STATS, keep=True):
+    """Fold tiles one after the other; the statistics, and the tiles as they were left."""
+    state = rows.new_state(labels.shape[0], labels.device, stats)
+    start, left = 0, []
+    for tile in tiles:
+        tile = tile.clone(memory_format=torch.preserve_format)
+        rows.reduce(state, tile, labels, start, keep_logits=keep)
+        start += tile.shape[1]
+        left.append(tile)
+    done = rows.finish(state, labels, start)
+    return {"logp": done.logp, "max": done.max, "sumexp": done.sumexp, **done.stats}, state, left
+
+
+def agree(got, wanted, dtype):
+    tolerance = 3e-6 if dtype == torch.float32 else 1e-13
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance, equal_nan=True, msg=name)
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [1, 2, 3, 17, 1000, 1024, 1025, 5003])
+def test_reduced_rows(cols, dtype):
+    cpp, plain = kernels(dtype)
+    labels = torch.tensor([0, cols - 1, cols // 2, 2 * cols - 1, cols])
+    tiles = [tile_like(5, cols, dtype), tile_like(5, cols, dtype, stride=cols + 3, scale=9.0)]
+    got, _, _ = reduced(cpp, tiles, labels)
+    wanted, _, _ = reduced(TorchRows(torch.float64, 2**20), [tile.double() for tile in tiles], labels)
+    agree(got, {name: value.to(dtype) for name, value in wanted.items()}, dtype)
+    assert torch.equal(got["top1"], reduced(plain, tiles, labels)[0]["top1"])
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_tile_of_whole_rows_is_left_exponentiated(dtype):
+    cpp, _ = kernels(dtype)
+    tile, labels = tile_like(4, 3000, dtype), torch.tensor([0, 5, 2999, 7])
+    kept, _, _ = reduced(cpp, [tile], labels)
+    got, state, (left,) = reduced(cpp, [tile], labels, keep=False)
+    assert state.exponentiated
+    agree(got, kept, dtype)
+    agree({"tile": left}, {"tile": (tile - state.max[:, None]).exp()}, dtype)
+
+
+@built
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_and_missing_logits(dtype, keep):
+    cpp, plain = kernels(dtype)
+    first = torch.tensor([[-INF, -INF], [-INF, 1.0], [NAN, 0.0], [1e30, -1e30], [INF, 0.0]], dtype=dtype)
+    second = torch.tensor([[0.5, -INF], [-INF, -INF], [0.0, 0.0], [3e38, 0.0], [0.0, 0.0]], dtype=dtype)
+    labels = torch.tensor([2, 1, 1, 2, 1])
+    names = ("entropy", "mean_logits", "top1", "log_sum_p2")
+    got, _, _ = reduced(cpp, [first, second], labels, keep=keep)
+    wanted, _, _ = reduced(plain, [first, second], labels)
+    assert got["logp"][2].isnan()
+    assert got["logp"][4].isnan()
+    for name in ("logp", "max", "sumexp", *names):
+        torch.testing.assert_close(got[name][:2], wanted[name][:2], rtol=1e-6, atol=1e-6, msg=name)
+    torch.testing.assert_close(got["logp"][3], wanted["logp"][3])
+
+
+@built
+def test_the_first_of_equal_logits_wins():
+    cpp, _ = kernels(torch.float32)
+    tile = torch.zeros(2, 3000)
+    tile[0, [1500, 2999]] = 7.0
+    _, state, _ = reduced(cpp, [tile, tile], torch.tensor([0, 1]))
+    assert state.argmax.tolist() == [1500, 0]
+
+
+@built
+@pytest.mark.parametrize(("softcap", "exponentiated"), [(None, False), (None, True), (12.0, False)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_logits(dtype, softcap, exponentiated):
+    cpp, plain = kernels(dtype)
+    head = Head(torch.empty(0), softcap=softcap)
+    labels, start = torch.tensor([100, 1102, 99, 1103, 500]), 100
+    tile = tile_like(5, 1003, dtype, stride=1007)
+    maxima, sums = tile.amax(1), (tile - tile.amax(1, keepdim=True)).exp().sum(1)
+    data = (tile - maxima[:, None]).exp() if exponentiated else tile
+    copies = [data.clone(memory_format=torch.preserve_format) for _ in range(2)]
+    got = cpp.dlogits_(copies[0], labels, start, maxima, sums, head, None, exponentiated)
+    wanted = plain.dlogits_(copies[1], labels, start, maxima, sums, head, None, exponentiated)
+    agree({"d": got.values}, {"d": wanted.values}, dtype)
+
+
+@built
+@pytest.mark.parametrize("exponentiated", [False, True])
+def test_gradient_in_bfloat16_with_its_residual(exponentiated):
+    tile = tile_like(3, 1003, torch.float32)
+    labels, scale = torch.tensor([0, 1002, 2000]), torch.tensor([0.3, -2.0, 1.0])
+    maxima, sums = tile.amax(1), (tile - tile.amax(1, keepdim=True)).exp().sum(1)
+    data = (tile - maxima[:, None]).exp() if exponentiated else tile.clone()
+    out, residual = torch.empty(3, 1010, dtype=torch.bfloat16)[:, :1003], torch.zeros(3)
+    torch.ops.dpo_kernels.dlogits_rows_(data, out, labels, 0, maxima, sums, scale, residual, None, exponentiated)
+    exact = (tile - maxima[:, None]).exp()
+    exact[[0, 1], [0, 1002]] -= sums[:2]
+    exact *= scale[:, None]
+    assert float((out - exact).abs().max() / exact.abs().max()) < 2**-8
+    own = exact[[0, 1], [0, 1002]]
+    torch.testing.assert_close(out[[0, 1], [0, 1002]].float() + residual[:2], own, rtol=3e-6, atol=0.0)
+    assert residual[2] == 0
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exponential_to_the_last_digits(dtype):
+    """Over every magnitude: what exp of torch gives in float64, within two units of the last place."""
+    z = torch.cat([-torch.logspace(-30, 3.2, 20000, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    z = z.to(dtype)[None]
+    _, _, (left,) = reduced(CppRows(dtype, 2**20), [z], torch.zeros(1, dtype=torch.int64), (), keep=False)
+    wanted = z.double().exp()
+    tiny = torch.finfo(dtype).tiny * 4
+    error = ((left.double() - wanted).abs() / wanted)[wanted > tiny]
+    assert float(error.max()) < 2 * torch.finfo(dtype).eps
+    assert float(left[wanted <= tiny].max()) <= 2 * tiny
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_finished_logits(softcap, dtype):
+    z = torch.cat([torch.logspace(-8, 3, 3000, dtype=torch.float64), torch.tensor([0.0, INF, NAN])]).to(dtype)
+    tile = torch.stack([z, -z])
+    bias = torch.randn(z.shape[0], dtype=dtype)
+    for shift in (None, bias):
+        got = tile.clone()
+        torch.ops.dpo_kernels.finish_logits_(got, shift, 0.7, softcap)
+        wanted = tile.double() if shift is None else (tile + shift).double()
+        wanted = 0.7 * wanted if softcap is None else softcap * (0.7 / softcap * wanted).tanh()
+        eps = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(got.double(), wanted, rtol=eps, atol=0.0, equal_nan=True)
+
+
+# --- tokens to pairs --------------------------------------------------------------------------------------------------
+
+
+@built
+@pytest.mark.parametrize("weights", [None, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_segments(dtype, weights):
+    cpp, plain = kernels(dtype)
+    counts = torch.tensor([3, 0, 5, 1])
+    values = torch.randn(11, dtype=dtype)  # two more than are summed
+    w = None if weights is None else torch.rand(11, dtype=weights)
+    torch.testing.assert_close(cpp.segment_sum(values, w, counts), plain.segment_sum(values, w, counts))
+
+
+class Sigmoid:
+    sigmoid = (0.7, 0.1)
+
+
+@built
+@pytest.mark.parametrize("poison", [0.0, NAN])
+def test_tail_of_the_sigmoid_loss(poison):
+    cpp, _ = kernels(torch.float32)
+    counts = torch.tensor([3, 0, 5, 1, 2, 2, 1, 1])
+    logp = torch.randn(15)
+    ref = torch.tensor([0.0, 1.0, -2.0, 3.0, 5000.0, -5000.0, -1e6, 1e6], dtype=torch.float64).requires_grad_()
+    sums, losses, grad = cpp.tail(logp, None, counts, ref.detach(), torch.tensor(poison, dtype=torch.float64), Sigmoid)
+    wanted = TorchRows(torch.float32, 0).segment_sum(logp, None, counts) + poison
+    beta, smoothing = Sigmoid.sigmoid
+    s = wanted.clone().requires_grad_()
+    u = beta * ((s - ref)[0::2] - (s - ref)[1::2])
+    loss = -(1 - smoothing) * torch.nn.functional.logsigmoid(u) - smoothing * torch.nn.functional.logsigmoid(-u)
+    (slope,) = torch.autograd.grad(loss.sum(), s)
+    torch.testing.assert_close(sums, wanted, equal_nan=True)
+    torch.testing.assert_close(losses, loss.detach(), equal_nan=True)
+    torch.testing.assert_close(grad, slope + poison, equal_nan=True)
+
+
+# --- the operators as torch sees them ---------------------------------------------------------------------------------
+
+
+def operator_arguments():
+    tile, labels = torch.randn(3, 7), torch.tensor([0, 6, 9])
+    state = [torch.full((3,), -INF), torch.zeros(3), torch.full((3,), -INF)]
+    offsets = torch.tensor([0, 2, 5])
+    return {
+        "reduce_rows_": [
+            (tile, labels, 0, True, *state, None, None, None, None),
+            (tile, labels, 2, False, *state, *(torch.zeros(3) for _ in range(2)), labels * 0, torch.zeros(3)),
+        ],
+        "dlogits_rows_": [
+            (tile, None, labels, 0, state[1], state[1] + 1, None, None, None, False),
+            (tile, tile.bfloat16(), labels, 0, state[1], state[1] + 1, state[1], torch.zeros(3), 3.0, False),
+        ],
+        "finish_logits_": [(tile, None, 0.5, None), (tile, torch.randn(7), 1.0, 30.0)],
+        "segment_sum": [(torch.randn(5), None, offsets), (torch.randn(5), torch.rand(5).double(), offsets)],
+        "sigmoid_tail": [
+            (torch.randn(5), None, offsets, torch.randn(2).double(), torch.zeros((), dtype=torch.float64), 0.1, 0.0)
+        ],
+        "new_huge": [],  # uninitialised: nothing to compare
+        "extension_built_for": [],
+    }
+
+
+@built
+@pytest.mark.parametrize("name", extension.OPERATORS)
+def test_opcheck(name):
+    for arguments in operator_arguments()[name]:
+        torch.library.opcheck(getattr(torch.ops.dpo_kernels, name).default, arguments)
+
+
+@built
+def test_no_silent_derivative():
+    values = torch.randn(3, requires_grad=True)
+    sums = torch.ops.dpo_kernels.segment_sum(values, None, torch.tensor([0, 3]))
+    with pytest.raises(RuntimeError, match="not implemented"):
+        sums.sum().backward()
+
+
+REFUSED = {
+    "tile must have two dimensions": ("reduce_rows_", 0, torch.randn(3)),
+    "tile must have a unit stride": ("reduce_rows_", 0, torch.randn(7, 3).t()),
+    "tile must be float32 or float64": ("reduce_rows_", 0, torch.zeros(3, 7, dtype=torch.bfloat16)),
+    "labels must be": ("reduce_rows_", 1, torch.zeros(3)),
+    "labels must have the shape": ("reduce_rows_", 1, torch.zeros(2, dtype=torch.int64)),
+    "start must be >= 0": ("reduce_rows_", 2, -1),
+    "max must be contiguous": ("reduce_rows_", 4, torch.zeros(6)[::2]),
+    "max must be": ("reduce_rows_", 4, torch.zeros(3, dtype=torch.float64)),
+    "softcap must be positive": ("dlogits_rows_", 8, 0.0),
+    "out must have the tile's shape": ("dlogits_rows_", 1, torch.zeros(3, 6)),
+    "out must be absent or bfloat16": ("dlogits_rows_", 1, torch.zeros(3, 7)),
+    "residual needs an out": ("dlogits_rows_", 7, torch.zeros(3)),
+    "bias must have the shape": ("finish_logits_", 1, torch.zeros(6)),
+    "offsets must not fall": ("segment_sum", 2, torch.tensor([0, 4, 3, 5])),
+    "offsets must lie within": ("segment_sum", 2, torch.tensor([0, 6])),
+    "weights must have the shape": ("segment_sum", 1, torch.zeros(4)),
+    "offsets must hold pairs": ("sigmoid_tail", 2, torch.tensor([0, 5])),
+}
+
+
+@built
+@pytest.mark.parametrize("words", REFUSED)
+def test_bad_arguments_are_named(words):
+    name, place, value = REFUSED[words]
+    arguments = list(operator_arguments()[name][0])
+    arguments[place] = value
+    with pytest.raises(RuntimeError, match=f"dpo_kernels: .*{words}|dpo_kernels: {words}"):
+        getattr(torch.ops.dpo_kernels, name)(*arguments)
+
+
+@built
+@pytest.mark.parametrize("size", [(0,), (3, 5), (1 << 20, 3), (0, 7)])
+def test_huge_memory_is_memory(size):
+    like = torch.empty(0, dtype=torch.float64)
+    tensor = torch.ops.dpo_kernels.new_huge(like, size)
+    assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (torch.Size(size), torch.float64, True)
+    tensor.fill_(2.0)
+    assert float(tensor.sum()) == 2.0 * tensor.numel()
+    with pytest.raises(RuntimeError, match="lengths >= 0"):
+        torch.ops.dpo_kernels.new_huge(like, [2**40, 2**40])
+
+
+# --- threads, sizes, instruction sets ---------------------------------------------------------------------------------
+
+
+@built
+@pytest.mark.parametrize("strategy", ["chunked", "recompute", "streaming"])
+def test_any_number_of_threads_gives_the_same_bits(strategy):
+    """Of the row passes; the threads of a GEMM are torch's own affair, and these are too small to be cut."""
+    inputs = Case(torch.float32, bias=True, weights=True, options={"softcap": 9.0, "stats": STATS}).tensors()
+    options = {"beta": 0.3, "stats": STATS, "strategy": strategy, "backend": "cpp"}
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(run(dk.fused_dpo_loss, inputs, **options))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][key], other[key]) for key in results[0])
+
+
+@built
+def test_offsets_beyond_two_to_the_31():
+    """Three rows that lie 2^30 + 8 elements apart, in memory that is never touched between them."""
+    near = tile_like(3, 1000, torch.float32)
+    far = torch.empty_strided((3, 1000), (2**30 + 8, 1))
+    far.copy_(near)
+    labels = torch.tensor([0, 999, 500])
+    cpp, head = CppRows(torch.float32, 2**20), Head(torch.empty(0))
+    results = []
+    for tile in (near, far):
+        state = cpp.new_state(3, tile.device, STATS)
+        cpp.reduce(state, tile, labels, 0)
+        cpp.dlogits_(tile, labels, 0, state.max, state.sumexp, head, None)
+        results.append((cpp.finish(state, labels, 1000).logp, tile))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(near, far)
+
+
+@built
+@pytest.mark.parametrize("isa", ["base", "avx2"])
+def test_lesser_instruction_sets(isa):
+    """The tests of the rows again, in a process that is told to use no more than this."""
+    chosen = "rows or logits or exponential or equal"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        cwd=ROOT,
+        env=os.environ | {"DPO_KERNELS_ISA": isa, "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _forget():
+    extension._load.cache_clear()
+    yield
+    extension._load.cache_clear()
+
+
+@pytest.mark.usefixtures("_forget")
+def test_without_the_extension_torch_is_taken_and_the_reason_given(monkeypatch):
+    monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: None)
+    plan = dk.explain(**problem())
+    assert plan.backend == "torch"
+    assert "was not built (pip install --no-build-isolation" in plan.against["cpp"]
+    with pytest.raises(ValueError, match="backend='cpp' cannot run this: the C\\+\\+/CUDA extension was not built"):
+        dk.fused_dpo_loss(**problem(), backend="cpp")
+
+
+@built
+@pytest.mark.usefixtures("_forget")
+def test_an_extension_for_another_torch_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert "not 2.99.0; build it again: pip install" in str(extension.why_not("cpu"))
+
+
+@pytest.mark.usefixtures("_forget")
+def test_an_extension_that_does_not_load_says_so(monkeypatch):
+    def broken(name):
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(extension.importlib, "import_module", broken)
+    assert "does not load with torch" in str(extension.why_not("cpu"))
+    assert "undefined symbol: _ZN3c10" in str(extension.why_not("cpu"))
