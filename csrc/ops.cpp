@@ -30,6 +30,8 @@ TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
     m.def(
         "sigmoid_tail(Tensor logp, Tensor? weights, Tensor offsets, Tensor ref, Tensor poison, float beta, "
         "float label_smoothing) -> (Tensor sums, Tensor losses, Tensor grad)");
+    // out (+)= a @ b: bfloat16 operands, contiguous along rows or columns, and a float32 result.
+    m.def("matmul_bfloat16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
     // Uninitialised memory of a tensor's dtype, in huge pages where the system has them.
     m.def("new_huge(Tensor like, SymInt[] size) -> Tensor");
     m.def("extension_built_for() -> str", [] {
@@ -39,7 +41,8 @@ TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
 
 // They run inside the package's own autograd functions; whoever differentiates through one of them by hand is told.
 TORCH_LIBRARY_IMPL(dpo_kernels, Autograd, m) {
-    for (const char* name : {"reduce_rows_", "dlogits_rows_", "finish_logits_", "segment_sum", "sigmoid_tail"}) {
+    for (const char* name : {"reduce_rows_", "dlogits_rows_", "finish_logits_", "segment_sum", "sigmoid_tail",
+                             "matmul_bfloat16_"}) {
         m.impl(name, torch::autograd::autogradNotImplementedFallback());
     }
 }

@@ -232,7 +232,7 @@ class RowKernels(Protocol):
     def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
         """``out (+)= d^T @ (d.scale * x)``."""
 
-    def grad_bias(self, d: LogitsGradient, out_Vt: Tensor, accumulate: bool) -> None:
+    def grad_bias(self, d: LogitsGradient, start: int, out_Vt: Tensor, accumulate: bool) -> None:
         """``out (+)= d^T @ d.scale``."""
 
     def recomputed_dlogits(

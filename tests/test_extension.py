@@ -235,6 +235,8 @@ def operator_arguments():
         "sigmoid_tail": [
             (torch.randn(5), None, offsets, torch.randn(2).double(), torch.zeros((), dtype=torch.float64), 0.1, 0.0)
         ],
+        "matmul_bfloat16_": [(torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16(), torch.zeros(3, 5), True)],
+        "has_bfloat16_matmul": [],
         "new_huge": [],  # uninitialised: nothing to compare
         "extension_built_for": [],
     }
@@ -243,6 +245,9 @@ def operator_arguments():
 @built
 @pytest.mark.parametrize("name", extension.OPERATORS)
 def test_opcheck(name):
+    if name == "matmul_bfloat16_" and not torch.ops.dpo_kernels.has_bfloat16_matmul():
+        assert PORTABLE not in os.environ.items()
+        return  # test_products_of_bfloat16_matrices comes back with the portable one
     for arguments in operator_arguments()[name]:
         torch.library.opcheck(getattr(torch.ops.dpo_kernels, name).default, arguments)
 
@@ -336,20 +341,83 @@ def test_offsets_beyond_two_to_the_31():
     assert torch.equal(near, far)
 
 
-@built
-@pytest.mark.parametrize("isa", ["base", "avx2"])
-def test_lesser_instruction_sets(isa):
-    """The tests of the rows again, in a process that is told to use no more than this."""
-    chosen = "rows or logits or exponential or equal"
+def pytest_again(file, chosen, **environment):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", file, "-k", chosen],
         cwd=ROOT,
-        env=os.environ | {"DPO_KERNELS_ISA": isa, "PYTEST_ADDOPTS": ""},
+        env=os.environ | environment | {"PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@built
+@pytest.mark.parametrize("isa", ["base", "avx2"])
+def test_lesser_instruction_sets(isa):
+    """The tests of the rows again, in a process that is told to use no more than this."""
+    pytest_again(__file__, "rows or logits or exponential or equal", DPO_KERNELS_ISA=isa)
+
+
+# --- products of bfloat16 matrices ------------------------------------------------------------------------------------
+
+PORTABLE = ("DPO_KERNELS_BF16", "portable")
+multiplies = pytest.mark.skipif(
+    MISSING is not None or not torch.ops.dpo_kernels.has_bfloat16_matmul(),
+    reason="this CPU multiplies no bfloat16; test_products_of_bfloat16_matrices runs it with the portable block",
+)
+
+
+@multiplies
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 7), (130, 2051, 300), (200, 64, 3000), (900, 33, 40)], ids=str)
+def test_matmul(sizes, transposed):
+    m, k, n = sizes
+    a, b = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
+    a = a.t().contiguous().t() if transposed[0] else a
+    b = b.t().contiguous().t() if transposed[1] else b
+    wanted = a.double() @ b.double()
+    for accumulate in (False, True):
+        out = torch.randn(m, n + 3)[:, :n]
+        total = wanted + out if accumulate else wanted
+        torch.ops.dpo_kernels.matmul_bfloat16_(a, b, out, accumulate)
+        assert float((out - total).abs().max()) <= 1e-5 * float(total.abs().max())
+        again = total.float()
+        torch.ops.dpo_kernels.matmul_bfloat16_(a, b, again, False)
+        assert accumulate or torch.equal(again, out)
+
+
+@multiplies
+def test_matmul_of_nothing():
+    out, nothing = torch.ones(2, 3), torch.empty(2, 0, dtype=torch.bfloat16)
+    torch.ops.dpo_kernels.matmul_bfloat16_(nothing, torch.empty(0, 3, dtype=torch.bfloat16), out, True)
+    assert torch.equal(out, torch.ones(2, 3))
+    torch.ops.dpo_kernels.matmul_bfloat16_(nothing, torch.empty(0, 3, dtype=torch.bfloat16), out, False)
+    assert not out.any()
+
+
+@multiplies
+def test_matmul_names_what_does_not_fit():
+    a, b = torch.zeros(2, 3).bfloat16(), torch.zeros(4, 5).bfloat16()
+    with pytest.raises(RuntimeError, match=r"cannot hold the product of a \[2, 3\] and b \[4, 5\]"):
+        torch.ops.dpo_kernels.matmul_bfloat16_(a, b, torch.zeros(2, 5), False)
+    with pytest.raises(RuntimeError, match="a must be a bfloat16 matrix"):
+        torch.ops.dpo_kernels.matmul_bfloat16_(a.float(), b, torch.zeros(2, 5), False)
+    with pytest.raises(RuntimeError, match="must be contiguous along"):
+        torch.ops.dpo_kernels.matmul_bfloat16_(torch.zeros(4, 6).bfloat16()[::2, ::2], b, torch.zeros(2, 5), False)
+
+
+@built
+@pytest.mark.parametrize("part", ["operators", "loss"])
+def test_products_of_bfloat16_matrices(part):
+    """The path of machines with AVX512_BF16 or AMX, its block kernel replaced by plain loops."""
+    environment = dict([PORTABLE])
+    if part == "operators":
+        pytest_again(__file__, "matmul or opcheck", **environment)
+    else:
+        chosen = "cpp and bfloat16 and (test_equivalence or test_upstream or strided)"
+        pytest_again("tests/test_equivalence.py", chosen, **environment)
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------

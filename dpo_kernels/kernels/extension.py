@@ -19,9 +19,11 @@ OPERATORS = (
     "reduce_rows_",
     "dlogits_rows_",
     "finish_logits_",
+    "matmul_bfloat16_",
     "segment_sum",
     "sigmoid_tail",
     "new_huge",
+    "has_bfloat16_matmul",
     "extension_built_for",
 )
 HOW = "pip install --no-build-isolation --force-reinstall --no-deps dpo-kernels, with torch and ninja installed"
@@ -60,7 +62,7 @@ def _register_fakes() -> None:
     def nothing(*_: object) -> None:
         return None
 
-    for name in OPERATORS[:3]:
+    for name in OPERATORS[:4]:
         torch.library.register_fake(f"dpo_kernels::{name}", nothing)
 
     @torch.library.register_fake("dpo_kernels::new_huge")
@@ -123,6 +125,18 @@ class CppRows(ExtensionRows):
         memory: Tensor = torch.ops.dpo_kernels.new_huge(torch.empty(0, dtype=accumulation_dtype(self.dtype)), shape)
         return memory
 
+    @staticmethod
+    def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
+        """The tile and, where the machine multiplies bfloat16, the copy that the gradient GEMMs read."""
+        return 6 if _multiplies(dtype) else accumulation_dtype(dtype).itemsize
+
+    def multiply(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
+        """``tile = x_CH @ W[start:start+Vt]^T``."""
+        if not _multiplies(self.dtype):
+            return super().multiply(x_CH, head, start, tile)
+        weight_VtH = _operand(head.weight[start : start + tile.shape[1]])
+        torch.ops.dpo_kernels.matmul_bfloat16_(x_CH, weight_VtH.t(), tile, False)
+
     def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
         """See ``types.RowKernels``; bias, scale and cap in one pass over the raw products."""
         self.multiply(x_CH, head, start, tile)
@@ -149,11 +163,27 @@ class CppRows(ExtensionRows):
         scale_C: Tensor | None,
         exponentiated: bool = False,
     ) -> LogitsGradient:
-        """See ``types.RowKernels``; the tile stays in the precision of accumulation, unscaled."""
+        """See ``types.RowKernels``; unscaled and in place, but for GEMMs of bfloat16."""
+        if _multiplies(self.dtype):
+            return _scaled_dlogits(tile, labels_C, start, max_C, sumexp_C, head, scale_C, exponentiated)
         torch.ops.dpo_kernels.dlogits_rows_(
             tile, None, labels_C, start, max_C, sumexp_C, None, None, head.softcap, exponentiated
         )
         return LogitsGradient(tile, scale_C, labels_C)
+
+    def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
+        """See ``types.RowKernels``."""
+        if d.values.dtype != torch.bfloat16:
+            return super().grad_hidden(d, head, start, out_CH, accumulate)
+        weight_VtH = _operand(head.weight[start : start + d.values.shape[1]])
+        torch.ops.dpo_kernels.matmul_bfloat16_(d.values, weight_VtH, out_CH, accumulate)
+        self.give_back(d, head, out_CH)
+
+    def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
+        """See ``types.RowKernels``."""
+        if d.values.dtype != torch.bfloat16:
+            return super().grad_weight(d, x_CH, out_VtH, accumulate)
+        torch.ops.dpo_kernels.matmul_bfloat16_(d.values.t(), x_CH, out_VtH, accumulate)
 
 
 class CudaRows(ExtensionRows):
@@ -177,14 +207,41 @@ class CudaRows(ExtensionRows):
         exponentiated: bool = False,
     ) -> LogitsGradient:
         """See ``types.RowKernels``; bfloat16 operands are scaled, and written beside the tile."""
-        out, applied, residual = None, None, None
         if self.dtype == torch.bfloat16:
-            out, applied, scale_C = torch.empty_like(tile, dtype=torch.bfloat16), scale_C, None
-            residual = torch.zeros_like(max_C)
+            return _scaled_dlogits(tile, labels_C, start, max_C, sumexp_C, head, scale_C, exponentiated)
         torch.ops.dpo_kernels.dlogits_rows_(
-            tile, out, labels_C, start, max_C, sumexp_C, applied, residual, head.softcap, exponentiated
+            tile, None, labels_C, start, max_C, sumexp_C, None, None, head.softcap, exponentiated
         )
-        return LogitsGradient(tile if out is None else out, scale_C, labels_C, residual)
+        return LogitsGradient(tile, scale_C, labels_C)
+
+
+@constant_in_graphs
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of ``dtype``, which then need not be upcast."""
+    return dtype == torch.bfloat16 and bool(torch.ops.dpo_kernels.has_bfloat16_matmul())
+
+
+def _operand(weight_VtH: Tensor) -> Tensor:
+    weight_VtH = weight_VtH.to(torch.bfloat16)
+    return weight_VtH if 1 in weight_VtH.stride() else weight_VtH.contiguous()
+
+
+def _scaled_dlogits(
+    tile: Tensor,
+    labels_C: Tensor,
+    start: int,
+    max_C: Tensor,
+    sumexp_C: Tensor,
+    head: Head,
+    scale_C: Tensor | None,
+    exponentiated: bool,
+) -> LogitsGradient:
+    out = torch.empty_like(tile, dtype=torch.bfloat16)
+    residual = torch.zeros_like(max_C)
+    torch.ops.dpo_kernels.dlogits_rows_(
+        tile, out, labels_C, start, max_C, sumexp_C, scale_C, residual, head.softcap, exponentiated
+    )
+    return LogitsGradient(out, None, labels_C, residual)
 
 
 def _reduce_rows(state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool) -> None:

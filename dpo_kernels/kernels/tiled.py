@@ -128,7 +128,7 @@ class TiledPasses(RowKernels):
                 if dw is not None:
                     self.grad_weight(d, x_CH, dw[left:right], accumulate=start > 0)
                 if db is not None:
-                    self.grad_bias(d, db[left:right], accumulate=start > 0)
+                    self.grad_bias(d, left, db[left:right], accumulate=start > 0)
                 scale_C = d.scale
             if dx is not None and scale_C is not None:
                 dx[start:stop].mul_(scale_C[:, None])

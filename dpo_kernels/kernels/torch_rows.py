@@ -159,6 +159,10 @@ class TorchRows(TiledPasses):
         values = d.values.to(self.dtype) if d.values.is_cuda else d.values
         for left, right, weight_VtH in self._weights(head, start, start + values.shape[1], values):
             _matmul_into(values[:, left:right], weight_VtH, out_CH, accumulate or left > 0)
+        self.give_back(d, head, out_CH)
+
+    def give_back(self, d: LogitsGradient, head: Head, out_CH: Tensor) -> None:
+        """Add what rounding took from each label's own value, by far the largest of its row."""
         if d.residual is not None:
             own_CH = head.weight.index_select(0, d.labels.clamp(min=0)).to(self.dtype).to(out_CH.dtype)
             out_CH.addcmul_(own_CH, d.residual[:, None])
@@ -172,13 +176,16 @@ class TorchRows(TiledPasses):
         scaled_CH = x_CH if d.scale is None else x_CH * d.scale[:, None]
         _matmul_into(d.values.t(), scaled_CH.to(d.values.dtype), out_VtH, accumulate)
 
-    def grad_bias(self, d: LogitsGradient, out_Vt: Tensor, accumulate: bool) -> None:
-        """See ``types.RowKernels``."""
+    def grad_bias(self, d: LogitsGradient, start: int, out_Vt: Tensor, accumulate: bool) -> None:
+        """See ``types.RowKernels``; what rounding took from the labels' own values is added back."""
         product = d.values.sum(dim=0, dtype=out_Vt.dtype) if d.scale is None else torch.mv(d.values.t(), d.scale)
         if accumulate:
             out_Vt.add_(product)
         else:
             out_Vt.copy_(product)
+        if d.residual is not None:  # 0 where the label is not among these columns; index_put_ has a fixed order
+            column = (d.labels - start).clamp(0, out_Vt.shape[0] - 1)
+            out_Vt.index_put_((column,), d.residual.to(out_Vt.dtype), accumulate=True)
 
     def _weights(self, head: Head, start: int, stop: int, tile: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Rows ``start..stop-1`` of the head as GEMM operands, with their columns of the tile.

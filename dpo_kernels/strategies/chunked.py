@@ -245,7 +245,7 @@ class _Pass:
         if dw is not None:
             kernels.grad_weight(d, logits.x, dw, accumulate)
         if db is not None:
-            kernels.grad_bias(d, db, accumulate)
+            kernels.grad_bias(d, 0, db, accumulate)
 
     def _unit_coefficients(self, group: Group) -> Tensor:
         """Derivative of what the pair's loss depends on by the two sequence log-probs, ``(2,)`` float64.

@@ -1,0 +1,210 @@
+// Products of bfloat16 matrices with a float32 result: what a gradient needs to be rounded once, and what no public
+// operator of torch gives on the CPU. Blocks of it are done by torch's own block kernel (brgemm: AMX or AVX512_BF16);
+// here are the blocking, the packing and the threads. No sum depends on the number of threads.
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../checks.h"
+
+namespace dpo_kernels {
+namespace {
+
+using at::BFloat16;
+
+constexpr int64_t kRows = 128;              // of a block of the result
+constexpr int64_t kCols = 256;              // the widest that brgemm takes
+constexpr int64_t kDepth = 2048;            // summed at a time
+constexpr int64_t kPackedElements = 4 << 20;  // of the right operand, packed at a time
+
+int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+struct Matrix {
+    const BFloat16* data;
+    int64_t row_stride;
+    int64_t col_stride;
+
+    const BFloat16* at(int64_t row, int64_t col) const { return data + row * row_stride + col * col_stride; }
+};
+
+// c (+)= a b of one block: a is (rows, depth), b is packed (depth / 2, cols rounded up to kCols, 2), depth is even.
+using Block = void (*)(int64_t rows, int64_t cols, int64_t depth, const BFloat16* a, int64_t a_stride,
+                       const BFloat16* b, float* c, int64_t c_stride, bool accumulate);
+
+void block_portable(int64_t rows, int64_t cols, int64_t depth, const BFloat16* a, int64_t a_stride, const BFloat16* b,
+                    float* c, int64_t c_stride, bool accumulate) {
+    for (int64_t i = 0; i < rows; i++) {
+        float* out = c + i * c_stride;
+        if (!accumulate) std::fill(out, out + cols, 0.0f);
+        for (int64_t k = 0; k < depth; k++) {
+            const float left = a[i * a_stride + k];
+            const BFloat16* right = b + k / 2 * kCols * 2 + k % 2;
+            for (int64_t j = 0; j < cols; j++) out[j] += left * static_cast<float>(right[2 * j]);
+        }
+    }
+}
+
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+void block_brgemm(int64_t rows, int64_t cols, int64_t depth, const BFloat16* a, int64_t a_stride, const BFloat16* b,
+                  float* c, int64_t c_stride, bool accumulate) {
+    at::native::cpublas::brgemm(rows, cols, depth, a_stride, kCols, c_stride, accumulate, a, b, c, true);
+}
+#endif
+
+void release() {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+    at::native::cpublas::brgemm_release(true);
+#endif
+}
+
+// Rows k0.. of b, columns of one panel: pairs of rows side by side, zeros beyond the edges.
+void pack_right(const Matrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t cols, BFloat16* out) {
+    const BFloat16 zero(0.0f);
+    if (b.row_stride == 1) {  // the operand is a transpose: go down its columns, which are contiguous
+        for (int64_t j = 0; j < kCols; j++) {
+            const BFloat16* from = j < cols ? b.at(k0, n0 + j) : nullptr;
+            for (int64_t k = 0; k < up(depth, 2); k++) {
+                out[(k / 2 * kCols + j) * 2 + k % 2] = from != nullptr && k < depth ? from[k] : zero;
+            }
+        }
+        return;
+    }
+    for (int64_t k = 0; k < up(depth, 2); k++) {
+        for (int64_t j = 0; j < kCols; j++) {
+            out[(k / 2 * kCols + j) * 2 + k % 2] = j < cols && k < depth ? *b.at(k0 + k, n0 + j) : zero;
+        }
+    }
+}
+
+// A block of the left operand with contiguous rows of even length.
+void pack_left(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth, BFloat16* out) {
+    const int64_t even = up(depth, 2);
+    for (int64_t k = 0; k < even; k++) {
+        for (int64_t i = 0; i < rows; i++) {
+            out[i * even + k] = k < depth ? *a.at(m0 + i, k0 + k) : BFloat16(0.0f);
+        }
+    }
+}
+
+// What one thread keeps: the block of the left operand that it packed last.
+struct Left {
+    std::vector<BFloat16> packed;
+    int64_t held = -1;
+};
+
+void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const Matrix& b, float* c, int64_t c_stride,
+              bool accumulate, Block block) {
+    const int64_t deep = std::min(kDepth, up(depth, 2));
+    const int64_t wide = std::max(kCols, kPackedElements / deep / kCols * kCols);
+    const int64_t row_blocks = (rows + kRows - 1) / kRows;
+    const int64_t panel_size = deep * kCols;
+    std::vector<BFloat16> right(std::min(wide, up(cols, kCols)) / kCols * panel_size);
+    for (int64_t n0 = 0; n0 < cols; n0 += wide) {
+        const int64_t width = std::min(wide, cols - n0), panels = (width + kCols - 1) / kCols;
+        for (int64_t k0 = 0; k0 < depth; k0 += deep) {
+            const int64_t length = std::min(deep, depth - k0), even = up(length, 2);
+            at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+                for (int64_t p = first; p < last; p++) {
+                    pack_right(b, k0, length, n0 + p * kCols, std::min(kCols, width - p * kCols),
+                               right.data() + p * panel_size);
+                }
+            });
+            // Panels of one block of rows follow one another, so that a thread packs its rows once.
+            at::parallel_for(0, row_blocks * panels, 1, [&](int64_t first, int64_t last) {
+                Left left;
+                for (int64_t task = first; task < last; task++) {
+                    const int64_t m = task / panels, p = task % panels, m0 = m * kRows;
+                    const int64_t height = std::min(kRows, rows - m0);
+                    const BFloat16* a_data = a.at(m0, k0);
+                    int64_t a_stride = a.row_stride;
+                    if (a.col_stride != 1 || even != length) {
+                        if (left.held != m) {
+                            left.packed.resize(kRows * even);
+                            pack_left(a, m0, height, k0, length, left.packed.data());
+                            left.held = m;
+                        }
+                        a_data = left.packed.data();
+                        a_stride = even;
+                    }
+                    block(height, std::min(kCols, width - p * kCols), even, a_data, a_stride,
+                          right.data() + p * panel_size, c + m0 * c_stride + n0 + p * kCols, c_stride,
+                          accumulate || k0 > 0);
+                }
+                if (block != block_portable) release();
+            });
+        }
+    }
+}
+
+// Whether torch's block kernel runs on this machine and gives what it should.
+bool probe(Block block) {
+    constexpr int64_t rows = 17, cols = 33, depth = 6;
+    std::vector<BFloat16> a(rows * depth), b(depth * cols);
+    std::vector<float> got(rows * cols), wanted(rows * cols);
+    for (size_t i = 0; i < a.size(); i++) a[i] = BFloat16(static_cast<float>(i % 7) - 3.0f);
+    for (size_t i = 0; i < b.size(); i++) b[i] = BFloat16(static_cast<float>(i % 5) - 2.0f);
+    const Matrix left{a.data(), depth, 1}, right{b.data(), cols, 1};
+    try {
+        multiply(rows, cols, depth, left, right, got.data(), cols, false, block);
+    } catch (const std::exception&) {
+        return false;
+    }
+    multiply(rows, cols, depth, left, right, wanted.data(), cols, false, block_portable);
+    return got == wanted;  // small integers: exact
+}
+
+// The block kernel, null where there is none that is fast. DPO_KERNELS_BF16=portable takes the slow one, for tests;
+// DPO_KERNELS_BF16=0 none.
+Block block_of_this_machine() {
+    static const Block chosen = []() -> Block {
+        const char* asked = std::getenv("DPO_KERNELS_BF16");
+        if (asked != nullptr && std::string(asked) == "portable") return block_portable;
+        if (asked != nullptr && std::string(asked) == "0") return nullptr;
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+        if (probe(block_brgemm)) return block_brgemm;
+#endif
+        return nullptr;
+    }();
+    return chosen;
+}
+
+bool has_bfloat16_matmul() { return block_of_this_machine() != nullptr; }
+
+Matrix operand(const char* name, const at::Tensor& tensor) {
+    TORCH_CHECK(tensor.dim() == 2 && tensor.scalar_type() == at::kBFloat16, "dpo_kernels: ", name,
+                " must be a bfloat16 matrix, got ", tensor.scalar_type(), " of the shape ", tensor.sizes());
+    const auto contiguous = [&](int64_t dim) { return tensor.size(dim) <= 1 || tensor.stride(dim) == 1; };
+    TORCH_CHECK(contiguous(0) || contiguous(1), "dpo_kernels: ", name,
+                " must be contiguous along its rows or its columns, got strides ", tensor.strides());
+    if (contiguous(1)) return {tensor.const_data_ptr<BFloat16>(), tensor.stride(0), 1};
+    return {tensor.const_data_ptr<BFloat16>(), 1, tensor.stride(1)};
+}
+
+void matmul_bfloat16_(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool accumulate) {
+    const Matrix left = operand("a", a), right = operand("b", b);
+    const TileShape shape = check_matrix("out", out);
+    TORCH_CHECK(out.scalar_type() == at::kFloat, "dpo_kernels: out must be float32, got ", out.scalar_type());
+    TORCH_CHECK(a.size(0) == shape.rows && b.size(1) == shape.cols && a.size(1) == b.size(0), "dpo_kernels: out ",
+                out.sizes(), " cannot hold the product of a ", a.sizes(), " and b ", b.sizes());
+    const Block block = block_of_this_machine();
+    TORCH_CHECK(block != nullptr, "dpo_kernels: this machine has no fast product of bfloat16 matrices");
+    if (a.size(1) == 0 && !accumulate) out.zero_();
+    if (out.numel() == 0 || a.size(1) == 0) return;
+    multiply(shape.rows, shape.cols, a.size(1), left, right, out.mutable_data_ptr<float>(), shape.stride, accumulate,
+             block);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) { m.impl("matmul_bfloat16_", &matmul_bfloat16_); }
+
+TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) { m.def("has_bfloat16_matmul() -> bool", &has_bfloat16_matmul); }
+
+}  // namespace dpo_kernels
