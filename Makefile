@@ -39,8 +39,9 @@ test-gpu: $(VENV)/.test $(VENV)/.extension ## the gpu-marked tests; fails where 
 	    { echo 'make: torch finds no CUDA device; test-gpu proves nothing here' >&2; exit 1; }
 	$(PY) -m pytest -m gpu
 
-kernels-check: $(VENV)/.test ## compile every Triton kernel for GPUs that are not here, and judge the code
+kernels-check: $(VENV)/.test ## compile every kernel, Triton's and CUDA's, for GPUs that are not here, and judge the code
 	$(PY) -m tests.triton_tools.gate
+	$(PY) -m tests.cuda_tools.gate
 
 # In a copy of the tree, so that the fast build stays. gcc's runtime libraries must be there before Python is; Python
 # itself leaks by design.

@@ -20,6 +20,20 @@ def same(got, expected):
     close(got, expected, rtol=1e-12, atol=1e-13)
 
 
+class PlainSigmoid:
+    """As a bound loss is seen by a backend."""
+
+    sigmoid = (0.5, 0.0)
+
+
+def tail_of_an_impossible_rejected(kernels):
+    """(losses, grad) of one pair whose rejected sequence has probability 0: nothing is left to learn."""
+    logp, counts = torch.tensor([-1.0, -torch.inf]), torch.tensor([1, 1])
+    zero = torch.zeros((), dtype=F64)
+    _, losses, grad = kernels.tail(logp, None, counts, zero.expand(2).contiguous(), zero, PlainSigmoid)
+    return losses.tolist(), grad.tolist()
+
+
 def problem(*grads, dtype=F64, **more):
     """Six ragged sequences, one without a scored token; ``grads`` names what requires a gradient."""
     g = torch.Generator().manual_seed(3)

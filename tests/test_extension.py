@@ -14,7 +14,7 @@ from dpo_kernels.kernels.extension import CppRows
 from dpo_kernels.kernels.torch_rows import TorchRows
 from dpo_kernels.types import STATS, Head
 from tests.cases import Case, run
-from tests.small import problem
+from tests.small import problem, tail_of_an_impossible_rejected
 
 ROOT = Path(__file__).resolve().parents[1]
 MISSING = extension.why_not("cpu")
@@ -212,6 +212,11 @@ def test_tail_of_the_sigmoid_loss(poison):
     torch.testing.assert_close(sums, wanted, equal_nan=True)
     torch.testing.assert_close(losses, loss.detach(), equal_nan=True)
     torch.testing.assert_close(grad, slope + poison, equal_nan=True)
+
+
+@built
+def test_tail_of_an_impossible_rejected_sequence():
+    assert tail_of_an_impossible_rejected(kernels(torch.float32)[0]) == ([0.0], [0.0, 0.0])
 
 
 # --- the operators as torch sees them ---------------------------------------------------------------------------------

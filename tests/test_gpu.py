@@ -9,7 +9,7 @@ from tests.test_equivalence import LOSSES
 
 pytestmark = pytest.mark.gpu
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

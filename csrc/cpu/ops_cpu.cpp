@@ -225,7 +225,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_tail(const at::Tensor& lo
             sum[w] = tokens.sum(at[w], at[w + 1]) + extra;
             sum[l] = tokens.sum(at[l], at[l + 1]) + extra;
             const double u = beta * ((sum[w] - ref_data[w]) - (sum[l] - ref_data[l]));
-            loss[p] = (1.0 - label_smoothing) * minus_log_sigmoid(u) + label_smoothing * minus_log_sigmoid(-u);
+            loss[p] = (1.0 - label_smoothing) * minus_log_sigmoid(u);
+            // Left out, not multiplied by 0: a log-prob of -inf may make it infinite.
+            if (label_smoothing != 0) loss[p] += label_smoothing * minus_log_sigmoid(-u);
             // d/du of the two terms: (1 - s)(-sigmoid(-u)) + s sigmoid(u).
             const double by_u = label_smoothing * sigmoid(u) - (1.0 - label_smoothing) * sigmoid(-u);
             slope[w] = beta * by_u + extra;

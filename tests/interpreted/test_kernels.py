@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import dpo_kernels as dk
+from dpo_kernels.kernels.triton.backend import TritonRows
 from tests.cases import LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
+from tests.small import tail_of_an_impossible_rejected
 from tests.test_equivalence import LOSSES, coupled
 from tests.test_numerics import assert_same_bits, extreme, masked
 from tests.triton_tools.interpreter import sanitize
@@ -107,6 +109,10 @@ def test_margins_of_thousands(shift, strategy):
     inputs = extreme()
     inputs["ref_logps"] = inputs["ref_logps"] + torch.tensor([shift, shift, 0.0, 0.0])
     assert not broken_by(inputs, {"label_smoothing": 0.1}, torch.float32, strategy, "triton")
+
+
+def test_tail_of_an_impossible_rejected_sequence():
+    assert tail_of_an_impossible_rejected(TritonRows(torch.float32, 0)) == ([0.0], [0.0, 0.0])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

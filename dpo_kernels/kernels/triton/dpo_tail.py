@@ -61,7 +61,9 @@ def dpo_tail(
     ref_chosen = tl.load(ref_ptr + 2 * pair)
     ref_rejected = tl.load(ref_ptr + 2 * pair + 1)
     u = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    loss = (1.0 - smoothing) * _softplus(-u) + smoothing * _softplus(u)
+    # Left out, not multiplied by 0: a log-prob of -inf may make the second term infinite.
+    flipped = tl.where(smoothing == 0, 0.0, smoothing * _softplus(u))
+    loss = (1.0 - smoothing) * _softplus(-u) + flipped
     # sigma(-u) and sigma(u) from the exponential that cannot overflow.
     t = tl.exp(-tl.abs(u))
     small, large = t / (1.0 + t), 1.0 / (1.0 + t)

@@ -1,0 +1,51 @@
+// Launchers by plain pointers: no torch and no CUDA header, so that any host compiler takes them.
+//
+// Shapes and dtypes are the caller's to check. Every launcher returns a cudaError_t as int, 0 if all is well; `stream`
+// is a cudaStream_t of the device that is current.
+#pragma once
+
+#include <cstdint>
+
+namespace dpo_kernels::cuda {
+
+enum class DType { float32, float64, bfloat16, float16 };
+
+// Running state of rows, read and written; of the tile's dtype, null where a statistic is not wanted.
+struct RowStatePointers {
+    void* max;
+    void* sumexp;
+    void* target;
+    void* entropy;
+    void* logit_sum;
+    int64_t* argmax;
+    void* square_sum;
+};
+
+struct SegmentPointers {
+    DType dtype;  // float32 or float64
+    const void* values;
+    DType weights_dtype;  // float32 or float64
+    const void* weights;  // null: all 1
+    int64_t count;        // of values
+    const int64_t* offsets;
+};
+
+// Folds columns start..start+cols-1 into the state; the tile is float32 or float64.
+int reduce_rows(DType dtype, const void* tile, int64_t rows, int64_t cols, int64_t stride, int64_t start,
+                const int64_t* labels, const RowStatePointers& state, void* stream);
+
+// The gradient of a tile of logits, into `out` of the tile's dtype (perhaps the tile itself) or, for float32 tiles, of
+// 16 bits. `scale` and `residual` may be null; softcap 0 is none.
+int dlogits_rows(DType dtype, const void* tile, int64_t tile_stride, DType out_dtype, void* out, int64_t out_stride,
+                 int64_t rows, int64_t cols, int64_t start, const int64_t* labels, const void* max, const void* sumexp,
+                 const void* scale, void* residual, double softcap, void* stream);
+
+int segment_sum(const SegmentPointers& tokens, int64_t segments, double* sums, void* stream);
+
+// DPO's losses of pairs of segments (chosen, rejected) and their derivative by the segments' sums.
+int sigmoid_tail(const SegmentPointers& tokens, int64_t pairs, const double* ref, const double* poison, double beta,
+                 double label_smoothing, double* sums, double* losses, double* grad, void* stream);
+
+const char* error_string(int error);
+
+}  // namespace dpo_kernels::cuda

@@ -1,0 +1,139 @@
+// The operators on CUDA: checks, the current stream, and a launch.
+//
+// No CUDA header is included here, so that the file compiles against a torch without CUDA as well.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "../checks.h"
+#include "launch.h"
+
+namespace dpo_kernels {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Makes a tensor's device current for as long as it lives, and knows the stream that torch works on there.
+class OnDevice {
+public:
+    explicit OnDevice(const at::Tensor& tensor)
+        : guard_(tensor.device()),
+          stream_(c10::impl::VirtualGuardImpl(tensor.device().type()).getStream(tensor.device()).native_handle()) {}
+
+    void* stream() const { return stream_; }
+
+private:
+    c10::DeviceGuard guard_;
+    void* stream_;
+};
+
+void check_launch(int error, const char* kernel) {
+    TORCH_CHECK(error == 0, "dpo_kernels: launching ", kernel, " failed: ", cuda::error_string(error));
+}
+
+cuda::DType code(const at::Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case at::kFloat:
+            return cuda::DType::float32;
+        case at::kDouble:
+            return cuda::DType::float64;
+        case at::kBFloat16:
+            return cuda::DType::bfloat16;
+        case at::kHalf:
+            return cuda::DType::float16;
+        default:
+            TORCH_CHECK(false, "dpo_kernels: no kernel for ", tensor.scalar_type());
+    }
+}
+
+// What is written is written through a `const Tensor&`, as torch's operators have it.
+void* pointer(const at::Tensor& tensor) { return tensor.mutable_data_ptr(); }
+void* pointer(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->mutable_data_ptr() : nullptr; }
+const void* const_pointer(const OptionalTensor& tensor) {
+    return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+cuda::SegmentPointers segment_pointers(const at::Tensor& values, const OptionalTensor& weights,
+                                       const at::Tensor& offsets) {
+    return {code(values),
+            values.const_data_ptr(),
+            code(weights.has_value() ? *weights : values),
+            const_pointer(weights),
+            values.numel(),
+            offsets.const_data_ptr<int64_t>()};
+}
+
+void reduce_rows_(const at::Tensor& tile, const at::Tensor& labels, int64_t start, bool keep_logits,
+                  const at::Tensor& max, const at::Tensor& sumexp, const at::Tensor& target,
+                  const OptionalTensor& entropy, const OptionalTensor& logit_sum, const OptionalTensor& argmax,
+                  const OptionalTensor& square_sum) {
+    TORCH_CHECK(keep_logits, "dpo_kernels: keep_logits must be True on CUDA, whose kernels leave the tile as it is");
+    const TileShape shape =
+        check_reduce_rows(tile, labels, start, max, sumexp, target, entropy, logit_sum, argmax, square_sum);
+    const cuda::RowStatePointers state{
+        pointer(max),       pointer(sumexp),
+        pointer(target),    pointer(entropy),
+        pointer(logit_sum), argmax.has_value() ? argmax->mutable_data_ptr<int64_t>() : nullptr,
+        pointer(square_sum)};
+    const OnDevice device(tile);
+    check_launch(cuda::reduce_rows(code(tile), tile.const_data_ptr(), shape.rows, shape.cols, shape.stride, start,
+                                   labels.const_data_ptr<int64_t>(), state, device.stream()),
+                 "reduce_rows");
+}
+
+void dlogits_rows_(const at::Tensor& tile, const OptionalTensor& out, const at::Tensor& labels, int64_t start,
+                   const at::Tensor& max, const at::Tensor& sumexp, const OptionalTensor& scale,
+                   const OptionalTensor& residual, std::optional<double> softcap, bool exponentiated) {
+    TORCH_CHECK(!exponentiated, "dpo_kernels: exponentiated must be False on CUDA, whose tiles hold logits");
+    const TileShape shape =
+        check_dlogits_rows(tile, out, labels, start, max, sumexp, scale, residual, softcap, exponentiated);
+    const at::Tensor& to = out.has_value() ? *out : tile;
+    const OnDevice device(tile);
+    check_launch(cuda::dlogits_rows(code(tile), tile.const_data_ptr(), shape.stride, code(to), pointer(to),
+                                    to.stride(0), shape.rows, shape.cols, start, labels.const_data_ptr<int64_t>(),
+                                    max.const_data_ptr(), sumexp.const_data_ptr(), const_pointer(scale),
+                                    pointer(residual), softcap.value_or(0.0), device.stream()),
+                 "dlogits_rows");
+}
+
+at::Tensor segment_sum(const at::Tensor& values, const OptionalTensor& weights, const at::Tensor& offsets) {
+    const SegmentShape shape = check_segments("values", values, weights, offsets);
+    const OnDevice device(values);
+    const at::Tensor sums = at::empty({shape.segments}, values.options().dtype(at::kDouble));
+    check_launch(cuda::segment_sum(segment_pointers(values, weights, offsets), shape.segments,
+                                   sums.mutable_data_ptr<double>(), device.stream()),
+                 "segment_sum");
+    return sums;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_tail(const at::Tensor& logp, const OptionalTensor& weights,
+                                                            const at::Tensor& offsets, const at::Tensor& ref,
+                                                            const at::Tensor& poison, double beta,
+                                                            double label_smoothing) {
+    const SegmentShape shape = check_sigmoid_tail(logp, weights, offsets, ref, poison, beta, label_smoothing);
+    const OnDevice device(logp);
+    const at::Tensor sums = at::empty_like(ref), grad = at::empty_like(ref);
+    const at::Tensor losses = at::empty({shape.segments / 2}, ref.options());
+    check_launch(cuda::sigmoid_tail(segment_pointers(logp, weights, offsets), shape.segments / 2,
+                                    ref.const_data_ptr<double>(), poison.const_data_ptr<double>(), beta,
+                                    label_smoothing, sums.mutable_data_ptr<double>(),
+                                    losses.mutable_data_ptr<double>(), grad.mutable_data_ptr<double>(),
+                                    device.stream()),
+                 "sigmoid_tail");
+    return {sums, losses, grad};
+}
+
+}  // namespace
+}  // namespace dpo_kernels
+
+TORCH_LIBRARY_IMPL(dpo_kernels, CUDA, m) {
+    m.impl("reduce_rows_", &dpo_kernels::reduce_rows_);
+    m.impl("dlogits_rows_", &dpo_kernels::dlogits_rows_);
+    m.impl("segment_sum", &dpo_kernels::segment_sum);
+    m.impl("sigmoid_tail", &dpo_kernels::sigmoid_tail);
+}

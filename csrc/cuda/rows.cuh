@@ -1,0 +1,278 @@
+// Row kernels over a tile of logits: online log-sum-exp with target gather and statistics, and the gradient.
+//
+// A tile holds columns start..start+cols-1 of the vocabulary. Strides are in elements, and offsets that multiply a row
+// are 64-bit. Nothing is added atomically and every reduction has a fixed order: equal inputs give equal bits.
+#pragma once
+
+#include "device.cuh"
+
+namespace dpo_kernels::cuda {
+
+// A block's threads, and the logits that each loads at once: 64 bytes, so that two blocks on a multiprocessor hide the
+// memory's latency. float64, whose exponentials need the registers, has half the threads and one vector each.
+template <class T>
+constexpr int row_threads() {
+    return sizeof(T) == 8 ? kRowThreads / 2 : kRowThreads;
+}
+template <class T>
+constexpr int batch_size() {
+    return sizeof(T) == 8 ? 2 : 16;
+}
+template <class T>
+constexpr int vector_size() {
+    return kVectorBytes / static_cast<int>(sizeof(T));
+}
+
+// The label's column in this tile; -1 where it lies in another one. Written so that no label overflows.
+__device__ inline int64_t column_of(int64_t label, int64_t start, int64_t cols) {
+    return label >= start && label - start < cols ? label - start : -1;
+}
+
+// --- log-sum-exp and statistics -----------------------------------------------------------------------------
+
+constexpr int64_t kNowhere = INT64_MAX;
+
+// What an online softmax keeps of the logits that it has seen; the sums are relative to `max`.
+template <class T>
+struct Running {
+    T max;
+    T sumexp;                  // of exp(z - max)
+    T entropy = 0;             // -sum of exp(z - max) * (z - max)
+    T logit_sum = 0;           // of z
+    T square_sum = 0;          // of exp(z - max)^2
+    int64_t first = kNowhere;  // column of the first logit that raised `max` to what it is
+};
+
+// What is subtracted before exponentiating. Rows of -inf so far (unreachable tokens) are shifted by 0, or -inf - -inf
+// would be NaN.
+template <class T>
+__device__ inline T shift_of(T max) {
+    return max == -static_cast<T>(INFINITY) ? T(0) : max;
+}
+
+// Makes the sums relative to `highest`, which is no less than the maximum so far.
+template <bool STATS, class T>
+__device__ inline void rebase(Running<T>& running, T highest) {
+    const T kept = running.max == highest ? T(1) : exponential(running.max - shift_of(highest));
+    if (STATS) {
+        // Moving the shift by d adds d * exp to every -exp * log exp.
+        const T drop = running.sumexp == 0 ? T(0) : (highest - running.max) * running.sumexp;
+        running.entropy = (running.entropy + drop) * kept;
+        running.square_sum *= kept * kept;
+    }
+    running.sumexp *= kept;
+    running.max = highest;
+}
+
+// Folds in COUNT logits: groups of GROUP consecutive ones, STRIDE columns from one group to the next.
+template <bool STATS, int GROUP, int64_t STRIDE, int COUNT, class T>
+__device__ inline void fold(Running<T>& running, const T (&z)[COUNT], int64_t column) {
+    T highest = z[0];
+#pragma unroll
+    for (int at = 1; at < COUNT; ++at) highest = larger(highest, z[at]);
+    if (!(highest <= running.max)) {  // seldom after the first few; so written that NaN comes in
+        if (STATS && highest > running.max) {
+#pragma unroll
+            for (int at = COUNT - 1; at >= 0; --at) {
+                if (z[at] == highest) running.first = column + at / GROUP * STRIDE + at % GROUP;
+            }
+        }
+        rebase<STATS>(running, larger(running.max, highest));
+    }
+    const T shift = shift_of(running.max);
+    T sumexp = 0, entropy = 0, logit_sum = 0, square_sum = 0;
+#pragma unroll
+    for (int at = 0; at < COUNT; ++at) {
+        const T moved = z[at] - shift;
+        const T e = exponential(moved);
+        sumexp += e;
+        if (STATS) {
+            entropy -= e == 0 ? T(0) : e * moved;  // 0 * -inf is 0 here
+            logit_sum += z[at];
+            square_sum += e * e;
+        }
+    }
+    running.sumexp += sumexp;
+    running.entropy += entropy;
+    running.logit_sum += logit_sum;
+    running.square_sum += square_sum;
+}
+
+// This thread's share of a row, in ascending order of columns.
+template <bool STATS, class T>
+__device__ inline void fold_share(Running<T>& running, const T* row, int64_t cols) {
+    constexpr int size = vector_size<T>();
+    constexpr int unrolled = batch_size<T>() / size;
+    constexpr int64_t threads = row_threads<T>();
+    const int64_t head = elements_to_alignment(row) < cols ? elements_to_alignment(row) : cols;
+    const int64_t vectors = (cols - head) / size;
+    for (int64_t column = threadIdx.x; column < head; column += threads) {
+        fold<STATS, 1, 1>(running, load<1>(row + column).values, column);
+    }
+    int64_t at = threadIdx.x;
+    for (; at + (unrolled - 1) * threads < vectors; at += unrolled * threads) {
+        T z[unrolled * size];
+#pragma unroll
+        for (int step = 0; step < unrolled; ++step) {
+            const auto vector = load<size>(row + head + (at + step * threads) * size);
+#pragma unroll
+            for (int lane = 0; lane < size; ++lane) z[step * size + lane] = vector.values[lane];
+        }
+        fold<STATS, size, threads * size>(running, z, head + at * size);
+    }
+    for (; at < vectors; at += threads) {
+        const int64_t column = head + at * size;
+        fold<STATS, size, size>(running, load<size>(row + column).values, column);
+    }
+    for (int64_t column = head + vectors * size + threadIdx.x; column < cols; column += threads) {
+        fold<STATS, 1, 1>(running, load<1>(row + column).values, column);
+    }
+}
+
+// Folds the tile into the running state of each row: a block a row. With STATS all statistics are computed, and those
+// whose pointer is not null are read and written.
+template <class T, bool STATS>
+__global__ void __launch_bounds__(row_threads<T>())
+    reduce_rows(const T* __restrict__ tile,          // (rows, cols), final logits
+                const int64_t* __restrict__ labels,  // (rows,)
+                T* __restrict__ max,                 // (rows,), as all that follow; read and written
+                T* __restrict__ sumexp, T* __restrict__ target, T* __restrict__ entropy, T* __restrict__ logit_sum,
+                int64_t* __restrict__ argmax, T* __restrict__ square_sum, int64_t rows, int64_t cols, int64_t stride,
+                int64_t start) {
+    constexpr int threads = row_threads<T>();
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        const T* z = tile + row * stride;
+        const T before = max[row];
+        // Starting from the row's maximum, a thread notes a column only where that is exceeded.
+        Running<T> part{before, T(0)};
+        fold_share<STATS>(part, z, cols);
+        const T highest = block_reduce<threads>(part.max, Larger());
+        const int64_t own = part.max == highest ? part.first : kNowhere;
+        rebase<STATS>(part, highest);
+        part.sumexp = block_reduce<threads>(part.sumexp, Sum());
+        if (STATS) {
+            part.entropy = block_reduce<threads>(part.entropy, Sum());
+            part.logit_sum = block_reduce<threads>(part.logit_sum, Sum());
+            part.square_sum = block_reduce<threads>(part.square_sum, Sum());
+            part.first = block_reduce<threads>(own, Smaller());
+        }
+        if (threadIdx.x != 0) continue;
+        Running<T> total{before, sumexp[row]};
+        if (STATS && entropy != nullptr) total.entropy = entropy[row];
+        if (STATS && square_sum != nullptr) total.square_sum = square_sum[row];
+        rebase<STATS>(total, highest);
+        max[row] = highest;
+        sumexp[row] = total.sumexp + part.sumexp;
+        const int64_t column = column_of(labels[row], start, cols);
+        if (column >= 0) target[row] = z[column];
+        if (STATS && entropy != nullptr) entropy[row] = total.entropy + part.entropy;
+        if (STATS && logit_sum != nullptr) logit_sum[row] += part.logit_sum;
+        if (STATS && square_sum != nullptr) square_sum[row] = total.square_sum + part.square_sum;
+        if (STATS && argmax != nullptr && part.first != kNowhere) argmax[row] = start + part.first;
+    }
+}
+
+// --- gradient -----------------------------------------------------------------------------------------------
+
+// One row's numbers, the same for all of its columns.
+template <class T>
+struct GradientRow {
+    T max;
+    T sumexp;
+    T scale;
+    T softcap;       // 0: none
+    int64_t target;  // the label's column; -1: in another tile
+    T* residual;     // where to write what rounding to 16 bits took from the label's own value; null: nowhere
+};
+
+// sumexp * (softmax - onehot), times the softcap's derivative and the row's scale.
+template <class T>
+__device__ inline T dlogit(const GradientRow<T>& row, T z, int64_t column) {
+    T d = exponential(z - row.max);
+    if (column == row.target) d -= row.sumexp;
+    if (row.softcap != 0) {
+        const T capped = z / row.softcap;  // a reciprocal would miss the exact 0 of a saturated logit
+        d *= T(1) - capped * capped;
+    }
+    return d * row.scale;
+}
+
+// Writes COUNT neighbours, rounded once, and what the label's own value lost by that. `to` may be where `z` was from.
+template <int COUNT, class T, class Out>
+__device__ inline void write(const GradientRow<T>& row, const Vector<T, COUNT>& z, int64_t column, Out* to) {
+    Vector<Out, COUNT> rounded;
+#pragma unroll
+    for (int lane = 0; lane < COUNT; ++lane) {
+        rounded.values[lane] = rounded_to<Out>(dlogit(row, z.values[lane], column + lane));
+    }
+    store(to, rounded);
+    if (sizeof(Out) == sizeof(T) || row.residual == nullptr) return;
+    if (row.target < column || row.target >= column + COUNT) return;
+    // Once a row: computed again, which costs less than keeping every exact value in a register.
+    T own = z.values[0];
+    Out own_rounded = rounded.values[0];
+#pragma unroll
+    for (int lane = 1; lane < COUNT; ++lane) {
+        if (column + lane != row.target) continue;
+        own = z.values[lane];
+        own_rounded = rounded.values[lane];
+    }
+    *row.residual = dlogit(row, own, row.target) - widened(own_rounded);
+}
+
+// The gradient of every logit: threads along the first dimension of the grid share the columns of a row. `out` is the
+// tile itself or shares no memory with it.
+template <class T, class Out>
+__global__ void __launch_bounds__(row_threads<T>())
+    dlogits_rows(const T* tile,                       // (rows, cols), final logits
+                 Out* out,                            // (rows, cols)
+                 const int64_t* __restrict__ labels,  // (rows,)
+                 const T* __restrict__ max,           // (rows,)
+                 const T* __restrict__ sumexp,        // (rows,)
+                 const T* __restrict__ scale,         // (rows,) or null
+                 T* __restrict__ residual,            // (rows,) of 0, written by who rounds the label's own; or null
+                 int64_t rows, int64_t cols, int64_t tile_stride, int64_t out_stride, int64_t start, T softcap) {
+    constexpr int size = vector_size<Out>();
+    constexpr int unrolled = batch_size<T>() / size;
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * row_threads<T>() + threadIdx.x;
+    const int64_t threads = static_cast<int64_t>(gridDim.x) * row_threads<T>();
+    for (int64_t index = blockIdx.y; index < rows; index += gridDim.y) {
+        const T* from = tile + index * tile_stride;
+        Out* to = out + index * out_stride;
+        const GradientRow<T> row{max[index],
+                                 sumexp[index],
+                                 scale == nullptr ? T(1) : scale[index],
+                                 softcap,
+                                 column_of(labels[index], start, cols),
+                                 residual == nullptr ? nullptr : residual + index};
+        // Vectors begin where both sides are aligned; where no column is so for both, all is scalar, still coalesced.
+        int64_t head = elements_to_alignment(to);
+        if (head > cols || !is_aligned(from + head)) head = cols;
+        const int64_t vectors = (cols - head) / size;
+        for (int64_t column = thread; column < head; column += threads) {
+            write(row, load<1>(from + column), column, to + column);
+        }
+        int64_t at = thread;
+        for (; at + (unrolled - 1) * threads < vectors; at += unrolled * threads) {
+            Vector<T, size> z[unrolled];  // all of them asked for before a store may be in the way
+#pragma unroll
+            for (int step = 0; step < unrolled; ++step) {
+                z[step] = load<size>(from + head + (at + step * threads) * size);
+            }
+#pragma unroll
+            for (int step = 0; step < unrolled; ++step) {
+                const int64_t column = head + (at + step * threads) * size;
+                write(row, z[step], column, to + column);
+            }
+        }
+        for (; at < vectors; at += threads) {
+            const int64_t column = head + at * size;
+            write(row, load<size>(from + column), column, to + column);
+        }
+        for (int64_t column = head + vectors * size + thread; column < cols; column += threads) {
+            write(row, load<1>(from + column), column, to + column);
+        }
+    }
+}
+
+}  // namespace dpo_kernels::cuda

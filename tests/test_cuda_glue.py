@@ -1,0 +1,213 @@
+"""The CUDA operators' glue: it needs no CUDA header, finds its launchers, and hands everything over in its place."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from dpo_kernels.types import RowState
+from tests.cuda_tools import equivalence
+from tests.cuda_tools.emulation import (
+    COMPILE,
+    HAS_COMPILER,
+    KERNELS,
+    NO_COMPILER,
+    TOOLS,
+    compile_fibers,
+    compile_object,
+    includes,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)]
+
+TORCH = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+GLUE = KERNELS / "ops_cuda.cpp"
+NVCC = shutil.which("nvcc")
+
+
+def test_it_compiles_without_cudas_headers_and_finds_every_launcher(tmp_path: Path) -> None:
+    glue, launchers = tmp_path / "ops_cuda.o", tmp_path / "launch.o"
+    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-O0", "-fPIC", *TORCH, "-c", GLUE, "-o", glue]
+    subprocess.run(command, check=True, timeout=300)
+    if NVCC is None:
+        return
+    flags = ["-O0", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", "-arch=sm_90"]
+    subprocess.run([NVCC, *flags, "-c", KERNELS / "launch.cu", "-o", launchers], check=True, timeout=300)
+
+    def ours(kind: str, file: Path) -> set[str]:
+        said = subprocess.run(["nm", kind, file], check=True, capture_output=True, text=True, timeout=60)
+        return {line.split()[-1] for line in said.stdout.splitlines() if "dpo_kernels4cuda" in line}
+
+    wanted = ours("--undefined-only", glue)
+    assert len(wanted) == 5, wanted
+    assert wanted <= ours("--defined-only", launchers)
+
+
+# --- the glue on emulated kernels ---------------------------------------------------------------------------
+
+
+class Operators:
+    """What ``emulation.Emulated`` offers, by way of the operators."""
+
+    def __init__(self, library: Path) -> None:
+        torch.ops.load_library(library)
+        self._library, self.ops = ctypes.CDLL(str(library)), torch.ops.dpo_emulated
+
+    def order(self, order: int) -> None:
+        self._library.emulated_order(ctypes.c_uint(order))
+
+    def reduce_rows(self, tile: Tensor, labels: Tensor, start: int, state: RowState) -> None:
+        parts = (state.max, state.sumexp, state.target, state.entropy, state.logit_sum, state.argmax, state.square_sum)
+        self.ops.reduce_rows_(tile, labels, start, True, *parts)
+
+    def dlogits_rows(
+        self, tile: Tensor, out: Tensor | None, labels: Tensor, start: int, *rest: Tensor | float | None
+    ) -> None:
+        self.ops.dlogits_rows_(tile, out, labels, start, *rest, False)
+
+    def segment_sum(self, values: Tensor, weights: Tensor | None, offsets: Tensor) -> Tensor:
+        return self.ops.segment_sum(values, weights, offsets)
+
+    def sigmoid_tail(self, *arguments: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.ops.sigmoid_tail(*arguments)
+
+
+def replaced(pattern: str, new: str, text: str) -> str:
+    text, count = re.subn(pattern, lambda _: new, text, flags=re.DOTALL)
+    assert count == 1, pattern
+    return text
+
+
+@pytest.fixture(scope="module")
+def operators(tmp_path_factory: pytest.TempPathFactory) -> Operators:
+    """The glue with its schemas, registered for the CPU under another name, and its streams left out."""
+    folder = tmp_path_factory.mktemp("glue")
+    schemas = (KERNELS.parent / "ops.cpp").read_text(encoding="utf-8")
+    found = re.search(r"TORCH_LIBRARY_FRAGMENT\(dpo_kernels, m\) \{.*?\n\}\n", schemas, re.DOTALL)
+    assert found is not None
+    source = GLUE.read_text(encoding="utf-8")
+    source = replaced(r"TORCH_LIBRARY_IMPL\(dpo_kernels, CUDA, m\)", "TORCH_LIBRARY_IMPL(dpo_emulated, CPU, m)", source)
+    source = replaced(r"c10::impl::VirtualGuardImpl\([^;{}]*?native_handle\(\)", "nullptr", source)
+    head = "#include <torch/version.h>\n#define DPO_WITH_CUDA 0\n"
+    text = head + source + found[0].replace("dpo_kernels", "dpo_emulated")
+    glue = folder / "glue.cpp"
+    glue.write_text(text.replace('"../checks.h"', f'"{KERNELS.parent / "checks.h"}"'), encoding="utf-8")
+    objects = [
+        compile_object(glue, folder / "glue.o", "-O0", f"-I{KERNELS}", *TORCH),
+        compile_object(TOOLS / "emulated.cpp", folder / "emulated.o", "-O0", *includes(KERNELS)),
+        compile_fibers(folder),
+    ]
+    library = folder / "glue.so"
+    torchs = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run([COMPILE[0], "-shared", *objects, *torchs, "-o", library], check=True, timeout=300)
+    return Operators(library)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_argument_arrives_in_its_place(operators: Operators, dtype: torch.dtype) -> None:
+    layout = equivalence.Layout(3, 1)
+    for stats in ((), ("entropy",), ("mean_logits",), ("top1",), ("log_sum_p2",)):
+        equivalence.check_reduce(operators, dtype, [1000, 31], layout, stats)
+    narrow = (None, torch.bfloat16, torch.float16) if dtype == torch.float32 else (None,)
+    for out in narrow:
+        equivalence.check_dlogits(operators, dtype, out, 1000, (layout, layout), softcap=30.0)
+        equivalence.check_dlogits(operators, dtype, out, 1000, scaled=False)
+    for weights in (None, torch.float32, torch.float64):
+        for smoothing in (0.0, 0.1):
+            equivalence.check_tail(operators, [3, 0, 70, 64], dtype, weights, smoothing)
+    equivalence.check_tail(operators, [], dtype)
+
+
+def test_edges(operators: Operators) -> None:
+    equivalence.check_tail_edges(operators)
+    equivalence.check_foreign_labels(operators)
+    equivalence.check_orders(operators, torch.float32)
+
+
+def test_nothing_to_do(operators: Operators) -> None:
+    for shape in ((0, 5), (3, 0), (0, 0)):
+        tile, labels = torch.zeros(shape), torch.zeros(shape[0], dtype=torch.int64)
+        parts = [torch.full(shape[:1], 7.0) for _ in range(3)]
+        operators.ops.reduce_rows_(tile, labels, 0, True, *parts, None, None, None, None)
+        operators.ops.dlogits_rows_(tile, None, labels, 0, *parts[:2], None, None, None, False)
+        assert all(part.eq(7.0).all() for part in parts)
+
+
+def good_rows() -> dict[str, object]:
+    names = ("max", "sumexp", "target", "entropy", "logit_sum", "square_sum")
+    state = {name: torch.zeros(3) for name in names}
+    return {"tile": torch.zeros(3, 8), "labels": torch.zeros(3, dtype=torch.int64), "start": 0, "keep_logits": True,
+            **state, "argmax": torch.zeros(3, dtype=torch.int64)}  # fmt: skip
+
+
+def good_dlogits() -> dict[str, object]:
+    rows = {name: torch.zeros(3) for name in ("max", "sumexp", "scale", "residual")}
+    return {"tile": torch.zeros(3, 8), "out": torch.zeros(3, 8, dtype=torch.bfloat16), "start": 0, "softcap": 30.0,
+            "labels": torch.zeros(3, dtype=torch.int64), **rows, "exponentiated": False}  # fmt: skip
+
+
+def good_tail() -> dict[str, object]:
+    zeros = torch.zeros(3, dtype=torch.int64)
+    return {"logp": torch.zeros(4), "weights": torch.zeros(4), "offsets": zeros, "beta": 0.1, "label_smoothing": 0.0,
+            "ref": torch.zeros(2, dtype=torch.float64), "poison": torch.zeros((), dtype=torch.float64)}  # fmt: skip
+
+
+REFUSED = [
+    ("reduce_rows_", good_rows, {"keep_logits": False}, "keep_logits must be True on CUDA"),
+    ("reduce_rows_", good_rows, {"tile": torch.zeros(3)}, r"tile must have two dimensions, got the shape \[3\]"),
+    ("reduce_rows_", good_rows, {"tile": torch.zeros(3, 8).half()}, "tile must be float32 or float64, got Half"),
+    ("reduce_rows_", good_rows, {"tile": torch.zeros(8, 3).t()}, "tile must have a unit stride between columns"),
+    ("reduce_rows_", good_rows, {"tile": torch.zeros(1, 8).expand(3, 8)}, "rows of tile must not overlap"),
+    ("reduce_rows_", good_rows, {"start": -1}, "start must be >= 0, got -1"),
+    ("reduce_rows_", good_rows, {"labels": torch.zeros(3, dtype=torch.int32)}, "labels must be Long, got Int"),
+    ("reduce_rows_", good_rows, {"max": torch.zeros(4)}, r"max must have the shape \[3\], got \[4\]"),
+    ("reduce_rows_", good_rows, {"sumexp": torch.zeros(3).double()}, "sumexp must be Float, got Double"),
+    ("reduce_rows_", good_rows, {"target": torch.zeros(6)[::2]}, "target must be contiguous"),
+    ("reduce_rows_", good_rows, {"entropy": torch.zeros(3, 1)}, "entropy must have the shape"),
+    ("reduce_rows_", good_rows, {"argmax": torch.zeros(3)}, "argmax must be Long, got Float"),
+    ("dlogits_rows_", good_dlogits, {"exponentiated": True}, "exponentiated must be False on CUDA"),
+    ("dlogits_rows_", good_dlogits, {"softcap": 0.0}, "softcap must be positive, got 0"),
+    (
+        "dlogits_rows_",
+        good_dlogits,
+        {"out": torch.zeros(3, 9)},
+        r"out must have the tile's shape \[3, 8\], got \[3, 9\]",
+    ),
+    ("dlogits_rows_", good_dlogits, {"out": torch.zeros(3, 8).double()}, "out must have the tile's dtype Float"),
+    ("dlogits_rows_", good_dlogits, {"scale": torch.zeros(2)}, "scale must have the shape"),
+    ("dlogits_rows_", good_dlogits, {"residual": torch.zeros(3).bfloat16()}, "residual must be Float, got BFloat16"),
+    ("sigmoid_tail", good_tail, {"logp": torch.zeros(2, 2)}, "logp must have one dimension"),
+    ("sigmoid_tail", good_tail, {"weights": torch.zeros(3)}, r"weights must have the shape \[4\], got \[3\]"),
+    ("sigmoid_tail", good_tail, {"weights": torch.zeros(4).half()}, "weights must be float32 or float64, got Half"),
+    ("sigmoid_tail", good_tail, {"offsets": torch.zeros(4).long()}, "offsets must hold pairs of sequences, got 3"),
+    ("sigmoid_tail", good_tail, {"offsets": torch.zeros(3)}, "offsets must be Long, got Float"),
+    ("sigmoid_tail", good_tail, {"ref": torch.zeros(2)}, "ref must be Double, got Float"),
+    ("sigmoid_tail", good_tail, {"poison": torch.zeros(1).double()}, "poison must be a float64 tensor without dim"),
+    ("sigmoid_tail", good_tail, {"beta": float("inf")}, "beta must be finite, got inf"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "change", "words"), REFUSED, ids=lambda value: getattr(value, "__name__", None)
+)
+def test_what_cannot_be_launched_is_refused(operators: Operators, name, good, change, words) -> None:
+    operator = getattr(operators.ops, name)
+    operator(**good())
+    with pytest.raises(RuntimeError, match=f"dpo_kernels: {words}"):
+        operator(**(good() | change))
+
+
+def test_a_gradient_that_overlaps_its_tile_is_refused(operators: Operators) -> None:
+    good = good_dlogits()
+    memory = torch.zeros(3, 8)
+    inside = memory.view(torch.bfloat16).view(-1)[:24].view(3, 8)
+    with pytest.raises(RuntimeError, match="dpo_kernels: out must be the tile or share no memory with it"):
+        operators.ops.dlogits_rows_(**(good | {"tile": memory, "out": inside}))
+    operators.ops.dlogits_rows_(**(good | {"tile": memory, "out": memory}))
