@@ -24,7 +24,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test test-gpu kernels-check sanitize demo lint format clean
+.PHONY: help venv test test-gpu kernels-check sanitize bench bench-quick report demo lint format clean
 
 help: ## show this list
 	@echo 'usage: make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]'
@@ -38,6 +38,15 @@ test-gpu: $(VENV)/.test $(VENV)/.extension ## the gpu-marked tests; fails where 
 	@$(PY) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
 	    { echo 'make: torch finds no CUDA device; test-gpu proves nothing here' >&2; exit 1; }
 	$(PY) -m pytest -m gpu
+
+bench: $(VENV)/.bench $(VENV)/.extension ## measure this machine against every peer; ARGS='--only cpu --resume', ARGS=--list
+	$(PY) -m benchmarks.run $(ARGS)
+
+bench-quick: $(VENV)/.bench $(VENV)/.extension ## regressions of speed against the stored ratios
+	$(PY) -m pytest benchmarks/test_regressions.py $(ARGS)
+
+report: $(VENV)/.bench ## pages of docs/benchmarks and the README's table, from results
+	$(PY) -m benchmarks.report $(ARGS)
 
 kernels-check: $(VENV)/.test ## compile every kernel, Triton's and CUDA's, for GPUs that are not here, and judge the code
 	$(PY) -m tests.triton_tools.gate
@@ -108,6 +117,10 @@ $(VENV)/.test: $(VENV)/.base pyproject.toml
 # What cannot be built is said, and the package works without it; DPO_KERNELS_BUILD=cpu or =cuda makes it an error.
 $(VENV)/.extension: $(VENV)/.base setup.py $(CSRC)
 	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.base pyproject.toml
+	$(EDITABLE) '.[bench]'
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base pyproject.toml

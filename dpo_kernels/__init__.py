@@ -8,11 +8,13 @@ from dpo_kernels.api import (
     fused_sequence_logps,
     fused_token_logps,
 )
+from dpo_kernels.losses import LOSSES
 from dpo_kernels.types import DPOLossOutput, LossInputs
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LOSSES",
     "DPOLossOutput",
     "FusedDPOLoss",
     "LossInputs",

@@ -5,16 +5,17 @@ Every function takes hidden states as ``(2B, T, H)`` with labels ``(2B, T)``, or
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dpo_kernels import autograd, calls, checks, dispatch, inputs, losses
 from dpo_kernels.types import DPOLossOutput, LossInputs
 
-Loss = str | Callable[[LossInputs], Tensor]
+Loss = str | Sequence[str] | Callable[[LossInputs], Tensor]
 
 
 def fused_dpo_loss(
@@ -40,6 +41,7 @@ def fused_dpo_loss(
     softcap: float | None = None,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    token_denominator: float | Tensor | None = None,
     stats: tuple[str, ...] = (),
     backend: str = "auto",
     strategy: str = "auto",
@@ -63,10 +65,11 @@ def fused_dpo_loss(
         ref_bias: ``(V,)`` bias of the reference's head.
         ref_logps: ``(2B,)`` cached reference log-probs, in the order of the input sequences.
         reference_free: no reference: its log-probs count as 0.
-        loss_type: "sigmoid", "ipo", "hinge", or a callable ``fn(LossInputs) -> (P,)``. A callable is taken to be
-            coupled over the batch unless ``fn.separable`` is true.
-        beta: inverse temperature, finite, at least 0 (ipo: above 0).
-        label_smoothing: in [0, 0.5]; with "sigmoid" it is cDPO.
+        loss_type: a name of the family (``dpo_kernels.LOSSES``), a list of names, summed with ``loss_weights``, or a
+            callable ``fn(LossInputs) -> (P,)``, which is taken to be coupled over the batch unless ``fn.separable`` is
+            true.
+        beta: inverse temperature, finite, at least 0 (ipo, sppo_hard, cal_dpo: above 0).
+        label_smoothing: in [0, 0.5], for losses that have it; with "sigmoid" it is cDPO.
         cu_seqlens: ``(2B + 1,)`` cumulative lengths of packed sequences, int32 or int64.
         pairs: "stacked" (all chosen, then all rejected) or "interleaved" (chosen, rejected, chosen, ...).
         token_weights: like ``labels``, floating point: weight of each label in its sequence's sum, of the policy and
@@ -77,6 +80,7 @@ def fused_dpo_loss(
         softcap: soft cap of the logits after scaling, None for none.
         reduction: "mean" over pairs, "sum", or "none" for the loss by pair.
         denominator: replaces the number of pairs under "mean" (gradient accumulation, data parallel).
+        token_denominator: replaces the number of chosen tokens in token-level terms (``sft``, ``nll_weight``).
         stats: any of "entropy", "mean_logits", "top1" and "log_sum_p2" (the log of the sum of squared probabilities
             over the vocabulary): means over the scored tokens of a sequence, detached.
         backend: "auto", "triton", "cuda", "cpp" or "torch".
@@ -84,7 +88,9 @@ def fused_dpo_loss(
         scratch_bytes: cap on vocabulary-sized scratch; None: 2 GiB on a GPU of 80 GB or more, a fortieth of the memory
             of a smaller one, 256 MiB elsewhere.
         max_scored_tokens: static capacity: packs without a host sync; more scored tokens make the loss NaN.
-        **loss_options: options of the loss by name.
+        **loss_options: options of the loss by name, and those that every loss has: ``pair_weights`` ``(P,)`` multiplies
+            its loss, ``nll_weight`` adds as much of the mean negative log-prob of chosen tokens; losses of log-ratios
+            also take ``f_divergence`` ("reverse_kl", "forward_kl", "js", "alpha") and ``f_alpha``.
 
     Returns:
         ``DPOLossOutput``; all but ``loss`` detached.
@@ -115,6 +121,7 @@ def fused_dpo_loss(
         "softcap": softcap,
         "reduction": reduction,
         "denominator": denominator,
+        "token_denominator": token_denominator,
         "stats": stats,
         "backend": backend,
         "strategy": strategy,
@@ -205,8 +212,10 @@ class FusedDPOLoss(nn.Module):
         cu_seqlens: Tensor | None = None,
         token_weights: Tensor | None = None,
         denominator: float | Tensor | None = None,
+        token_denominator: float | Tensor | None = None,
+        **loss_options: Tensor,
     ) -> DPOLossOutput:
-        """See ``fused_dpo_loss``."""
+        """See ``fused_dpo_loss``; ``loss_options`` are tensors by pair (``margin``, ``pair_weights``, ...)."""
         return fused_dpo_loss(
             hidden,
             weight,
@@ -219,7 +228,8 @@ class FusedDPOLoss(nn.Module):
             cu_seqlens=cu_seqlens,
             token_weights=token_weights,
             denominator=denominator,
-            **self.options,
+            token_denominator=token_denominator,
+            **self.options | loss_options,
         )
 
     def extra_repr(self) -> str:
@@ -292,6 +302,7 @@ def dpo_loss(
     reference_free: bool = False,
     chosen_tokens: Tensor | None = None,
     rejected_tokens: Tensor | None = None,
+    token_denominator: float | Tensor | None = None,
     **loss_options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss on log-probs alone: ``(losses, chosen_rewards, rejected_rewards)``, each ``(P,)``, no reduction.
@@ -308,9 +319,13 @@ def dpo_loss(
         (ref_chosen_logps, ref_rejected_logps),
         (chosen_tokens, rejected_tokens),
         reference_free,
-        bound.spec.needs_reference,
-        bound.spec.name,
+        bound.needs_reference,
+        bound.name,
     )
+    inputs.check_divisor("token_denominator", token_denominator, policy[0])
+    bound = losses.fit_to_batch(bound, policy[0].shape[0], policy[0].device)
+    tokens_of_batch = tokens[0].sum().clamp(min=1) if token_denominator is None else token_denominator
+    bound = bound.with_token_factor(policy[0].shape[0] / torch.as_tensor(tokens_of_batch), policy[0].shape[0])
     losses_P = bound.evaluate(LossInputs._make((*policy, *reference, *tokens, bound.beta)))
     chosen, rejected = (bound.beta * (p - r).detach() for p, r in zip(policy, reference, strict=True))
     return losses_P, chosen, rejected

@@ -68,9 +68,9 @@ def pair_loss(
     """Differentiable sum of the losses over the denominator (); detached losses (P,), log-probs (S,), stats (k, S)."""
     tensors, options = _tensors(batch, rows), (*_options(batch, plan, stats), *need)
     if traced(batch.hidden):
-        values = [float(value) for _, value in loss.options]
-        return _pair_loss_op(*tensors, ref_S, denominator, loss.spec.name, loss.beta, values, *options)[:4]
-    return _PairLoss.apply(*tensors, ref_S, denominator, loss, 0.0, [], *options)[:4]
+        code, numbers, by_pair = loss.flat(ref_S)
+        return _pair_loss_op(*tensors, ref_S, denominator, by_pair, code, loss.beta, numbers, *options)[:4]
+    return _PairLoss.apply(*tensors, ref_S, denominator, None, loss, 0.0, [], *options)[:4]
 
 
 def logps(
@@ -265,6 +265,7 @@ def _fake_pair_loss(
     poison: Tensor,
     ref: Tensor,
     denominator: Tensor,
+    pair_values: Tensor,
     loss: str,
     beta: float,
     loss_values: Sequence[float],

@@ -87,6 +87,7 @@ class Call:
 def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]) -> Call:
     """Check and pack the arguments of ``fused_dpo_loss`` and choose how to run them."""
     loss = losses.bind(options["loss_type"], options["beta"], options["label_smoothing"], options["loss_options"])
+    inputs.check_divisor("token_denominator", options["token_denominator"], hidden)
     checks.check_flag("reference_free", options["reference_free"])
     batch = inputs.check_batch(
         hidden,
@@ -107,8 +108,8 @@ def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, A
         options["ref_bias"],
         options["ref_logps"],
         options["reference_free"],
-        needs_reference=loss.spec.needs_reference,
-        loss_name=loss.spec.name,
+        needs_reference=loss.needs_reference,
+        loss_name=loss.name,
     )
     inputs.check_reduction(options["reduction"], options["denominator"], batch)
     checks.check_choice("pairs", options["pairs"], PAIRS)
@@ -122,7 +123,10 @@ def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, A
         options["max_scored_tokens"],
     )
     stacked = options["pairs"] == "stacked"
+    loss = losses.fit_to_batch(loss, batch.sequences // 2, batch.hidden.device)
     rows = run.pack(batch, stacked=stacked)
+    if loss.needs_token_factor:
+        loss = loss.with_token_factor(_token_factor(rows, options), batch.sequences // 2)
     need = gradients_wanted(batch)
     problem = run.problem(
         batch,
@@ -134,6 +138,21 @@ def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, A
     )
     plan = dispatch.choose(problem, run.strategy, run.backend)
     return Call(batch, reference, loss, run, rows, need, stats, stacked, problem, plan)
+
+
+def _token_factor(rows: Rows, options: dict[str, Any]) -> Tensor:
+    """What turns a pair's sum of chosen log-probs into its part of their mean over tokens; see ``losses.sft``."""
+    counts = rows.counts[0::2]
+    scored = counts.sum().clamp(min=1).to(sum_dtype(counts.device))
+    tokens, pairs = options["token_denominator"], options["denominator"]
+    over = torch.full_like(scored, counts.shape[0]) if pairs is None else _number_like(pairs, scored)
+    return over / (scored if tokens is None else _number_like(tokens, scored))
+
+
+def _number_like(value: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(device=like.device, dtype=like.dtype, copy=True)
+    return torch.full_like(like, value)
 
 
 def gradients_wanted(batch: inputs.Batch) -> tuple[bool, bool, bool]:
@@ -175,9 +194,7 @@ def divisor(call: Call, reduction: str, denominator: float | Tensor | None, like
     """What the sum of the losses is divided by, 0-d, in the dtype of sums."""
     if reduction != "mean":
         return like.new_ones(())
-    if isinstance(denominator, Tensor):
-        return denominator.detach().to(device=like.device, dtype=like.dtype, copy=True)
-    return torch.full_like(like.new_ones(()), call.batch.sequences // 2 if denominator is None else denominator)
+    return _number_like(call.batch.sequences // 2 if denominator is None else denominator, like.new_ones(()))
 
 
 def to_internal(values_S: Tensor, stacked: bool) -> Tensor:

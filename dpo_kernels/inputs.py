@@ -227,20 +227,28 @@ def check_reduction(reduction: str, denominator: Any, batch: Batch) -> None:
     if denominator is not None:
         if reduction != "mean":
             raise ValueError(f"denominator goes with reduction='mean' only, got reduction={reduction!r}")
-        if isinstance(denominator, Tensor):
-            if denominator.dim() != 0:
-                raise ValueError(f"denominator must be a number or a 0-d tensor, got shape {_shape(denominator)}")
-            if denominator.dtype == torch.bool or denominator.is_complex():
-                raise TypeError(f"denominator must be a real number, got {denominator.dtype}")
-            if denominator.device not in (batch.hidden.device, torch.device("cpu")):
-                raise ValueError(f"denominator is on {denominator.device} but hidden is on {batch.hidden.device}")
-            readable = denominator.device.type == "cpu" and not torch.compiler.is_compiling()
-            if readable and type(denominator) is Tensor and not denominator > 0:
-                raise ValueError(f"denominator must be > 0, got {float(denominator)}")
-        elif check_number("denominator", denominator) <= 0:
-            raise ValueError(f"denominator must be > 0, got {denominator}")
+        check_divisor("denominator", denominator, batch.hidden)
     elif reduction == "mean" and batch.sequences == 0:
         raise ValueError("empty batch: reduction='mean' of no pairs is undefined; use 'sum' or give a denominator")
+
+
+def check_divisor(name: str, value: Any, hidden: Tensor) -> None:
+    """Check a positive number or 0-d tensor; None passes."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        if check_number(name, value) <= 0:
+            raise ValueError(f"{name} must be > 0, got {value}")
+        return
+    if value.dim() != 0:
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {_shape(value)}")
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name} must be a real number, got {value.dtype}")
+    if value.device not in (hidden.device, torch.device("cpu")):
+        raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}")
+    readable = value.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and type(value) is Tensor and not value > 0:
+        raise ValueError(f"{name} must be > 0, got {float(value)}")
 
 
 def check_logps(

@@ -72,6 +72,7 @@ def pair_loss(
     poison: Tensor,
     ref: Tensor,
     denominator: Tensor,
+    pair_values: Tensor,
     loss: str,
     beta: float,
     loss_values: Sequence[float],
@@ -88,7 +89,7 @@ def pair_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fused pass: total (), losses (P,), log-probs (S,), statistics (k, S), and gradients of the total."""
     rows = Rows(index, labels, weights, segments, slot, counts, counts_host, poison)
-    bound = losses.rebind(loss, beta, loss_values) if isinstance(loss, str) else loss
+    bound = losses.unflat(loss, beta, loss_values, pair_values) if isinstance(loss, str) else loss
     names = _names(stats)
     with _autocast_off(hidden), torch.no_grad():
         head = _operand_head(weight, bias, logit_scale, softcap, dtype)

@@ -8,7 +8,8 @@ Rafailov et al., arXiv 2305.18290, eq. 7, with s a sequence's summed log-prob::
     u = beta * [(s_w - ref_w) - (s_l - ref_l)]        loss = -log sigmoid(u)        d loss / d s_w = -beta sigmoid(-u)
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -77,7 +78,7 @@ def dpo_loss_reference(
     ref_bias: Tensor | None = None,
     ref_logps: Tensor | None = None,
     reference_free: bool = False,
-    loss_type: str | Callable[..., Tensor] = "sigmoid",
+    loss_type: str | Sequence[str] | Callable[..., Tensor] = "sigmoid",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     cu_seqlens: Tensor | None = None,
@@ -89,7 +90,9 @@ def dpo_loss_reference(
     softcap: float | None = None,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    token_denominator: float | Tensor | None = None,
     stats: tuple[str, ...] = (),
+    **loss_options: Any,
 ) -> ReferenceOutput:
     """``fused_dpo_loss`` with everything materialised; same arguments but for those that say how to run it.
 
@@ -116,7 +119,9 @@ def dpo_loss_reference(
     s_w, s_l = _split(policy, pairs)
     r_w, r_l = _split(reference, pairs)
     n_w, n_l = _split(counts, pairs)
-    loss = _loss(loss_type, beta, label_smoothing, s_w, s_l, r_w, r_l, n_w, n_l)
+    over = s_w.shape[0] if denominator is None else denominator
+    nll_scale = over / (n_w.sum().clamp(min=1) if token_denominator is None else token_denominator)
+    loss = _loss(loss_type, beta, label_smoothing, s_w, s_l, r_w, r_l, n_w, n_l, nll_scale, loss_options)
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
@@ -134,8 +139,13 @@ def dpo_loss_reference(
     )
 
 
+def _softplus(z: Tensor) -> Tensor:
+    """``log(1 + exp(z)) = -log sigmoid(-z)``; torch's own is off by exp(-20) beyond its threshold."""
+    return torch.logaddexp(z, torch.zeros_like(z))
+
+
 def _loss(
-    loss_type: str | Callable[..., Tensor],
+    loss_type: str | Sequence[str] | Callable[..., Tensor],
     beta: float,
     label_smoothing: float,
     s_w: Tensor,
@@ -144,11 +154,17 @@ def _loss(
     r_l: Tensor,
     n_w: Tensor,
     n_l: Tensor,
+    nll_scale: Tensor | float,
+    options: dict[str, Any],
 ) -> Tensor:
-    """Losses by pair. Written out once more, apart from the library's, so that a slip in one is seen."""
-    u = beta * ((s_w - r_w) - (s_l - r_l))
+    """Losses by pair. Written out once more, apart from the library's, so that a slip in one is seen.
+
+    ``nll_scale`` turns a pair's sum of chosen log-probs into its part of the mean over tokens.
+    """
+    options = dict(options)
+    weights, nll_weight = options.pop("pair_weights", 1.0), options.pop("nll_weight", None)
     if callable(loss_type):
-        return loss_type(
+        total = loss_type(
             SimpleNamespace(
                 policy_chosen_logps=s_w,
                 policy_rejected_logps=s_l,
@@ -159,17 +175,102 @@ def _loss(
                 beta=beta,
             )
         )
-    if loss_type == "sigmoid":
-        # -log sigmoid(u) = log(1 + exp(-u)); a preference flipped with probability e costs log(1 + exp(u)).
-        # logaddexp, as torch's softplus is off by exp(-20) beyond its threshold.
-        kept, flipped = torch.logaddexp(-u, 0 * u), torch.logaddexp(u, 0 * u)
-        return (1 - label_smoothing) * kept + label_smoothing * flipped
-    if loss_type == "hinge":
-        return torch.clamp(1 - u, min=0)
-    if loss_type == "ipo":
-        per_token = (s_w - r_w) / n_w.clamp(min=1) - (s_l - r_l) / n_l.clamp(min=1)
-        return (per_token - 1 / (2 * beta)) ** 2
-    raise ValueError(f"the oracle has no loss {loss_type!r}")
+        return total * weights + (nll_weight or 0.0) * -s_w * nll_scale
+    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    mix = options.pop("loss_weights", None) or (1.0,) * len(names)
+    divergence, f_alpha = options.pop("f_divergence", "reverse_kl"), options.pop("f_alpha", 0.5)
+    score = _SCORES[divergence]
+    sides = SimpleNamespace(
+        b=beta,
+        e=label_smoothing,
+        c=score(s_w - r_w, f_alpha),
+        r=score(s_l - r_l, f_alpha),
+        p_c=s_w,
+        p_r=s_l,
+        ref_c=r_w,
+        ref_r=r_l,
+        n_c=n_w.clamp(min=1),
+        n_r=n_l.clamp(min=1),
+        nll=-s_w * nll_scale,
+        o=SimpleNamespace(**options),
+    )
+    total = sum(weight * _FAMILY[name](sides) for weight, name in zip(mix, names, strict=True))
+    if nll_weight is None:
+        nll_weight = 1.0 if "cpo" in names else 0.0
+    return total * weights + nll_weight * sides.nll
+
+
+def _smoothed(x: Any, u: Tensor) -> Tensor:
+    return (1 - x.e) * _softplus(-u) + x.e * _softplus(u)
+
+
+def _kl_to_preference(x: Any) -> Tensor:
+    u, e = x.b * (x.c - x.r), x.e or 1e-3
+    p = 1 / (1 + torch.exp(-u))
+    q = 1 / (1 + torch.exp(u))
+    return p * (-_softplus(-u) - math.log(1 - e)) + q * (-_softplus(u) - math.log(e))
+
+
+def _odds_ratio(x: Any) -> Tensor:
+    a, b = x.p_c / x.n_c, x.p_r / x.n_r
+    odds = [torch.exp(v) / -torch.expm1(v) for v in (a.clamp(max=-1e-12), b.clamp(max=-1e-12))]
+    return -a + x.b * torch.log1p(odds[1] / odds[0])
+
+
+def _shaped(average: Tensor, alpha: float) -> Tensor:
+    return average if alpha == 0 else (1 - torch.exp(-alpha * average)) / alpha
+
+
+# c, r: log-ratios; p: policy log-probs; n: tokens; b: beta; e: smoothing; o: options. -log sigmoid(z) is _softplus(-z).
+_FAMILY: dict[str, Callable[[Any], Tensor]] = {
+    "sigmoid": lambda x: _smoothed(x, x.b * (x.c - x.r)),
+    "robust": lambda x: (
+        ((1 - x.e) * _softplus(-x.b * (x.c - x.r)) - x.e * _softplus(x.b * (x.c - x.r))) / (1 - 2 * x.e)
+    ),
+    "hinge": lambda x: torch.clamp(1 - x.b * (x.c - x.r), min=0),
+    "ipo": lambda x: ((x.p_c - x.ref_c) / x.n_c - (x.p_r - x.ref_r) / x.n_r - 1 / (2 * x.b)) ** 2,
+    "exo_pair": _kl_to_preference,
+    "nca_pair": lambda x: _softplus(-x.b * x.c) + (_softplus(x.b * x.c) + _softplus(x.b * x.r)) / 2,
+    "bco_pair": lambda x: _softplus(_option(x, "delta") - x.b * x.c) + _softplus(x.b * x.r - _option(x, "delta")),
+    "sppo_hard": lambda x: (x.c - 1 / (2 * x.b)) ** 2 + (x.r + 1 / (2 * x.b)) ** 2,
+    "apo_zero": lambda x: 1 - torch.sigmoid(x.b * x.c) + torch.sigmoid(x.b * x.r),
+    "apo_down": lambda x: torch.sigmoid(x.b * x.c) + 1 - torch.sigmoid(x.b * (x.c - x.r)),
+    "discopop": lambda x: _discovered(x.b * (x.c - x.r), _option(x, "discopop_tau", 0.05)),
+    "sigmoid_norm": lambda x: _softplus(-x.b * ((x.p_c - x.ref_c) / x.n_c - (x.p_r - x.ref_r) / x.n_r)),
+    "odpo": lambda x: _smoothed(x, x.b * (x.c - x.r) - _option(x, "margin")),
+    "rebel": lambda x: (x.b * (x.c - x.r) - _option(x, "reward_gap")) ** 2,
+    "cal_dpo": lambda x: _softplus(x.r - x.c) + (x.c - 1 / (2 * x.b)) ** 2 + (x.r + 1 / (2 * x.b)) ** 2,
+    "dpop": lambda x: _softplus(
+        -x.b * (x.c - x.r - _option(x, "dpop_lambda", 50.0) * torch.maximum(-x.c, torch.zeros_like(x.c)))
+    ),
+    "aot": lambda x: _smoothed(x, x.b * (torch.sort(x.p_c - x.p_r)[0] - torch.sort(x.ref_c - x.ref_r)[0])),
+    "aot_unpaired": lambda x: _smoothed(x, x.b * (torch.sort(x.c)[0] - torch.sort(x.r)[0])),
+    "simpo": lambda x: _smoothed(x, x.b * (x.p_c / x.n_c - x.p_r / x.n_r) - _option(x, "gamma", 0.5)),
+    "alphapo": lambda x: _softplus(
+        _option(x, "gamma", 0.5)
+        - x.b * _shaped(x.p_c / x.n_c, _option(x, "alpha", 0.25))
+        + x.b * _shaped(x.p_r / x.n_r, _option(x, "alpha", 0.25))
+    ),
+    "cpo": lambda x: _smoothed(x, x.b * (x.p_c - x.p_r)),
+    "orpo": _odds_ratio,
+    "sft": lambda x: x.nll,
+}
+
+_SCORES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "reverse_kl": lambda x, alpha: x,
+    "forward_kl": lambda x, alpha: 1 - torch.exp(torch.clamp(-x, max=80)),
+    "js": lambda x, alpha: math.log(2) - _softplus(-x),
+    "alpha": lambda x, alpha: (torch.exp(torch.clamp((alpha - 1) * x, max=80)) - 1) / (alpha - 1),
+}
+
+
+def _discovered(u: Tensor, tau: float) -> Tensor:
+    m = torch.sigmoid(u / tau)
+    return _softplus(-u) * (1 - m) + torch.exp(-u - _softplus(-u / tau))
+
+
+def _option(x: Any, name: str, default: float = 0.0) -> Any:
+    return getattr(x.o, name, default)
 
 
 def _stats(

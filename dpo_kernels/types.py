@@ -174,6 +174,9 @@ class PairLoss(Protocol):
     def sigmoid(self) -> tuple[float, float] | None:
         """(beta, label smoothing) if the loss is DPO's, which a backend may do in one kernel."""
 
+    def of_pairs(self, first: int, last: int) -> "PairLoss":
+        """The loss of pairs ``first..last-1`` alone, for options that differ by pair."""
+
     def value_and_grad(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> tuple[Tensor, Tensor]:
         """Losses ``(P,)`` and their derivative by the policy's sequence log-probs ``(S,)``."""
 

@@ -50,7 +50,7 @@ class Case:
     layout: str = "padded"  # padded, packed
     pairs: str = "stacked"
     shift: bool = False
-    reference: str = "cached"  # hidden, shared, cached, free
+    reference: str = "cached"  # hidden, shared, cached, free; none for a loss that has no reference
     frozen: bool = False
     bias: bool = False
     weights: bool = False

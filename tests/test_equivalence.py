@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import dpo_kernels as dk
 from dpo_kernels import dispatch
 from tests.cases import LAYOUTS, STRATEGIES, Case, broken_over_forms, broken_rules
 
@@ -37,6 +38,44 @@ LOSSES = {
 }
 
 
+# The rest of the family and its modifiers: the same row passes, other coefficients.
+FAMILY = {
+    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
+    "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 0.1},
+    "nca_pair": {"loss_type": "nca_pair"},
+    "bco_pair": {"loss_type": "bco_pair", "delta": 0.3},
+    "sppo_hard": {"loss_type": "sppo_hard", "beta": 0.05},
+    "apo_zero": {"loss_type": "apo_zero"},
+    "apo_down": {"loss_type": "apo_down"},
+    "discopop": {"loss_type": "discopop"},
+    "sigmoid_norm": {"loss_type": "sigmoid_norm"},
+    "odpo": {"loss_type": "odpo", "margin": torch.tensor([0.5, -1.0, 2.0])},
+    "rebel": {"loss_type": "rebel", "reward_gap": torch.tensor([0.5, 1.0, 2.0])},
+    "cal_dpo": {"loss_type": "cal_dpo", "beta": 0.05},
+    "dpop": {"loss_type": "dpop", "dpop_lambda": 2.0},
+    "simpo": {"loss_type": "simpo", "beta": 2.0},
+    "alphapo": {"loss_type": "alphapo"},
+    "cpo": {"loss_type": "cpo"},
+    "orpo": {"loss_type": "orpo"},
+    "sft": {"loss_type": "sft"},
+    "weighted pairs": {"pair_weights": torch.tensor([0.5, 0.0, 2.0])},
+    "token denominators": {"nll_weight": 0.2, "denominator": 5.0, "token_denominator": 40.0},
+    "forward KL": {"f_divergence": "forward_kl", "beta": 0.01},
+    "mix": {
+        "loss_type": ("sigmoid", "bco_pair", "sft"),
+        "loss_weights": (0.8, 0.2, 1.0),
+        "pair_weights": torch.tensor([1.0, 3.0, 0.1]),
+    },
+}
+COUPLED = {"aot": {"loss_type": "aot"}, "aot_unpaired": {"loss_type": "aot_unpaired", "label_smoothing": 0.1}}
+
+
+def case_of(options, dtype, **facts):
+    """A case for options of the family; losses without a reference get none."""
+    free = options.get("loss_type") in ("simpo", "alphapo", "cpo", "orpo", "sft")
+    return Case(dtype, options=options, reference="none" if free else "cached", weights=True, **facts)
+
+
 @pytest.fixture(autouse=True)
 def _quiet_shared_reference(monkeypatch):
     # These cases share a trainable head with the reference on purpose; the warning has its own test.
@@ -59,6 +98,29 @@ def test_losses(loss, frozen, strategy, backend):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         case = Case(dtype, frozen=frozen, weights=True, options=LOSSES[loss])
         assert not broken_rules(case, strategy, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("loss", FAMILY)
+def test_family(loss, strategy, backend):
+    for frozen in (False, True):
+        for dtype in (torch.float64, torch.bfloat16):
+            assert not broken_rules(case_of(FAMILY[loss], dtype, frozen=frozen), strategy, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if not name.startswith("chunked")])
+@pytest.mark.parametrize("loss", COUPLED)
+def test_coupled_family(loss, strategy, backend):
+    for frozen in (False, True):
+        for dtype in (torch.float64, torch.bfloat16):
+            assert not broken_rules(case_of(COUPLED[loss], dtype, frozen=frozen), strategy, backend)
+
+
+def test_every_loss_is_here():
+    tried = {options.get("loss_type", "sigmoid") for options in (*LOSSES.values(), *FAMILY.values(), *COUPLED.values())}
+    assert set(dk.LOSSES) <= tried
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

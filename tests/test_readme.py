@@ -79,8 +79,14 @@ def test_the_drop_in_is_as_short_as_it_says():
 
 
 def test_the_table_of_losses_is_complete():
-    named = {row[0].strip('"') for row in table("`loss_type`")}
-    assert named == {*losses.LOSSES, "a callable"}
+    rows = {row[0].strip('`"'): row for row in table("`loss_type`")}
+    assert set(rows) == {*losses.LOSSES, "a callable"}
+    for name, spec in losses.LOSSES.items():
+        _, formula, reference, by_token, units, _ = rows[name]
+        facts = (spec.needs_reference, spec.averages, 3 if spec.separable else 4)
+        assert (reference == "yes", by_token == "yes", int(units)) == facts, name
+        for option in spec.options:
+            assert option in formula or option in ("label_smoothing",), (name, option)
 
 
 def test_the_table_of_strategies_says_what_is_counted():

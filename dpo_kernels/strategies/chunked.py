@@ -216,7 +216,7 @@ class _Pass:
             self.rows.counts[sequences],
             self.ref[sequences],
             self.rows.poison,
-            self.loss,
+            self.loss.of_pairs(group.first_pair, group.last_pair),
         )
         self.losses.append(losses_P)
         self.logps.append(logps_S)

@@ -1,0 +1,317 @@
+"""A static model of GPUs: what a step should take, from its GEMMs, the bytes of its other kernels and its launches.
+
+A step is a list of kernels. A GEMM takes the longer of its arithmetic (``EFFICIENCY`` of the peak) and its traffic, any
+other kernel its traffic, and each kernel a launch. There is one calibrated number, ``EFFICIENCY``, set so that the
+published bare GEMMs on an H100 come out. Waves of 128 x 256 tiles are not counted: they would make dX of a chunk of 256
+rows 4.1 times longer (32 tiles on 132 multiprocessors), and the published 53.0 ms rule that out; the library splits K.
+
+What it does not know: kernels that are not library GEMMs and reach less (cut-cross-entropy, Liger's Triton
+cross-entropy with its host syncs), clocks under a power cap, and the allocator. ``published()`` compares it with
+others' numbers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from benchmarks.cases import Case
+
+GIB = 2**30
+MS = 1e3
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Constants of a GPU, from NVIDIA's data sheets (dense, without sparsity; SXM boards)."""
+
+    name: str
+    tensor_flops: float  # FLOP/s of 16-bit tensor cores
+    plain_flops: float  # FLOP/s of float32 without TF32, which torch leaves off
+    bandwidth: float  # of HBM, byte/s
+    source: str
+
+
+GPUS = {
+    "A100": Gpu("A100", 312e12, 19.5e12, 2.039e12, "A100 80GB SXM data sheet: 312 TFLOP/s, 19.5, 2039 GB/s"),
+    "H100": Gpu("H100", 989.4e12, 67e12, 3.35e12, "H100 SXM data sheet: 1979 TFLOP/s sparse / 2, 67, 3.35 TB/s"),
+    "H200": Gpu("H200", 989.4e12, 67e12, 4.8e12, "H200 SXM data sheet: 1979 TFLOP/s sparse / 2, 67, 4.8 TB/s"),
+}
+# The calibration: three bare GEMMs of N=8192, H=4096, V=151936 in 42 ms on an H100 (TRL #7244).
+EFFICIENCY = 0.736
+LAUNCH_SECONDS = 4e-6  # of a kernel that waits for the one before, the usual figure for CUDA streams
+SCRATCH_BYTES = 2 * GIB - 256 * 2**20  # what dispatch leaves for a tile of logits on a GPU of 80 GB
+BYTES_PER_LOGIT = {"bfloat16": 6, "float32": 4}  # a float32 tile and its 16-bit copy
+
+
+@dataclass
+class Work:
+    """Kernels of a step on a GPU, added up."""
+
+    gpu: Gpu
+    item: int  # bytes of an operand's element
+    seconds: float = 0.0
+    gemm_seconds: float = 0.0
+    flop: float = 0.0
+    bytes: float = 0.0
+    launches: int = 0
+    steps: dict[str, float] = field(default_factory=dict)
+
+    def _add(self, name: str, flop: float, moved: float, seconds: float) -> None:
+        self.flop += flop
+        self.bytes += moved
+        self.launches += 1
+        self.seconds += seconds + LAUNCH_SECONDS
+        self.steps[name] = self.steps.get(name, 0.0) + seconds + LAUNCH_SECONDS
+
+    def gemm(self, name: str, m: int, n: int, k: int, *, out: int | None = None, add: bool = False) -> None:
+        """``(m, k) @ (k, n)``; ``out`` bytes per element of the result, which is read too if it is added to."""
+        flop = 2.0 * m * n * k
+        out = self.item if out is None else out
+        moved = self.item * (m * k + k * n) + out * m * n * (2 if add else 1)
+        peak = self.gpu.tensor_flops if self.item == 2 else self.gpu.plain_flops
+        seconds = max(flop / (EFFICIENCY * peak), moved / self.gpu.bandwidth)
+        self.gemm_seconds += seconds
+        self._add(name, flop, moved, seconds)
+
+    def sweep(self, name: str, elements: float, moved_per_element: float) -> None:
+        """A kernel that only moves bytes."""
+        moved = elements * moved_per_element
+        self._add(name, 0.0, moved, moved / self.gpu.bandwidth)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one way to do a case on a GPU."""
+
+    way: str
+    seconds: float
+    over_floor: float
+    gemm_share: float
+    units: float  # GEMMs of 2 N H V FLOP over the scored tokens
+    gigabytes: float
+    launches: int
+
+
+def _work(case: Case, gpu: Gpu) -> Work:
+    return Work(gpu, 2 if case.dtype == "bfloat16" else 4)
+
+
+def _reference(work: Work, case: Case, rows: int, bytes_per_logit: float) -> None:
+    """A reference scored in the call: one GEMM and a pass over its logits."""
+    if case.reference != "cached":
+        work.gemm("reference", rows, case.vocab, case.hidden, out=int(min(4, bytes_per_logit)))
+        work.sweep("reference rows", rows * case.vocab, bytes_per_logit)
+
+
+def floor(case: Case, gpu: Gpu) -> Work:
+    """The bare GEMMs on the scored rows."""
+    work, n, h, v = _work(case, gpu), case.tokens, case.hidden, case.vocab
+    if case.reference != "cached":
+        work.gemm("reference", n, v, h)
+    work.gemm("logits", n, v, h)
+    work.gemm("dX", n, h, v)
+    if case.trainable:
+        work.gemm("dW", v, h, n)
+    return work
+
+
+def chunk_rows(case: Case) -> int:
+    """Rows of a chunk of ours: what the default scratch holds."""
+    return min(case.tokens, SCRATCH_BYTES // (case.vocab * BYTES_PER_LOGIT[case.dtype]))
+
+
+def ours_chunked(case: Case, gpu: Gpu) -> Work:
+    """float32 logits of a chunk, one pass that reduces them, one that writes the gradient, two GEMMs; dW in float32."""
+    return _chunks(case, gpu, chunk_rows(case), passes=1)
+
+
+def ours_recompute(case: Case, gpu: Gpu) -> Work:
+    """The same with the logits computed twice; a frozen head needs no second time."""
+    return _chunks(case, gpu, chunk_rows(case), passes=2 if case.trainable else 1)
+
+
+def ours_streaming(case: Case, gpu: Gpu) -> Work:
+    """Logits in registers, then tiles of 1 MiB with two GEMMs each."""
+    work, h = _work(case, gpu), case.hidden
+    if case.reference != "cached":
+        work.gemm("reference", case.tokens, case.vocab, h, out=0)
+    work.gemm("logits", case.tokens, case.vocab, h, out=0)
+    rows = min(case.tokens, 512)
+    cols = min(case.vocab, 2**20 // (rows * work.item))
+    tiles = -(-case.tokens // rows) * -(-case.vocab // cols)
+    for name, (m, n, k), add in (
+        ("logits again", (rows, cols, h), False),
+        ("dX", (rows, h, cols), True),
+        *((("dW", (cols, h, rows), True),) if case.trainable else ()),
+    ):
+        one = Work(gpu, work.item)
+        one.gemm(name, m, n, k, out=4 if add else work.item, add=add)
+        work.seconds += tiles * one.seconds
+        work.gemm_seconds += tiles * one.gemm_seconds
+        work.flop += tiles * one.flop
+        work.bytes += tiles * one.bytes
+        work.launches += tiles
+    return work
+
+
+def _chunks(case: Case, gpu: Gpu, chunk: int, passes: int) -> Work:
+    work, h, v = _work(case, gpu), case.hidden, case.vocab
+    starts = range(0, case.tokens, chunk)
+    _reference(work, case, case.tokens, 4 + 4)
+    for start in starts:
+        c = min(chunk, case.tokens - start)
+        for again in range(passes):
+            work.gemm("logits again" if again else "logits", c, v, h, out=4)
+        work.sweep("reduce", c * v, 4)
+        work.sweep("gradient", c * v, 4 + work.item)
+        work.gemm("dX", c, h, v)
+        if case.trainable:
+            work.gemm("dW", v, h, c, out=4, add=len(starts) > 1)
+    if case.trainable:
+        work.sweep("round dW", v * h, 4 + work.item)
+    work.sweep("pack rows", case.tokens * h, 4 * work.item)
+    return work
+
+
+def scalar_chunks(case: Case, gpu: Gpu, chunk: int) -> Work:
+    """A scalar cross-entropy in chunks with a float32 dW, as newer Liger and quack have it: 16-bit logits in place."""
+    work, h, v = _work(case, gpu), case.hidden, case.vocab
+    for start in range(0, case.tokens, chunk):
+        c = min(chunk, case.tokens - start)
+        work.gemm("logits", c, v, h)
+        work.sweep("cross-entropy in place", c * v, 2 * work.item)
+        work.gemm("dX", c, h, v)
+        if case.trainable:
+            work.gemm("dW", v, h, c, out=4, add=case.tokens > chunk)
+    return work
+
+
+def per_token(case: Case, gpu: Gpu) -> Work:
+    """A log-prob head with recomputation (4 units), 16-bit tiles: TRL's, and CuTe heads like it."""
+    work, n, h, v = _work(case, gpu), case.tokens, case.hidden, case.vocab
+    _reference(work, case, n, 2 * work.item)
+    for name in ("logits", "logits again"):
+        work.gemm(name, n, v, h)
+    work.sweep("reduce", n * v, work.item)
+    work.sweep("gradient", n * v, 2 * work.item)
+    work.gemm("dX", n, h, v)
+    if case.trainable:
+        work.gemm("dW", v, h, n, out=4)
+        work.sweep("round dW", v * h, 4 + work.item)
+    return work
+
+
+def full_logits(case: Case, gpu: Gpu) -> Work:
+    """Every position; a float32 copy, log-softmax and its gradient, the cast back."""
+    work, n, h, v = _work(case, gpu), case.positions, case.hidden, case.vocab
+    forward = (("to float32", work.item + 4), ("log-softmax", 8)) if work.item == 2 else (("log-softmax", 8),)
+    if case.reference != "cached":
+        work.gemm("reference", n, v, h)
+        for name, moved in forward:
+            work.sweep(f"reference {name}", n * v, moved)
+    work.gemm("logits", n, v, h)
+    backward = [("scatter", 4), ("log-softmax backward", 12)] + (
+        [("to 16 bits", 4 + work.item)] if work.item == 2 else []
+    )
+    for name, moved in (*forward, *backward):
+        work.sweep(name, n * v, moved)
+    work.gemm("dX", n, h, v)
+    if case.trainable:
+        work.gemm("dW", v, h, n)
+    return work
+
+
+def full_logits_compiled(case: Case, gpu: Gpu) -> Work:
+    """Every position; the passes fused into three that read or write 16-bit logits."""
+    work, n, h, v = _work(case, gpu), case.positions, case.hidden, case.vocab
+    if case.reference != "cached":
+        work.gemm("reference", n, v, h)
+        work.sweep("reference reduce", n * v, 2 * work.item)
+    work.gemm("logits", n, v, h)
+    work.sweep("reduce", n * v, 2 * work.item)
+    work.sweep("gradient", n * v, 2 * work.item)
+    work.gemm("dX", n, h, v)
+    if case.trainable:
+        work.gemm("dW", v, h, n)
+    return work
+
+
+WAYS: dict[str, Callable[[Case, Gpu], Work]] = {
+    "floor": floor,
+    "chunked": ours_chunked,
+    "recompute": ours_recompute,
+    "streaming": ours_streaming,
+    "full logits": full_logits,
+    "full logits, compiled": full_logits_compiled,
+    "TRL chunked head": per_token,
+}
+
+
+def predict(case: Case, gpu: Gpu, way: str) -> Prediction:
+    """Seconds and time over the floor of one way."""
+    work, least = WAYS[way](case, gpu), floor(case, gpu)
+    return Prediction(
+        way,
+        work.seconds,
+        work.seconds / least.seconds,
+        work.gemm_seconds / work.seconds,
+        work.flop / case.unit_flop,
+        work.bytes / 1e9,
+        work.launches,
+    )
+
+
+def way_of(provider: str) -> str | None:
+    """The way that predicts a provider's row; None where the model has none."""
+    if provider.startswith("ours/"):
+        return provider.rsplit("/", 1)[1]
+    return provider if provider in WAYS else None
+
+
+def gpu_of(name: str) -> Gpu | None:
+    """The constants for a device's name as the driver reports it."""
+    return next((gpu for key, gpu in GPUS.items() if key in name), None)
+
+
+# --- against published numbers ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published:
+    """Someone else's measurement, what the model says, and how far off it is."""
+
+    what: str
+    source: str
+    milliseconds: float
+    predicted: float
+    bound: float | None  # relative error that the model promises here; None: it does not model these kernels
+
+    @property
+    def off(self) -> float:
+        """Relative error of the prediction."""
+        return self.predicted / self.milliseconds - 1
+
+
+def _shape(tokens: int, hidden: int, vocab: int) -> Case:
+    return Case("", "cuda", "", (), hidden, vocab, tokens, 1)
+
+
+def published() -> list[Published]:
+    """The published numbers that the model is compared with; peers' units where they differ from ours."""
+    llama, half = _shape(8192, 4096, 128256), _shape(4096, 4096, 128256)
+    qwen, gemma = _shape(8192, 4096, 151936), _shape(8192, 2304, 256000)
+    h100, h200, a100 = GPUS["H100"], GPUS["H200"], GPUS["A100"]
+    rows = [
+        ("bare GEMMs, N=8192 V=151936, H100 (calibrates the model)", "TRL #7244", 42.0, floor(qwen, h100), 0.01),
+        ("naive cross-entropy, same shape, H100", "TRL #7244", 59.0, full_logits(qwen, h100), 0.10),
+        ("scalar CE, chunks of 256, N=8192 V=128256, H200", "Liger #1472", 53.0, scalar_chunks(llama, h200, 256), 0.10),
+        ("the same, chunks of 2048", "Liger #1472", 37.8, scalar_chunks(llama, h200, 2048), 0.10),
+        ("the same, chunks of 4096", "Liger #1472", 35.1, scalar_chunks(llama, h200, 4096), 0.10),
+        ("quack, scalar CE, N=4096 V=128256, H200", "Liger, CuTe", 17.33, scalar_chunks(half, h200, 4096), 0.10),
+        ("Liger CuTe, scalar CE, N=4096, H200", "Liger, CuTe", 18.06, scalar_chunks(half, h200, 4096), 0.10),
+        ("per-token CuTe head, 4 units, N=8192 V=128256, H100", "Liger #1472", 50.4, per_token(llama, h100), 0.10),
+        ("torch.compile, Gemma-2 2B, N=8192, A100", "arXiv 2411.09009", 143.0, full_logits_compiled(gemma, a100), 0.10),
+        ("CCE unfiltered, Gemma-2 2B, N=8192, A100", "arXiv 2411.09009", 314.0, per_token(gemma, a100), None),
+        ("Liger FLCE, N=8192 V=151936, H100", "TRL #7244", 192.0, scalar_chunks(qwen, h100, 256), None),
+        ("Liger Triton, scalar CE, N=4096, H200", "Liger, CuTe", 141.0, scalar_chunks(half, h200, 256), None),
+    ]
+    return [Published(what, source, ms, work.seconds * MS, bound) for what, source, ms, work, bound in rows]

@@ -1,0 +1,41 @@
+"""f-divergences in the place of DPO's reverse KL: a score of each log-ratio. Wang et al., arXiv 2309.16240."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGEST_EXPONENT = 80.0  # a loss of exp(80) is still finite in float32
+
+
+def reverse_kl(ratio: Tensor, alpha: float) -> Tensor:
+    """``x``: DPO itself."""
+    return ratio
+
+
+def forward_kl(ratio: Tensor, alpha: float) -> Tensor:
+    """``1 - exp(-x)``, the exponent held at 80."""
+    return -torch.expm1((-ratio).clamp(max=LARGEST_EXPONENT))
+
+
+def js(ratio: Tensor, alpha: float) -> Tensor:
+    """``log 2 + log s(x)``, Jensen and Shannon's."""
+    return math.log(2.0) + F.logsigmoid(ratio)
+
+
+def alpha_divergence(ratio: Tensor, alpha: float) -> Tensor:
+    """``(exp((alpha - 1) x) - 1) / (alpha - 1)``, the exponent held at 80; alpha = 1 is reverse KL."""
+    power = alpha - 1.0
+    if power == 0.0:
+        return ratio
+    return torch.expm1((power * ratio).clamp(max=LARGEST_EXPONENT)) / power
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
+    "js": js,
+    "alpha": alpha_divergence,
+}
