@@ -8,8 +8,12 @@ from dpo_kernels.api import (
     fused_sequence_logps,
     fused_token_logps,
 )
+from dpo_kernels.beyond_pairs import SequenceLossOutput, fused_group_loss, fused_kto_loss
+from dpo_kernels.bradley_terry import bradley_terry_loss, bradley_terry_strengths
 from dpo_kernels.losses import LOSSES
+from dpo_kernels.losses.state import RunningDelta, kto_kl
 from dpo_kernels.types import DPOLossOutput, LossInputs
+from dpo_kernels.weighting import ld_token_weights, wpo_pair_weights
 
 __version__ = "0.1.0"
 
@@ -18,10 +22,19 @@ __all__ = [
     "DPOLossOutput",
     "FusedDPOLoss",
     "LossInputs",
+    "RunningDelta",
+    "SequenceLossOutput",
     "__version__",
+    "bradley_terry_loss",
+    "bradley_terry_strengths",
     "dpo_loss",
     "explain",
     "fused_dpo_loss",
+    "fused_group_loss",
+    "fused_kto_loss",
     "fused_sequence_logps",
     "fused_token_logps",
+    "kto_kl",
+    "ld_token_weights",
+    "wpo_pair_weights",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_kernels import autograd, calls, checks, dispatch, inputs, losses
+from dpo_kernels import calls, checks, dispatch, inputs, losses
 from dpo_kernels.types import DPOLossOutput, LossInputs
 
 Loss = str | Sequence[str] | Callable[[LossInputs], Tensor]
@@ -130,19 +130,7 @@ def fused_dpo_loss(
         "loss_options": loss_options,
     }
     call = calls.prepare(hidden, weight, labels, options)
-    # The reference comes first: a pass that forms gradients needs the coefficients, and these the reference.
-    ref_S = calls.reference_logps(call, ref_logps)
-    divisor = calls.divisor(call, reduction, denominator, ref_S)
-    if call.plan.forms_gradient:
-        loss, _, policy_S, means = autograd.pair_loss(
-            call.batch, call.rows, ref_S, divisor, call.loss, call.plan, call.need, call.stats
-        )
-    else:
-        policy_S, means = autograd.logps(
-            call.batch, call.rows, call.plan, call.need, call.stats, per_token=False, shift=shift
-        )
-        losses_P = call.loss(policy_S, ref_S, call.rows.counts)
-        loss = losses_P if reduction == "none" else losses_P.sum() / divisor
+    loss, policy_S, ref_S, means = calls.run(call, options)
     return calls.output(call, loss, policy_S, ref_S, means)
 
 

@@ -1,5 +1,6 @@
 """A call between the door and the passes: how it is to be run, and what goes back to the caller."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ class Run:
         self,
         batch: inputs.Batch,
         rows: Rows,
-        loss: losses.BoundLoss | None,
+        loss: Any,
         need: tuple[bool, bool, bool],
         *,
         scalar: bool,
@@ -70,11 +71,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Call:
-    """A checked and packed call of ``fused_dpo_loss``."""
+    """A checked and packed call of a fused loss."""
 
     batch: inputs.Batch
     reference: inputs.Batch | None
-    loss: losses.BoundLoss
+    loss: Any  # types.SequenceLoss that can be called, with a beta
     run: Run
     rows: Rows
     need: tuple[bool, bool, bool]
@@ -88,6 +89,69 @@ def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, A
     """Check and pack the arguments of ``fused_dpo_loss`` and choose how to run them."""
     loss = losses.bind(options["loss_type"], options["beta"], options["label_smoothing"], options["loss_options"])
     inputs.check_divisor("token_denominator", options["token_denominator"], hidden)
+    checks.check_choice("pairs", options["pairs"], PAIRS)
+
+    def fitted(batch: inputs.Batch, rows: Rows) -> losses.BoundLoss:
+        pairs = batch.sequences // 2
+        fits = losses.fit_to_batch(loss, pairs, batch.hidden.device)
+        return fits.with_token_factor(_token_factor(rows, options), pairs) if fits.needs_token_factor else fits
+
+    facts = {"needs_reference": loss.needs_reference, "loss_name": loss.name}
+    return _prepare(hidden, weight, labels, options, fitted, facts, stacked=options["pairs"] == "stacked", paired=True)
+
+
+# Options of the losses beyond pairs, with their defaults: those of ``fused_dpo_loss``.
+SEQUENCE_OPTIONS: dict[str, Any] = {
+    "bias": None,
+    "ref_hidden": None,
+    "ref_weight": None,
+    "ref_bias": None,
+    "ref_logps": None,
+    "reference_free": False,
+    "cu_seqlens": None,
+    "token_weights": None,
+    "shift": False,
+    "ignore_index": -100,
+    "logit_scale": 1.0,
+    "softcap": None,
+    "reduction": "mean",
+    "denominator": None,
+    "stats": (),
+    "backend": "auto",
+    "strategy": "auto",
+    "scratch_bytes": None,
+    "max_scored_tokens": None,
+}
+
+
+def prepare_sequences(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bound: Callable[[inputs.Batch], Any],
+    options: dict[str, Any],
+    function: str,
+) -> Call:
+    """The same for losses of sequences or groups, in the order of the input; ``bound`` makes the loss of a batch."""
+    for name in options:
+        if name not in SEQUENCE_OPTIONS:
+            raise TypeError(f"{function}() got an unexpected option {name!r}; known: {', '.join(SEQUENCE_OPTIONS)}")
+    facts = {"needs_reference": True, "loss_name": function}
+    every = SEQUENCE_OPTIONS | options
+    return _prepare(hidden, weight, labels, every, lambda batch, rows: bound(batch), facts, stacked=False, paired=False)
+
+
+def _prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    options: dict[str, Any],
+    fitted: Callable[[inputs.Batch, Rows], Any],
+    facts: dict[str, Any],
+    *,
+    stacked: bool,
+    paired: bool,
+) -> Call:
     checks.check_flag("reference_free", options["reference_free"])
     batch = inputs.check_batch(
         hidden,
@@ -98,7 +162,7 @@ def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, A
         options["token_weights"],
         options["logit_scale"],
         options["softcap"],
-        paired=True,
+        paired=paired,
     )
     reference = inputs.check_reference(
         batch,
@@ -108,11 +172,9 @@ def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, A
         options["ref_bias"],
         options["ref_logps"],
         options["reference_free"],
-        needs_reference=loss.needs_reference,
-        loss_name=loss.name,
+        **facts,
     )
     inputs.check_reduction(options["reduction"], options["denominator"], batch)
-    checks.check_choice("pairs", options["pairs"], PAIRS)
     stats = inputs.check_stats(options["stats"])
     run = Run(
         options["shift"],
@@ -122,11 +184,8 @@ def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, A
         options["scratch_bytes"],
         options["max_scored_tokens"],
     )
-    stacked = options["pairs"] == "stacked"
-    loss = losses.fit_to_batch(loss, batch.sequences // 2, batch.hidden.device)
     rows = run.pack(batch, stacked=stacked)
-    if loss.needs_token_factor:
-        loss = loss.with_token_factor(_token_factor(rows, options), batch.sequences // 2)
+    loss = fitted(batch, rows)
     need = gradients_wanted(batch)
     problem = run.problem(
         batch,
@@ -138,6 +197,24 @@ def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, A
     )
     plan = dispatch.choose(problem, run.strategy, run.backend)
     return Call(batch, reference, loss, run, rows, need, stats, stacked, problem, plan)
+
+
+def run(call: Call, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, log-probs (S,) of policy and reference, and statistics (k, S), in the internal order."""
+    # The reference comes first: a pass that forms gradients needs the coefficients, and these the reference.
+    ref_S = reference_logps(call, options.get("ref_logps"))
+    reduction = options.get("reduction", "mean")
+    over = divisor(call, reduction, options.get("denominator"), ref_S)
+    if call.plan.forms_gradient:
+        loss, _, policy_S, means = autograd.pair_loss(
+            call.batch, call.rows, ref_S, over, call.loss, call.plan, call.need, call.stats
+        )
+        return loss, policy_S, ref_S, means
+    policy_S, means = autograd.logps(
+        call.batch, call.rows, call.plan, call.need, call.stats, per_token=False, shift=call.run.shift
+    )
+    losses_U = call.loss(policy_S, ref_S, call.rows.counts)
+    return losses_U if reduction == "none" else losses_U.sum() / over, policy_S, ref_S, means
 
 
 def _token_factor(rows: Rows, options: dict[str, Any]) -> Tensor:
@@ -194,7 +271,8 @@ def divisor(call: Call, reduction: str, denominator: float | Tensor | None, like
     """What the sum of the losses is divided by, 0-d, in the dtype of sums."""
     if reduction != "mean":
         return like.new_ones(())
-    return _number_like(call.batch.sequences // 2 if denominator is None else denominator, like.new_ones(()))
+    units = len(call.loss.bounds(call.batch.sequences)) - 1
+    return _number_like(units if denominator is None else denominator, like.new_ones(()))
 
 
 def to_internal(values_S: Tensor, stacked: bool) -> Tensor:

@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 from dpo_kernels.kernels import extension, installed
 from dpo_kernels.kernels.torch_rows import TorchRows
 from dpo_kernels.strategies import chunked
-from dpo_kernels.types import PairLoss, RowKernels, Tile, accumulation_dtype
+from dpo_kernels.types import RowKernels, SequenceLoss, Tile, accumulation_dtype
 
 MIB = 2**20
 CPU_SCRATCH_BYTES = 256 * MIB
@@ -38,7 +38,7 @@ class Problem:
     dtype: torch.dtype  # of the GEMM operands
     device: torch.device
     need: tuple[bool, bool, bool]  # gradients wanted by (hidden, weight, bias)
-    loss: PairLoss | None  # None: log-probs are asked for, by sequence or token
+    loss: SequenceLoss | None  # None: log-probs are asked for, by sequence or token
     separable: bool
     scalar: bool  # the upstream is one number
     callable_loss: bool
@@ -226,12 +226,15 @@ def _refuse_chunked(problem: Problem, budget: Budget) -> str | None:
     if not problem.scalar:
         return "reduction='none' has upstreams that are known only in the backward pass, and the head wants a gradient"
     if problem.callable_loss and problem.tracing:
-        return "inside torch.compile a callable loss is traced into the graph, not run by the fused operator"
+        return "inside torch.compile a loss without a name is traced into the graph, not run by the fused operator"
     if problem.static and problem.rows > fits:
         return (
             f"max_scored_tokens={problem.rows} does not fit one chunk of {fits} rows, and where pairs end is not "
             "known on the host"
         )
+    groups = _groups(problem, Tile(fits, problem.vocab))
+    if groups is not None and problem.loss is not None and chunked.oversized_buffers(groups, problem.loss) > 2:
+        return "a group of more than two sequences is longer than the chunk: each would need an accumulator of its own"
     return _refuse_for_memory(problem, Tile(fits, problem.vocab))
 
 
@@ -271,9 +274,9 @@ def _minimum_scratch(problem: Problem, budget: Budget) -> int:
 
 
 def _groups(problem: Problem, tile: Tile) -> list[chunked.Group] | None:
-    if problem.counts is None:
+    if problem.counts is None or problem.loss is None:
         return None
-    return chunked.plan_groups(problem.counts, problem.rows, len(problem.counts) // 2, tile.rows)
+    return chunked.plan_groups(problem.counts, problem.rows, problem.loss.bounds(len(problem.counts)), tile.rows)
 
 
 def _extra_bytes(problem: Problem, tile: Tile) -> int:

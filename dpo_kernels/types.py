@@ -46,6 +46,39 @@ class DPOLossOutput(NamedTuple):
     ref_rejected_logps: Tensor
     stats: dict[str, Tensor]
 
+    def metrics(self, pairs: str = "stacked") -> dict[str, Tensor]:
+        """What training code logs, by TRL's names: 0-d tensors, detached, without a host sync.
+
+        ``rewards/*``, ``logps/*`` are means over pairs, ``rewards/accuracies`` the share of pairs whose chosen reward
+        is the higher. Of the statistics that were asked for: ``logits/*``, ``entropy`` and ``mean_token_accuracy`` (top 1,
+        of the chosen) are means over scored tokens. ``pairs`` as in the call, for the order of ``stats``.
+        """
+        if pairs not in ("stacked", "interleaved"):
+            raise ValueError(f"unknown pairs {pairs!r}; known: stacked, interleaved")
+        margins = self.chosen_rewards - self.rejected_rewards
+        found = {
+            "rewards/chosen": self.chosen_rewards.mean(),
+            "rewards/rejected": self.rejected_rewards.mean(),
+            "rewards/accuracies": (margins > 0).to(margins.dtype).mean(),
+            "rewards/margins": margins.mean(),
+            "logps/chosen": self.chosen_logps.mean(),
+            "logps/rejected": self.rejected_logps.mean(),
+            "num_tokens": self.stats["tokens"].sum(),
+        }
+        half = self.chosen_logps.shape[0]
+        sides = [slice(0, half), slice(half, None)] if pairs == "stacked" else [slice(0, None, 2), slice(1, None, 2)]
+        everywhere = slice(None)
+        for name, stat, places in (
+            ("logits/chosen", "mean_logits", sides[0]),
+            ("logits/rejected", "mean_logits", sides[1]),
+            ("mean_token_accuracy", "top1", sides[0]),
+            ("entropy", "entropy", everywhere),
+        ):
+            if stat in self.stats:
+                tokens = self.stats["tokens"][places]
+                found[name] = (self.stats[stat][places] * tokens).sum() / tokens.sum().clamp(min=1)
+        return found
+
 
 class LossInputs(NamedTuple):
     """What a loss sees: ``(P,)`` sequence log-probs and token counts (floating point), and beta."""
@@ -159,12 +192,18 @@ class Tile:
     cols: int
 
 
-class PairLoss(Protocol):
-    """A loss bound to its options, as strategies see it."""
+class SequenceLoss(Protocol):
+    """A loss bound to its options, as strategies see it: a function of sequences, unit by unit.
+
+    A unit is what stands or falls together: a pair, a group of ranked completions, or one sequence alone.
+    """
+
+    def bounds(self, sequences: int) -> Sequence[int]:
+        """The first sequence of each unit in turn, then ``sequences``."""
 
     @property
     def difference(self) -> str | None:
-        """Whether one coefficient serves a pair.
+        """Whether units are pairs, and one coefficient serves a pair.
 
         "sum" or "mean" if the loss depends on log-probs only through chosen minus rejected sums or averages; None if
         the two sides have coefficients of their own.
@@ -174,11 +213,11 @@ class PairLoss(Protocol):
     def sigmoid(self) -> tuple[float, float] | None:
         """(beta, label smoothing) if the loss is DPO's, which a backend may do in one kernel."""
 
-    def of_pairs(self, first: int, last: int) -> "PairLoss":
-        """The loss of pairs ``first..last-1`` alone, for options that differ by pair."""
+    def of_units(self, first: int, last: int) -> "SequenceLoss":
+        """The loss of units ``first..last-1`` alone, where it differs by unit."""
 
     def value_and_grad(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses ``(P,)`` and their derivative by the policy's sequence log-probs ``(S,)``."""
+        """Losses by unit and the derivative of their sum by the policy's sequence log-probs ``(S,)``."""
 
 
 class RowKernels(Protocol):
@@ -263,7 +302,7 @@ class RowKernels(Protocol):
         counts_S: Tensor,
         ref_S: Tensor,
         poison: Tensor,
-        loss: PairLoss,
+        loss: SequenceLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sequence log-probs ``(S,)``, losses ``(P,)`` and the derivative of their sum by the former, ``(S,)``."""
 

@@ -98,8 +98,8 @@ def test_an_old_triton_is_refused(monkeypatch):
 
 
 def test_groups_and_tiles_are_even():
-    assert [g.stop - g.start for g in plan_groups([3, 2] * 4, 20, 4, tile_rows=19)] == [10, 10]
-    assert [g.stop - g.start for g in plan_groups([1, 1, 5, 1, 1, 0, 1, 1], 11, 4, tile_rows=8)] == [8, 3]
+    assert [g.stop - g.start for g in plan_groups([3, 2] * 4, 20, range(0, 9, 2), tile_rows=19)] == [10, 10]
+    assert [g.stop - g.start for g in plan_groups([1, 1, 5, 1, 1, 0, 1, 1], 11, range(0, 9, 2), tile_rows=8)] == [8, 3]
     budget = dispatch.Budget(tile_bytes=2031 * 32000 * 4, workspace_bytes=0, bytes_per_logit=4)
     assert dispatch.tile_of("chunked", budget, 2048, 32000).rows == 1024
     assert dispatch.tile_of("chunked", budget, 2048, 32000, whole_pairs=True).rows == 2031
@@ -109,12 +109,12 @@ def test_groups_and_tiles_are_even():
 def test_groups_are_whole_pairs_or_one_oversized_pair():
     # pairs of 3, 0, 7, 0, 2, 2 tokens into 4 rows
     counts = [1, 2, 0, 0, 4, 3, 0, 0, 1, 1, 2, 0]
-    assert plan_groups(counts, 14, 6, tile_rows=4) == [
-        Group(0, 2, 0, 3, oversized=False),
-        Group(2, 3, 3, 10, oversized=True),
-        Group(3, 6, 10, 14, oversized=False),
+    assert plan_groups(counts, 14, range(0, 13, 2), tile_rows=4) == [
+        Group(0, 2, (0, 4), 0, 3, oversized=False),
+        Group(2, 3, (4, 6), 3, 10, oversized=True),
+        Group(3, 6, (6, 12), 10, 14, oversized=False),
     ]
 
 
 def test_static_capacity_is_one_group():
-    assert plan_groups(None, 9, 2, tile_rows=9) == [Group(0, 2, 0, 9, oversized=False)]
+    assert plan_groups(None, 9, (0, 2, 4), tile_rows=9) == [Group(0, 2, (0, 4), 0, 9, oversized=False)]

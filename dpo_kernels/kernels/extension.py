@@ -13,7 +13,7 @@ from torch import Tensor
 from dpo_kernels.kernels.installed import constant_in_graphs
 from dpo_kernels.kernels.torch_rows import TorchRows
 from dpo_kernels.sequence import offsets_of
-from dpo_kernels.types import Head, LogitsGradient, PairLoss, RowState, accumulation_dtype
+from dpo_kernels.types import Head, LogitsGradient, RowState, SequenceLoss, accumulation_dtype
 
 OPERATORS = (
     "reduce_rows_",
@@ -104,7 +104,7 @@ class ExtensionRows(TorchRows):
         counts_S: Tensor,
         ref_S: Tensor,
         poison: Tensor,
-        loss: PairLoss,
+        loss: SequenceLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``types.RowKernels``; the sigmoid family in one pass, other losses by autograd."""
         if loss.sigmoid is None or counts_S.shape[0] == 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.sequence import segment_sum
-from dpo_kernels.types import Head, LogitsGradient, PairLoss, RowKernels, RowResult, Rows, Tile, accumulation_dtype
+from dpo_kernels.types import Head, LogitsGradient, RowKernels, RowResult, Rows, SequenceLoss, Tile, accumulation_dtype
 
 
 class TiledPasses(RowKernels):
@@ -30,7 +30,7 @@ class TiledPasses(RowKernels):
         counts_S: Tensor,
         ref_S: Tensor,
         poison: Tensor,
-        loss: PairLoss,
+        loss: SequenceLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``types.RowKernels``; the poison reaches the gradient too, whatever the loss makes of a NaN."""
         sums_S = self.segment_sum(logp_N, weights_N, counts_S) + poison

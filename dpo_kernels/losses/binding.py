@@ -33,7 +33,7 @@ class Part:
 
 @dataclass(frozen=True)
 class BoundLoss:
-    """A loss with beta, options and modifiers fixed; satisfies ``types.PairLoss``.
+    """A loss with beta, options and modifiers fixed; satisfies ``types.SequenceLoss``.
 
     ``tensors`` holds what differs by pair, ``(P,)`` float64 each: options given as tensors, ``pair_weights``, and
     ``token_factor``, which turns a sum of log-probs into its part of the mean over tokens.
@@ -70,7 +70,7 @@ class BoundLoss:
 
     @property
     def difference(self) -> str | None:
-        """See ``types.PairLoss``."""
+        """See ``types.SequenceLoss``."""
         kinds = {part.spec.difference for part in self.parts}
         if len(kinds) > 1 or self.nll_weight != 0.0 or self.f_divergence != "reverse_kl":
             return None
@@ -78,7 +78,7 @@ class BoundLoss:
 
     @property
     def sigmoid(self) -> tuple[float, float] | None:
-        """See ``types.PairLoss``."""
+        """See ``types.SequenceLoss``."""
         plain = len(self.parts) == 1 and self.parts[0].spec is LOSSES["sigmoid"] and self.parts[0].weight == 1.0
         if not plain or self.tensors or self.nll_weight != 0.0 or self.f_divergence != "reverse_kl":
             return None
@@ -89,14 +89,18 @@ class BoundLoss:
         """Whether ``token_factor`` must be among the tensors."""
         return self.nll_weight != 0.0 or any(TOKEN_FACTOR in part.spec.from_engine for part in self.parts)
 
+    def bounds(self, sequences: int) -> Sequence[int]:
+        """See ``types.SequenceLoss``: pairs."""
+        return range(0, sequences + 1, 2)
+
     def with_token_factor(self, factor: Tensor, pairs: int) -> "BoundLoss":
         """The same with ``token_factor``, 0-d: the loss's divisor over that of its token-level terms."""
         if not self.needs_token_factor:
             return self
         return replace(self, tensors={**self.tensors, TOKEN_FACTOR: factor.to(torch.float64).expand(pairs)})
 
-    def of_pairs(self, first: int, last: int) -> "BoundLoss":
-        """See ``types.PairLoss``."""
+    def of_units(self, first: int, last: int) -> "BoundLoss":
+        """See ``types.SequenceLoss``."""
         if not self.tensors:
             return self
         return replace(self, tensors={name: value[first:last] for name, value in self.tensors.items()})
@@ -153,7 +157,7 @@ class BoundLoss:
 
     def value_and_grad(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> tuple[Tensor, Tensor]:
         """Losses ``(P,)`` and the derivative of their sum by ``policy_S``; detached."""
-        with _recording_gradients():
+        with recording_gradients():
             leaf_S = policy_S.detach().requires_grad_()
             losses_P = self(leaf_S, ref_S, counts_S)
             if not losses_P.requires_grad:
@@ -356,7 +360,7 @@ _AUTOGRAD_KEYS = (
 
 
 @contextmanager
-def _recording_gradients() -> Iterator[None]:
+def recording_gradients() -> Iterator[None]:
     """Gradient recording even inside a custom operator, where the dispatcher has switched autograd off."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD_KEYS:

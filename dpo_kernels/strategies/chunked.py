@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.sequence import spread
-from dpo_kernels.types import Head, PairLoss, RowKernels, Rows, RowState
+from dpo_kernels.types import Head, RowKernels, Rows, RowState, SequenceLoss
 
 
 @dataclass(frozen=True)
 class Group:
-    """Pairs ``first_pair..last_pair-1``, their packed rows, and whether they are one pair cut into tiles."""
+    """Units ``first..last-1``, their sequences and packed rows, and whether they are one unit cut into tiles."""
 
-    first_pair: int
-    last_pair: int
+    first: int
+    last: int
+    sequences: tuple[int, int]
     start: int
     stop: int
     oversized: bool
@@ -45,7 +46,7 @@ class PairGradients:
     """What the pass leaves behind; gradients are those of ``total``, None where not needed."""
 
     total: Tensor  # () float64, sum of the losses over the denominator
-    losses: Tensor  # (P,)
+    losses: Tensor  # by unit
     logps: Tensor  # (S,)
     stats: dict[str, Tensor]  # name -> (N,)
     hidden: Tensor | None  # (N + 1, H), last row 0
@@ -53,48 +54,53 @@ class PairGradients:
     bias: Tensor | None  # (V,)
 
 
-def plan_groups(counts: Sequence[int] | None, capacity: int, pairs: int, tile_rows: int) -> list[Group]:
-    """Pack whole pairs into as few groups of at most ``tile_rows`` rows as their order allows, and evenly.
+def plan_groups(counts: Sequence[int] | None, capacity: int, bounds: Sequence[int], tile_rows: int) -> list[Group]:
+    """Pack whole units into as few groups of at most ``tile_rows`` rows as their order allows, and evenly.
 
-    A pair longer than that is a group of its own, without so much as an empty pair beside it. ``counts`` is None for a
-    static capacity. Evenly, because a GEMM of a few left-over rows costs as much as one of many.
+    A unit longer than that is a group of its own, without so much as an empty one beside it. ``bounds`` are the first
+    sequences of the units, and the end; ``counts`` is None for a static capacity. Evenly, because a GEMM of a few
+    left-over rows costs as much as one of many.
     """
+    units = len(bounds) - 1
     if counts is None:
-        return [Group(0, pairs, 0, capacity, oversized=False)]
-    lengths = [counts[2 * pair] + counts[2 * pair + 1] for pair in range(pairs)]
-    groups = _packed(lengths, tile_rows, tile_rows)
+        return [Group(0, units, (bounds[0], bounds[-1]), 0, capacity, oversized=False)]
+    lengths = [sum(counts[bounds[unit] : bounds[unit + 1]]) for unit in range(units)]
+    groups = _packed(lengths, bounds, tile_rows, tile_rows)
     if any(group.oversized for group in groups):
         return groups
     # The smallest limit that needs no more groups.
     lowest, highest = max(lengths, default=0), max((group.stop - group.start for group in groups), default=0)
     while lowest < highest:
         middle = (lowest + highest) // 2
-        if len(_packed(lengths, middle, tile_rows)) <= len(groups):
+        if len(_packed(lengths, bounds, middle, tile_rows)) <= len(groups):
             highest = middle
         else:
             lowest = middle + 1
-    return _packed(lengths, highest, tile_rows)
+    return _packed(lengths, bounds, highest, tile_rows)
 
 
-def _packed(lengths: Sequence[int], limit: int, tile_rows: int) -> list[Group]:
-    """Pairs in groups of at most ``limit`` rows, greedily; oversized is what does not fit ``tile_rows``."""
+def _packed(lengths: Sequence[int], bounds: Sequence[int], limit: int, tile_rows: int) -> list[Group]:
+    """Units in groups of at most ``limit`` rows, greedily; oversized is what does not fit ``tile_rows``."""
     groups: list[Group] = []
     first, start, stop = 0, 0, 0
-    for pair, length in enumerate(lengths):
-        if pair > first and stop + length - start > limit:
-            groups.append(Group(first, pair, start, stop, stop - start > tile_rows))
-            first, start = pair, stop
+
+    def close(last: int) -> None:
+        groups.append(Group(first, last, (bounds[first], bounds[last]), start, stop, stop - start > tile_rows))
+
+    for unit, length in enumerate(lengths):
+        if unit > first and stop + length - start > limit:
+            close(unit)
+            first, start = unit, stop
         stop += length
     if len(lengths) > first:
-        groups.append(Group(first, len(lengths), start, stop, stop - start > tile_rows))
+        close(len(lengths))
     return groups
 
 
-def oversized_buffers(groups: Sequence[Group], loss: PairLoss) -> int:
-    """How many extra ``(V, H)`` buffers the unscaled form of oversized pairs needs."""
-    if not any(group.oversized for group in groups):
-        return 0
-    return 1 if loss.difference else 2
+def oversized_buffers(groups: Sequence[Group], loss: SequenceLoss) -> int:
+    """How many extra ``(V, H)`` buffers the unscaled form of oversized units needs."""
+    sizes = [group.sequences[1] - group.sequences[0] for group in groups if group.oversized]
+    return 1 if sizes and loss.difference else max(sizes, default=0)
 
 
 def pair_gradients(
@@ -103,15 +109,14 @@ def pair_gradients(
     head: Head,
     rows: Rows,
     ref_S: Tensor,
-    loss: PairLoss,
+    loss: SequenceLoss,
     denominator: Tensor,
     tile_rows: int,
     need: tuple[bool, bool, bool],
     stats: Sequence[str],
 ) -> PairGradients:
     """Run the pass; ``need`` says which of (hidden, weight, bias) want a gradient, ``denominator`` is 0-d float64."""
-    pairs = rows.counts.shape[0] // 2
-    groups = plan_groups(rows.host_counts, rows.capacity, pairs, tile_rows)
+    groups = plan_groups(rows.host_counts, rows.capacity, loss.bounds(rows.counts.shape[0]), tile_rows)
     largest = max((group.stop - group.start for group in groups), default=0)
     tile_rows = min(tile_rows, largest)
     run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, denominator, tile_rows, need, stats)
@@ -133,7 +138,7 @@ class _Pass:
         head: Head,
         rows: Rows,
         ref_S: Tensor,
-        loss: PairLoss,
+        loss: SequenceLoss,
         denominator: Tensor,
         tile_rows: int,
         need: tuple[bool, bool, bool],
@@ -156,16 +161,16 @@ class _Pass:
         self.logps: list[Tensor] = []
 
     def whole(self, group: Group) -> None:
-        """A chunk of whole pairs: the coefficients are known before the gradient is formed."""
+        """A chunk of whole units: the coefficients are known before the gradient is formed."""
         logits = self._forward(group.start, group.stop)
         scale_C = self._row_scale(self._tail(group), group, logits)
         self._backward(logits, scale_C, self.dw, self.db, self.written)
         self.written = self.written or group.stop > group.start
 
     def oversized(self, group: Group) -> None:
-        """One pair in several tiles: the gradient per unit of coefficient first, the coefficient last."""
+        """One unit in several tiles: the gradient per 1 of coefficient first, the coefficient last."""
         unit_S = self._unit_coefficients(group)
-        filled = [False, False]
+        filled = [False] * oversized_buffers([group], self.loss)
         for start, stop, side in self._cut(group):
             logits = self._forward(start, stop)
             dw, db = self._unscaled_buffers(side)
@@ -173,9 +178,9 @@ class _Pass:
             filled[side] = True
         factor_S = (self._tail(group) / unit_S).to(self.scratch.dtype)
         if self.dx is not None:
-            factor_C = factor_S.index_select(0, self.rows.segments[group.start : group.stop] - 2 * group.first_pair)
+            factor_C = factor_S.index_select(0, self.rows.segments[group.start : group.stop] - group.sequences[0])
             self.dx[group.start : group.stop].mul_(factor_C[:, None])
-        for side in (0, 1):
+        for side in range(len(filled)):
             if filled[side]:
                 self._flush(side, factor_S[side])
 
@@ -185,7 +190,7 @@ class _Pass:
             for empty in (self.dw, self.db):
                 if empty is not None:
                     empty.zero_()
-        losses = torch.cat(self.losses) if self.losses else self.ref[0::2]
+        losses = torch.cat(self.losses) if self.losses else self.ref[:0]
         logps = torch.cat(self.logps) if self.logps else self.ref
         total = losses.sum() / self.denominator
         return PairGradients(total, losses, logps, self.token_stats, self.dx, self.dw, self.db)
@@ -208,7 +213,7 @@ class _Pass:
     def _tail(self, group: Group) -> Tensor:
         """Close the group's pairs; returns the derivative of the total by their sequence log-probs."""
         tokens = slice(group.start, group.stop)
-        sequences = slice(2 * group.first_pair, 2 * group.last_pair)
+        sequences = slice(*group.sequences)
         weights = None if self.rows.weights is None else self.rows.weights[tokens]
         logps_S, losses_P, grad_S = self.kernels.tail(
             self.logp[tokens],
@@ -216,7 +221,7 @@ class _Pass:
             self.rows.counts[sequences],
             self.ref[sequences],
             self.rows.poison,
-            self.loss.of_pairs(group.first_pair, group.last_pair),
+            self.loss.of_units(group.first, group.last),
         )
         self.losses.append(losses_P)
         self.logps.append(logps_S)
@@ -226,7 +231,7 @@ class _Pass:
         """Factor of each row of the tile: minus its coefficient, over the row's sum of exponentials."""
         rows = slice(logits.start, logits.stop)
         weights = None if self.rows.weights is None else self.rows.weights[rows]
-        coefficient_C = spread(values_S, self.rows.segments[rows] - 2 * group.first_pair, weights)
+        coefficient_C = spread(values_S, self.rows.segments[rows] - group.sequences[0], weights)
         return (-coefficient_C * self.head.logit_scale / logits.state.sumexp).to(self.scratch.dtype)
 
     def _backward(
@@ -248,23 +253,28 @@ class _Pass:
             kernels.grad_bias(d, 0, db, accumulate)
 
     def _unit_coefficients(self, group: Group) -> Tensor:
-        """Derivative of what the pair's loss depends on by the two sequence log-probs, ``(2,)`` float64.
+        """Derivative of what the unit's loss depends on by its sequence log-probs, float64.
 
-        For a loss of one difference that is (+1, -1), over the token counts where it averages; otherwise each side
-        stands for itself.
+        For a pair's loss of one difference that is (+1, -1), over the token counts where it averages; otherwise each
+        sequence stands for itself.
         """
-        counts = self.rows.counts[2 * group.first_pair : 2 * group.last_pair]
-        sign = torch.tensor([1.0, -1.0 if self.loss.difference else 1.0], device=counts.device, dtype=self.ref.dtype)
+        counts = self.rows.counts[slice(*group.sequences)]
+        ones = torch.ones_like(counts, dtype=self.ref.dtype)
+        if self.loss.difference is None:
+            return ones
+        sign = torch.stack([ones[0], -ones[1]])
         return sign / counts.clamp(min=1) if self.loss.difference == "mean" else sign
 
     def _cut(self, group: Group) -> list[tuple[int, int, int]]:
-        """Tiles ``(start, stop, buffer)`` of an oversized pair; sides with coefficients of their own are not mixed."""
+        """Tiles ``(start, stop, buffer)`` of an oversized unit; coefficients of their own are not mixed."""
         bounds = [(group.start, group.stop, 0)]
         if self.loss.difference is None:
             counts = self.rows.host_counts
-            assert counts is not None, "an oversized pair is only planned where the counts are on the host"
-            middle = group.start + counts[2 * group.first_pair]
-            bounds = [(group.start, middle, 0), (middle, group.stop, 1)]
+            assert counts is not None, "an oversized unit is only planned where the counts are on the host"
+            bounds, start = [], group.start
+            for side, count in enumerate(counts[slice(*group.sequences)]):
+                bounds.append((start, start + count, side))
+                start += count
         return [
             (at, min(at + self.tile_rows, stop), side)
             for start, stop, side in bounds

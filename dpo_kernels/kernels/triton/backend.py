@@ -23,7 +23,7 @@ from dpo_kernels.kernels.triton.configs import (
     target_of,
 )
 from dpo_kernels.sequence import offsets_of
-from dpo_kernels.types import Head, LogitsGradient, PairLoss, RowResult, Rows, RowState, Tile
+from dpo_kernels.types import Head, LogitsGradient, RowResult, Rows, RowState, SequenceLoss, Tile
 
 PROGRAMS = 512  # aim of the streaming pass: a few waves on any GPU
 MOST_SPLITS = 32
@@ -124,7 +124,7 @@ class TritonRows(TorchRows):
         counts_S: Tensor,
         ref_S: Tensor,
         poison: Tensor,
-        loss: PairLoss,
+        loss: SequenceLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``types.RowKernels``; the sigmoid family in one kernel, other losses by autograd."""
         if loss.sigmoid is None or counts_S.shape[0] == 0:

@@ -1,0 +1,169 @@
+"""Public functions for feedback that does not come in pairs: labelled sequences and ranked groups."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import calls, checks, inputs
+from dpo_kernels.losses.sequences import GROUP_LOSSES, KTO_LOSSES, GroupLoss, LabelledLoss
+
+
+class SequenceLossOutput(NamedTuple):
+    """What ``fused_kto_loss`` and ``fused_group_loss`` return; every field but ``loss`` is detached.
+
+    ``loss`` is a scalar, or by unit with ``reduction="none"``: ``(S,)`` for KTO, ``(G,)`` for groups. ``rewards``
+    (``beta * (logps - ref_logps)``), ``logps`` and ``ref_logps`` are ``(S,)`` in the order of the input. ``stats`` are
+    those of ``DPOLossOutput``.
+    """
+
+    loss: Tensor
+    rewards: Tensor
+    logps: Tensor
+    ref_logps: Tensor
+    stats: dict[str, Tensor]
+
+
+def fused_kto_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    desirable: Tensor,
+    *,
+    loss_type: str = "kto",
+    beta: float = 0.1,
+    kl: float | Tensor = 0.0,
+    delta: float | Tensor = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    **options: Any,
+) -> SequenceLossOutput:
+    """KTO and unpaired BCO from hidden states: each sequence is desirable or not, on its own.
+
+    ``loss_type="kto"`` (Ethayarajh et al., arXiv 2402.01306, eq. 8): ``1 - sigmoid(beta x - z0)`` for a desirable
+    sequence, ``1 - sigmoid(z0 - beta x)`` for another, x its log-ratio to the reference and ``z0 = beta max(0, kl)``.
+    ``loss_type="bco"`` (Jung et al., arXiv 2404.04656): ``-log sigmoid(beta x - delta)`` and
+    ``-log sigmoid(delta - beta x)``.
+
+    Args:
+        hidden: ``(S, T, H)``, or ``(N, H)`` with ``cu_seqlens``; any number of sequences.
+        weight: ``(V, H)``.
+        labels: ``(S, T)`` or ``(N,)``.
+        desirable: ``(S,)`` bool.
+        loss_type: "kto" or "bco".
+        beta: inverse temperature, at least 0.
+        kl: estimate of the policy's KL to the reference in nats, the mean log-ratio of mismatched completions
+            (``kto_kl``); a number or a 0-d tensor, never differentiated.
+        delta: reward shift of BCO, a number or a 0-d tensor (``RunningDelta``).
+        desirable_weight: factor of desirable sequences' losses.
+        undesirable_weight: factor of the others'.
+        **options: as in ``fused_dpo_loss``: bias, ref_hidden, ref_weight, ref_bias, ref_logps ``(S,)``, reference_free,
+            cu_seqlens, token_weights, shift, ignore_index, logit_scale, softcap, reduction ("mean" is over sequences),
+            denominator, stats, backend, strategy, scratch_bytes, max_scored_tokens.
+
+    Returns:
+        ``SequenceLossOutput``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as ``fused_dpo_loss``.
+
+    """
+    checks.check_choice("loss_type", loss_type, KTO_LOSSES)
+    if not isinstance(desirable, Tensor):
+        raise TypeError(f"desirable must be a tensor, got {type(desirable).__name__}")
+    if desirable.dtype != torch.bool:
+        raise TypeError(f"desirable must be of bool, got {desirable.dtype}")
+    beta = _check_beta(beta)
+    shift = beta * _zero_dimensional("kl", kl).clamp(min=0) if loss_type == "kto" else _zero_dimensional("delta", delta)
+    factors = [checks.check_number(*pair) for pair in (
+        ("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight),
+    )]  # fmt: skip
+
+    def bound(batch: inputs.Batch) -> LabelledLoss:
+        if desirable.shape != (batch.sequences,):
+            raise ValueError(
+                f"desirable has shape {tuple(desirable.shape)}, expected ({batch.sequences},): one for each sequence"
+            )
+        if desirable.device != batch.hidden.device:
+            raise ValueError(f"desirable is on {desirable.device} but hidden is on {batch.hidden.device}")
+        liked, disliked = (torch.full((), f, dtype=torch.float64, device=desirable.device) for f in factors)
+        weights = torch.where(desirable, liked, disliked)
+        return LabelledLoss(loss_type, beta, desirable, weights, shift.to(batch.hidden.device))
+
+    return _run(hidden, weight, labels, bound, options, "fused_kto_loss")
+
+
+def fused_group_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    group_sizes: Sequence[int],
+    *,
+    loss_type: str = "plackett_luce",
+    beta: float = 0.1,
+    **options: Any,
+) -> SequenceLossOutput:
+    """A ranking of K completions of one prompt, or one chosen and m rejected; groups adjacent, the best first.
+
+    ``loss_type="plackett_luce"`` (Rafailov et al., arXiv 2305.18290, appendix A.3) or "infonce" (Chen et al., arXiv
+    2402.05369), on ``beta`` times the log-ratios; with groups of two both are DPO.
+
+    Args:
+        hidden: ``(S, T, H)``, or ``(N, H)`` with ``cu_seqlens``; S the sum of ``group_sizes``.
+        weight: ``(V, H)``.
+        labels: ``(S, T)`` or ``(N,)``.
+        group_sizes: sequences of each group, integers of at least 1.
+        loss_type: "plackett_luce" or "infonce".
+        beta: inverse temperature, at least 0.
+        **options: as in ``fused_kto_loss``; "mean" is over groups.
+
+    Returns:
+        ``SequenceLossOutput``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as ``fused_dpo_loss``.
+
+    """
+    checks.check_choice("loss_type", loss_type, GROUP_LOSSES)
+    beta = _check_beta(beta)
+    if not isinstance(group_sizes, tuple | list):
+        raise TypeError(f"group_sizes must be a list of integers, got {type(group_sizes).__name__}")
+    for size in group_sizes:
+        checks.check_count("group_sizes", size, least=1)
+
+    def bound(batch: inputs.Batch) -> GroupLoss:
+        if sum(group_sizes) != batch.sequences:
+            raise ValueError(f"group_sizes sum to {sum(group_sizes)}, but there are {batch.sequences} sequences")
+        return GroupLoss(loss_type, beta, tuple(group_sizes))
+
+    return _run(hidden, weight, labels, bound, options, "fused_group_loss")
+
+
+def _run(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bound: Any, options: dict[str, Any], name: str
+) -> SequenceLossOutput:
+    call = calls.prepare_sequences(hidden, weight, labels, bound, options, name)
+    loss, policy_S, ref_S, means = calls.run(call, options)
+    dtype = call.batch.result_dtype
+    policy_S, ref_S = policy_S.detach(), ref_S.detach()
+    stats = {name: means[i] for i, name in enumerate(call.stats)} | {"tokens": call.rows.counts.float()}
+    rewards_S = call.loss.beta * (policy_S - ref_S)
+    return SequenceLossOutput(loss.to(dtype), rewards_S.to(dtype), policy_S.to(dtype), ref_S.to(dtype), stats)
+
+
+def _check_beta(beta: float) -> float:
+    beta = checks.check_number("beta", beta)
+    if beta < 0:
+        raise ValueError(f"beta must be >= 0, got {beta}")
+    return beta
+
+
+def _zero_dimensional(name: str, value: float | Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.tensor(checks.check_number(name, value), dtype=torch.float64)
+    if value.dim() != 0:
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    return value.detach().to(torch.float64)
