@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import dpo_kernels as dk
 from dpo_kernels import dispatch
 from tests.cases import LAYOUTS, STRATEGIES, Case, broken_over_forms, broken_rules
+from tests.test_losses import OPTIONS, parts_of, referenced
 
 BACKENDS = ("torch", "cpp")  # Triton's interpreter needs a process of its own: tests/interpreted
 assert set(BACKENDS) <= set(dispatch.BACKENDS)
@@ -38,42 +38,27 @@ LOSSES = {
 }
 
 
-# The rest of the family and its modifiers: the same row passes, other coefficients.
-FAMILY = {
-    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
-    "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 0.1},
-    "nca_pair": {"loss_type": "nca_pair"},
-    "bco_pair": {"loss_type": "bco_pair", "delta": 0.3},
-    "sppo_hard": {"loss_type": "sppo_hard", "beta": 0.05},
-    "apo_zero": {"loss_type": "apo_zero"},
-    "apo_down": {"loss_type": "apo_down"},
-    "discopop": {"loss_type": "discopop"},
-    "sigmoid_norm": {"loss_type": "sigmoid_norm"},
-    "odpo": {"loss_type": "odpo", "margin": torch.tensor([0.5, -1.0, 2.0])},
-    "rebel": {"loss_type": "rebel", "reward_gap": torch.tensor([0.5, 1.0, 2.0])},
-    "cal_dpo": {"loss_type": "cal_dpo", "beta": 0.05},
-    "dpop": {"loss_type": "dpop", "dpop_lambda": 2.0},
-    "simpo": {"loss_type": "simpo", "beta": 2.0},
-    "alphapo": {"loss_type": "alphapo"},
-    "cpo": {"loss_type": "cpo"},
-    "orpo": {"loss_type": "orpo"},
-    "sft": {"loss_type": "sft"},
+# The rest of the family, as its rows have it, and what differs by pair.
+ROWS = {name: options for name, options in OPTIONS.items() if name not in LOSSES}
+FAMILY = {name: options for name, options in ROWS.items() if all(spec.separable for spec in parts_of(name))}
+COUPLED = {name: options for name, options in ROWS.items() if name not in FAMILY}
+FAMILY |= {
+    "odpo, by pair": {"loss_type": "odpo", "margin": torch.tensor([0.5, -1.0, 2.0])},
+    "rebel, by pair": {"loss_type": "rebel", "reward_gap": torch.tensor([0.5, 1.0, 2.0])},
     "weighted pairs": {"pair_weights": torch.tensor([0.5, 0.0, 2.0])},
     "token denominators": {"nll_weight": 0.2, "denominator": 5.0, "token_denominator": 40.0},
-    "forward KL": {"f_divergence": "forward_kl", "beta": 0.01},
-    "mix": {
+    "weighted mix": {
         "loss_type": ("sigmoid", "bco_pair", "sft"),
         "loss_weights": (0.8, 0.2, 1.0),
         "pair_weights": torch.tensor([1.0, 3.0, 0.1]),
     },
 }
-COUPLED = {"aot": {"loss_type": "aot"}, "aot_unpaired": {"loss_type": "aot_unpaired", "label_smoothing": 0.1}}
 
 
-def case_of(options, dtype, **facts):
-    """A case for options of the family; losses without a reference get none."""
-    free = options.get("loss_type") in ("simpo", "alphapo", "cpo", "orpo", "sft")
-    return Case(dtype, options=options, reference="none" if free else "cached", weights=True, **facts)
+def case_of(loss, dtype, **facts):
+    """A case for a row of the family; losses without a reference get none."""
+    reference = "cached" if loss not in ROWS or referenced(loss) else "none"
+    return Case(dtype, options={**FAMILY, **COUPLED}[loss], reference=reference, weights=True, **facts)
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +91,7 @@ def test_losses(loss, frozen, strategy, backend):
 def test_family(loss, strategy, backend):
     for frozen in (False, True):
         for dtype in (torch.float64, torch.bfloat16):
-            assert not broken_rules(case_of(FAMILY[loss], dtype, frozen=frozen), strategy, backend)
+            assert not broken_rules(case_of(loss, dtype, frozen=frozen), strategy, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -115,12 +100,7 @@ def test_family(loss, strategy, backend):
 def test_coupled_family(loss, strategy, backend):
     for frozen in (False, True):
         for dtype in (torch.float64, torch.bfloat16):
-            assert not broken_rules(case_of(COUPLED[loss], dtype, frozen=frozen), strategy, backend)
-
-
-def test_every_loss_is_here():
-    tried = {options.get("loss_type", "sigmoid") for options in (*LOSSES.values(), *FAMILY.values(), *COUPLED.values())}
-    assert set(dk.LOSSES) <= tried
+            assert not broken_rules(case_of(loss, dtype, frozen=frozen), strategy, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -89,6 +89,16 @@ def test_the_table_of_losses_is_complete():
             assert option in formula or option in ("label_smoothing",), (name, option)
 
 
+def test_contributing_shows_how_a_loss_came_in():
+    """What it shows stands in the files, to the letter."""
+    shown = re.findall(r"```(?:python)?\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+    odpo = [block for block in shown if "odpo" in block]
+    places = ("dpo_kernels/losses/pairwise.py", "tests/test_losses.py", "dpo_kernels/reference.py", "README.md")
+    assert len(odpo) == len(places)
+    for block, place in zip(odpo, places, strict=True):
+        assert block in (ROOT / place).read_text(encoding="utf-8"), place
+
+
 def test_the_table_of_strategies_says_what_is_counted():
     counted = {(s, trainable): units for s, trainable, hidden, units in UNITS if hidden}
     rows = {row[0]: row for row in table("strategy")}

@@ -1,0 +1,211 @@
+"""``fused_lm_head`` on tiny random models of every head convention: the same loss and gradients as full logits."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from dpo_kernels import fused_dpo_loss, fused_sequence_logps  # noqa: E402
+from dpo_kernels.integrations.transformers import fused_lm_head  # noqa: E402
+
+V, H = 67, 32
+SMALL = {
+    "vocab_size": V,
+    "hidden_size": H,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def without(*names):
+    return {name: value for name, value in SMALL.items() if name not in names}
+
+
+CONFIGS = {
+    "llama": lambda t: t.LlamaConfig(**SMALL),
+    "qwen3": lambda t: t.Qwen3Config(**SMALL, tie_word_embeddings=True),
+    "gemma2": lambda t: t.Gemma2Config(**SMALL, final_logit_softcapping=3.0, sliding_window=32),
+    "cohere": lambda t: t.CohereConfig(**without("head_dim"), logit_scale=0.0625 * 5),
+    "granite": lambda t: t.GraniteConfig(**without("head_dim"), logits_scaling=3.0),
+    "phi": lambda t: t.PhiConfig(**without("head_dim")),
+    "gpt2": lambda t: t.GPT2Config(
+        vocab_size=V, n_embd=H, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
+    "falcon_h1": lambda t: t.FalconH1Config(
+        **SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, lm_head_multiplier=0.3
+    ),
+}
+
+
+def tiny(name, seed=0):
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](transformers), attn_implementation="eager")
+    with torch.no_grad():  # logits of the size of a trained model's, and a bias that shows
+        head = model.get_output_embeddings()
+        head.weight.mul_(20.0)
+        if head.bias is not None:
+            head.bias.normal_()
+    return model.train(False)
+
+
+@pytest.fixture
+def batch():
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, V, (4, 11), generator=g)
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = mask[3, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    return {"input_ids": ids, "attention_mask": mask}, labels, torch.randn(4, generator=g) - 20.0
+
+
+def full_logits_loss(logits, labels, ref_logps, beta):
+    logps = logits[:, :-1].float().log_softmax(-1)
+    scored = labels[:, 1:] != -100
+    logps = logps.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    chosen, rejected = ((logps * scored).sum(-1) - ref_logps).chunk(2)
+    return -F.logsigmoid(beta * (chosen - rejected)).mean()
+
+
+def both(model, batch, **options):
+    """((loss, gradients) with full logits, the same fused)."""
+    inputs, labels, ref = batch
+    results = []
+    for fused in (False, True):
+        model.zero_grad()
+        if fused:
+            hidden, weight, head = fused_lm_head(model)(**inputs)
+            loss = fused_dpo_loss(hidden, weight, labels, shift=True, ref_logps=ref, beta=0.1, **head, **options).loss
+        else:
+            loss = full_logits_loss(model(**inputs).logits, labels, ref, 0.1)
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), grads))
+    return results
+
+
+def assert_same(plain, fused):
+    torch.testing.assert_close(fused[0], plain[0], rtol=1e-5, atol=1e-6)
+    assert fused[1].keys() == plain[1].keys()
+    for name, grad in plain[1].items():
+        error = (fused[1][name] - grad).norm() / grad.norm().clamp(min=1e-6)
+        assert error < 2e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_are_those_of_full_logits(name, batch):
+    assert_same(*both(tiny(name), batch))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite", "falcon_h1"])
+def test_a_wrong_scale_is_caught(name, batch):
+    head = fused_lm_head(tiny(name))
+    head.logit_scale *= 1.01
+    with pytest.raises(RuntimeError, match="does not reproduce the logits"):
+        head(**batch[0])
+
+
+def test_a_forgotten_softcap_is_caught_even_where_logits_are_small(batch):
+    model = tiny("gemma2")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e-3)
+    model.config.final_logit_softcapping = 30.0
+    head = fused_lm_head(model)
+    head.softcap = None
+    with pytest.raises(RuntimeError, match="softcap=None"):
+        head(**batch[0])
+    fused_lm_head(model)(**batch[0])
+
+
+def test_a_forgotten_bias_is_caught(batch, monkeypatch):
+    head = fused_lm_head(tiny("phi"))
+    given = head.operands
+    monkeypatch.setattr(head, "operands", lambda h: (o := given(h))._replace(options=o.options | {"bias": None}))
+    with pytest.raises(RuntimeError, match="no bias"):
+        head(**batch[0])
+
+
+def test_the_check_leaves_modes_and_random_numbers_alone(batch):
+    model = tiny("gpt2").train()
+    model.transformer.h[0].eval()
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    fused_lm_head(model).check(**batch[0])
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["BertConfig", "RobertaConfig", "ModernBertDecoderConfig"])
+def test_a_transform_before_the_head_is_refused_with_the_reason(name):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": H, "intermediate_size": 48}
+    config = getattr(transformers, name)(**sizes, vocab_size=V, is_decoder=True, pad_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"not linear in the hidden states: .*Linear"):
+        fused_lm_head(model)
+
+
+def test_a_quantised_head_is_refused_with_the_reason():
+    class Linear8bitLt(torch.nn.Linear):
+        pass
+
+    model = tiny("llama")
+    model.lm_head = Linear8bitLt(H, V, bias=False)
+    with pytest.raises(ValueError, match=r"quantised.*keep the head out"):
+        fused_lm_head(model)
+    model.lm_head = torch.nn.Linear(H, V, bias=False)
+    model.lm_head.weight = torch.nn.Parameter(torch.ones(V, H, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="int8"):
+        fused_lm_head(model)
+
+
+def test_what_is_not_a_causal_model_is_refused():
+    with pytest.raises(TypeError, match="got Linear"):
+        fused_lm_head(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no output embedding"):
+        fused_lm_head(tiny("llama").model)
+
+
+def test_attached_the_work_is_done_in_forward(batch):
+    model = tiny("llama")
+    inputs, labels, _ = batch
+    plain = model(**inputs).logits
+    head = fused_lm_head(model).attach()
+    assert fused_lm_head(model).attach().model is model
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+
+    def work(outputs, hidden, weight, options):
+        assert outputs.last_hidden_state.shape == (4, 11, H)
+        return fused_sequence_logps(hidden, weight, labels, shift=True, **options)
+
+    got = model(**inputs, fused_call=work)
+    assert len(calls) == 1 + 1  # the self-check is a forward too
+    assert torch.equal(model(inputs["input_ids"], inputs["attention_mask"], fused_call=work), got)
+    hidden, weight, options = head(**inputs)
+    assert torch.equal(fused_sequence_logps(hidden, weight, labels, shift=True, **options), got)
+    assert torch.equal(model(**inputs).logits, plain)
+    generated = model.generate(inputs["input_ids"][:1], max_new_tokens=2, do_sample=False)
+    assert generated.shape == (1, 13)
+
+
+def test_autocast(batch):
+    model = tiny("llama")
+    inputs, labels, _ = batch
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden, weight, options = fused_lm_head(model)(**inputs)
+        logps = fused_sequence_logps(hidden, weight, labels, shift=True, **options)
+    exact_hidden, _, _ = fused_lm_head(model)(**inputs)
+    exact = fused_sequence_logps(exact_hidden, weight, labels, shift=True, **options)
+    torch.testing.assert_close(logps, exact, rtol=0.05, atol=0.5)
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    hidden, weight, _ = fused_lm_head(model)(**inputs)
+    assert hidden.dtype == weight.dtype == torch.bfloat16

@@ -1,0 +1,323 @@
+"""``FusedDPOTrainer`` against TRL's own on tiny models: ten steps and an evaluation, every logged value the same."""
+
+import copy
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("datasets", reason="datasets is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+trl = pytest.importorskip("trl", reason="trl is not installed")
+peft = pytest.importorskip("peft", reason="peft is not installed")
+
+import transformers  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+
+from dpo_kernels.integrations.trl import FusedDPOTrainer  # noqa: E402
+from tests.test_integration_transformers import SMALL, tiny  # noqa: E402
+
+pytestmark = [
+    # TRL, PEFT and accelerate on the transformers and torch of the day; nothing of ours.
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+WORDS = [f"w{i}" for i in range(60)]
+NOT_LOGGED_TWICE = ("runtime", "per_second", "flos")
+KEYS = {
+    "loss", "grad_norm", "learning_rate", "epoch", "entropy", "num_tokens", "mean_token_accuracy",
+    "logits/chosen", "logits/rejected", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected",
+}  # fmt: skip
+
+
+def tokenizer():
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *WORDS])}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.Split("<eos>", "isolated")
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    plain.add_special_tokens(["<pad>", "<bos>", "<eos>"])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    )
+
+
+def ratings(pairs, seed):
+    g = torch.Generator().manual_seed(seed)
+
+    def words(least, most):
+        count = int(torch.randint(least, most, (), generator=g))
+        return " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (count,), generator=g))
+
+    rows = [{"prompt": words(2, 6) + " ", "chosen": words(2, 9), "rejected": words(2, 9)} for _ in range(pairs)]
+    return Dataset.from_list(rows)
+
+
+def run(trainer_class, tmp_path, model="llama", steps=10, adapter=None, wrap=None, with_ref=True, **options):
+    """Ten steps and an evaluation; the log, by entry, and the trainer."""
+    policy = tiny(model) if isinstance(model, str) else copy.deepcopy(model)
+    reference = None
+    if with_ref and adapter is None and wrap is None and not options.get("precompute_ref_log_probs"):
+        torch.manual_seed(5)
+        reference = copy.deepcopy(policy)
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    if wrap is not None:
+        policy = wrap(policy)
+    defaults = {
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 3,
+        "beta": 0.3,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+    }
+    config = trl.DPOConfig(
+        output_dir=str(tmp_path / trainer_class.__name__),
+        max_steps=steps,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=steps,
+        report_to=[],
+        use_cpu=True,
+        seed=1,
+        disable_tqdm=True,
+        **defaults | options,
+    )
+    trainer = trainer_class(
+        model=policy,
+        ref_model=reference,
+        args=config,
+        train_dataset=ratings(24, 0),
+        eval_dataset=ratings(7, 1),
+        processing_class=tokenizer(),
+        peft_config=adapter,
+    )
+    trainer.train()
+    return trainer.state.log_history, trainer
+
+
+def assert_same_logs(tmp_path, **options):
+    stock, _ = run(trl.DPOTrainer, tmp_path, **options)
+    ours, trainer = run(FusedDPOTrainer, tmp_path, **options)
+    assert trainer.not_fused == ""
+    assert len(ours) == len(stock)
+    for step, (theirs, mine) in enumerate(zip(stock, ours, strict=True)):
+        assert mine.keys() == theirs.keys()
+        for key, value in theirs.items():
+            if not any(word in key for word in NOT_LOGGED_TWICE):
+                assert abs(mine[key] - value) <= 1e-5 * max(1.0, abs(value)), f"entry {step}, {key}"
+    assert set(ours[0]) == KEYS | {"step"} | ({"aux_loss"} if "aux_loss" in stock[0] else set())
+    assert ours[0]["loss"] != ours[9]["loss"]
+    assert {f"eval_{key}" for key in KEYS} - {"eval_grad_norm", "eval_learning_rate", "eval_epoch"} <= set(ours[10])
+    return trainer
+
+
+LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+RUNS = {
+    "full": {},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "accumulated": {"gradient_accumulation_steps": 3},
+    "peft": {"adapter": peft.LoraConfig(**LORA)},
+}
+MODELS = ("llama", "qwen3", "gemma2", "cohere", "phi", "gpt2")
+
+
+@pytest.mark.parametrize(("model", "kind"), [(model, "full") for model in MODELS] + [("granite", "full")])
+def test_logs_are_those_of_trl(model, kind, tmp_path):
+    assert_same_logs(tmp_path, model=model, **RUNS[kind])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RUNS if kind != "full"])
+@pytest.mark.parametrize("model", ["llama", "gemma2", "gpt2"])
+def test_logs_are_those_of_trl_in_every_setup(model, kind, tmp_path):
+    if (model, kind) == ("gpt2", "peft"):
+        adapter = peft.LoraConfig(**LORA | {"target_modules": ["c_attn"]}, fan_in_fan_out=True)
+        assert_same_logs(tmp_path, model=model, adapter=adapter)
+    else:
+        assert_same_logs(tmp_path, model=model, **RUNS[kind])
+
+
+OPTIONS = {
+    "hinge": {"loss_type": ["hinge"]},
+    "ipo": {"loss_type": ["ipo"]},
+    "exo_pair": {"loss_type": ["exo_pair"], "label_smoothing": 1e-3},
+    "nca_pair": {"loss_type": ["nca_pair"]},
+    "robust": {"loss_type": ["robust"], "label_smoothing": 0.1},
+    "bco_pair": {"loss_type": ["bco_pair"]},
+    "sppo_hard": {"loss_type": ["sppo_hard"]},
+    "aot": {"loss_type": ["aot"], "label_smoothing": 0.1},
+    "aot_unpaired": {"loss_type": ["aot_unpaired"]},
+    "apo_zero": {"loss_type": ["apo_zero"]},
+    "apo_down": {"loss_type": ["apo_down"]},
+    "discopop": {"loss_type": ["discopop"], "discopop_tau": 0.1},
+    "sft": {"loss_type": ["sft"]},
+    "sigmoid_norm": {"loss_type": ["sigmoid_norm"]},
+    "a mix": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "a name twice": {"loss_type": ["sigmoid", "sigmoid"], "loss_weights": [0.8, 0.2]},
+    "forward_kl": {"f_divergence_type": "forward_kl", "learning_rate": 1e-4},  # its exp makes much of little
+    "js": {"f_divergence_type": "js_divergence", "loss_type": ["sigmoid", "sft"]},
+    "alpha": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+    "ld_alpha": {"ld_alpha": 0.4},
+    "ld_alpha, cached": {"ld_alpha": 0.4, "precompute_ref_log_probs": True},
+    "use_weighting": {"use_weighting": True, "loss_type": ["sigmoid", "ipo"], "learning_rate": 1e-4},
+    "use_weighting with ld_alpha": {"use_weighting": True, "ld_alpha": 0.4},
+    "sync_ref_model": {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.6},
+    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "max_length": {"max_length": 8},
+    "pad_to_multiple_of": {"pad_to_multiple_of": 8},
+    "dropout": {"disable_dropout": False},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_means_what_it_means_in_trl(name, tmp_path):
+    assert_same_logs(tmp_path, **OPTIONS[name])
+
+
+def test_a_mixture_of_experts_has_its_router_loss(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        **{k: v for k, v in SMALL.items() if k != "head_dim"}, num_local_experts=4, output_router_logits=True
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    trainer = assert_same_logs(tmp_path, model=model, router_aux_loss_coef=0.1)
+    assert trainer.aux_loss_enabled
+    assert "aux_loss" in trainer.state.log_history[0]
+
+
+def test_an_adapter_that_is_trained_on_is_its_own_reference(tmp_path):
+    def wrap(model):
+        torch.manual_seed(3)
+        model = peft.get_peft_model(model, peft.LoraConfig(**LORA))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.2)
+        return model
+
+    trainer = assert_same_logs(tmp_path, wrap=wrap)
+    assert "ref" in trainer.model.peft_config
+    assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma2"])
+@pytest.mark.parametrize("options", [{}, {"ld_alpha": 0.4}, {"precompute_ref_log_probs": True}])
+def test_padding_free_gives_what_padding_gives(model, options, tmp_path):
+    padded, _ = run(FusedDPOTrainer, tmp_path, model=model, **options)
+    free, trainer = run(FusedDPOTrainer, tmp_path, model=model, padding_free=True, **options)
+    assert trainer.padding_free
+    for theirs, mine in zip(padded, free, strict=True):
+        for key, value in theirs.items():
+            if not any(word in key for word in (*NOT_LOGGED_TWICE, "accuracies")):  # which jump at a margin of 0
+                assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+
+
+def test_padding_free_is_refused_where_sequences_would_mix(tmp_path):
+    with pytest.raises(RuntimeError, match="does not keep packed sequences apart"):
+        run(FusedDPOTrainer, tmp_path, model="falcon_h1", steps=1, padding_free=True)
+
+
+def test_lora_on_the_head_is_trained(tmp_path):
+    adapter = peft.LoraConfig(**LORA | {"target_modules": ["lm_head"]})
+    with pytest.raises(ValueError, match="lm_head"):
+        run(trl.DPOTrainer, tmp_path, adapter=adapter)
+    log, trainer = run(FusedDPOTrainer, tmp_path, adapter=adapter)
+    assert log[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+    assert log[9]["rewards/margins"] > 0.0
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, batch)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    scored = labels[:, 1:] != -100
+
+    def logps():
+        with torch.no_grad():
+            logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        values = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+        return (values * scored).sum(-1)
+
+    with trainer.model.disable_adapter():
+        reference = logps()
+    chosen, rejected = (logps() - reference).chunk(2)
+    expected = -torch.nn.functional.logsigmoid(0.3 * (chosen - rejected)).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_label_smoothing_is_honoured_and_said(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="dpo_kernels.integrations.trl"):
+        plain, _ = run(FusedDPOTrainer, tmp_path, steps=1)
+        assert not caplog.records
+        smoothed, _ = run(FusedDPOTrainer, tmp_path, steps=1, label_smoothing=0.2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "FusedDPOTrainer: label_smoothing=0.2 is honoured by the sigmoid loss (conservative DPO); TRL ignores it there"
+    ]
+    # -(1 - e) log s(u) - e log s(-u) = -log s(u) + e u, and the margins are u.
+    assert smoothed[0]["loss"] == pytest.approx(plain[0]["loss"] + 0.2 * plain[0]["rewards/margins"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"loss_type": ["ipo"], "f_divergence_type": "js_divergence"}, "f_divergence_type 'js_divergence' with"),
+        ({"loss_type": ["sft"], "ld_alpha": 0.5}, "sft with ld_alpha"),
+    ],
+)
+def test_what_only_trl_computes_goes_to_trl_with_one_line(options, words, tmp_path, caplog):
+    stock, _ = run(trl.DPOTrainer, tmp_path, steps=2, **options)
+    with caplog.at_level(logging.WARNING, logger="dpo_kernels.integrations.trl"):
+        ours, trainer = run(FusedDPOTrainer, tmp_path, steps=2, **options)
+    assert words in trainer.not_fused
+    assert len(caplog.records) == 1
+    assert f"TRL's own loss is used: {trainer.not_fused}" in caplog.text
+    assert [entry.get("loss") for entry in ours] == [entry.get("loss") for entry in stock]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"loss_type": ["ipo"], "label_smoothing": 0.1}, r"label_smoothing=0\.1 has no effect with loss_type ipo"),
+        ({"ld_alpha": 1.5}, "ld_alpha must lie in"),
+        ({"loss_type": ["sft"], "ld_alpha": 0.5, "padding_free": True}, "padding_free=True needs the fused loss"),
+    ],
+)
+def test_options_without_effect_are_refused(options, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        run(FusedDPOTrainer, tmp_path, **options)
+
+
+def test_an_adapter_on_the_head_never_reaches_trls_own_loss(tmp_path):
+    adapter = peft.LoraConfig(**LORA | {"target_modules": ["lm_head"]})
+    with pytest.raises(ValueError, match="an adapter on the LM head needs the fused loss, but: loss_type sft"):
+        run(FusedDPOTrainer, tmp_path, adapter=adapter, loss_type=["sft"], ld_alpha=0.5)
+
+
+def test_a_wrong_scale_in_the_configuration_stops_the_first_step(tmp_path):
+    model = tiny("cohere")
+    model.logit_scale = model.logit_scale * 2
+    with pytest.raises(RuntimeError, match="does not reproduce the logits of CohereForCausalLM"):
+        run(FusedDPOTrainer, tmp_path, model=model, steps=1)
+
+
+def test_compute_metrics_gets_logits(tmp_path):
+    seen = []
+    _, trainer = run(FusedDPOTrainer, tmp_path, steps=1)
+    trainer.compute_metrics = lambda prediction: seen.append(prediction.predictions.shape) or {"seen": 1.0}
+    assert trainer.evaluate()["eval_seen"] == 1.0
+    assert seen[0][-1] == 67
+
+
+def test_a_checkpoint_resumes_to_the_same_log(tmp_path):
+    whole, _ = run(FusedDPOTrainer, tmp_path / "a", steps=6)
+    options = {"save_strategy": "steps", "save_steps": 3}
+    _, trainer = run(FusedDPOTrainer, tmp_path / "b", steps=6, **options)
+    checkpoint = tmp_path / "b" / "FusedDPOTrainer" / "checkpoint-3"
+    assert "dpo" in (checkpoint.parent / "README.md").read_text().lower()
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.log_history[5]["loss"] == pytest.approx(whole[5]["loss"], rel=1e-5)

@@ -1,0 +1,195 @@
+"""``patch_trl``: TRL's trainers on this package's head; and the function itself against plain torch."""
+
+import pytest
+import torch
+
+pytest.importorskip("datasets", reason="datasets is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+trl = pytest.importorskip("trl", reason="trl is not installed")
+pytest.importorskip("peft", reason="peft is not installed")
+
+from datasets import Dataset  # noqa: E402
+from trl.trainer import utils  # noqa: E402
+
+from dpo_kernels.integrations import trl_patch  # noqa: E402
+from dpo_kernels.integrations.token_logps import token_logps  # noqa: E402
+from dpo_kernels.integrations.trl import patch_trl, unpatch_trl  # noqa: E402
+from tests.test_integration_transformers import tiny  # noqa: E402
+from tests.test_integration_trl import NOT_LOGGED_TWICE, pytestmark, ratings, run, tokenizer  # noqa: E402
+
+assert pytestmark  # the same warnings of the same packages
+
+H, V, N = 6, 13, 9
+OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def plain(hidden, weight, bias, targets, temperature, softcap, scale):
+    logits = hidden @ weight.t()
+    logits = (logits if bias is None else logits + bias) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits / temperature
+    logp = logits.log_softmax(-1)
+    return (
+        logp.gather(-1, targets[:, None])[:, 0],
+        -(logp.exp() * logp).sum(-1),
+        (2 * logp).logsumexp(-1),
+        logits.mean(-1),
+        logits.argmax(-1) == targets,
+    )
+
+
+def tensors(dtype=torch.float64, with_bias=True):
+    g = torch.Generator().manual_seed(4)
+    hidden, weight, bias = (torch.randn(*shape, generator=g, dtype=dtype) for shape in ((N, H), (V, H), (V,)))
+    given = [t.requires_grad_() for t in (hidden, weight, bias)]
+    return given if with_bias else [*given[:2], None], torch.randint(0, V, (N,), generator=g)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("temperature", "softcap", "scale"), [(1.0, None, 1.0), (0.7, None, 0.5), (1.3, 2.0, 1.7)])
+def test_values_and_gradients_are_those_of_plain_torch(temperature, softcap, scale, with_bias):
+    given, targets = tensors(with_bias=with_bias)
+    expected = plain(*given, targets, temperature, softcap, scale)
+    got = token_logps(*given, targets, temperature, softcap, scale, OUTPUTS)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=1e-6, atol=1e-6)
+    upstream = torch.randn(2, N, dtype=torch.float64)
+    wanted = [t for t in given if t is not None]
+    for index in (0, 1):
+        theirs = torch.autograd.grad((expected[index] * upstream[index]).sum(), wanted, retain_graph=True)
+        mine = torch.autograd.grad((got[index] * upstream[index]).sum(), wanted, retain_graph=True)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_only_what_is_asked_for_is_returned():
+    given, targets = tensors()
+    logps, *rest = token_logps(*given, targets, outputs=("log_probs", "is_top1"))
+    assert logps.shape == (N,)
+    assert [value is None for value in rest] == [True, True, True, False]
+    assert rest[3].dtype == torch.bool
+
+
+def test_no_position_at_all():
+    given, targets = tensors()
+    logps, entropy, *_ = token_logps(given[0][:0], *given[1:], targets[:0], outputs=OUTPUTS)
+    assert logps.shape == entropy.shape == (0,)
+    logps.sum().backward()
+    assert given[0].grad.abs().sum() == 0
+
+
+def test_a_head_in_another_dtype_follows_the_hidden_states():
+    (hidden, weight, bias), targets = tensors(torch.float32)
+    logps, *_ = token_logps(hidden, weight.bfloat16(), bias.bfloat16(), targets)
+    exact, *_ = token_logps(hidden, weight.bfloat16().float(), bias.bfloat16().float(), targets)
+    assert torch.equal(logps, exact)
+
+
+# --- the patch --------------------------------------------------------------------------------------------------------
+
+
+def test_the_patch_is_put_on_and_taken_off():
+    stock = utils._ChunkedLogProbFunction
+    with patch_trl():
+        assert utils._ChunkedLogProbFunction is trl_patch.FusedLogProbFunction
+        patch_trl()
+    assert utils._ChunkedLogProbFunction is stock
+    unpatch_trl()
+    assert utils._ChunkedLogProbFunction is stock
+
+
+@pytest.mark.parametrize("other", [None, torch.autograd.Function])
+def test_another_trl_is_refused(other, monkeypatch):
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", other)
+    with pytest.raises(RuntimeError, match=r"knows the fused LM head of TRL 1\.15 and 1\.16"):
+        patch_trl()
+
+
+def prompts():
+    return Dataset.from_list([{"prompt": row["prompt"]} for row in ratings(8, 0)])
+
+
+def unpaired():
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in ratings(8, 0)
+        for side in ("chosen", "rejected")
+    ]
+    return Dataset.from_list(rows)
+
+
+def reward(completions, **kwargs):
+    return [float(text.count("w1")) + 0.01 * len(text) for text in completions]
+
+
+ONLINE = {"num_generations": 2, "max_completion_length": 5, "beta": 0.1, "temperature": 0.8}
+TRAINERS = {
+    "sft": ("SFTTrainer", "SFTConfig", {}, unpaired, {}),
+    "kto": ("KTOTrainer", "KTOConfig", {"beta": 0.3}, unpaired, {}),
+    "grpo": ("GRPOTrainer", "GRPOConfig", ONLINE, prompts, {"reward_funcs": reward}),
+    "grpo with an entropy bonus": (
+        "GRPOTrainer",
+        "GRPOConfig",
+        ONLINE | {"entropy_coef": 0.5, "beta": 0.0},
+        prompts,
+        {"reward_funcs": reward},
+    ),
+    "rloo": ("RLOOTrainer", "RLOOConfig", ONLINE | {"beta": 0.0}, prompts, {"reward_funcs": reward}),
+}
+
+
+def train(name, tmp_path, model="gemma2"):
+    trainer_name, config_name, options, data, more = TRAINERS[name]
+    config = getattr(trl, config_name)(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        seed=1,
+        disable_tqdm=True,
+        **options,
+    )
+    policy = tiny(model)
+    policy.save_pretrained(tmp_path / "model")  # where trainers with a reference load it from
+    policy = type(policy).from_pretrained(tmp_path / "model")
+    columns = data()
+    if name == "sft":
+        columns = columns.remove_columns("label")
+    trainer = getattr(trl, trainer_name)(
+        model=policy, args=config, train_dataset=columns, processing_class=tokenizer(), **more
+    )
+    trainer.train()
+    return trainer.state.log_history
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_trainer_logs_the_same_with_the_patch(name, tmp_path, monkeypatch):
+    stock = train(name, tmp_path / "stock")
+    calls = []
+    monkeypatch.setattr(trl_patch, "token_logps", lambda *args: calls.append(1) or token_logps(*args))
+    with patch_trl():
+        ours = train(name, tmp_path / "ours")
+    assert len(calls) >= 3
+    assert len(ours) == len(stock) == 4
+    for theirs, mine in zip(stock, ours, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in theirs.items():
+            if not any(word in key for word in (*NOT_LOGGED_TWICE, "step_time")):
+                assert mine[key] == pytest.approx(value, rel=1e-5, abs=1e-5, nan_ok=True), key
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma2"])
+def test_dpo_logs_the_same_with_the_patch(model, tmp_path):
+    stock, _ = run(trl.DPOTrainer, tmp_path, model=model, use_weighting=True)
+    with patch_trl():
+        ours, _ = run(trl.DPOTrainer, tmp_path, model=model, use_weighting=True)
+    for theirs, mine in zip(stock, ours, strict=True):
+        for key, value in theirs.items():
+            if not any(word in key for word in NOT_LOGGED_TWICE):
+                assert mine[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
