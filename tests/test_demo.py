@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo import data, download, model, options, run, scratch, train
+from demo import data, download, model, online, options, run, scratch, train
 from demo.memory import Problem, peak_extra_bytes
 from dpo_kernels import DPOLossOutput
 
@@ -370,3 +370,39 @@ def test_peak_memory_sees_the_logits():
     logits = 2 * 40 * 65536 * 4
     assert full > 2 * logits
     assert fused < full
+
+
+# --- online DPO -------------------------------------------------------------------------------------------------------
+
+
+def test_the_judge_prefers_and_abstains():
+    scores = {"good": 0.5, "bad": -0.5, "so": 0.01, "so so": 0.0}
+    pairs, mean = online.prefer(["bad", "good", "so", "so so", "good", "bad"], scores.__getitem__)
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("good", "bad"), ("good", "bad")]
+    assert mean == pytest.approx(0.01 / 6)
+
+
+@pytest.mark.slow
+def test_online_training_learns_what_the_judge_likes(tmp_path, ratings_file):
+    """A judge that likes short texts: samples become shorter."""
+    texts = [rating.text for rating in data.read_ratings(ratings_file)]
+    lm = scratch.build_scratch(texts, seed=0)
+    scratch.supervise(lm, texts, steps=40, seed=0)
+
+    def brief(text):
+        return -len(text.split()) / 10
+
+    history = online.train_online(lm, brief, steps=25, pairs=8, tokens=12, lr=3e-4, beta=0.1, seed=0)
+    assert len(history) == 25
+    assert sum(step.pairs > 0 for step in history) >= 20
+    first, last = (sum(step.score for step in part) / 5 for part in (history[:5], history[-5:]))
+    assert last > first + 0.05
+    assert history[-1].margin > 0
+
+
+def test_online_command_line(tmp_path, ratings_file, capsys):
+    base = ["--model", "scratch", "--ratings", str(ratings_file), "--sft-steps", "3", "--steps", "2", "--pairs", "2"]
+    assert online.main([*base, "--tokens", "6"]) == 0
+    assert "mean judgement of samples" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        online.main(["--steps", "0"])
