@@ -364,6 +364,18 @@ def test_ipo_without_counts_takes_averages():
 
 
 @pytest.mark.parametrize("case", HAND)
+def test_the_order_of_the_pairs_does_not_matter(case):
+    order = torch.tensor([4, 0, 3, 5, 1, 2])
+    policy, reference, tokens = batch(requires_grad=True)
+    straight = losses_of(policy, reference, tokens, **OPTIONS[case])
+    shuffled = [[side[order] for side in sides] for sides in (policy, reference, tokens)]
+    again = losses_of(*shuffled, **OPTIONS[case])
+    close(again.sum(), straight.sum(), rtol=1e-12, atol=0)
+    if all(spec.separable for spec in parts_of(case)):
+        close(again, straight[order], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("case", HAND)
 def test_facts_of_the_entry(case):
     """``difference``, ``separable`` and the like are what the engine relies on: each is tried."""
     options = dict(OPTIONS[case])
