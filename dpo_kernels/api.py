@@ -82,7 +82,8 @@ def fused_dpo_loss(
         denominator: replaces the number of pairs under "mean" (gradient accumulation, data parallel).
         token_denominator: replaces the number of chosen tokens in token-level terms (``sft``, ``nll_weight``).
         stats: any of "entropy", "mean_logits", "top1" and "log_sum_p2" (the log of the sum of squared probabilities
-            over the vocabulary): means over the scored tokens of a sequence, detached.
+            over the vocabulary): means over the scored tokens of a sequence; and "token_logps", each label's own
+            log-prob in the shape of ``labels``, 0 where not scored. Detached.
         backend: "auto", "triton", "cuda", "cpp" or "torch".
         strategy: "auto", "chunked", "recompute" or "streaming".
         scratch_bytes: cap on vocabulary-sized scratch; None: 2 GiB on a GPU of 80 GB or more, a fortieth of the memory
@@ -130,8 +131,8 @@ def fused_dpo_loss(
         "loss_options": loss_options,
     }
     call = calls.prepare(hidden, weight, labels, options)
-    loss, policy_S, ref_S, means = calls.run(call, options)
-    return calls.output(call, loss, policy_S, ref_S, means)
+    loss, policy_S, ref_S, found = calls.run(call, options)
+    return calls.output(call, loss, policy_S, ref_S, found)
 
 
 class FusedDPOLoss(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpo_kernels import dispatch, inputs, losses, passes
 from dpo_kernels.sequence import sum_dtype
-from dpo_kernels.types import Rows, accumulation_dtype
+from dpo_kernels.types import STATS, TOKEN_LOGPS, Rows, accumulation_dtype
 
 SECOND_DERIVATIVE = (
     "second derivatives of the fused losses and log-probs are not supported: use dpo_kernels.reference, "
@@ -64,13 +64,20 @@ def pair_loss(
     plan: dispatch.Plan,
     need: tuple[bool, bool, bool],
     stats: tuple[str, ...],
+    *,
+    shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable sum of the losses over the denominator (); detached losses (P,), log-probs (S,), stats (k, S)."""
+    """Differentiable sum of the losses over the denominator (); detached log-probs (S,), stats (k, S), tokens (R,).
+
+    The last, log-probs at their labels' places, is empty unless asked for.
+    """
     tensors, options = _tensors(batch, rows), (*_options(batch, plan, stats), *need)
     if traced(batch.hidden):
         code, numbers, by_pair = loss.flat(ref_S)
-        return _pair_loss_op(*tensors, ref_S, denominator, by_pair, code, loss.beta, numbers, *options)[:4]
-    return _PairLoss.apply(*tensors, ref_S, denominator, None, loss, 0.0, [], *options)[:4]
+        done = _pair_loss_op(*tensors, ref_S, denominator, by_pair, code, loss.beta, numbers, *options)
+    else:
+        done = _PairLoss.apply(*tensors, ref_S, denominator, None, loss, 0.0, [], *options)
+    return done[0], done[2], done[3], _tokens(done[7], rows, stats, shift)
 
 
 def logps(
@@ -82,10 +89,15 @@ def logps(
     *,
     per_token: bool,
     shift: bool,
-) -> tuple[Tensor, Tensor]:
-    """Differentiable log-probs, (S,) float64 or by token (R,) at the labels' places, and statistics (k, S)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiable log-probs, (S,) float64 or by token (R,) at the labels' places, statistics (k, S), tokens (R,)."""
     call = _logps_op if traced(batch.hidden) else _Logps.apply
-    return call(*_tensors(batch, rows), per_token, shift, *_options(batch, plan, stats), *need)[:2]
+    done = call(*_tensors(batch, rows), per_token, shift, *_options(batch, plan, stats), *need)
+    return done[0], done[1], _tokens(done[5], rows, stats, shift)
+
+
+def _tokens(logp_N: Tensor, rows: Rows, stats: tuple[str, ...], shift: bool) -> Tensor:
+    return passes.by_label(logp_N, rows.slot, shift) if TOKEN_LOGPS in stats else logp_N
 
 
 def _tensors(batch: inputs.Batch, rows: Rows) -> tuple[Tensor | None, ...]:
@@ -121,7 +133,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _pair_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _setup(ctx, inputs, output)
-    ctx.save_for_backward(inputs[SLOT], *output[4:])
+    ctx.save_for_backward(inputs[SLOT], *output[4:7])
 
 
 def _pair_loss_backward(ctx: Any, grad_total: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -144,7 +156,7 @@ def _logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     model, packed = inputs[:3], inputs[3:LOGPS_OPTIONS]
     if passes.keeps_direction(inputs[LOGPS_STRATEGY], ctx.need):
         model = (None, None, None)
-    ctx.save_for_backward(*model, *packed, *output[2:])
+    ctx.save_for_backward(*model, *packed, *output[2:5])
 
 
 def _logps_backward(ctx: Any, grad_out: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -290,6 +302,7 @@ def _fake_pair_loss(
         kept.new_empty(index.shape[0] + 1, hidden.shape[1]) if need_hidden else kept.new_empty(0),
         kept.new_empty(weight.shape) if need_weight else kept.new_empty(0),
         kept.new_empty(weight.shape[0]) if need_bias else kept.new_empty(0),
+        _fake_tokens(kept, index, stats),
     )
 
 
@@ -344,9 +357,10 @@ def _fake_logps(
     out = kept.new_empty(slot.shape[0]) if per_token else poison.new_empty(counts.shape[0])
     if passes.keeps_direction(strategy, (need_hidden, need_weight, need_bias)):
         direction = kept.new_empty(index.shape[0] + 1, hidden.shape[1])
-        return out, _fake_stats(counts, stats), kept.new_empty(0), kept.new_empty(0), direction
-    rows = index.shape[0]
-    return out, _fake_stats(counts, stats), kept.new_empty(rows), kept.new_empty(rows), kept.new_empty(0)
+        saved = (kept.new_empty(0), kept.new_empty(0), direction)
+    else:
+        saved = (kept.new_empty(index.shape[0]), kept.new_empty(index.shape[0]), kept.new_empty(0))
+    return out, _fake_stats(counts, stats), *saved, _fake_tokens(kept, index, stats)
 
 
 @_logps_grad_op.register_fake
@@ -399,4 +413,9 @@ def _fake_logps_grad(
 
 
 def _fake_stats(counts: Tensor, stats: str) -> Tensor:
-    return counts.new_empty(len(stats.split(",")) if stats else 0, counts.shape[0], dtype=torch.float32)
+    names = [name for name in stats.split(",") if name in STATS]
+    return counts.new_empty(len(names), counts.shape[0], dtype=torch.float32)
+
+
+def _fake_tokens(kept: Tensor, index: Tensor, stats: str) -> Tensor:
+    return kept.new_empty(index.shape[0] if TOKEN_LOGPS in stats.split(",") else 0)

@@ -144,10 +144,9 @@ def _run(
     hidden: Tensor, weight: Tensor, labels: Tensor, bound: Any, options: dict[str, Any], name: str
 ) -> SequenceLossOutput:
     call = calls.prepare_sequences(hidden, weight, labels, bound, options, name)
-    loss, policy_S, ref_S, means = calls.run(call, options)
+    loss, policy_S, ref_S, stats = calls.run(call, options)
     dtype = call.batch.result_dtype
     policy_S, ref_S = policy_S.detach(), ref_S.detach()
-    stats = {name: means[i] for i, name in enumerate(call.stats)} | {"tokens": call.rows.counts.float()}
     rewards_S = call.loss.beta * (policy_S - ref_S)
     return SequenceLossOutput(loss.to(dtype), rewards_S.to(dtype), policy_S.to(dtype), ref_S.to(dtype), stats)
 

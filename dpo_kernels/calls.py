@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_kernels import autograd, checks, dispatch, inputs, losses
 from dpo_kernels.sequence import sum_dtype
-from dpo_kernels.types import DPOLossOutput, Rows
+from dpo_kernels.types import STATS, TOKEN_LOGPS, DPOLossOutput, Rows
 
 PAIRS = ("stacked", "interleaved")
 
@@ -83,6 +83,7 @@ class Call:
     stacked: bool
     problem: dispatch.Problem
     plan: dispatch.Plan
+    labels_shape: torch.Size
 
 
 def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]) -> Call:
@@ -196,25 +197,35 @@ def _prepare(
         reference_units=0 if reference is None else 1,
     )
     plan = dispatch.choose(problem, run.strategy, run.backend)
-    return Call(batch, reference, loss, run, rows, need, stats, stacked, problem, plan)
+    return Call(batch, reference, loss, run, rows, need, stats, stacked, problem, plan, labels.shape)
 
 
-def run(call: Call, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, log-probs (S,) of policy and reference, and statistics (k, S), in the internal order."""
+def run(call: Call, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, log-probs (S,) of policy and reference in the internal order, and statistics in that of the input."""
     # The reference comes first: a pass that forms gradients needs the coefficients, and these the reference.
     ref_S = reference_logps(call, options.get("ref_logps"))
     reduction = options.get("reduction", "mean")
     over = divisor(call, reduction, options.get("denominator"), ref_S)
     if call.plan.forms_gradient:
-        loss, _, policy_S, means = autograd.pair_loss(
-            call.batch, call.rows, ref_S, over, call.loss, call.plan, call.need, call.stats
+        loss, policy_S, means, tokens = autograd.pair_loss(
+            call.batch, call.rows, ref_S, over, call.loss, call.plan, call.need, call.stats, shift=call.run.shift
         )
-        return loss, policy_S, ref_S, means
-    policy_S, means = autograd.logps(
+        return loss, policy_S, ref_S, _statistics(call, means, tokens)
+    policy_S, means, tokens = autograd.logps(
         call.batch, call.rows, call.plan, call.need, call.stats, per_token=False, shift=call.run.shift
     )
     losses_U = call.loss(policy_S, ref_S, call.rows.counts)
-    return losses_U if reduction == "none" else losses_U.sum() / over, policy_S, ref_S, means
+    loss = losses_U if reduction == "none" else losses_U.sum() / over
+    return loss, policy_S, ref_S, _statistics(call, means, tokens)
+
+
+def _statistics(call: Call, means: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    names = [name for name in call.stats if name in STATS]
+    found = {name: to_input(means[i], call.stacked) for i, name in enumerate(names)}
+    found["tokens"] = to_input(call.rows.counts, call.stacked).float()
+    if TOKEN_LOGPS in call.stats:
+        found[TOKEN_LOGPS] = tokens.view(call.labels_shape).to(call.batch.result_dtype)
+    return found
 
 
 def _token_factor(rows: Rows, options: dict[str, Any]) -> Tensor:
@@ -247,7 +258,7 @@ def sequence_or_token_logps(batch: inputs.Batch, run: Run, *, per_token: bool) -
     rows, need = run.pack(batch, stacked=False), gradients_wanted(batch)
     problem = run.problem(batch, rows, None, need, scalar=False, reference_units=0)
     plan = dispatch.choose(problem, run.strategy, run.backend)
-    out, _ = autograd.logps(batch, rows, plan, need, (), per_token=per_token, shift=run.shift)
+    out, _, _ = autograd.logps(batch, rows, plan, need, (), per_token=per_token, shift=run.shift)
     return out.to(batch.result_dtype)
 
 
@@ -263,7 +274,7 @@ def reference_logps(call: Call, ref_logps: Tensor | None) -> Tensor:
     # A strategy asked for by name is about the policy; nothing speaks against the first one here.
     plan = dispatch.choose(problem, "auto" if call.run.strategy == "chunked" else call.run.strategy, call.run.backend)
     with torch.no_grad():
-        out, _ = autograd.logps(call.reference, call.rows, plan, frozen, (), per_token=False, shift=call.run.shift)
+        out, _, _ = autograd.logps(call.reference, call.rows, plan, frozen, (), per_token=False, shift=call.run.shift)
     return out
 
 
@@ -287,13 +298,11 @@ def to_input(values_S: Tensor, stacked: bool) -> Tensor:
     return torch.cat([values_S[..., 0::2], values_S[..., 1::2]], dim=-1)
 
 
-def output(call: Call, loss: Tensor, policy_S: Tensor, ref_S: Tensor, means: Tensor) -> DPOLossOutput:
+def output(call: Call, loss: Tensor, policy_S: Tensor, ref_S: Tensor, stats: dict[str, Tensor]) -> DPOLossOutput:
     """The results in the caller's order and dtype."""
     dtype = call.batch.result_dtype
     policy_S, ref_S = policy_S.detach(), ref_S.detach()
     rewards_S = call.loss.beta * (policy_S - ref_S)
-    stats = {name: to_input(means[i], call.stacked) for i, name in enumerate(call.stats)}
-    stats["tokens"] = to_input(call.rows.counts, call.stacked).float()
     return DPOLossOutput(
         loss.to(dtype),
         rewards_S[0::2].to(dtype),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.checks import check_choice, check_number
-from dpo_kernels.types import STATS, Head
+from dpo_kernels.types import STATS, TOKEN_LOGPS, Head
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -299,11 +299,12 @@ def _check_by_pair(name: str, tensor: Any, like: Tensor, *, floating: bool = Tru
 
 def check_stats(stats: Any) -> tuple[str, ...]:
     """Check the names of requested statistics."""
+    known = (*STATS, TOKEN_LOGPS)
     if isinstance(stats, str) or not isinstance(stats, tuple | list | set | frozenset):
-        raise TypeError(f"stats must be a tuple of names, got {type(stats).__name__}; known: {', '.join(STATS)}")
+        raise TypeError(f"stats must be a tuple of names, got {type(stats).__name__}; known: {', '.join(known)}")
     for name in stats:
-        check_choice("stats", name, STATS)
-    return tuple(name for name in STATS if name in stats)
+        check_choice("stats", name, known)
+    return tuple(name for name in known if name in stats)
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str]) -> torch.dtype:

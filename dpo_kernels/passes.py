@@ -15,7 +15,7 @@ from torch import Tensor
 from dpo_kernels import dispatch, losses, packing
 from dpo_kernels.sequence import spread
 from dpo_kernels.strategies import chunked, recompute, streaming
-from dpo_kernels.types import Head, RowKernels, RowResult, Rows, Tile, accumulation_dtype
+from dpo_kernels.types import STATS, TOKEN_LOGPS, Head, RowKernels, Rows, Tile, accumulation_dtype
 
 COPY_BLOCK_BYTES = 16 * 2**20
 
@@ -86,8 +86,11 @@ def pair_loss(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fused pass: total (), losses (P,), log-probs (S,), statistics (k, S), and gradients of the total."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fused pass: total (), losses (P,), log-probs (S,), statistics (k, S), gradients of the total, tokens.
+
+    The last are token log-probs (N,), empty unless asked for.
+    """
     rows = Rows(index, labels, weights, segments, slot, counts, counts_host, poison)
     bound = losses.unflat(loss, beta, loss_values, pair_values) if isinstance(loss, str) else loss
     names = _names(stats)
@@ -100,7 +103,8 @@ def pair_loss(
         means = _sequence_means(kernels, done.stats, names, rows)
     nothing = torch.empty(0, dtype=accumulation_dtype(dtype), device=hidden.device)
     grads = [nothing.clone() if g is None else g for g in (done.hidden, done.weight, done.bias)]
-    return done.total, done.losses, done.logps, means, grads[0], grads[1], grads[2]
+    tokens = done.token_logps + poison.to(done.token_logps.dtype) if _wants_tokens(stats) else nothing.clone()
+    return done.total, done.losses, done.logps, means, grads[0], grads[1], grads[2], tokens
 
 
 def scale(
@@ -164,8 +168,11 @@ def logps(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs by sequence (S,) or label (R,), statistics (k, S), and what the backward pass needs."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs by sequence (S,) or label (R,), statistics (k, S), what the backward pass needs, token log-probs.
+
+    The last (N,), empty unless asked for.
+    """
     rows = Rows(index, labels, weights, segments, slot, counts, counts_host, poison)
     names = _names(stats)
     direction: Tensor | None = None
@@ -177,13 +184,14 @@ def logps(
         else:
             keep = keeps_direction(strategy, (need_hidden, need_weight, need_bias))
             done, direction = recompute.forward(kernels, hidden, head, rows, tile, keep, names)
-        out = _by_token(done, rows, shift) if per_token else kernels.segment_sum(done.logp, weights, counts)
+        out = by_label(done.logp, rows.slot, shift) if per_token else kernels.segment_sum(done.logp, weights, counts)
         means = _sequence_means(kernels, done.stats, names, rows)
         out = out + poison.to(out.dtype)
     nothing = done.logp.new_zeros(0)
+    tokens = done.logp + poison.to(done.logp.dtype) if _wants_tokens(stats) else nothing.clone()
     if direction is not None:  # the direction is all that the backward pass needs
-        return out, means, nothing, nothing.clone(), direction
-    return out, means, done.max, done.sumexp, nothing
+        return out, means, nothing, nothing.clone(), direction, tokens
+    return out, means, done.max, done.sumexp, nothing, tokens
 
 
 def logps_grad(
@@ -245,7 +253,12 @@ def logps_grad(
 
 
 def _names(stats: str) -> tuple[str, ...]:
-    return tuple(stats.split(",")) if stats else ()
+    """Those of the row kernels."""
+    return tuple(name for name in stats.split(",") if name in STATS)
+
+
+def _wants_tokens(stats: str) -> bool:
+    return TOKEN_LOGPS in stats.split(",")
 
 
 def _operand_head(
@@ -293,9 +306,9 @@ def _sequence_means(kernels: RowKernels, stats: dict[str, Tensor], names: Sequen
     return torch.stack(means).float() if means else rows.poison.new_zeros(0, rows.counts.shape[0]).float()
 
 
-def _by_token(done: RowResult, rows: Rows, shift: bool) -> Tensor:
+def by_label(logp_N: Tensor, slot: Tensor, shift: bool) -> Tensor:
     """Log-probs at the places of their labels, 0 where none is scored."""
-    out = torch.cat([done.logp, done.logp.new_zeros(1)]).index_select(0, rows.slot)
+    out = torch.cat([logp_N, logp_N.new_zeros(1)]).index_select(0, slot)
     return _labels_to_rows(out, shift, forward=True)
 
 

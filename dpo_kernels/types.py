@@ -21,7 +21,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-STATS = ("entropy", "mean_logits", "top1", "log_sum_p2")
+STATS = ("entropy", "mean_logits", "top1", "log_sum_p2")  # means over tokens, from the row kernels
+TOKEN_LOGPS = "token_logps"  # by token; may be asked for among them
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,7 +35,8 @@ class DPOLossOutput(NamedTuple):
 
     ``loss`` is a scalar, or ``(P,)`` with ``reduction="none"``. The six log-prob and reward fields are
     ``(P,)``, by pair. ``stats`` maps each requested statistic, and always ``"tokens"``, to an ``(S,)``
-    float32 tensor in the order of the input sequences. All are float32, or float64 for float64 inputs.
+    float32 tensor in the order of the input sequences; ``"token_logps"``, where requested, has the shape of the labels.
+    All are float32, or float64 for float64 inputs.
     """
 
     loss: Tensor
@@ -50,8 +52,8 @@ class DPOLossOutput(NamedTuple):
         """What training code logs, by TRL's names: 0-d tensors, detached, without a host sync.
 
         ``rewards/*``, ``logps/*`` are means over pairs, ``rewards/accuracies`` the share of pairs whose chosen reward
-        is the higher. Of the statistics that were asked for: ``logits/*``, ``entropy`` and ``mean_token_accuracy`` (top 1,
-        of the chosen) are means over scored tokens. ``pairs`` as in the call, for the order of ``stats``.
+        is the higher. Of the statistics that were asked for: ``logits/*``, ``entropy`` and ``mean_token_accuracy`` (top
+        1, of the chosen) are means over scored tokens. ``pairs`` as in the call, for the order of ``stats``.
         """
         if pairs not in ("stacked", "interleaved"):
             raise ValueError(f"unknown pairs {pairs!r}; known: stacked, interleaved")

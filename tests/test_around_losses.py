@@ -7,7 +7,7 @@ import torch
 
 import dpo_kernels as dk
 from dpo_kernels.types import STATS
-from tests.cases import Case
+from tests.cases import STRATEGIES, Case
 from tests.small import F64, TRAINED, problem
 
 close = torch.testing.assert_close
@@ -39,6 +39,44 @@ def test_metrics_are_what_trl_logs(pairs):
     assert plain.keys() == {name for name in found if name.startswith(("rewards", "logps"))} | {"num_tokens"}
     with pytest.raises(ValueError, match="unknown pairs"):
         out.metrics("zipped")
+
+
+# --- log-probs by token -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_token_log_probs_of_the_same_pass(strategy, frozen, layout, shift):
+    case = Case(F64, frozen=frozen, layout=layout, shift=shift, reference="free", bias=True)
+    inputs = case.tensors()
+    name, scratch = STRATEGIES[strategy]
+    how = {"strategy": name, "scratch_bytes": scratch}
+    out = dk.fused_dpo_loss(**inputs, **case.keywords(), **how, stats=("token_logps", "entropy"))
+    got = out.stats["token_logps"]
+    given = {key: inputs[key] for key in ("hidden", "weight", "labels", "bias", "cu_seqlens") if key in inputs}
+    close(got, dk.fused_token_logps(**given, shift=shift).detach(), rtol=1e-12, atol=1e-13)
+    assert not got.requires_grad
+    assert got.shape == inputs["labels"].shape
+    assert out.stats.keys() == {"entropy", "token_logps", "tokens"}
+    assert dk.fused_dpo_loss(**inputs, **case.keywords(), **how, stats=("token_logps",)).stats.keys() == {
+        "token_logps",
+        "tokens",
+    }
+
+
+def test_token_log_probs_compiled():
+    inputs = Case(torch.float32).tensors()
+
+    def step(hidden, weight, labels, ref_logps):
+        out = dk.fused_dpo_loss(hidden, weight, labels, ref_logps=ref_logps, stats=("token_logps", "top1"))
+        return out.loss, out.stats["token_logps"]
+
+    for ours, theirs in zip(
+        torch.compile(step, fullgraph=True, backend="aot_eager")(**inputs), step(**inputs), strict=True
+    ):
+        close(ours, theirs)
 
 
 # --- BCO's shift, KTO's KL --------------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ VALUE_ERRORS = {
     # how to run
     "pairs unknown": ({"pairs": "zipped"}, "unknown pairs 'zipped' ... known: stacked, interleaved"),
     "stats unknown": ({"stats": ("entropy", "top5")},
-        "unknown stats 'top5' ... known: entropy, mean_logits, top1, log_sum_p2"),
+        "unknown stats 'top5' ... known: entropy, mean_logits, top1, log_sum_p2, token_logps"),
     "backend unknown": ({"backend": "cutlass"}, "unknown backend 'cutlass' ... known: auto, triton, cuda, cpp, torch"),
     "backend triton": ({"backend": "triton", **{n: valid()[n].double() for n in ("hidden", "weight")}},
         "backend='triton' cannot run this: ... float64"),

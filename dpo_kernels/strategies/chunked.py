@@ -49,6 +49,7 @@ class PairGradients:
     losses: Tensor  # by unit
     logps: Tensor  # (S,)
     stats: dict[str, Tensor]  # name -> (N,)
+    token_logps: Tensor  # (N,)
     hidden: Tensor | None  # (N + 1, H), last row 0
     weight: Tensor | None  # (V, H)
     bias: Tensor | None  # (V,)
@@ -193,7 +194,7 @@ class _Pass:
         losses = torch.cat(self.losses) if self.losses else self.ref[:0]
         logps = torch.cat(self.logps) if self.logps else self.ref
         total = losses.sum() / self.denominator
-        return PairGradients(total, losses, logps, self.token_stats, self.dx, self.dw, self.db)
+        return PairGradients(total, losses, logps, self.token_stats, self.logp, self.dx, self.dw, self.db)
 
     def _forward(self, start: int, stop: int) -> Logits:
         kernels, head, labels_C = self.kernels, self.head, self.rows.labels[start:stop]
