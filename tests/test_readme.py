@@ -99,6 +99,32 @@ def test_contributing_shows_how_a_loss_came_in():
         assert block in (ROOT / place).read_text(encoding="utf-8"), place
 
 
+def test_the_recipes_for_losses_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/losses.md").read_text(encoding="utf-8"), re.DOTALL)
+    torch.manual_seed(0)
+    labels = torch.randint(0, 11, (8, 5))
+    labels[:, :1] = -100
+    labels[3, 2:] = -100
+    space = {
+        "hidden": torch.randn(8, 5, 4, requires_grad=True),
+        "weight": torch.randn(11, 4, requires_grad=True),
+        "labels": labels,
+        "ref_logps": -8 - torch.rand(8),
+        "sample": lambda prompts: [["bad", "fine", "good"] for _ in prompts],
+        "reward": lambda texts: [{"bad": -1.0, "fine": 0.2, "good": 1.0}[text] for text in texts],
+    }
+    for block in blocks:
+        exec(block, space)
+    results = [value for value in space.values() if hasattr(value, "loss")]
+    assert len(results) >= 13
+    for result in results:
+        if result.loss.requires_grad:
+            result.loss.backward()
+        assert result.loss.isfinite()
+    assert space["pairs"] == [("a prompt", "good", "bad")]
+    assert len({round(float(result.loss.detach()), 6) for result in results}) == len(results)
+
+
 def test_the_table_of_strategies_says_what_is_counted():
     counted = {(s, trainable): units for s, trainable, hidden, units in UNITS if hidden}
     rows = {row[0]: row for row in table("strategy")}

@@ -9,7 +9,7 @@ import dpo_kernels as dk
 from dpo_kernels.kernels.triton.backend import TritonRows
 from tests.cases import LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
 from tests.small import tail_of_an_impossible_rejected
-from tests.test_equivalence import LOSSES, coupled
+from tests.test_equivalence import FAMILY, LOSSES, case_of, coupled
 from tests.test_numerics import assert_same_bits, extreme, masked
 from tests.triton_tools.interpreter import sanitize
 
@@ -52,6 +52,12 @@ def test_losses(loss, strategy):
     for frozen, upstream in ((False, 1 / 3), (True, 65536.0)):
         case = Case(torch.bfloat16, frozen=frozen, weights=True, options=LOSSES[loss])
         assert not broken_rules(case, strategy, "triton", upstream)
+
+
+@pytest.mark.parametrize("loss", FAMILY)
+def test_family(loss):
+    for frozen in (False, True):
+        assert not broken_rules(case_of(loss, torch.bfloat16, frozen=frozen), "chunked", "triton")
 
 
 def test_coupled_callable():
