@@ -96,6 +96,27 @@ def test_what_was_measured_is_kept_until_it_is_damaged(tmp_path: Path) -> None:
     assert "compiling 1 of 1" in run_gate(*arguments, cache=tmp_path).stdout
 
 
+def test_worse_code_than_before_is_seen() -> None:
+    done = run(
+        "-c",
+        """if True:
+        import dataclasses, json
+        from tests.triton_tools import gate
+        from tests.triton_tools.aot import Measured
+        kept = json.loads(gate.KEPT.read_text())
+        name, facts = next((n, f) for n, f in kept["kernels"].items() if f["matrix"] and f["widest_bits"] == 128)
+        configuration, target = name.split(" @ ")
+        changes = {"registers": facts["registers"] * 2, "widest_bits": 64, "matrix": {}, "shared_bytes": 0}
+        worse = gate.Verdict(configuration, target, Measured(**facts | changes), [])
+        same = gate.Verdict(configuration, target, Measured(**facts), [])
+        print(gate.regressions([same], kept, kept["triton"]), gate.regressions([worse], kept, "0.0"))
+        said = gate.regressions([worse], kept, kept["triton"])
+        print(len(kept["kernels"]), [line.split(": ")[1].split()[0] for line in said])
+        """,
+    )
+    assert done.stdout.splitlines() == ["[] []", "80 ['registers', 'widest_bits', 'matrix']"], done.stderr
+
+
 def test_nothing_to_compile_is_no_success(tmp_path: Path) -> None:
     done = run_gate("--modules", PLANTED, "--only", "no such name", cache=tmp_path)
     assert (done.returncode, done.stdout) == (1, f"no configuration to compile in {PLANTED}\n")

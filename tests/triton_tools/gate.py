@@ -278,6 +278,47 @@ def _keep(path: Path, measured: "Measured") -> None:
     beside.replace(path)
 
 
+# --- what it was before -------------------------------------------------------------------------------------
+
+KEPT = Path(__file__).with_name("measured.json")
+SLACK = 1.1  # ptxas is not that steady
+GROWS = ("registers", "stack_bytes", "shared_bytes", "local", "local_in_loops", "loads_in_loops")
+SHRINKS = ("widest_bits", "async_copies")
+
+
+def regressions(verdicts: list[Verdict], kept: dict[str, object], version: str) -> list[str]:
+    """What the compiler makes worse than what was kept; nothing for another version of it."""
+    if kept.get("triton") != version:
+        return []
+    before, found = kept["kernels"], []
+    assert isinstance(before, dict)
+    for verdict in verdicts:
+        was, now = before.get(f"{verdict.name} @ {verdict.target}"), verdict.measured
+        if was is None or now is None:
+            continue
+        for name in GROWS:
+            if getattr(now, name) > SLACK * was[name]:
+                found.append(f"{verdict.name} on {verdict.target}: {name} {was[name]} -> {getattr(now, name)}")
+        for name in SHRINKS:
+            if SLACK * getattr(now, name) < was[name]:
+                found.append(f"{verdict.name} on {verdict.target}: {name} {was[name]} -> {getattr(now, name)}")
+        if was["matrix"] != now.matrix:
+            found.append(f"{verdict.name} on {verdict.target}: matrix instructions {was['matrix']} -> {now.matrix}")
+    return found
+
+
+def keep_measured(verdicts: list[Verdict], version: str) -> None:
+    """Make what was measured the bar for the next run."""
+    kernels = {
+        f"{verdict.name} @ {verdict.target}": dataclasses.asdict(verdict.measured)
+        for verdict in verdicts
+        if verdict.measured is not None
+    }
+    lines = [f"  {json.dumps(name)}: {json.dumps(facts)}" for name, facts in sorted(kernels.items())]
+    text = ",\n".join(lines)
+    KEPT.write_text(f'{{"triton": {json.dumps(version)}, "kernels": {{\n{text}\n}}}}\n', encoding="utf-8")
+
+
 # --- the command --------------------------------------------------------------------------------------------
 
 COLUMNS = "{:<8}{:>9}{:>7}{:>9}  {:<12}{:<14}{:>6}{:>8}  {:<9}{}"
@@ -302,6 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", help="default: all that the configurations name")
     parser.add_argument("--only", default="", metavar="TEXT", help="configurations with this in their names")
     parser.add_argument("--json", type=Path, help="write the table there as well")
+    parser.add_argument("--keep", action="store_true", help=f"make this the bar of the next run, in {KEPT.name}")
     options = parser.parse_args(arguments)
 
     os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported, or there is nothing to compile
@@ -332,11 +374,17 @@ def main(arguments: list[str] | None = None) -> int:
     for verdict in refused:
         print(f"{verdict.name} on {verdict.target}: {'; '.join(verdict.reasons)}")
     print(*uncovered, sep="\n", end="\n" if uncovered else "")
+    worse = []
+    if options.keep:
+        keep_measured(verdicts, triton.__version__)
+    elif not options.modules and KEPT.exists():
+        worse = regressions(verdicts, json.loads(KEPT.read_text(encoding="utf-8")), triton.__version__)
+        print(*[f"worse than before: {reason}" for reason in worse], sep="\n", end="\n" if worse else "")
     took = time.perf_counter() - started
     print(f"triton {triton.__version__}: {len(verdicts)} compiled or known, {len(refused)} refused, {took:.1f} s")
     if options.json:
         options.json.write_text(json.dumps([_plain(verdict) for verdict in verdicts], indent=1), encoding="utf-8")
-    return 1 if refused or uncovered else 0
+    return 1 if refused or uncovered or worse else 0
 
 
 def _plain(verdict: Verdict) -> dict[str, object]:
