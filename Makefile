@@ -109,7 +109,7 @@ $(VENV)/.base:
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base pyproject.toml
-	$(EDITABLE) '.[test,demo]'
+	$(EDITABLE) '.[test,demo,trl]'
 	@$(PY) -c 'import triton' 2>/dev/null || (set -x; $(PIP) install --quiet '$(TRITON)') || \
 	    echo 'make: no triton for this platform; the tests of the Triton kernels will be skipped' >&2
 	@touch $@

@@ -52,8 +52,10 @@ ONLY_IN = {
     "trl": f"{PACKAGE}.integrations",
     "transformers": f"{PACKAGE}.integrations",
     "peft": f"{PACKAGE}.integrations",
+    "datasets": f"{PACKAGE}.integrations",
+    "accelerate": f"{PACKAGE}.integrations",
 }
-OUTSIDE = ("tests", "benchmarks", "demo")
+OUTSIDE = ("tests", "benchmarks", "demo", "examples")
 # Imported at its first use: whoever imports the package must not import triton with it.
 LAZY = f"{PACKAGE}.kernels.triton"
 # dispatch.py loads a backend by the name in its table; everywhere else a computed name would hide an arrow.

@@ -188,13 +188,22 @@ def test_attached_the_work_is_done_in_forward(batch):
         return fused_sequence_logps(hidden, weight, labels, shift=True, **options)
 
     got = model(**inputs, fused_call=work)
-    assert len(calls) == 1 + 1  # the self-check is a forward too
+    assert len(calls) == 1
     assert torch.equal(model(inputs["input_ids"], inputs["attention_mask"], fused_call=work), got)
     hidden, weight, options = head(**inputs)
     assert torch.equal(fused_sequence_logps(hidden, weight, labels, shift=True, **options), got)
     assert torch.equal(model(**inputs).logits, plain)
     generated = model.generate(inputs["input_ids"][:1], max_new_tokens=2, do_sample=False)
     assert generated.shape == (1, 13)
+
+
+def test_the_check_does_not_enter_what_wraps_the_model_twice(batch):
+    model = tiny("llama")
+    fused_lm_head(model).attach()
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)  # one object, as accelerate does it
+    hidden = model(**batch[0], fused_call=lambda outputs, hidden, weight, options: hidden @ weight.t())
+    assert hidden.dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_autocast(batch):

@@ -87,7 +87,12 @@ def test_a_head_in_another_dtype_follows_the_hidden_states():
 
 # --- the patch --------------------------------------------------------------------------------------------------------
 
+needs_the_fused_head = pytest.mark.skipif(
+    bool(REASON := trl_patch.why_not_patchable(getattr(utils, trl_patch.NAME, None))), reason=REASON
+)
 
+
+@needs_the_fused_head
 def test_the_patch_is_put_on_and_taken_off():
     stock = utils._ChunkedLogProbFunction
     with patch_trl():
@@ -100,7 +105,7 @@ def test_the_patch_is_put_on_and_taken_off():
 
 @pytest.mark.parametrize("other", [None, torch.autograd.Function])
 def test_another_trl_is_refused(other, monkeypatch):
-    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", other)
+    monkeypatch.setattr(utils, trl_patch.NAME, other, raising=False)
     with pytest.raises(RuntimeError, match=r"knows the fused LM head of TRL 1\.15 and 1\.16"):
         patch_trl()
 
@@ -168,6 +173,7 @@ def train(name, tmp_path, model="gemma2"):
     return trainer.state.log_history
 
 
+@needs_the_fused_head
 @pytest.mark.parametrize("name", TRAINERS)
 def test_every_trainer_logs_the_same_with_the_patch(name, tmp_path, monkeypatch):
     stock = train(name, tmp_path / "stock")
@@ -184,6 +190,7 @@ def test_every_trainer_logs_the_same_with_the_patch(name, tmp_path, monkeypatch)
                 assert mine[key] == pytest.approx(value, rel=1e-5, abs=1e-5, nan_ok=True), key
 
 
+@needs_the_fused_head
 @pytest.mark.parametrize("model", ["llama", "gemma2"])
 def test_dpo_logs_the_same_with_the_patch(model, tmp_path):
     stock, _ = run(trl.DPOTrainer, tmp_path, model=model, use_weighting=True)

@@ -1,0 +1,136 @@
+"""An output embedding as ``(hidden, weight, bias)`` of one linear map, whatever PEFT has wrapped around it.
+
+A LoRA adapter on the head is the same linear map one block wider: ``h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T``.
+So ``W + s B A`` is never built. It costs one GEMM of rank r and a ``(V, H + r)`` copy for each call, r / H more work in
+the head, and is exact in every dtype: a small update is not rounded away when it is added to 16-bit weights.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+QUANTISED = ("Linear4bit", "Linear8bitLt", "QuantLinear", "WQLinear", "HQQLinear", "AqlmLinear", "EetqLinear")
+
+
+def why_not_linear(module: nn.Module | None) -> str:
+    """Why an output embedding cannot be used, or an empty string."""
+    if module is None:
+        return "the model has no output embedding (get_output_embeddings() is None)"
+    layer = unwrapped(module)
+    name = type(layer).__name__
+    if name.startswith(QUANTISED) or name.endswith(("Int8Linear", "FP8Linear")):
+        return (
+            f"the head is quantised ({name}): its weights would have to be dequantised for every GEMM and have no "
+            "gradient; keep the head out of quantisation (llm_int8_skip_modules, modules_to_not_convert)"
+        )
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return f"the head is a {name} without a weight (V, H)"
+    if not weight.is_floating_point():
+        return f"the head is quantised: its weight is {weight.dtype}; keep the head out of quantisation"
+    if not isinstance(layer, nn.Linear):
+        return f"the head is a {name}, not torch.nn.Linear"
+    return ""
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module at the core of PEFT's wrappers."""
+    while True:
+        for attribute in ("base_layer", "original_module"):
+            if isinstance(inner := getattr(module, attribute, None), nn.Module):
+                module = inner
+                break
+        else:
+            return module
+
+
+def has_adapter(module: nn.Module | None) -> bool:
+    """Whether PEFT has an adapter on the module itself (``modules_to_save`` is none: it replaces the module)."""
+    return module is not None and hasattr(module, "base_layer")
+
+
+def operands(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(hidden', weight', bias')``: the head's logits for ``hidden (..., H)`` are ``hidden' weight'^T + bias'``.
+
+    Differentiable with respect to the hidden states and to whatever is trainable in the head. Raises ``ValueError``
+    for an adapter that is not linear in the hidden states, or whose sort is not known.
+    """
+    if hasattr(module, "modules_to_save"):
+        return operands(_saved_module(module), hidden)
+    if hasattr(module, "token_adapter"):
+        return _trained_tokens(module, hidden)
+    if hasattr(module, "base_layer"):
+        return _lora(module, hidden)
+    return _same_dtype(hidden, module.weight, module.bias)
+
+
+def _same_dtype(hidden: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    hidden = hidden.to(weight.device)
+    if not torch.is_autocast_enabled(weight.device.type):
+        hidden = hidden.to(weight.dtype)  # a model in several dtypes casts before its head too
+    return hidden, weight, bias
+
+
+def _saved_module(wrapper: Any) -> nn.Module:
+    if wrapper.disable_adapters or not wrapper.active_adapters:
+        return wrapper.original_module
+    if len(wrapper.active_adapters) > 1:
+        raise ValueError(f"the head has several active adapters in modules_to_save: {wrapper.active_adapters}")
+    name = wrapper.active_adapters[0]
+    return dict(wrapper.modules_to_save.items()).get(name, wrapper.original_module)
+
+
+def _trained_tokens(wrapper: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    layer = wrapper.token_adapter
+    base = layer.base_layer
+    if wrapper.disable_adapters or not wrapper.active_adapters or layer.disable_adapters or layer.merged:
+        if layer.disable_adapters and layer.merged:
+            raise ValueError("the head's adapter is merged and disabled at once: unmerge it first")
+        return _same_dtype(hidden, base.weight, base.bias)
+    return _same_dtype(hidden, layer.get_merged_weights(layer.active_adapters), getattr(base, "bias", None))
+
+
+def _lora(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    base = layer.base_layer
+    hidden, weight, bias = _same_dtype(hidden, base.weight, base.bias)
+    if layer.disable_adapters:
+        if layer.merged:
+            raise ValueError("the head's adapter is merged and disabled at once: unmerge it first")
+        return hidden, weight, bias
+    if layer.merged:
+        return hidden, weight, bias
+    blocks, columns = [hidden], [weight]
+    for name in layer.active_adapters:
+        if name not in getattr(layer, "lora_A", {}):
+            if any(name in part for part in _adapter_parts(layer)):
+                raise ValueError(f"the head's adapter {name!r} is not a plain LoRA: {type(layer).__name__}")
+            continue
+        _check_plain(layer, name)
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        inner = nn.functional.linear(hidden.to(down.weight.dtype), down.weight) * layer.scaling[name]
+        blocks.append(inner.to(hidden.dtype))
+        columns.append(up.weight.to(weight.dtype))
+        if up.bias is not None:
+            extra = up.bias.to(weight.dtype) * layer.scaling[name]
+            bias = extra if bias is None else bias + extra
+    if len(blocks) == 1:
+        return hidden, weight, bias
+    return torch.cat(blocks, dim=-1), torch.cat(columns, dim=1), bias
+
+
+def _adapter_parts(layer: Any) -> list[Any]:
+    return [getattr(layer, name) for name in getattr(layer, "adapter_layer_names", ()) if hasattr(layer, name)]
+
+
+def _check_plain(layer: Any, name: str) -> None:
+    variant = getattr(layer, "lora_variant", {}).get(name)
+    if variant is not None or getattr(layer, "use_dora", {}).get(name, False):
+        kind = "DoRA" if variant is None else getattr(variant, "__name__", type(variant).__name__)
+        raise ValueError(f"the head's adapter {name!r} is {kind}, which is not linear in its factors; use plain LoRA")
+    dropout = dict(layer.lora_dropout.items()).get(name)
+    if isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training:
+        raise ValueError(
+            f"the head's adapter {name!r} has lora_dropout={dropout.p}: its logits are random, and the reference and "
+            "the policy would see different masks; set lora_dropout=0 (TRL's disable_dropout=True does)"
+        )

@@ -1,0 +1,95 @@
+"""The options of TRL's DPOConfig in the words of ``fused_dpo_loss``, or the reason why they have none."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_kernels import FusedDPOLoss, losses
+
+DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
+
+
+class NotFused(ValueError):
+    """A combination of options that TRL computes and the fused loss does not; the message says why."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Keyword arguments for ``fused_dpo_loss``, and what else the trainer must know.
+
+    Attributes:
+        arguments: ``loss_type``, ``beta`` and the options of the loss.
+        needs_reference: whether the loss reads the reference's log-probs.
+        honoured: what the fused loss does that TRL leaves out, for the log; or an empty string.
+
+    """
+
+    arguments: dict[str, Any]
+    needs_reference: bool
+    honoured: str
+
+
+def loss_options(trainer: Any) -> LossOptions:
+    """The loss of a ``DPOTrainer``, from the attributes its constructor has set.
+
+    Raises ``NotFused`` for what only TRL computes, ``ValueError`` for options that would have no effect.
+    """
+    weights: dict[str, float] = {}
+    for name, weight in zip(trainer.loss_types, trainer.loss_weights, strict=True):
+        weights[name] = weights.get(name, 0.0) + weight
+    unknown = [name for name in weights if name not in losses.LOSSES]
+    if unknown:
+        raise NotFused(f"loss_type {', '.join(unknown)} is not in this version's family")
+    specs = [losses.LOSSES[name] for name in weights]
+    arguments: dict[str, Any] = {"beta": trainer.beta, "loss_type": next(iter(weights))}
+    if len(weights) > 1 or set(weights.values()) != {1.0}:
+        arguments |= {"loss_type": tuple(weights), "loss_weights": list(weights.values())}
+    honoured = _smoothing(arguments, trainer.label_smoothing, specs)
+    if "discopop" in weights:
+        arguments["discopop_tau"] = trainer.args.discopop_tau
+    _check_tokens(weights, trainer)
+    _divergence(arguments, trainer, specs)
+    try:
+        FusedDPOLoss(**arguments)
+    except (ValueError, TypeError) as error:
+        raise NotFused(f"the fused loss refuses these options ({error})") from error
+    return LossOptions(arguments, any(spec.needs_reference for spec in specs), honoured)
+
+
+def _smoothing(arguments: dict[str, Any], label_smoothing: float, specs: list[Any]) -> str:
+    taking = [spec.name for spec in specs if "label_smoothing" in spec.options]
+    if label_smoothing == 0.0:
+        return ""
+    if not taking:
+        names = ", ".join(spec.name for spec in specs)
+        raise ValueError(
+            f"label_smoothing={label_smoothing} has no effect with loss_type {names}: set it to 0, or add a loss "
+            "that smooths (sigmoid, robust, exo_pair, aot, aot_unpaired)"
+        )
+    arguments["label_smoothing"] = label_smoothing
+    if "sigmoid" not in taking:
+        return ""
+    return f"label_smoothing={label_smoothing} is honoured by the sigmoid loss (conservative DPO); TRL ignores it there"
+
+
+def _check_tokens(weights: dict[str, float], trainer: Any) -> None:
+    if trainer.ld_alpha is not None and not 0.0 <= trainer.ld_alpha <= 1.0:
+        raise ValueError(f"ld_alpha must lie in [0, 1], got {trainer.ld_alpha}")
+    if "sft" in weights and trainer.ld_alpha is not None:
+        raise NotFused("loss_type sft with ld_alpha: TRL weighs the tokens of the other losses only")
+    if "sft" in weights and trainer.use_weighting:
+        raise NotFused("loss_type sft with use_weighting: it has no pairs to weigh")
+
+
+def _divergence(arguments: dict[str, Any], trainer: Any, specs: list[Any]) -> None:
+    kind = trainer.f_divergence_type
+    if kind == "reverse_kl":
+        return
+    if kind not in DIVERGENCES:
+        raise NotFused(f"f_divergence_type {kind!r} is not in this version's family")
+    other = [spec.name for spec in specs if not spec.scores and spec.needs_reference]
+    if other:
+        raise NotFused(f"f_divergence_type {kind!r} with loss_type {', '.join(other)}")
+    if any(spec.scores for spec in specs):  # sft alone has no reference to diverge from
+        arguments["f_divergence"] = DIVERGENCES[kind]
+        if kind == "alpha_divergence":
+            arguments["f_alpha"] = trainer.f_alpha_divergence_coef

@@ -1,0 +1,140 @@
+"""Two gloo processes: gradients are synchronised, and are those of one process with the joint batch."""
+
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytest.importorskip("datasets", reason="datasets is not installed")
+trl = pytest.importorskip("trl", reason="trl is not installed")
+pytest.importorskip("peft", reason="peft is not installed")
+
+from dpo_kernels import fused_dpo_loss  # noqa: E402
+from dpo_kernels.integrations.transformers import fused_lm_head  # noqa: E402
+from dpo_kernels.integrations.trl import FusedDPOTrainer  # noqa: E402
+from tests.test_integration_transformers import V, tiny  # noqa: E402
+from tests.test_integration_trl import NOT_LOGGED_TWICE, pytestmark, run  # noqa: E402
+
+assert pytestmark  # the same warnings of the same packages
+
+PAIRS, RANKS = 4, 2
+
+
+def joint_batch():
+    """Chosen, rejected, labels and references of four pairs, by pair: (4, 2, T) and (4, 2)."""
+    g = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, V, (PAIRS, 2, 9), generator=g)
+    labels = ids.clone()
+    labels[..., :3] = -100
+    return ids, labels, torch.randn(PAIRS, 2, generator=g) - 15.0
+
+
+def gradients(model, call, pairs, denominator):
+    """Of the fused loss of some pairs, through ``call``, which is the model or its wrapper."""
+    ids, labels, reference = (t[pairs].transpose(0, 1).flatten(0, 1) for t in joint_batch())
+
+    def work(outputs, hidden, weight, options):
+        return fused_dpo_loss(
+            hidden, weight, labels, shift=True, ref_logps=reference, denominator=denominator, **options
+        )
+
+    out = call(input_ids=ids, attention_mask=torch.ones_like(ids), fused_call=work)
+    out.loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def rank_of(split):
+    """What each process does: its share of the pairs, through DistributedDataParallel."""
+    rank = int(os.environ["RANK"])
+    model = tiny("qwen3")  # a tied head: two uses of one parameter
+    fused_lm_head(model).attach()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    pairs = slice(0, split) if rank == 0 else slice(split, PAIRS)
+    # DDP averages over the ranks; the mean is over all pairs.
+    return gradients(model, wrapped, pairs, PAIRS / RANKS)
+
+
+def worker(folder):
+    torch.set_num_threads(1)
+    rank, folder = int(os.environ["RANK"]), Path(folder)
+    torch.distributed.init_process_group("gloo")
+    torch.save({split: rank_of(split) for split in (2, 1)}, folder / f"gradients-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def trainer_worker(folder):
+    torch.set_num_threads(1)
+    rank, folder = int(os.environ["RANK"]), Path(folder)
+    result = {}
+    for trainer_class in (trl.DPOTrainer, FusedDPOTrainer):
+        log, trainer = run(trainer_class, folder / str(rank), steps=4, gradient_accumulation_steps=2)
+        assert trainer.accelerator.num_processes == RANKS
+        state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        result[trainer_class.__name__] = (log, state)
+    torch.save(result, folder / f"logs-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def two_processes(function, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = f"from tests.test_integration_ddp import {function}; {function}({str(folder)!r})"
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"}
+    shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    for process in processes:
+        try:
+            said, _ = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            for other in processes:
+                other.kill()
+            raise
+        assert process.returncode == 0, said[-4000:]
+
+
+@pytest.mark.slow
+def test_gradients_are_equal_on_both_ranks_and_to_the_joint_batch(tmp_path):
+    two_processes("worker", tmp_path)
+    first, second = (torch.load(tmp_path / f"gradients-{rank}.pt") for rank in range(RANKS))
+    model = tiny("qwen3")
+    fused_lm_head(model).attach()
+    joint = gradients(model, model, slice(0, PAIRS), None)
+    assert any(grad.abs().max() > 1e-3 for grad in joint.values())
+    for split in first:  # equal and unequal shares
+        assert first[split].keys() == second[split].keys() == joint.keys()
+        for name, grad in joint.items():
+            assert torch.equal(first[split][name], second[split][name]), name
+            torch.testing.assert_close(
+                first[split][name], grad, rtol=1e-4, atol=1e-6, msg=partial("{1}: {0}".format, name)
+            )
+
+
+@pytest.mark.slow
+def test_the_trainer_logs_and_learns_what_trl_does_on_two_processes(tmp_path):
+    two_processes("trainer_worker", tmp_path)
+    first, second = (torch.load(tmp_path / f"logs-{rank}.pt", weights_only=False) for rank in range(RANKS))
+    stock, ours = first["DPOTrainer"][0], first["FusedDPOTrainer"][0]
+    for theirs, mine in zip(stock, ours, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in theirs.items():
+            if not any(word in key for word in NOT_LOGGED_TWICE):
+                assert abs(mine[key] - value) <= 1e-5 * max(1.0, abs(value)), key
+    for name, value in first["FusedDPOTrainer"][1].items():
+        assert torch.equal(value, second["FusedDPOTrainer"][1][name]), name
+        torch.testing.assert_close(value, first["DPOTrainer"][1][name], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,31 @@
+"""The examples run, learn, and do with the fused loss what they do without."""
+
+import pytest
+
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytest.importorskip("datasets", reason="datasets is not installed")
+pytest.importorskip("trl", reason="trl is not installed")
+
+from examples import plain_loop, trl_dpo
+from tests.test_integration_trl import pytestmark
+
+assert pytestmark  # the same warnings of the same packages
+
+
+@pytest.mark.parametrize("options", [[], ["--precompute"]])
+def test_the_trl_example_learns_what_stock_trl_learns(tmp_path, options):
+    ours = trl_dpo.main([*options, "--out", str(tmp_path / "ours")])
+    stock = trl_dpo.main([*options, "--stock", "--out", str(tmp_path / "stock")])
+    assert ours["eval_loss"] < 0.7 * ours["eval_loss before"]
+    assert ours["eval_rewards/accuracies"] == 1.0
+    for name in ("first_loss", "last_loss", "eval_loss", "eval_rewards/margins"):
+        assert ours[name] == pytest.approx(stock[name], rel=1e-3, abs=1e-4), name
+
+
+def test_the_plain_loop_learns(tmp_path):
+    losses = plain_loop.main(["--out", str(tmp_path)])
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+    assert len(losses) == 16
+    assert losses[-1] < 0.5
+    again = plain_loop.main(["--out", str(tmp_path)])  # the reference is read from disk
+    assert again == losses
