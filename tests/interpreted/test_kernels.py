@@ -9,7 +9,7 @@ import dpo_kernels as dk
 from dpo_kernels.kernels.triton.backend import TritonRows
 from tests.cases import LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
 from tests.small import tail_of_an_impossible_rejected
-from tests.test_equivalence import FAMILY, LOSSES, case_of, coupled
+from tests.test_equivalence import COUPLED, FAMILY, LOSSES, case_of, coupled
 from tests.test_numerics import assert_same_bits, extreme, masked
 from tests.triton_tools.interpreter import sanitize
 
@@ -56,8 +56,14 @@ def test_losses(loss, strategy):
 
 @pytest.mark.parametrize("loss", FAMILY)
 def test_family(loss):
-    for frozen in (False, True):
-        assert not broken_rules(case_of(loss, torch.bfloat16, frozen=frozen), "chunked", "triton")
+    for strategy in STRATEGIES:
+        assert not broken_rules(case_of(loss, torch.bfloat16, frozen=strategy == "chunked"), strategy, "triton")
+
+
+@pytest.mark.parametrize("loss", COUPLED)
+def test_coupled_family(loss):
+    for strategy in ("recompute", "recompute-tiles", "streaming"):
+        assert not broken_rules(case_of(loss, torch.bfloat16), strategy, "triton")
 
 
 def test_coupled_callable():
