@@ -70,8 +70,7 @@ def fused_kto_loss(
 
     """
     checks.check_choice("loss_type", loss_type, KTO_LOSSES)
-    if not isinstance(desirable, Tensor):
-        raise TypeError(f"desirable must be a tensor, got {type(desirable).__name__}")
+    checks.check_tensor("desirable", desirable)
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable must be of bool, got {desirable.dtype}")
     beta = _check_beta(beta)

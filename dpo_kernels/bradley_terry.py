@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_kernels.checks import check_tensor
+
 LARGEST_STEP = 1e-12
 MOST_STEPS = 100_000
 
@@ -22,6 +24,8 @@ def bradley_terry_loss(
         reduction: "mean", "sum" or "none".
 
     """
+    check_tensor("chosen_rewards", chosen_rewards)
+    check_tensor("rejected_rewards", rejected_rewards)
     if chosen_rewards.shape != rejected_rewards.shape or chosen_rewards.dim() != 1:
         raise ValueError(
             f"chosen_rewards {tuple(chosen_rewards.shape)} and rejected_rewards {tuple(rejected_rewards.shape)} must "
@@ -55,6 +59,7 @@ def bradley_terry_strengths(wins: Tensor) -> Tensor:
         ValueError: where no maximum exists: the contestants fall into two sets of which one never beat the other.
 
     """
+    check_tensor("wins", wins)
     if wins.dim() != 2 or wins.shape[0] != wins.shape[1] or not wins.shape[0]:
         raise ValueError(f"wins must have the shape (K, K), got {tuple(wins.shape)}")
     counts = wins.detach().double().cpu().clone()

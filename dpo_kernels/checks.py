@@ -29,6 +29,12 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def check_integer(name: str, value: Any) -> None:
     """Raise unless ``value`` is an integer."""
     if isinstance(value, bool) or not isinstance(value, Integral):

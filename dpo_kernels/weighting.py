@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dpo_kernels.checks import check_choice, check_number
+from dpo_kernels.checks import check_choice, check_number, check_tensor
 from dpo_kernels.types import DPOLossOutput
 
 PAIRS = ("stacked", "interleaved")
@@ -36,6 +36,7 @@ def ld_token_weights(
 
     """
     check_choice("pairs", pairs, PAIRS)
+    check_tensor("labels", labels)
     if not 0.0 <= check_number("alpha", alpha) <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     if cu_seqlens is None:

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "integrations": {"public", "distributed", "api", "losses", "types"},
     "distributed": {"api", "autograd", "dispatch", "inputs", "losses", "sequence", "strategies", "types"},
     "api": {"calls", "checks", "dispatch", "inputs", "losses", "types"},
-    "bradley_terry": set(),
+    "bradley_terry": {"checks"},
     "weighting": {"checks", "types"},
     "beyond_pairs": {"calls", "checks", "inputs", "losses", "types"},
     "calls": {"autograd", "checks", "dispatch", "inputs", "losses", "sequence", "types"},

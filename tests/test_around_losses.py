@@ -165,6 +165,22 @@ def test_wpo_weights(pairs):
         dk.wpo_pair_weights(dk.fused_dpo_loss(**data))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: dk.bradley_terry_loss([1.0], torch.zeros(1)),
+        lambda: dk.bradley_terry_loss(torch.zeros(1), [1.0]),
+        lambda: dk.bradley_terry_strengths([[0, 1], [1, 0]]),
+        lambda: dk.ld_token_weights([[1, 2]], 0.5),
+        lambda: dk.kto_kl([0.0], torch.zeros(1)),
+        lambda: dk.kto_kl(torch.zeros(1), 0.0),
+    ],
+)
+def test_what_is_no_tensor_is_named(call):
+    with pytest.raises(TypeError, match="must be a tensor, got"):
+        call()
+
+
 # --- Bradley and Terry ------------------------------------------------------------------------------------------------
 
 

@@ -89,6 +89,32 @@ def _register_fakes() -> None:
 class ExtensionRows(TorchRows):
     """What the two devices share."""
 
+    @property
+    def narrow(self) -> bool:
+        """Whether the gradient GEMMs read bfloat16: the tile then carries its scale, written beside the logits."""
+        return self.dtype == torch.bfloat16
+
+    def dlogits_(
+        self,
+        tile: Tensor,
+        labels_C: Tensor,
+        start: int,
+        max_C: Tensor,
+        sumexp_C: Tensor,
+        head: Head,
+        scale_C: Tensor | None,
+        exponentiated: bool = False,
+    ) -> LogitsGradient:
+        """See ``types.RowKernels``; in place and unscaled, unless ``narrow``."""
+        out, applied, residual = None, None, None
+        if self.narrow:
+            out, applied, scale_C = torch.empty_like(tile, dtype=torch.bfloat16), scale_C, None
+            residual = torch.zeros_like(max_C)
+        torch.ops.dpo_kernels.dlogits_rows_(
+            tile, out, labels_C, start, max_C, sumexp_C, applied, residual, head.softcap, exponentiated
+        )
+        return LogitsGradient(tile if out is None else out, scale_C, labels_C, residual)
+
     def segment_sum(self, values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) -> Tensor:
         """See ``types.RowKernels``."""
         if counts_S.shape[0] == 0:
@@ -120,6 +146,11 @@ class CppRows(ExtensionRows):
 
     name = "cpp"
 
+    @property
+    def narrow(self) -> bool:
+        """See ``ExtensionRows``; where this CPU multiplies bfloat16."""
+        return _multiplies(self.dtype)
+
     def buffer(self, device: torch.device, *shape: int) -> Tensor:
         """See ``types.RowKernels``; in huge pages where the system has them, for a page fault costs a microsecond."""
         memory: Tensor = torch.ops.dpo_kernels.new_huge(torch.empty(0, dtype=accumulation_dtype(self.dtype)), shape)
@@ -132,7 +163,7 @@ class CppRows(ExtensionRows):
 
     def multiply(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
         """``tile = x_CH @ W[start:start+Vt]^T``."""
-        if not _multiplies(self.dtype):
+        if not self.narrow:
             return super().multiply(x_CH, head, start, tile)
         weight_VtH = _operand(head.weight[start : start + tile.shape[1]])
         torch.ops.dpo_kernels.matmul_bfloat16_(x_CH, weight_VtH.t(), tile, False)
@@ -151,25 +182,6 @@ class CppRows(ExtensionRows):
         """See ``types.RowKernels``."""
         _reduce_rows(state, tile, labels_C, start, keep_logits)
         state.exponentiated = not keep_logits
-
-    def dlogits_(
-        self,
-        tile: Tensor,
-        labels_C: Tensor,
-        start: int,
-        max_C: Tensor,
-        sumexp_C: Tensor,
-        head: Head,
-        scale_C: Tensor | None,
-        exponentiated: bool = False,
-    ) -> LogitsGradient:
-        """See ``types.RowKernels``; unscaled and in place, but for GEMMs of bfloat16."""
-        if _multiplies(self.dtype):
-            return _scaled_dlogits(tile, labels_C, start, max_C, sumexp_C, head, scale_C, exponentiated)
-        torch.ops.dpo_kernels.dlogits_rows_(
-            tile, None, labels_C, start, max_C, sumexp_C, None, None, head.softcap, exponentiated
-        )
-        return LogitsGradient(tile, scale_C, labels_C)
 
     def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """See ``types.RowKernels``."""
@@ -195,25 +207,6 @@ class CudaRows(ExtensionRows):
         """See ``types.RowKernels``; the logits are kept, the gradient's kernel exponentiates again."""
         _reduce_rows(state, tile, labels_C, start, True)
 
-    def dlogits_(
-        self,
-        tile: Tensor,
-        labels_C: Tensor,
-        start: int,
-        max_C: Tensor,
-        sumexp_C: Tensor,
-        head: Head,
-        scale_C: Tensor | None,
-        exponentiated: bool = False,
-    ) -> LogitsGradient:
-        """See ``types.RowKernels``; bfloat16 operands are scaled, and written beside the tile."""
-        if self.dtype == torch.bfloat16:
-            return _scaled_dlogits(tile, labels_C, start, max_C, sumexp_C, head, scale_C, exponentiated)
-        torch.ops.dpo_kernels.dlogits_rows_(
-            tile, None, labels_C, start, max_C, sumexp_C, None, None, head.softcap, exponentiated
-        )
-        return LogitsGradient(tile, scale_C, labels_C)
-
 
 @constant_in_graphs
 def _multiplies(dtype: torch.dtype) -> bool:
@@ -224,24 +217,6 @@ def _multiplies(dtype: torch.dtype) -> bool:
 def _operand(weight_VtH: Tensor) -> Tensor:
     weight_VtH = weight_VtH.to(torch.bfloat16)
     return weight_VtH if 1 in weight_VtH.stride() else weight_VtH.contiguous()
-
-
-def _scaled_dlogits(
-    tile: Tensor,
-    labels_C: Tensor,
-    start: int,
-    max_C: Tensor,
-    sumexp_C: Tensor,
-    head: Head,
-    scale_C: Tensor | None,
-    exponentiated: bool,
-) -> LogitsGradient:
-    out = torch.empty_like(tile, dtype=torch.bfloat16)
-    residual = torch.zeros_like(max_C)
-    torch.ops.dpo_kernels.dlogits_rows_(
-        tile, out, labels_C, start, max_C, sumexp_C, scale_C, residual, head.softcap, exponentiated
-    )
-    return LogitsGradient(out, None, labels_C, residual)
 
 
 def _reduce_rows(state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool) -> None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dpo_kernels.checks import check_number, check_tensor
+
 
 class RunningDelta:
     """The reward shift of BCO, an exponential running mean of rewards. Jung et al., arXiv 2404.04656.
@@ -19,7 +21,7 @@ class RunningDelta:
     """
 
     def __init__(self, decay: float = 0.9) -> None:
-        if not 0.0 <= decay < 1.0:
+        if not 0.0 <= check_number("decay", decay) < 1.0:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.decay = decay
         self.value = torch.zeros((), dtype=torch.float64)
@@ -52,6 +54,8 @@ def kto_kl(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
     The mean log-ratio of completions ``(n,)`` that belong to other prompts of the batch (Ethayarajh et al.,
     arXiv 2402.01306, section 4.2): score the shifted batch with ``fused_sequence_logps``.
     """
+    check_tensor("policy_logps", policy_logps)
+    check_tensor("ref_logps", ref_logps)
     if policy_logps.shape != ref_logps.shape:
         raise ValueError(f"policy_logps {tuple(policy_logps.shape)} and ref_logps {tuple(ref_logps.shape)} differ")
     return (policy_logps.detach().double() - ref_logps.detach().double()).mean().clamp(min=0)
