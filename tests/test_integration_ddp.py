@@ -1,9 +1,12 @@
 """Two gloo processes: gradients are synchronised, and are those of one process with the joint batch."""
 
+import datetime
+import faulthandler
 import os
-import socket
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from tests.test_integration_trl import NOT_LOGGED_TWICE, pytestmark, run  # noqa
 assert pytestmark  # the same warnings of the same packages
 
 PAIRS, RANKS = 4, 2
+HANGS_S = 200  # after which a process is taken to hang; 25 s is usual
 
 
 def joint_batch():
@@ -60,17 +64,29 @@ def rank_of(split):
     return gradients(model, wrapped, pairs, PAIRS / RANKS)
 
 
-def worker(folder):
+def join(folder):
+    """Meet the other process over a file: no port that something else may have taken, no name to be looked up."""
+    faulthandler.dump_traceback_later(HANGS_S, exit=True)  # says where, and the test says what both printed
     torch.set_num_threads(1)
     rank, folder = int(os.environ["RANK"]), Path(folder)
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=HANGS_S),
+    )
+    return rank, folder
+
+
+def worker(folder):
+    rank, folder = join(folder)
     torch.save({split: rank_of(split) for split in (2, 1)}, folder / f"gradients-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def trainer_worker(folder):
-    torch.set_num_threads(1)
-    rank, folder = int(os.environ["RANK"]), Path(folder)
+    rank, folder = join(folder)
     result = {}
     for trainer_class in (trl.DPOTrainer, FusedDPOTrainer):
         log, trainer = run(trainer_class, folder / str(rank), steps=4, gradient_accumulation_steps=2)
@@ -82,30 +98,36 @@ def trainer_worker(folder):
 
 
 def two_processes(function, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Run ``function`` in two processes; the first that fails ends both, and both are quoted."""
     code = f"from tests.test_integration_ddp import {function}; {function}({str(folder)!r})"
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"}
-    shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    for process in processes:
-        try:
-            said, _ = process.communicate(timeout=240)
-        except subprocess.TimeoutExpired:
-            for other in processes:
-                other.kill()
-            raise
-        assert process.returncode == 0, said[-4000:]
+    shared = {
+        "WORLD_SIZE": str(RANKS),
+        "LOCAL_WORLD_SIZE": str(RANKS),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"}
+    with ExitStack() as stack:
+        said = [folder / f"said-{rank}.txt" for rank in range(RANKS)]
+        processes = []
+        for rank, file in enumerate(said):
+            process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=stack.enter_context(file.open("w")),
+                stderr=subprocess.STDOUT,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process)
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                break
+            time.sleep(0.1)
+        codes = [process.poll() for process in processes]
+    assert codes == [0] * RANKS, "\n\n".join(
+        f"{f.name}: exit {c}\n{f.read_text()[-4000:]}" for f, c in zip(said, codes, strict=True)
+    )
 
 
 @pytest.mark.slow
