@@ -1,8 +1,13 @@
-"""What every test gets: one torch thread, a seed, and a reason where a GPU is missing."""
+"""What every test gets: one torch thread, a seed, no network, and a reason where a GPU is missing."""
+
+import os
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Read when huggingface_hub is imported: a trainer would report its use, which a test is not, and wait for answers.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Tests run side by side, and several threads each would only wait for one another.
 torch.set_num_threads(1)
