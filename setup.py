@@ -118,7 +118,7 @@ def extension():
                 self.extensions = self.distribution.ext_modules = []
 
     compiling, linking = flags()
-    sources = ["ops.cpp", "cpu/ops_cpu.cpp", "cpu/matmul.cpp"]
+    sources = ["ops.cpp", "cpu/ops_cpu.cpp", "cpu/matmul.cpp", "cpu/memory.cpp"]
     sources += ["cpu/rows_base.cpp", "cpu/rows_avx2.cpp", "cpu/rows_avx512.cpp"]
     reason = why_no_cuda(torch, CUDA_HOME)
     if reason is not None:

@@ -2,9 +2,9 @@
 
 **CUDA**: the L2 cache is flushed by writing a buffer larger than it, then events around the call; peak memory is
 ``max_memory_allocated`` over what was allocated before. **CPU**: ``perf_counter``; peak memory is the process's peak
-resident set (``VmHWM``, reset through ``/proc/self/clear_refs``) over its resident set before, after the allocator was
-told to give back what is free (``malloc_trim``), so that nobody lives on pages that another left. Both count the
-gradients that a call leaves behind; who asks takes them out.
+resident set (``VmHWM``, reset through ``/proc/self/clear_refs``) over its resident set before, after the allocators
+were told to give back what is free (``malloc_trim``, ``dpo_kernels.empty_cache``), so that nobody lives on pages that
+another left. Both count the gradients that a call leaves behind; who asks takes them out.
 
 The CUDA device is given the ``torch.cuda`` that it calls, so that tests can give it a fake one.
 """
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+import dpo_kernels
 
 L2_FLUSH_BYTES = 256 * 2**20  # the largest L2 of the GPUs here is 126 MB (B200)
 
@@ -81,7 +83,8 @@ class Cpu:
         return max(0, _status("VmHWM") - before), result
 
     def release(self) -> None:
-        """Return the allocator's free pages to the system."""
+        """Return the allocator's free pages to the system, and those that this package keeps."""
+        dpo_kernels.empty_cache()
         if self._libc is not None:
             self._libc.malloc_trim(0)
 

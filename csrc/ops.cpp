@@ -23,6 +23,8 @@ TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
         "Tensor? scale, Tensor(c!)? residual, float? softcap, bool exponentiated) -> ()");
     // Raw products into final logits: cap(scale * (z + bias)).
     m.def("finish_logits_(Tensor(a!) tile, Tensor? bias, float scale, float? softcap) -> ()");
+    // The first half of the memory of float32 values becomes their bfloat16 copy, times a factor.
+    m.def("narrow_(Tensor(a!) values, float factor) -> ()");
     // Weighted float64 sums (S,) of consecutive runs of values, offsets (S + 1,).
     m.def("segment_sum(Tensor values, Tensor? weights, Tensor offsets) -> Tensor");
     // The same, then the loss of each pair (P,) and the derivative of their sum by the sequence log-probs (S,): DPO
@@ -32,8 +34,6 @@ TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
         "float label_smoothing) -> (Tensor sums, Tensor losses, Tensor grad)");
     // out (+)= a @ b: bfloat16 operands, contiguous along rows or columns, and a float32 result.
     m.def("matmul_bfloat16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
-    // Uninitialised memory of a tensor's dtype, in huge pages where the system has them.
-    m.def("new_huge(Tensor like, SymInt[] size) -> Tensor");
     m.def("extension_built_for() -> str", [] {
         return std::string(TORCH_VERSION) + (DPO_WITH_CUDA ? " cpu+cuda" : " cpu");
     });
@@ -41,8 +41,8 @@ TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
 
 // They run inside the package's own autograd functions; whoever differentiates through one of them by hand is told.
 TORCH_LIBRARY_IMPL(dpo_kernels, Autograd, m) {
-    for (const char* name : {"reduce_rows_", "dlogits_rows_", "finish_logits_", "segment_sum", "sigmoid_tail",
-                             "matmul_bfloat16_"}) {
+    for (const char* name : {"reduce_rows_", "dlogits_rows_", "finish_logits_", "narrow_", "segment_sum",
+                             "sigmoid_tail", "matmul_bfloat16_"}) {
         m.impl(name, torch::autograd::autogradNotImplementedFallback());
     }
 }

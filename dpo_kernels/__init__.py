@@ -10,6 +10,7 @@ from dpo_kernels.api import (
 )
 from dpo_kernels.beyond_pairs import SequenceLossOutput, fused_group_loss, fused_kto_loss
 from dpo_kernels.bradley_terry import bradley_terry_loss, bradley_terry_strengths
+from dpo_kernels.dispatch import empty_cache
 from dpo_kernels.losses import LOSSES
 from dpo_kernels.losses.state import RunningDelta, kto_kl
 from dpo_kernels.types import DPOLossOutput, LossInputs
@@ -28,6 +29,7 @@ __all__ = [
     "bradley_terry_loss",
     "bradley_terry_strengths",
     "dpo_loss",
+    "empty_cache",
     "explain",
     "fused_dpo_loss",
     "fused_group_loss",

@@ -87,7 +87,7 @@ def fused_dpo_loss(
         backend: "auto", "triton", "cuda", "cpp" or "torch".
         strategy: "auto", "chunked", "recompute" or "streaming".
         scratch_bytes: cap on vocabulary-sized scratch; None: 2 GiB on a GPU of 80 GB or more, a fortieth of the memory
-            of a smaller one, 256 MiB elsewhere.
+            of a smaller one, 512 MiB elsewhere.
         max_scored_tokens: static capacity: packs without a host sync; more scored tokens make the loss NaN.
         **loss_options: options of the loss by name, and those that every loss has: ``pair_weights`` ``(P,)`` multiplies
             its loss, ``nll_weight`` adds as much of the mean negative log-prob of chosen tokens; losses of log-ratios

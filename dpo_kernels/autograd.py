@@ -5,10 +5,11 @@ torch's own operations see them. Inside ``torch.compile`` and ``torch.export``, 
 operators of the namespace ``dpo_kernels``, opaque to the tracer. The two share every line but the registration.
 
 What is kept between forward and backward is in accumulation precision: an upstream multiplies it before the single
-rounding to the parameter's dtype, and nothing kept is ever changed, so a retained backward may run again.
+rounding to the parameter's dtype, and nothing kept is changed before the last backward: a retained one may run again.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ SECOND_DERIVATIVE = (
     "which is plain torch, or call backward without create_graph"
 )
 # Places in the argument lists of passes.pair_loss and passes.logps.
-SLOT, LOGPS_OPTIONS, LOGPS_STRATEGY = 7, 11, 16
+SLOT, PAIR_BACKEND, LOGPS_OPTIONS, LOGPS_STRATEGY = 7, 21, 11, 16
 
 
 def traced(tensor: Tensor) -> bool:
@@ -133,6 +134,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _pair_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _setup(ctx, inputs, output)
+    ctx.backend = inputs[PAIR_BACKEND]
     ctx.save_for_backward(inputs[SLOT], *output[4:7])
 
 
@@ -145,7 +147,7 @@ def _pair_loss_backward(ctx: Any, grad_total: Tensor | None, *ignored: Tensor | 
             grads = _scale_op(grad_total, dx, dw, db, slot, *ctx.dtypes, *ctx.need)
         else:
             last = not torch._C._autograd._get_current_graph_task_keep_graph()
-            scale = passes.scale_last if last else passes.scale
+            scale = partial(passes.scale_last, backend=ctx.backend) if last else passes.scale
             grads = scale(grad_total, dx, dw, db, slot, *ctx.dtypes, *ctx.need)
     return _finish_backward(ctx, grads)
 

@@ -12,16 +12,17 @@ import torch
 from torch.torch_version import TorchVersion
 
 from dpo_kernels.kernels import extension, installed
+from dpo_kernels.kernels.extension import empty_cache as empty_cache
 from dpo_kernels.kernels.torch_rows import TorchRows
 from dpo_kernels.strategies import chunked
 from dpo_kernels.types import RowKernels, SequenceLoss, Tile, accumulation_dtype
 
 MIB = 2**20
-CPU_SCRATCH_BYTES = 256 * MIB
+CPU_SCRATCH_BYTES = 512 * MIB
 GPU_SCRATCH_BYTES = 2048 * MIB
 BIG_GPU_BYTES = 79 * 2**30  # "80 GB" cards report a little less
 SMALL_GPU_SHARE = 40  # part of a smaller GPU's memory that the scratch takes
-CPU_WORKSPACE_BYTES = 8 * MIB
+CPU_WORKSPACE_BYTES = 2 * MIB
 GPU_WORKSPACE_BYTES = 256 * MIB
 STREAMING_TILE_BYTES = 1 * MIB
 LEAST_TILE_BYTES = 1024  # below this a tile is more bookkeeping than arithmetic
@@ -200,7 +201,7 @@ def tile_of(strategy: str, budget: Budget, rows: int, vocab: int, whole_pairs: b
 
 
 def default_scratch_bytes(device: torch.device) -> int:
-    """2 GiB on a GPU of 80 GB or more, a fortieth of the memory of a smaller one, 256 MiB elsewhere."""
+    """2 GiB on a GPU of 80 GB or more, a fortieth of the memory of a smaller one, 512 MiB elsewhere."""
     if device.type != "cuda":
         return CPU_SCRATCH_BYTES
     if not torch.cuda.is_available():

@@ -130,18 +130,20 @@ def scale(
 
 
 def scale_last(
-    grad_total: Tensor, dx: Tensor, dw: Tensor, db: Tensor, slot: Tensor, *options: Any
+    grad_total: Tensor, dx: Tensor, dw: Tensor, db: Tensor, slot: Tensor, *options: Any, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``scale``, where nothing will read the kept gradients again: times 1 they are handed over, not copied.
+    """As ``scale``, where nothing will read the kept gradients again: the head's is handed over if its memory serves.
 
-    Writing a copy of a head's gradient costs as much as a good part of its GEMM on a CPU. Elsewhere looking at the
-    upstream would be a sync.
+    Writing a copy of a head's gradient costs as much as a good part of its GEMM, and its memory.
     """
     hidden_dtype, weight_dtype, bias_dtype, need_hidden, need_weight, need_bias = options
-    give = need_weight and grad_total.device.type == "cpu" and dw.dtype == weight_dtype and float(grad_total) == 1.0
+    given = None
+    if need_weight:
+        given = dispatch.BACKENDS[backend].load().hand_over(dw, grad_total.to(dw.dtype), weight_dtype)
     dtypes = (hidden_dtype, weight_dtype, bias_dtype)
-    grads = scale(grad_total, dx, dw, db, slot, *dtypes, need_hidden, need_weight and not give, need_bias)
-    return (grads[0], dw, grads[2]) if give else grads
+    copy_weight = need_weight and given is None
+    grads = scale(grad_total, dx, dw, db, slot, *dtypes, need_hidden, copy_weight, need_bias)
+    return grads if given is None else (grads[0], given, grads[2])
 
 
 def logps(

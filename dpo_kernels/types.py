@@ -236,6 +236,10 @@ class RowKernels(Protocol):
     def buffer(self, device: torch.device, *shape: int) -> Tensor:
         """Uninitialised memory in the precision of accumulation: scratch, or a gradient in the making."""
 
+    @staticmethod
+    def hand_over(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """A ``buffer`` that nobody will read again, times ``factor`` (), in ``dtype``; None where that takes a copy."""
+
     # --- one tile of logits ---
 
     def new_state(self, rows: int, device: torch.device, stats: Sequence[str]) -> RowState:

@@ -242,7 +242,9 @@ def operator_arguments():
         ],
         "matmul_bfloat16_": [(torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16(), torch.zeros(3, 5), True)],
         "has_bfloat16_matmul": [],
+        "narrow_": [(torch.randn(3, 500), 0.3), (torch.randn(0), 1.0)],
         "new_huge": [],  # uninitialised: nothing to compare
+        "empty_cache": [],
         "extension_built_for": [],
     }
 
@@ -278,6 +280,7 @@ REFUSED = {
     "out must have the tile's shape": ("dlogits_rows_", 1, torch.zeros(3, 6)),
     "out must be absent or bfloat16": ("dlogits_rows_", 1, torch.zeros(3, 7)),
     "residual needs an out": ("dlogits_rows_", 7, torch.zeros(3)),
+    "values must be contiguous float32": ("narrow_", 0, torch.zeros(3, dtype=torch.float64)),
     "bias must have the shape": ("finish_logits_", 1, torch.zeros(6)),
     "offsets must not fall": ("segment_sum", 2, torch.tensor([0, 4, 3, 5])),
     "offsets must lie within": ("segment_sum", 2, torch.tensor([0, 6])),
@@ -294,18 +297,6 @@ def test_bad_arguments_are_named(words):
     arguments[place] = value
     with pytest.raises(RuntimeError, match=f"dpo_kernels: .*{words}|dpo_kernels: {words}"):
         getattr(torch.ops.dpo_kernels, name)(*arguments)
-
-
-@built
-@pytest.mark.parametrize("size", [(0,), (3, 5), (1 << 20, 3), (0, 7)])
-def test_huge_memory_is_memory(size):
-    like = torch.empty(0, dtype=torch.float64)
-    tensor = torch.ops.dpo_kernels.new_huge(like, size)
-    assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (torch.Size(size), torch.float64, True)
-    tensor.fill_(2.0)
-    assert float(tensor.sum()) == 2.0 * tensor.numel()
-    with pytest.raises(RuntimeError, match="lengths >= 0"):
-        torch.ops.dpo_kernels.new_huge(like, [2**40, 2**40])
 
 
 # --- threads, sizes, instruction sets ---------------------------------------------------------------------------------

@@ -3,17 +3,12 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <string>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "../checks.h"
 #include "rows.h"
@@ -148,6 +143,27 @@ void finish_logits_(const at::Tensor& tile, const std::optional<at::Tensor>& bia
     });
 }
 
+// The bfloat16 of element i ends where its float begins, or before: what the elements a..2a-1 are written over, the
+// elements a/2..a-1 have left. So each doubling is free for threads, and the first few go through a copy.
+void narrow_(const at::Tensor& values, double factor) {
+    TORCH_CHECK(values.scalar_type() == at::kFloat && values.is_contiguous(),
+                "dpo_kernels: values must be contiguous float32, got ", values.scalar_type(), " with strides ",
+                values.strides());
+    constexpr int64_t kCopied = 1024;
+    const float scale = static_cast<float>(factor);
+    const float* in = values.const_data_ptr<float>();
+    uint16_t* out = static_cast<uint16_t*>(values.mutable_data_ptr());
+    const int64_t count = values.numel();
+    float copied[kCopied];
+    std::copy(in, in + std::min(kCopied, count), copied);
+    passes<float>().to_bfloat16(copied, out, std::min(kCopied, count), scale);
+    for (int64_t first = kCopied; first < count; first *= 2) {
+        at::parallel_for(first, std::min(2 * first, count), kElementsByTask, [&](int64_t begin, int64_t end) {
+            passes<float>().to_bfloat16(in + begin, out + begin, end - begin, scale);
+        });
+    }
+}
+
 // Offsets are read here, so they are checked here: what lies outside would be read.
 void check_offsets(const at::Tensor& offsets, const SegmentShape& shape) {
     const int64_t* at = offsets.const_data_ptr<int64_t>();
@@ -237,42 +253,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_tail(const at::Tensor& lo
     return {sums, losses, grad};
 }
 
-#ifdef __linux__
-constexpr size_t kHugePage = size_t{2} << 20;
-#endif
-
-// A tile or a gradient is written once, right after it was allocated: what that costs is its page faults, of which
-// there are 512 times fewer. Short tensors, and systems without such pages, get ordinary memory.
-at::Tensor new_huge(const at::Tensor& like, at::IntArrayRef size) {
-#ifdef __linux__
-    int64_t elements = 1;
-    for (int64_t length : size) {
-        TORCH_CHECK(length >= 0 && (length == 0 || elements <= INT64_MAX / 16 / length),
-                    "dpo_kernels: size must be of lengths >= 0 whose product fits the memory, got ", size);
-        elements *= length;
-    }
-    const size_t bytes = static_cast<size_t>(elements) * like.element_size();
-    if (bytes >= 2 * kHugePage) {
-        void* memory = nullptr;
-        const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-        if (posix_memalign(&memory, kHugePage, rounded) == 0) {
-            madvise(memory, rounded, MADV_HUGEPAGE);  // where it fails the pages are small
-            return at::from_blob(memory, size, [](void* p) { std::free(p); }, like.options());
-        }
-    }
-#endif
-    return at::empty(size, like.options());
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) {
     m.impl("reduce_rows_", &reduce_rows_);
     m.impl("dlogits_rows_", &dlogits_rows_);
     m.impl("finish_logits_", &finish_logits_);
+    m.impl("narrow_", &narrow_);
     m.impl("segment_sum", &segment_sum);
     m.impl("sigmoid_tail", &sigmoid_tail);
-    m.impl("new_huge", &new_huge);
 }
 
 }  // namespace dpo_kernels

@@ -49,6 +49,8 @@ struct Passes {
     void (*dlogits)(Tile<T>, Gradient<T>, int64_t first, int64_t last);
     // Raw products of hidden states and head into final logits: cap(scale * (z + bias)).
     void (*finish_logits)(Tile<T>, const T* bias, T scale, T softcap, int64_t first, int64_t last);
+    // out[i] = factor * in[i], rounded to nearest; the two do not overlap.
+    void (*to_bfloat16)(const T* in, uint16_t* out, int64_t count, T factor);
 };
 
 namespace base {

@@ -305,8 +305,13 @@ static void finish_logits(Tile<T> tile, const T* bias, T scale, T softcap, int64
     }
 }
 
-extern const Passes<float> passes_float = {reduce<float>, dlogits<float>, finish_logits<float>};
-extern const Passes<double> passes_double = {reduce<double>, dlogits<double>, finish_logits<double>};
+static void scaled_to_bfloat16(const float* in, uint16_t* out, int64_t count, float factor) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) out[i] = to_bfloat16(factor * in[i]);
+}
+
+extern const Passes<float> passes_float = {reduce<float>, dlogits<float>, finish_logits<float>, scaled_to_bfloat16};
+extern const Passes<double> passes_double = {reduce<double>, dlogits<double>, finish_logits<double>, nullptr};
 
 }  // namespace DPO_NAMESPACE
 }  // namespace dpo_kernels

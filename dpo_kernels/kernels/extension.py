@@ -20,9 +20,11 @@ OPERATORS = (
     "dlogits_rows_",
     "finish_logits_",
     "matmul_bfloat16_",
+    "narrow_",
     "segment_sum",
     "sigmoid_tail",
     "new_huge",
+    "empty_cache",
     "has_bfloat16_matmul",
     "extension_built_for",
 )
@@ -38,6 +40,19 @@ def why_not(device_type: str) -> str | None:
     if device_type == "cuda" and not built_for.endswith("cpu+cuda"):
         return f"the extension was built without CUDA ({HOW}, a CUDA build of torch, and nvcc)"
     return None
+
+
+def empty_cache() -> int:
+    """Give the memory that the C++ backend keeps between calls back to the system; returns the number of bytes.
+
+    Tiles and gradients of 4 MiB and more are kept when they are freed, because new ones would cost up to a fifth of a
+    step in page faults. At most an eighth of the machine's memory lies idle, or ``DPO_KERNELS_CPU_CACHE_BYTES`` (0:
+    nothing); what 16 later buffers had no use for goes back by itself. On a GPU see ``torch.cuda.empty_cache``.
+    """
+    if why_not("cpu") is not None:
+        return 0
+    given_back: int = torch.ops.dpo_kernels.empty_cache()
+    return given_back
 
 
 @functools.cache
@@ -62,7 +77,7 @@ def _register_fakes() -> None:
     def nothing(*_: object) -> None:
         return None
 
-    for name in OPERATORS[:4]:
+    for name in OPERATORS[:5]:
         torch.library.register_fake(f"dpo_kernels::{name}", nothing)
 
     @torch.library.register_fake("dpo_kernels::new_huge")
@@ -152,9 +167,17 @@ class CppRows(ExtensionRows):
         return _multiplies(self.dtype)
 
     def buffer(self, device: torch.device, *shape: int) -> Tensor:
-        """See ``types.RowKernels``; in huge pages where the system has them, for a page fault costs a microsecond."""
+        """See ``types.RowKernels``; in pages that the step before has left, see ``empty_cache``."""
         memory: Tensor = torch.ops.dpo_kernels.new_huge(torch.empty(0, dtype=accumulation_dtype(self.dtype)), shape)
         return memory
+
+    @staticmethod
+    def hand_over(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """See ``types.RowKernels``; bfloat16 takes the first half of the memory."""
+        if (grad.dtype, dtype) != (torch.float32, torch.bfloat16) or not grad.is_contiguous():
+            return TorchRows.hand_over(grad, factor, dtype)
+        torch.ops.dpo_kernels.narrow_(grad, float(factor))
+        return grad.view(dtype).view(-1)[: grad.numel()].view(grad.shape)
 
     @staticmethod
     def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:

@@ -19,6 +19,13 @@ class TiledPasses(RowKernels):
         """See ``types.RowKernels``."""
         return torch.empty(shape, dtype=accumulation_dtype(self.dtype), device=device)
 
+    @staticmethod
+    def hand_over(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """See ``types.RowKernels``; in place, and untouched where that can be told without a sync."""
+        if grad.dtype != dtype:
+            return None
+        return grad if grad.device.type == "cpu" and float(factor) == 1.0 else grad.mul_(factor)
+
     def segment_sum(self, values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) -> Tensor:
         """See ``sequence.segment_sum``."""
         return segment_sum(values_N, weights_N, counts_S)

@@ -1,0 +1,176 @@
+// Memory for tiles and gradients: huge pages, and blocks that are kept for the next step.
+//
+// A tile or a gradient is written once, right after it was allocated, and given back: what that costs is its page
+// faults, up to a fifth of a short step. Huge pages have 512 times fewer of them, memory of the step before has none.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <mutex>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace dpo_kernels {
+namespace {
+
+#ifdef __linux__
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kPhysicalShare = 8;  // part of the machine's memory that may lie idle
+constexpr uint64_t kStale = 16;       // blocks asked for since an idle one was last of use: two or three a step
+
+struct Block {
+    void* memory;
+    size_t bytes;
+    uint64_t since;
+};
+
+// DPO_KERNELS_CPU_CACHE_BYTES, or an eighth of the machine's memory.
+size_t limit_of_idle() {
+    const char* asked = std::getenv("DPO_KERNELS_CPU_CACHE_BYTES");
+    if (asked == nullptr) return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / kPhysicalShare;
+    char* end = nullptr;
+    errno = 0;
+    const unsigned long long bytes = std::strtoull(asked, &end, 10);
+    TORCH_CHECK(errno == 0 && asked[0] >= '0' && asked[0] <= '9' && *end == '\0',
+                "dpo_kernels: DPO_KERNELS_CPU_CACHE_BYTES must be a number of bytes, got ", asked);
+    return static_cast<size_t>(bytes);
+}
+
+class Pool {
+   public:
+    explicit Pool(size_t limit) : limit_(limit) {}
+
+    // The smallest idle block that is not much too large, or a new one; memory is null where there is none.
+    Block take(size_t bytes) {
+        std::vector<Block> stale;
+        Block found{nullptr, 0, 0};
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            clock_++;
+            for (size_t i = 0; i < idle_.size();) {
+                if (clock_ - idle_[i].since > kStale) stale.push_back(remove(i));
+                else i++;
+            }
+            size_t best = idle_.size();
+            for (size_t i = 0; i < idle_.size(); i++) {
+                if (idle_[i].bytes < bytes || idle_[i].bytes > bytes + bytes / 4) continue;
+                if (best == idle_.size() || idle_[i].bytes < idle_[best].bytes) best = i;
+            }
+            if (best < idle_.size()) found = remove(best);
+        }
+        free_all(stale);
+        if (found.memory == nullptr) found = allocate(bytes);
+        if (found.memory == nullptr && empty() > 0) found = allocate(bytes);
+        return found;
+    }
+
+    void give(Block block) {
+        std::vector<Block> excess;
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            block.since = clock_;
+            if (block.bytes > limit_) {
+                excess.push_back(block);
+            } else {
+                while (idle_bytes_ + block.bytes > limit_) excess.push_back(remove(0));  // the oldest
+                idle_.push_back(block);
+                idle_bytes_ += block.bytes;
+            }
+        }
+        free_all(excess);
+    }
+
+    // Everything idle goes back to the system; how many bytes that was.
+    size_t empty() {
+        std::vector<Block> all;
+        size_t bytes = 0;
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            all.swap(idle_);
+            std::swap(bytes, idle_bytes_);
+        }
+        free_all(all);
+        return bytes;
+    }
+
+    size_t limit() const { return limit_; }
+
+   private:
+    Block remove(size_t i) {
+        const Block block = idle_[i];
+        idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(i));
+        idle_bytes_ -= block.bytes;
+        return block;
+    }
+
+    static Block allocate(size_t bytes) {
+        void* memory = nullptr;
+        if (posix_memalign(&memory, kHugePage, bytes) != 0) return {nullptr, 0, 0};
+        madvise(memory, bytes, MADV_HUGEPAGE);  // where it fails the pages are small
+        return {memory, bytes, 0};
+    }
+
+    static void free_all(const std::vector<Block>& blocks) {
+        for (const Block& block : blocks) std::free(block.memory);
+    }
+
+    const size_t limit_;
+    std::mutex mutex_;
+    std::vector<Block> idle_;  // by the time they were given back
+    size_t idle_bytes_ = 0;
+    uint64_t clock_ = 0;
+};
+
+// Never destroyed: tensors may outlive every static object.
+Pool& pool() {
+    static Pool* const one = new Pool(limit_of_idle());
+    return *one;
+}
+#endif
+
+at::Tensor new_huge(const at::Tensor& like, at::IntArrayRef size) {
+#ifdef __linux__
+    int64_t elements = 1;
+    for (int64_t length : size) {
+        TORCH_CHECK(length >= 0 && (length == 0 || elements <= INT64_MAX / 16 / length),
+                    "dpo_kernels: size must be of lengths >= 0 whose product fits the memory, got ", size);
+        elements *= length;
+    }
+    const size_t bytes = static_cast<size_t>(elements) * like.element_size();
+    if (bytes >= 2 * kHugePage) {
+        const Block block = pool().take((bytes + kHugePage - 1) / kHugePage * kHugePage);
+        if (block.memory != nullptr) {
+            return at::from_blob(block.memory, size, [block](void*) { pool().give(block); }, like.options());
+        }
+    }
+#endif
+    return at::empty(size, like.options());
+}
+
+int64_t empty_cache() {
+#ifdef __linux__
+    return static_cast<int64_t>(pool().empty());
+#else
+    return 0;
+#endif
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
+    // Uninitialised memory of a tensor's dtype, in huge pages where the system has them; kept when it is freed.
+    m.def("new_huge(Tensor like, SymInt[] size) -> Tensor");
+    // Give what is kept back to the system; the number of bytes.
+    m.def("empty_cache() -> int", &empty_cache);
+}
+
+TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) { m.impl("new_huge", &new_huge); }
+
+}  // namespace dpo_kernels

@@ -1,0 +1,162 @@
+"""Memory of the C++ backend: blocks that are kept for the next step, and a gradient handed over in its own memory."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dpo_kernels as dk
+from dpo_kernels.kernels import extension
+from dpo_kernels.kernels.extension import CppRows
+
+MISSING = extension.why_not("cpu")
+built = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pooled = pytest.mark.skipif(MISSING is not None or sys.platform != "linux", reason="memory is only kept on Linux")
+MIB = 2**20
+
+
+def block(mib):
+    return torch.ops.dpo_kernels.new_huge(torch.empty(0), [mib * MIB // 4])
+
+
+@built
+@pytest.mark.parametrize("size", [(0,), (3, 5), (1 << 20, 3), (0, 7)])
+def test_huge_memory_is_memory(size):
+    like = torch.empty(0, dtype=torch.float64)
+    tensor = torch.ops.dpo_kernels.new_huge(like, size)
+    assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (torch.Size(size), torch.float64, True)
+    tensor.fill_(2.0)
+    assert float(tensor.sum()) == 2.0 * tensor.numel()
+    with pytest.raises(RuntimeError, match="lengths >= 0"):
+        torch.ops.dpo_kernels.new_huge(like, [2**40, 2**40])
+
+
+@pytest.fixture
+def emptied():
+    dk.empty_cache()
+    yield
+    dk.empty_cache()
+
+
+@pooled
+def test_a_freed_block_is_the_next_one_of_its_size(emptied):
+    tensor = block(8).fill_(1.0)
+    where = tensor.data_ptr()
+    view = tensor[5:7]
+    del tensor
+    assert block(8).data_ptr() != where  # a view keeps it alive
+    del view
+    assert block(8).data_ptr() != block(4).data_ptr()
+    assert where in {block(8).data_ptr(), block(7).data_ptr()}
+    assert dk.empty_cache() >= 16 * MIB
+    assert dk.empty_cache() == 0
+
+
+@pooled
+def test_a_block_is_not_wasted_on_a_much_smaller_one(emptied):
+    where = block(20).data_ptr()
+    small = block(8)
+    assert small.data_ptr() != where
+    assert block(16).data_ptr() == where  # at most a quarter more
+    assert dk.empty_cache() == 20 * MIB
+
+
+@pooled
+def test_what_is_of_no_use_goes_back(emptied):
+    block(20)
+    for _ in range(16):
+        block(4)
+    assert dk.empty_cache() == 24 * MIB
+    block(20)
+    for _ in range(17):
+        block(4)
+    assert dk.empty_cache() == 4 * MIB
+
+
+def said_by_a_process_of_its_own(limit):
+    code = """if True:
+        import torch, dpo_kernels as dk
+        from dpo_kernels.kernels import extension
+        extension.why_not("cpu")
+        for mib in (8, 12, 6):
+            torch.ops.dpo_kernels.new_huge(torch.empty(0), [mib * 2**18])
+        print(dk.empty_cache() // 2**20)
+    """
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"DPO_KERNELS_CPU_CACHE_BYTES": limit},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pooled
+@pytest.mark.parametrize(("limit", "kept"), [("0", 0), (str(10 * MIB), 6), (str(18 * MIB), 18), (str(25 * MIB), 18)])
+def test_the_limit_is_kept_and_the_oldest_goes(limit, kept):
+    done = said_by_a_process_of_its_own(limit)
+    assert int(done.stdout) == kept, done.stderr
+
+
+@pooled
+@pytest.mark.parametrize("limit", ["many", "-1", "8MiB", ""])
+def test_a_limit_that_is_no_number_is_named(limit):
+    done = said_by_a_process_of_its_own(limit)
+    assert f"DPO_KERNELS_CPU_CACHE_BYTES must be a number of bytes, got {limit}" in done.stderr
+
+
+def test_without_the_extension_there_is_nothing_to_empty(monkeypatch):
+    monkeypatch.setattr(extension, "why_not", lambda device_type: "it was not built")
+    assert dk.empty_cache() == 0
+
+
+# --- a gradient in its own memory -------------------------------------------------------------------------------------
+
+
+@built
+@pytest.mark.parametrize("count", [0, 1, 1023, 1024, 1025, 2047, 4096, 100_003, 2**20 + 17])
+def test_floats_narrowed_in_place(count):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    values[::97] = float("nan")
+    wanted = (values * (1 / 3)).bfloat16()
+    torch.ops.dpo_kernels.narrow_(values, 1 / 3)
+    narrowed = values.view(torch.bfloat16)[:count]
+    torch.testing.assert_close(narrowed, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def trained(dtype, backend, upstreams):
+    """The gradients of the head after each backward of one graph."""
+    g = torch.Generator().manual_seed(3)
+    hidden = torch.randn(4, 6, 24, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(531, 24, generator=g).to(dtype).requires_grad_()
+    labels = torch.randint(0, 531, (4, 6), generator=g)
+    loss = dk.fused_dpo_loss(hidden, weight, labels, ref_logps=torch.randn(4, generator=g) - 30, backend=backend).loss
+    seen = []
+    for number, upstream in enumerate(upstreams):
+        weight.grad = None
+        (loss * upstream).backward(retain_graph=number < len(upstreams) - 1)
+        seen.append(weight.grad)
+    return seen
+
+
+@built
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("upstream", [1.0, 1 / 3, 65536.0])
+def test_the_last_backward_gives_the_bits_of_a_retained_one(dtype, upstream, backend):
+    for scaled in (upstream, torch.tensor(upstream, dtype=torch.float64)):
+        kept, last = trained(dtype, backend, [scaled, scaled])
+        assert kept.dtype == last.dtype == dtype
+        assert torch.equal(kept, last)
+        assert last.is_contiguous()
+
+
+@built
+def test_a_bfloat16_gradient_takes_no_memory_of_its_own():
+    total = torch.randn(100, 30)
+    given = CppRows.hand_over(total, torch.tensor(2.0), torch.bfloat16)
+    assert (given.shape, given.dtype, given.data_ptr()) == (total.shape, torch.bfloat16, total.data_ptr())
+    assert CppRows.hand_over(torch.randn(4, 2).t(), torch.tensor(2.0), torch.bfloat16) is None
+    assert CppRows.hand_over(total, torch.tensor(2.0), torch.float16) is None
