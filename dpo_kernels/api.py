@@ -47,6 +47,8 @@ def fused_dpo_loss(
     strategy: str = "auto",
     scratch_bytes: int | None = None,
     max_scored_tokens: int | None = None,
+    main_grad: Tensor | None = None,
+    main_grad_scale: float = 1.0,
     **loss_options: Any,
 ) -> DPOLossOutput:
     """DPO and its family from hidden states, without vocabulary-sized logits.
@@ -89,6 +91,11 @@ def fused_dpo_loss(
         scratch_bytes: cap on vocabulary-sized scratch; None: 2 GiB on a GPU of 80 GB or more, a fortieth of the memory
             of a smaller one, 512 MiB elsewhere.
         max_scored_tokens: static capacity: packs without a host sync; more scored tokens make the loss NaN.
+        main_grad: contiguous ``(V, H)`` float32 (float64 for float64 inputs), ``weight.grad`` or a buffer of the
+            optimizer's: the gradient of ``weight`` is added to it during this call, times ``main_grad_scale``, and
+            autograd gets none. No other ``(V, H)`` memory is then used. Losses separable by pair only.
+        main_grad_scale: the upstream that ``loss`` will get (1 / accumulation steps, a GradScaler's scale). A backward
+            with another one is an error on the CPU and NaN in the other gradients elsewhere; a second one an error.
         **loss_options: options of the loss by name, and those that every loss has: ``pair_weights`` ``(P,)`` multiplies
             its loss, ``nll_weight`` adds as much of the mean negative log-prob of chosen tokens; losses of log-ratios
             also take ``f_divergence`` ("reverse_kl", "forward_kl", "js", "alpha") and ``f_alpha``.
@@ -128,6 +135,8 @@ def fused_dpo_loss(
         "strategy": strategy,
         "scratch_bytes": scratch_bytes,
         "max_scored_tokens": max_scored_tokens,
+        "main_grad": main_grad,
+        "main_grad_scale": main_grad_scale,
         "loss_options": loss_options,
     }
     call = calls.prepare(hidden, weight, labels, options)

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from dpo_kernels import dispatch, inputs, losses, passes
 from dpo_kernels.sequence import sum_dtype
-from dpo_kernels.types import STATS, TOKEN_LOGPS, Rows, accumulation_dtype
+from dpo_kernels.types import STATS, TOKEN_LOGPS, Accumulator, Rows, accumulation_dtype
 
 SECOND_DERIVATIVE = (
     "second derivatives of the fused losses and log-probs are not supported: use dpo_kernels.reference, "
     "which is plain torch, or call backward without create_graph"
 )
 # Places in the argument lists of passes.pair_loss and passes.logps.
-SLOT, PAIR_BACKEND, LOGPS_OPTIONS, LOGPS_STRATEGY = 7, 21, 11, 16
+SLOT, PAIR_LOSS, PAIR_BACKEND, LOGPS_OPTIONS, LOGPS_STRATEGY = 7, 14, 21, 11, 16
+UPSTREAM_TOLERANCE = 1e-6  # an upstream goes through float32
 
 
 def traced(tensor: Tensor) -> bool:
@@ -67,17 +68,20 @@ def pair_loss(
     stats: tuple[str, ...],
     *,
     shift: bool,
+    into: Accumulator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Differentiable sum of the losses over the denominator (); detached log-probs (S,), stats (k, S), tokens (R,).
 
-    The last, log-probs at their labels' places, is empty unless asked for.
+    The last, log-probs at their labels' places, is empty unless asked for. With ``into`` (never traced) the gradient of
+    the head is added there, now, and autograd gets none for it.
     """
     tensors, options = _tensors(batch, rows), (*_options(batch, plan, stats), *need)
     if traced(batch.hidden):
         code, numbers, by_pair = loss.flat(ref_S)
         done = _pair_loss_op(*tensors, ref_S, denominator, by_pair, code, loss.beta, numbers, *options)
     else:
-        done = _PairLoss.apply(*tensors, ref_S, denominator, None, loss, 0.0, [], *options)
+        bound = loss if into is None else passes.LossInto(loss, into)
+        done = _PairLoss.apply(*tensors, ref_S, denominator, None, bound, 0.0, [], *options)
     return done[0], done[2], done[3], _tokens(done[7], rows, stats, shift)
 
 
@@ -134,7 +138,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _pair_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _setup(ctx, inputs, output)
-    ctx.backend = inputs[PAIR_BACKEND]
+    ctx.backend, ctx.upstream, ctx.upstream_used = inputs[PAIR_BACKEND], None, False
+    if isinstance(inputs[PAIR_LOSS], passes.LossInto):
+        ctx.upstream, ctx.need = inputs[PAIR_LOSS].into.upstream, (ctx.need[0], False, ctx.need[2])
     ctx.save_for_backward(inputs[SLOT], *output[4:7])
 
 
@@ -143,6 +149,8 @@ def _pair_loss_backward(ctx: Any, grad_total: Tensor | None, *ignored: Tensor | 
         return (None,) * ctx.inputs
     slot, dx, dw, db = ctx.saved_tensors
     with torch.no_grad():
+        if ctx.upstream is not None:
+            grad_total = _once_as_announced(ctx, grad_total)
         if traced(grad_total):
             grads = _scale_op(grad_total, dx, dw, db, slot, *ctx.dtypes, *ctx.need)
         else:
@@ -150,6 +158,20 @@ def _pair_loss_backward(ctx: Any, grad_total: Tensor | None, *ignored: Tensor | 
             scale = partial(passes.scale_last, backend=ctx.backend) if last else passes.scale
             grads = scale(grad_total, dx, dw, db, slot, *ctx.dtypes, *ctx.need)
     return _finish_backward(ctx, grads)
+
+
+def _once_as_announced(ctx: Any, grad_total: Tensor) -> Tensor:
+    """1, since the gradients were formed for the upstream that ``main_grad_scale`` announced; a lie is no number."""
+    if ctx.upstream_used:
+        raise RuntimeError("main_grad got the gradient of one backward: with it a second one is refused")
+    ctx.upstream_used = True
+    kept = (grad_total - ctx.upstream).abs() <= UPSTREAM_TOLERANCE * abs(ctx.upstream)
+    if grad_total.device.type == "cpu" and not kept:
+        raise RuntimeError(
+            f"main_grad holds the gradient for an upstream of main_grad_scale={ctx.upstream}, but the loss was "
+            f"differentiated with {float(grad_total)}"
+        )
+    return torch.where(kept, torch.ones_like(grad_total), torch.full_like(grad_total, torch.nan))
 
 
 def _logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

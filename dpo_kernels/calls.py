@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_kernels import autograd, checks, dispatch, inputs, losses
 from dpo_kernels.sequence import sum_dtype
-from dpo_kernels.types import STATS, TOKEN_LOGPS, DPOLossOutput, Rows
+from dpo_kernels.types import STATS, TOKEN_LOGPS, Accumulator, DPOLossOutput, Rows
 
 PAIRS = ("stacked", "interleaved")
 
@@ -84,6 +84,7 @@ class Call:
     problem: dispatch.Problem
     plan: dispatch.Plan
     labels_shape: torch.Size
+    into: Accumulator | None
 
 
 def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]) -> Call:
@@ -122,6 +123,8 @@ SEQUENCE_OPTIONS: dict[str, Any] = {
     "strategy": "auto",
     "scratch_bytes": None,
     "max_scored_tokens": None,
+    "main_grad": None,
+    "main_grad_scale": 1.0,
 }
 
 
@@ -177,6 +180,7 @@ def _prepare(
     )
     inputs.check_reduction(options["reduction"], options["denominator"], batch)
     stats = inputs.check_stats(options["stats"])
+    inputs.check_main_grad(options["main_grad"], options["main_grad_scale"], batch)
     run = Run(
         options["shift"],
         options["ignore_index"],
@@ -197,7 +201,20 @@ def _prepare(
         reference_units=0 if reference is None else 1,
     )
     plan = dispatch.choose(problem, run.strategy, run.backend)
-    return Call(batch, reference, loss, run, rows, need, stats, stacked, problem, plan, labels.shape)
+    into = _accumulator(options, problem, plan)
+    return Call(batch, reference, loss, run, rows, need, stats, stacked, problem, plan, labels.shape, into)
+
+
+def _accumulator(options: dict[str, Any], problem: dispatch.Problem, plan: dispatch.Plan) -> Accumulator | None:
+    """Where the head's gradient goes, if a gradient is wanted at all and the pass that forms it runs."""
+    if options["main_grad"] is None or not problem.head_trainable:
+        return None
+    if problem.tracing:
+        raise ValueError("main_grad is written to while the loss is computed, which torch.compile must not trace")
+    if not plan.forms_gradient:
+        reason = dispatch.why_not("chunked", problem, plan.backend) or f"strategy={plan.strategy!r} was asked for"
+        raise ValueError(f"main_grad needs the pass that forms gradients with the loss: {reason}")
+    return Accumulator(options["main_grad"], float(options["main_grad_scale"]))
 
 
 def run(call: Call, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
@@ -208,7 +225,16 @@ def run(call: Call, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, di
     over = divisor(call, reduction, options.get("denominator"), ref_S)
     if call.plan.forms_gradient:
         loss, policy_S, means, tokens = autograd.pair_loss(
-            call.batch, call.rows, ref_S, over, call.loss, call.plan, call.need, call.stats, shift=call.run.shift
+            call.batch,
+            call.rows,
+            ref_S,
+            over,
+            call.loss,
+            call.plan,
+            call.need,
+            call.stats,
+            shift=call.run.shift,
+            into=call.into,
         )
         return loss, policy_S, ref_S, _statistics(call, means, tokens)
     policy_S, means, tokens = autograd.logps(

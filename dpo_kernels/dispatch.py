@@ -15,7 +15,7 @@ from dpo_kernels.kernels import extension, installed
 from dpo_kernels.kernels.extension import empty_cache as empty_cache
 from dpo_kernels.kernels.torch_rows import TorchRows
 from dpo_kernels.strategies import chunked
-from dpo_kernels.types import RowKernels, SequenceLoss, Tile, accumulation_dtype
+from dpo_kernels.types import RowKernels, SequenceLoss, Tile, accumulation_dtype, padded
 
 MIB = 2**20
 CPU_SCRATCH_BYTES = 512 * MIB
@@ -67,10 +67,15 @@ class Budget:
     tile_bytes: int
     workspace_bytes: int
     bytes_per_logit: int
+    alignment: int = 1  # see types.padded
 
     def whole_rows(self, vocab: int) -> int:
         """Rows of logits that fit at once."""
-        return self.tile_bytes // (vocab * self.bytes_per_logit)
+        return self.tile_bytes // self.row_bytes(vocab)
+
+    def row_bytes(self, cols: int) -> int:
+        """What one row of a tile takes."""
+        return padded(cols, self.alignment) * self.bytes_per_logit
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,11 @@ def reasons_against(problem: Problem, plan: Plan) -> dict[str, str]:
     return against
 
 
+def why_not(strategy: str, problem: Problem, backend: str) -> str | None:
+    """Why a strategy cannot run a problem with a backend; None where it can."""
+    return STRATEGIES[strategy].refuse(problem, divide(problem, backend))
+
+
 def divide(problem: Problem, backend: str) -> Budget:
     """Divide the problem's scratch for a backend."""
     return budget_of(problem.scratch_bytes, backend, problem.dtype, problem.device)
@@ -175,8 +185,9 @@ def divide(problem: Problem, backend: str) -> Budget:
 def budget_of(scratch_bytes: int, backend: str, dtype: torch.dtype, device: torch.device) -> Budget:
     """Divide a scratch: a quarter, up to a limit, for the temporaries, the rest for the tile."""
     workspace = min(scratch_bytes // 4, _workspace_limit(device))
-    per_logit = BACKENDS[backend].load().bytes_per_logit(dtype, device.type)
-    return Budget(scratch_bytes - workspace, workspace, per_logit)
+    kernels = BACKENDS[backend].load()
+    per_logit, alignment = kernels.bytes_per_logit(dtype, device.type), kernels.row_alignment(device.type)
+    return Budget(scratch_bytes - workspace, workspace, per_logit, alignment)
 
 
 def _workspace_limit(device: torch.device) -> int:
@@ -192,12 +203,17 @@ def tile_of(strategy: str, budget: Budget, rows: int, vocab: int, whole_pairs: b
     if strategy == "streaming":
         tile_bytes = min(STREAMING_TILE_BYTES, tile_bytes or LEAST_TILE_BYTES)
     elements = max(1, tile_bytes // budget.bytes_per_logit)
-    whole = elements // vocab
+    whole = elements // padded(vocab, budget.alignment)
     if strategy == "chunked" or whole >= min(rows, GOOD_TILE_ROWS):
         most = max(1, min(rows, whole))
         return Tile(most if whole_pairs or rows == 0 else math.ceil(rows / math.ceil(rows / most)), vocab)
     tile_rows = max(1, min(rows, GOOD_TILE_ROWS, math.isqrt(elements)))
-    return Tile(tile_rows, min(vocab, elements // tile_rows))
+    cols = elements // tile_rows
+    if padded(vocab, budget.alignment) <= cols:
+        return Tile(tile_rows, vocab)
+    return Tile(
+        tile_rows, cols if padded(cols, budget.alignment) == cols else cols // budget.alignment * budget.alignment
+    )
 
 
 def default_scratch_bytes(device: torch.device) -> int:
@@ -249,7 +265,7 @@ def _refuse_for_memory(problem: Problem, tile: Tile) -> str | None:
 
 
 def _refuse_recompute(problem: Problem, budget: Budget) -> str | None:
-    least = min(LEAST_TILE_BYTES, problem.vocab * budget.bytes_per_logit)
+    least = min(LEAST_TILE_BYTES, budget.row_bytes(problem.vocab))
     if budget.tile_bytes < least:
         return f"scratch_bytes={problem.scratch_bytes} leaves a tile of less than {least} bytes"
     return None
@@ -269,7 +285,7 @@ def _units_streaming(problem: Problem) -> int:
 
 def _minimum_scratch(problem: Problem, budget: Budget) -> int:
     """Least ``scratch_bytes`` of which the tile's share holds one row of logits."""
-    row, limit = problem.vocab * budget.bytes_per_logit, _workspace_limit(problem.device)
+    row, limit = budget.row_bytes(problem.vocab), _workspace_limit(problem.device)
     # Least s with s - s // 4 >= row, while a quarter is under the limit.
     return (row - 1) * 4 // 3 + 1 if row < 3 * limit else row + limit
 

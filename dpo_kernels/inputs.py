@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.checks import check_choice, check_number
-from dpo_kernels.types import STATS, TOKEN_LOGPS, Head
+from dpo_kernels.checks import check_choice, check_number, check_tensor
+from dpo_kernels.types import STATS, TOKEN_LOGPS, Head, accumulation_dtype
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -230,6 +230,30 @@ def check_reduction(reduction: str, denominator: Any, batch: Batch) -> None:
         check_divisor("denominator", denominator, batch.hidden)
     elif reduction == "mean" and batch.sequences == 0:
         raise ValueError("empty batch: reduction='mean' of no pairs is undefined; use 'sum' or give a denominator")
+
+
+def check_main_grad(main_grad: Any, scale: Any, batch: Batch) -> None:
+    """Check the buffer that the head's gradient is to be added to; None passes."""
+    if check_number("main_grad_scale", scale) == 0:
+        raise ValueError("main_grad_scale must not be 0: the other gradients are divided by it")
+    if main_grad is None:
+        if scale != 1.0:
+            raise ValueError("main_grad_scale goes with main_grad only")
+        return
+    check_tensor("main_grad", main_grad)
+    weight, dtype = batch.head.weight, accumulation_dtype(batch.compute_dtype)
+    if main_grad.dtype != dtype:
+        raise TypeError(f"main_grad must be {dtype}, in which gradients are added up, got {main_grad.dtype}")
+    if main_grad.shape != weight.shape:
+        raise ValueError(f"main_grad must have the shape of weight, {_shape(weight)}, got {_shape(main_grad)}")
+    if main_grad.device != weight.device:
+        raise ValueError(f"main_grad is on {main_grad.device} but weight is on {weight.device}")
+    if not main_grad.is_contiguous():
+        raise ValueError(f"main_grad must be contiguous, got strides {main_grad.stride()}")
+    if main_grad.requires_grad:
+        raise ValueError("main_grad must not require a gradient: it is one")
+    if not weight.requires_grad:
+        raise ValueError("main_grad was given but weight does not require a gradient")
 
 
 def check_divisor(name: str, value: Any, hidden: Tensor) -> None:

@@ -7,7 +7,7 @@ asked for.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,26 @@ from torch import Tensor
 from dpo_kernels import dispatch, losses, packing
 from dpo_kernels.sequence import spread
 from dpo_kernels.strategies import chunked, recompute, streaming
-from dpo_kernels.types import STATS, TOKEN_LOGPS, Head, RowKernels, Rows, Tile, accumulation_dtype
+from dpo_kernels.types import (
+    STATS,
+    TOKEN_LOGPS,
+    Accumulator,
+    Head,
+    RowKernels,
+    Rows,
+    SequenceLoss,
+    Tile,
+    accumulation_dtype,
+)
 
 COPY_BLOCK_BYTES = 16 * 2**20
+
+
+class LossInto(NamedTuple):
+    """A loss whose gradient by the head is added to a buffer, instead of being returned."""
+
+    loss: SequenceLoss
+    into: Accumulator
 
 
 def pack(
@@ -89,17 +106,23 @@ def pair_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fused pass: total (), losses (P,), log-probs (S,), statistics (k, S), gradients of the total, tokens.
 
-    The last are token log-probs (N,), empty unless asked for.
+    The last are token log-probs (N,), empty unless asked for. Not as an operator, ``loss`` is a ``types.SequenceLoss``
+    or a ``LossInto``; in the latter's case the gradients are those of its upstream times the total.
     """
     rows = Rows(index, labels, weights, segments, slot, counts, counts_host, poison)
-    bound = losses.unflat(loss, beta, loss_values, pair_values) if isinstance(loss, str) else loss
+    bound: Any = loss
+    if isinstance(bound, str):
+        bound = losses.unflat(bound, beta, loss_values, pair_values)
+    bound, into = bound if isinstance(bound, LossInto) else (bound, None)
     names = _names(stats)
     with _autocast_off(hidden), torch.no_grad():
         head = _operand_head(weight, bias, logit_scale, softcap, dtype)
         kernels, budget = _kernels_and_budget(dtype, backend, scratch_bytes, hidden.device)
         tile = dispatch.tile_of(strategy, budget, rows.used, head.vocab, whole_pairs=True)
         need = (need_hidden, need_weight, need_bias)
-        done = chunked.pair_gradients(kernels, hidden, head, rows, ref, bound, denominator, tile.rows, need, names)
+        done = chunked.pair_gradients(
+            kernels, hidden, head, rows, ref, bound, denominator, tile.rows, need, names, into
+        )
         means = _sequence_means(kernels, done.stats, names, rows)
     nothing = torch.empty(0, dtype=accumulation_dtype(dtype), device=hidden.device)
     grads = [nothing.clone() if g is None else g for g in (done.hidden, done.weight, done.bias)]

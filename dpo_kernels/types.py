@@ -30,6 +30,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def padded(cols: int, alignment: int) -> int:
+    """Elements from one row of a tile of ``cols`` columns to the next; rows too short to profit are not padded."""
+    return cols if cols < 4 * alignment else -(-cols // alignment) * alignment
+
+
 class DPOLossOutput(NamedTuple):
     """What ``fused_dpo_loss`` returns; every field but ``loss`` is detached.
 
@@ -187,6 +192,14 @@ class RowResult:
 
 
 @dataclass(frozen=True)
+class Accumulator:
+    """Where the head's gradient is added: ``(V, H)`` in accumulation precision, and the upstream that it is for."""
+
+    total: Tensor
+    upstream: float
+
+
+@dataclass(frozen=True)
 class Tile:
     """How much of the logits is held at once."""
 
@@ -226,7 +239,7 @@ class RowKernels(Protocol):
     """The seam: what a backend does for the strategies. It knows rows, never preferences.
 
     An instance is made for one call, with the dtype of the GEMM operands and a cap on its own temporaries. Tiles are
-    ``(C, Vt)`` contiguous views into scratch that the strategy owns, columns ``start..start+Vt-1`` of the vocabulary.
+    ``(C, Vt)`` views of rows into scratch that the strategy owns, columns ``start..start+Vt-1`` of the vocabulary.
     Tiles, ``RowState`` and gradients are float32 (float64 for float64 operands).
     """
 
@@ -239,6 +252,16 @@ class RowKernels(Protocol):
     @staticmethod
     def hand_over(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
         """A ``buffer`` that nobody will read again, times ``factor`` (), in ``dtype``; None where that takes a copy."""
+
+    @staticmethod
+    def row_alignment(device_type: str) -> int:
+        """Elements that the rows of a tile are padded to, so that each begins where wide accesses may."""
+
+    def scratch(self, device: torch.device, rows: int, cols: int) -> Tensor:
+        """Uninitialised memory for tiles of at most so many rows and columns."""
+
+    def tile_in(self, scratch: Tensor, rows: int, cols: int) -> Tensor:
+        """A tile ``(rows, cols)`` at the beginning of the scratch."""
 
     # --- one tile of logits ---
 

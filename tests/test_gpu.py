@@ -91,3 +91,34 @@ def test_no_sync_with_a_static_capacity(backend):
         dk.fused_dpo_loss(**inputs, **options).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_captured_step_replays_on_other_data(frozen, backend):
+    case = Case(torch.bfloat16, frozen=frozen)
+    first, second = (case.tensors(seed, device="cuda") for seed in (0, 1))
+    options = {"max_scored_tokens": 64, "backend": backend}
+    leaves = [t for t in first.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+
+    def step():
+        out = dk.fused_dpo_loss(**first, **options)
+        return out.loss.detach(), torch.autograd.grad(out.loss, leaves)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for name, value in second.items():
+            if isinstance(value, torch.Tensor):
+                first[name].copy_(value)
+    graph.replay()
+    loss, grads = step()
+    assert torch.equal(captured[0], loss)
+    assert all(torch.equal(a, b) for a, b in zip(captured[1], grads, strict=True))

@@ -123,7 +123,7 @@ class ExtensionRows(TorchRows):
         """See ``types.RowKernels``; in place and unscaled, unless ``narrow``."""
         out, applied, residual = None, None, None
         if self.narrow:
-            out, applied, scale_C = torch.empty_like(tile, dtype=torch.bfloat16), scale_C, None
+            out, applied, scale_C = self.narrow_like(tile), scale_C, None
             residual = torch.zeros_like(max_C)
         torch.ops.dpo_kernels.dlogits_rows_(
             tile, out, labels_C, start, max_C, sumexp_C, applied, residual, head.softcap, exponentiated

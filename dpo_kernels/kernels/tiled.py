@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.sequence import segment_sum
-from dpo_kernels.types import Head, LogitsGradient, RowKernels, RowResult, Rows, SequenceLoss, Tile, accumulation_dtype
+from dpo_kernels.types import (
+    Head,
+    LogitsGradient,
+    RowKernels,
+    RowResult,
+    Rows,
+    SequenceLoss,
+    Tile,
+    accumulation_dtype,
+    padded,
+)
 
 
 class TiledPasses(RowKernels):
@@ -18,6 +28,28 @@ class TiledPasses(RowKernels):
     def buffer(self, device: torch.device, *shape: int) -> Tensor:
         """See ``types.RowKernels``."""
         return torch.empty(shape, dtype=accumulation_dtype(self.dtype), device=device)
+
+    @staticmethod
+    def row_alignment(device_type: str) -> int:
+        """See ``types.RowKernels``: on a GPU 16 elements, without which a GEMM or a row pass of an odd vocabulary reads
+        element by element.
+        """
+        return 16 if device_type == "cuda" else 1
+
+    def scratch(self, device: torch.device, rows: int, cols: int) -> Tensor:
+        """See ``types.RowKernels``."""
+        return self.buffer(device, rows * padded(cols, self.row_alignment(device.type)))
+
+    def tile_in(self, scratch: Tensor, rows: int, cols: int) -> Tensor:
+        """See ``types.RowKernels``."""
+        pitch = padded(cols, self.row_alignment(scratch.device.type))
+        return scratch[: rows * pitch].view(rows, pitch)[:, :cols]
+
+    def narrow_like(self, tile: Tensor) -> Tensor:
+        """An uninitialised tile of GEMM operands."""
+        rows, cols = tile.shape
+        pitch = padded(cols, self.row_alignment(tile.device.type))
+        return tile.new_empty(rows, pitch, dtype=self.dtype)[:, :cols]
 
     @staticmethod
     def hand_over(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -46,14 +78,14 @@ class TiledPasses(RowKernels):
 
     def linear_logprob(self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]) -> RowResult:
         """See ``types.RowKernels``."""
-        scratch = self.buffer(hidden_RH.device, tile.rows * tile.cols)
+        scratch = self.scratch(hidden_RH.device, tile.rows, tile.cols)
         out = _Collected(rows, scratch, stats)
         for start, stop in spans(rows.used, tile.rows):
             x_CH = rows.gather(hidden_RH, start, stop, self.dtype)
             labels_C = rows.labels[start:stop]
             state = self.new_state(stop - start, x_CH.device, stats)
             for left, right in spans(head.vocab, tile.cols):
-                z = view_tile(scratch, stop - start, right - left)
+                z = self.tile_in(scratch, stop - start, right - left)
                 self.project(x_CH, head, left, z)
                 self.reduce(state, z, labels_C, left)
             out.put(start, stop, self.finish(state, labels_C, head.vocab))
@@ -82,7 +114,7 @@ class TiledPasses(RowKernels):
         self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
     ) -> tuple[RowResult, Tensor]:
         """See ``types.RowKernels``. A row's softmax-weighted sum of the head is rescaled as its maximum grows."""
-        scratch = self.buffer(hidden_RH.device, tile.rows * tile.cols)
+        scratch = self.scratch(hidden_RH.device, tile.rows, tile.cols)
         out = _Collected(rows, scratch, stats)
         direction = scratch.new_zeros(rows.capacity + 1, hidden_RH.shape[1])
         for start, stop in spans(rows.used, tile.rows):
@@ -93,7 +125,7 @@ class TiledPasses(RowKernels):
             whole = tile.cols >= head.vocab
             no_label = torch.full_like(labels_C, -1)  # the label's own term is added once the sum of exp is known
             for left, right in spans(head.vocab, tile.cols):
-                z = view_tile(scratch, stop - start, right - left)
+                z = self.tile_in(scratch, stop - start, right - left)
                 self.project(x_CH, head, left, z)
                 before = state.max.clone()
                 self.reduce(state, z, labels_C, left, keep_logits=not whole or head.softcap is not None)
@@ -120,14 +152,14 @@ class TiledPasses(RowKernels):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See ``types.RowKernels``."""
         max_N, sumexp_N = saved
-        scratch = self.buffer(hidden_RH.device, tile.rows * tile.cols)
+        scratch = self.scratch(hidden_RH.device, tile.rows, tile.cols)
         grads = self._new_gradients(hidden_RH, head, rows, need)
         dx, dw, db = grads
         scale_N = (-grad_N * head.logit_scale / sumexp_N).to(scratch.dtype)
         for start, stop in spans(rows.used, tile.rows):
             x_CH = rows.gather(hidden_RH, start, stop, self.dtype)
             for left, right in spans(head.vocab, tile.cols):
-                z = view_tile(scratch, stop - start, right - left)
+                z = self.tile_in(scratch, stop - start, right - left)
                 here = (rows.labels[start:stop], max_N[start:stop], sumexp_N[start:stop])
                 d = self.recomputed_dlogits(x_CH, head, left, z, *here, scale_N[start:stop])
                 if dx is not None:
@@ -161,11 +193,6 @@ def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
     """Cut ``0..total`` into pieces of at most ``step``."""
     for start in range(0, total, step):
         yield start, min(start + step, total)
-
-
-def view_tile(scratch: Tensor, rows: int, cols: int) -> Tensor:
-    """The first ``rows * cols`` elements of the scratch as a contiguous tile."""
-    return scratch[: rows * cols].view(rows, cols)
 
 
 def rescale(before: Tensor, after: Tensor) -> Tensor:

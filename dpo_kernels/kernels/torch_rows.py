@@ -150,13 +150,15 @@ class TorchRows(TiledPasses):
             return LogitsGradient(tile, scale_C, labels_C)
         if scale_C is not None:
             tile.mul_(scale_C[:, None])
-        narrow = tile.to(self.dtype)
+        narrow = self.narrow_like(tile).copy_(tile)
         lost = (tile.gather(1, label) - narrow.gather(1, label).to(tile.dtype))[:, 0]
         return LogitsGradient(narrow, None, labels_C, lost.masked_fill(~here, 0.0))
 
     def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """See ``types.RowKernels``."""
-        values = d.values.to(self.dtype) if d.values.is_cuda else d.values
+        values = d.values
+        if values.is_cuda and values.dtype != self.dtype:
+            values = self.narrow_like(values).copy_(values)
         for left, right, weight_VtH in self._weights(head, start, start + values.shape[1], values):
             _matmul_into(values[:, left:right], weight_VtH, out_CH, accumulate or left > 0)
         self.give_back(d, head, out_CH)

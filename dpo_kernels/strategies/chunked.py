@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.sequence import spread
-from dpo_kernels.types import Head, RowKernels, Rows, RowState, SequenceLoss
+from dpo_kernels.types import Accumulator, Head, RowKernels, Rows, RowState, SequenceLoss
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,16 @@ def pair_gradients(
     tile_rows: int,
     need: tuple[bool, bool, bool],
     stats: Sequence[str],
+    into: Accumulator | None = None,
 ) -> PairGradients:
-    """Run the pass; ``need`` says which of (hidden, weight, bias) want a gradient, ``denominator`` is 0-d float64."""
+    """Run the pass; ``need`` says which of (hidden, weight, bias) want a gradient, ``denominator`` is 0-d float64.
+
+    With ``into`` the head's gradient is added there and all gradients are those of ``into.upstream * total``.
+    """
     groups = plan_groups(rows.host_counts, rows.capacity, loss.bounds(rows.counts.shape[0]), tile_rows)
     largest = max((group.stop - group.start for group in groups), default=0)
     tile_rows = min(tile_rows, largest)
-    run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, denominator, tile_rows, need, stats)
+    run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, denominator, tile_rows, need, stats, into)
     for group in groups:
         if group.oversized:
             run.oversized(group)
@@ -144,18 +148,25 @@ class _Pass:
         tile_rows: int,
         need: tuple[bool, bool, bool],
         stats: Sequence[str],
+        into: Accumulator | None,
     ) -> None:
         self.kernels, self.hidden, self.head, self.rows = kernels, hidden_RH, head, rows
         self.ref, self.loss, self.denominator = ref_S, loss, denominator
         self.tile_rows, self.stats = tile_rows, stats
-        self.scratch = kernels.buffer(hidden_RH.device, tile_rows * head.vocab)
+        self.scratch = kernels.scratch(hidden_RH.device, tile_rows, head.vocab)
         need_hidden, need_weight, need_bias = need
         width = hidden_RH.shape[1]
         self.dx = self.scratch.new_zeros(rows.capacity + 1, width) if need_hidden else None
-        self.dw = kernels.buffer(hidden_RH.device, head.vocab, width) if need_weight else None
         self.db = kernels.buffer(hidden_RH.device, head.vocab) if need_bias else None
+        self.into, self.dw = into, None
+        if into is not None:
+            self.dw = into.total
+        elif need_weight:
+            self.dw = kernels.buffer(hidden_RH.device, head.vocab, width)
         self.unscaled: list[tuple[Tensor | None, Tensor | None]] = []
-        self.written = False  # whether dw and db hold anything yet
+        self.written = into is not None  # whether dw and db hold anything yet
+        if self.db is not None and self.written:
+            self.db.zero_()
         self.logp = self.scratch.new_zeros(rows.capacity)
         self.token_stats = {name: self.scratch.new_zeros(rows.capacity) for name in stats}
         self.losses: list[Tensor] = []
@@ -194,12 +205,13 @@ class _Pass:
         losses = torch.cat(self.losses) if self.losses else self.ref[:0]
         logps = torch.cat(self.logps) if self.logps else self.ref
         total = losses.sum() / self.denominator
-        return PairGradients(total, losses, logps, self.token_stats, self.logp, self.dx, self.dw, self.db)
+        dw = self.dw if self.into is None else None
+        return PairGradients(total, losses, logps, self.token_stats, self.logp, self.dx, dw, self.db)
 
     def _forward(self, start: int, stop: int) -> Logits:
         kernels, head, labels_C = self.kernels, self.head, self.rows.labels[start:stop]
         x_CH = self.rows.gather(self.hidden, start, stop, kernels.dtype)
-        tile = self.scratch[: (stop - start) * head.vocab].view(stop - start, head.vocab)
+        tile = kernels.tile_in(self.scratch, stop - start, head.vocab)
         state = kernels.new_state(stop - start, x_CH.device, self.stats)
         if stop > start:
             kernels.project(x_CH, head, 0, tile)
@@ -226,7 +238,8 @@ class _Pass:
         )
         self.losses.append(losses_P)
         self.logps.append(logps_S)
-        return grad_S / self.denominator
+        grad_S = grad_S / self.denominator
+        return grad_S if self.into is None else grad_S * self.into.upstream
 
     def _row_scale(self, values_S: Tensor, group: Group, logits: Logits) -> Tensor:
         """Factor of each row of the tile: minus its coefficient, over the row's sum of exponentials."""

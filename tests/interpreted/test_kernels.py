@@ -7,6 +7,7 @@ import torch
 
 import dpo_kernels as dk
 from dpo_kernels.kernels.triton.backend import TritonRows
+from dpo_kernels.types import STATS, Head
 from tests.cases import LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
 from tests.small import tail_of_an_impossible_rejected
 from tests.test_equivalence import COUPLED, FAMILY, LOSSES, case_of, coupled
@@ -162,3 +163,51 @@ def test_strided_and_misaligned_inputs():
     assert not inputs["weight"].is_contiguous()
     for strategy in STRATEGIES:
         assert not broken_by(inputs, {"reference_free": True}, torch.float32, strategy, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cols", [65, 211, 1000, 4099])
+def test_what_the_padding_of_rows_holds_is_not_used(cols, dtype):
+    """Rows of an odd vocabulary are read to the next multiple of 16; NaN there changes no bit."""
+    rows, labels = TritonRows(dtype, 2**20), torch.tensor([0, cols - 1, cols // 2])
+    z = torch.randn(3, cols) * 4
+    found = []
+    for filler in (0.0, float("nan"), float("inf")):
+        scratch = rows.scratch(z.device, 3, cols).fill_(filler)
+        tile = rows.tile_in(scratch, 3, cols)
+        assert tile.stride(0) % 16 == 0
+        tile.copy_(z)
+        state = rows.new_state(3, z.device, STATS)
+        rows.reduce(state, tile, labels, 0)
+        d = rows.dlogits_(tile, labels, 0, state.max, state.sumexp, Head(z), torch.ones(3))
+        done = rows.finish(state, labels, cols)
+        found.append([done.logp, *done.stats.values(), d.values, *([] if d.residual is None else [d.residual])])
+    assert all(value.isfinite().all() for value in found[0])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_head_of_odd_width_is_padded_once():
+    rows, head = TritonRows(torch.bfloat16, 2**20), Head(torch.randn(50, 21).bfloat16())
+    padded = rows._weight(head)
+    assert padded.shape == (50, 24)
+    assert padded is rows._weight(head)
+    assert torch.equal(padded[:, :21], head.weight)
+    assert not padded[:, 21:].any()
+    even = Head(torch.randn(50, 24).bfloat16())
+    assert TritonRows(torch.bfloat16, 2**20)._weight(even) is even.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_of_odd_width(dtype):
+    hidden, weight = torch.randn(4, 5, 21).to(dtype), torch.randn(101, 21).to(dtype)
+    labels, found = torch.randint(0, 101, (4, 5)), []
+    for backend in ("triton", "torch"):
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        options = {"reference_free": True, "strategy": "streaming", "backend": backend}
+        out = dk.fused_dpo_loss(x, w, labels, **options)
+        out.loss.backward()
+        found.append((out.loss.detach(), x.grad, w.grad))
+    for mine, plain in zip(*found, strict=True):
+        error = torch.linalg.vector_norm((mine - plain).double()) / torch.linalg.vector_norm(plain.double())
+        assert error <= (2.2e-3 if dtype == torch.bfloat16 else 2e-6)

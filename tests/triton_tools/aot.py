@@ -60,6 +60,7 @@ class Measured:
     loads_in_loops: int  # loads from global memory to registers in MMA loops
     prefetched: bool  # AMD: what the MMA loop loads is for a later round of it
     widest_bits: int  # of one thread's access to global memory; 0 where there is none but TMA's
+    narrow: int  # accesses to global memory of 16 bits and fewer
 
 
 class Instruction(NamedTuple):
@@ -192,6 +193,7 @@ def _measure_nvidia(compiled: Any) -> Measured:
         loads_in_loops=_count(SASS_LOAD, inside),
         prefetched=False,
         widest_bits=max((_sass_bits(name) for name in names if SASS_GLOBAL.match(name)), default=0),
+        narrow=sum(_sass_bits(name) <= 16 for name in names if SASS_GLOBAL.match(name)),
     )
 
 
@@ -236,6 +238,7 @@ def _measure_amd(compiled: Any) -> Measured:
         loads_in_loops=_count(GCN_LOAD, inside),
         prefetched=_prefetched(compiled.asm["ttgir"]),
         widest_bits=max((_gcn_bits(name) for name in names), default=0),
+        narrow=sum(0 < _gcn_bits(name) <= 16 for name in names),
     )
 
 

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dpo_kernels.kernels.triton import rows
 from dpo_kernels.kernels.triton.configs import Configuration
 
 
@@ -99,6 +100,23 @@ CONFIGURATIONS = [
     _matmul("too few warps for wgmma", ("sm_90",), (64, 64, 64), warps=2),
     _matmul("one stage", ("sm_80", "sm_90", *AMD), (128, 128, 32), stages=1),
     _matmul("width not a multiple of 16", ("sm_90",), width=4104),
+    Configuration(
+        "odd rows without padding",
+        rows.dlogits_rows,
+        {
+            **dict.fromkeys(("tile_ptr", "max_ptr", "sumexp_ptr", "scale_ptr", "residual_ptr"), torch.float32),
+            "out_ptr": torch.bfloat16,
+            "labels_ptr": torch.int64,
+            **dict.fromkeys(("cols", "row_stride", "out_stride"), 50257),
+            "start": 0,
+            "softcap": 30.0,
+            **dict.fromkeys(("HAS_SCALE", "HAS_RESIDUAL"), True),
+            **dict.fromkeys(("HAS_SOFTCAP", "PADDED"), False),
+            "BLOCK": 4096,
+        },
+        {"num_warps": 8},
+        targets=("sm_90",),
+    ),
     _matmul("more registers than ptxas has", ("sm_90",), (256, 256, 64), warps=16),
     _softmax("row too long", 32768, ("sm_80", "sm_90")),
     Configuration("integer turned float", count_up, {"out_ptr": torch.float32, "total": 1024}, targets=("sm_90",)),

@@ -27,6 +27,8 @@ from dpo_kernels.types import Head, LogitsGradient, RowResult, Rows, RowState, S
 
 PROGRAMS = 512  # aim of the streaming pass: a few waves on any GPU
 MOST_SPLITS = 32
+WIDE_BYTES = 16  # of the widest access
+ROW_ALIGNMENT = 16  # elements; what a launch specialises on
 
 
 class TritonRows(TorchRows):
@@ -36,15 +38,18 @@ class TritonRows(TorchRows):
 
     def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
         super().__init__(dtype, workspace_bytes)
-        self._row_major: Tensor | None = None
+        self._aligned_weight: Tensor | None = None
 
     def _weight(self, head: Head) -> Tensor:
-        """The head with its rows contiguous, as the matmul kernels read it; copied once a call where it is not."""
-        if head.weight.stride(1) == 1:
-            return head.weight
-        if self._row_major is None:
-            self._row_major = head.weight.contiguous()
-        return self._row_major
+        """The head as the matmul kernels read it, copied once a call where its rows are not."""
+        if self._aligned_weight is None:
+            self._aligned_weight = _aligned(head.weight)
+        return self._aligned_weight
+
+    @staticmethod
+    def row_alignment(device_type: str) -> int:
+        """See ``types.RowKernels``; in the interpreter too, so that it sees what a GPU does."""
+        return ROW_ALIGNMENT
 
     @staticmethod
     def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
@@ -55,9 +60,10 @@ class TritonRows(TorchRows):
         """See ``types.RowKernels``; the logits are kept, the gradient's kernel exponentiates again."""
         count, cols = tile.shape
         nothing, nowhere = state.max, labels_C
+        whole = _with_padding(tile)
         with _on(tile):
             row_kernels.reduce_rows[(count,)](
-                tile,
+                whole,
                 labels_C,
                 state.max,
                 state.sumexp,
@@ -73,6 +79,7 @@ class TritonRows(TorchRows):
                 HAS_LOGIT_SUM=state.logit_sum is not None,
                 HAS_ARGMAX=state.argmax is not None,
                 HAS_SQUARE_SUM=state.square_sum is not None,
+                PADDED=whole is not tile or cols % ROW_ALIGNMENT == 0,
                 BLOCK=ROW_BLOCK,
                 num_warps=ROW_WARPS,
             )
@@ -92,13 +99,15 @@ class TritonRows(TorchRows):
         assert not exponentiated, "this backend keeps the logits"
         out, applied, residual = tile, None, None
         if self.dtype == torch.bfloat16:
-            out, applied, scale_C = torch.empty_like(tile, dtype=torch.bfloat16), scale_C, None
+            out, applied, scale_C = self.narrow_like(tile), scale_C, None
             residual = torch.zeros_like(max_C)
         count, cols = tile.shape
+        read, written = _with_padding(tile), _with_padding(out)
+        padded = read.shape == written.shape != tile.shape
         with _on(tile):
             row_kernels.dlogits_rows[(count, triton.cdiv(cols, ROW_BLOCK))](
-                tile,
-                out,
+                read if padded else tile,
+                written if padded else out,
                 labels_C,
                 max_C,
                 sumexp_C,
@@ -112,6 +121,7 @@ class TritonRows(TorchRows):
                 HAS_SCALE=applied is not None,
                 HAS_RESIDUAL=residual is not None,
                 HAS_SOFTCAP=head.softcap is not None,
+                PADDED=padded or cols % ROW_ALIGNMENT == 0,
                 BLOCK=ROW_BLOCK,
                 num_warps=ROW_WARPS,
             )
@@ -154,7 +164,7 @@ class TritonRows(TorchRows):
         self, hidden_RH: Tensor, head: Head, packed: Rows, tile: Tile, stats: Sequence[str]
     ) -> RowResult:
         """See ``types.RowKernels``: the logits stay in registers."""
-        x_NH = packed.gather(hidden_RH, 0, packed.used, self.dtype)
+        x_NH = _aligned(packed.gather(hidden_RH, 0, packed.used, self.dtype))
         count, vocab = packed.used, head.vocab
         if count == 0:
             return super().stream_logprob(hidden_RH, head, packed, tile, stats)
@@ -205,11 +215,14 @@ class TritonRows(TorchRows):
         scale_C: Tensor | None,
     ) -> LogitsGradient:
         """See ``types.RowKernels``: one kernel from hidden states to the operand, no float32 logits between."""
+        x_CH = _aligned(x_CH)
         launch = _launch(x_CH)
         out, applied, residual = tile, None, None
         if self.dtype == torch.bfloat16:  # in the scratch's own memory, of which it takes half
             applied, scale_C, residual = scale_C, None, torch.zeros_like(max_C)
-            out = tile.view(torch.bfloat16).view(-1)[: tile.numel()].view(tile.shape)
+            rows, pitch = tile.shape[0], tile.stride(0)
+            memory = tile.as_strided((rows * pitch,), (1,)).view(torch.bfloat16)
+            out = memory[: rows * pitch].view(rows, pitch)[:, : tile.shape[1]]
         count, cols = tile.shape
         grid = (triton.cdiv(count, launch.block_rows), triton.cdiv(cols, launch.block_cols))
         weight = self._weight(head)
@@ -246,6 +259,27 @@ class TritonRows(TorchRows):
 def interpreting() -> bool:
     """Whether the kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _with_padding(tile: Tensor) -> Tensor:
+    """The tile with the padding of its rows, where they have any."""
+    rows, cols = tile.shape
+    reach = -(-cols // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    end = tile.storage_offset() + (rows - 1) * tile.stride(0) + reach
+    if reach == cols or tile.stride(0) < reach or end * tile.element_size() > tile.untyped_storage().nbytes():
+        return tile
+    return tile.as_strided((rows, reach), tile.stride())
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """Rows that begin and end at multiples of 16 bytes; a copy, padded by columns of zeros, where they do not."""
+    wide = WIDE_BYTES // matrix.element_size()
+    rows, width = matrix.shape
+    if width % wide == matrix.stride(0) % wide == matrix.data_ptr() % WIDE_BYTES == 0 and matrix.stride(1) == 1:
+        return matrix
+    copy = matrix.new_zeros(rows, -(-width // wide) * wide)
+    copy[:, :width] = matrix
+    return copy
 
 
 def _launch(x: Tensor) -> MatrixLaunch:

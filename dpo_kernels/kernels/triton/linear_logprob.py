@@ -36,6 +36,12 @@ def _logits(
     PRECISION: tl.constexpr,
 ):
     """Final logits of a block of rows and columns, float32; what lies outside is to be masked by the caller."""
+    # Strides and widths are multiples of 16 bytes (backend._aligned); a launch specialises on multiples of 16 elements
+    # only, and what the compiler does not know costs it wide copies and the pipeline. This tells it.
+    WIDE: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    width = width // WIDE * WIDE
+    x_stride = x_stride // WIDE * WIDE
+    w_stride = w_stride // WIDE * WIDE
     z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     at = tl.arange(0, BLOCK_H)
     x_rows = x_ptr + rows[:, None] * x_stride
@@ -246,6 +252,7 @@ CONFIGURATIONS = [
     for dtype, width, vocab, extras in (
         (torch.bfloat16, 4096, 128256, False),
         (torch.bfloat16, 2304, 256000, True),
+        (torch.bfloat16, 4104, 50257, False),
         (torch.float16, 4096, 32000, False),
         (torch.float32, 2048, 50257, False),
     )

@@ -11,6 +11,19 @@ import triton
 import triton.language as tl
 
 from dpo_kernels.kernels.triton.configs import ROW_BLOCK, ROW_WARPS, Configuration
+from dpo_kernels.types import padded
+
+
+@triton.jit
+def _reach(cols, PADDED: tl.constexpr):
+    """Where accesses to a row end: in its padding, because one that ends at an odd column makes all of them narrow.
+
+    What the padding holds is neither used nor kept. Without any it is the last column.
+    """
+    if PADDED:
+        return (cols + 15) // 16 * 16
+    else:
+        return cols
 
 
 @triton.jit
@@ -31,11 +44,13 @@ def reduce_rows(
     HAS_LOGIT_SUM: tl.constexpr,
     HAS_ARGMAX: tl.constexpr,
     HAS_SQUARE_SUM: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Fold the tile into the running state of each row; grid (C,)."""
     row = tl.program_id(0).to(tl.int64)
     base = tile_ptr + row * row_stride
+    reach = _reach(cols, PADDED)
     column = tl.load(labels_ptr + row) - start
     running = tl.load(max_ptr + row)
     sumexp = tl.load(sumexp_ptr + row)
@@ -46,7 +61,8 @@ def reduce_rows(
     for left in range(0, cols, BLOCK):
         at = left + tl.arange(0, BLOCK)
         inside = at < cols
-        z = tl.load(base + at, mask=inside, other=-float("inf"))
+        z = tl.load(base + at, mask=at < reach, other=-float("inf"))
+        z = tl.where(inside, z, -float("inf"))
         block_max = tl.max(z, axis=0)
         highest = tl.maximum(running, block_max)
         # A row of -inf so far (unreachable tokens) is shifted by 0, or -inf - -inf would be NaN.
@@ -98,13 +114,15 @@ def dlogits_rows(
     HAS_SCALE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``sumexp * (softmax - onehot) * (1 - (z / softcap)^2) * scale``; grid (C, ceil(Vt / BLOCK))."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < cols
-    z = tl.load(tile_ptr + row * row_stride + at, mask=inside, other=0.0)
+    first = tl.program_id(1) * BLOCK
+    at = first + tl.arange(0, BLOCK)
+    reach = _reach(cols, PADDED)
+    z = tl.load(tile_ptr + row * row_stride + at, mask=at < reach, other=0.0)
     d = tl.exp(z - tl.load(max_ptr + row))
     column = tl.load(labels_ptr + row) - start
     d = tl.where(at == column, d - tl.load(sumexp_ptr + row), d)
@@ -114,11 +132,10 @@ def dlogits_rows(
     if HAS_SCALE:
         d = d * tl.load(scale_ptr + row)
     rounded = d.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * out_stride + at, rounded, mask=inside)
+    tl.store(out_ptr + row * out_stride + at, rounded, mask=at < reach)
     if HAS_RESIDUAL:
-        own = (at == column) & inside
+        own = (at == column) & (at < cols)
         lost = tl.sum(tl.where(own, d - rounded.to(tl.float32), 0.0), axis=0)
-        first = tl.program_id(1) * BLOCK
         if (column >= first) & (column < tl.minimum(first + BLOCK, cols)):
             tl.store(residual_ptr + row, lost)
 
@@ -134,12 +151,12 @@ def _reduce(cols: int, stats: bool) -> Configuration:
         "argmax_ptr": i64,
         "square_sum_ptr": f32,
         "cols": cols,
-        "row_stride": cols,
+        "row_stride": padded(cols, 16),
     }
     return Configuration(
         f"reduce_rows V={cols}{' stats' if stats else ''}",
         reduce_rows,
-        {**arguments, "start": 0, **flags, "BLOCK": ROW_BLOCK},
+        {**arguments, "start": 0, **flags, "PADDED": True, "BLOCK": ROW_BLOCK},
         {"num_warps": ROW_WARPS},
     )
 
@@ -155,11 +172,19 @@ def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
         "scale_ptr": f32,
         "residual_ptr": f32,
     }
-    sizes = {"cols": cols, "row_stride": cols, "out_stride": cols, "start": 0, "softcap": 30.0}
+    sizes = {"cols": cols, "row_stride": padded(cols, 16), "out_stride": padded(cols, 16), "start": 0, "softcap": 30.0}
     return Configuration(
         f"dlogits_rows V={cols} {str(dtype).removeprefix('torch.')}{' softcap' if softcap else ''}",
         dlogits_rows,
-        {**arguments, **sizes, "HAS_SCALE": narrow, "HAS_RESIDUAL": narrow, "HAS_SOFTCAP": softcap, "BLOCK": ROW_BLOCK},
+        {
+            **arguments,
+            **sizes,
+            "HAS_SCALE": narrow,
+            "HAS_RESIDUAL": narrow,
+            "HAS_SOFTCAP": softcap,
+            "PADDED": True,
+            "BLOCK": ROW_BLOCK,
+        },
         {"num_warps": ROW_WARPS},
     )
 
