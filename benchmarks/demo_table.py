@@ -27,7 +27,7 @@ def keep(summary: dict[str, Any]) -> dict[str, Any]:
     kept["options"] = {name: summary["options"][name] for name in ("steps", "batch", "beta", "loss", "lr", "seed")}
     kept["judge"] = {when: summary[f"judged_{when}"]["score"] for when in ("before", "after")}
     kept["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    kept["processor"], kept["python"] = _processor(), platform.python_version()
+    kept["processor"], kept["python"] = processor(), platform.python_version()
     return kept
 
 
@@ -82,7 +82,8 @@ def main(arguments: list[str]) -> None:
     README.write_text(with_section(README.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The machine's processors, by number and name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -11,6 +11,7 @@ import os
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
@@ -19,8 +20,8 @@ from dpo_kernels.integrations.trl import FusedDPOTrainer
 from examples import material
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train, evaluate, print the log's last values; returns them."""
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train, evaluate, print the log's last values and the losses; returns them."""
     options = parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     model, tokenizer, train, held_out = material.load(
@@ -54,11 +55,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     seconds = time.perf_counter() - start
     after = trainer.evaluate()
     wanted = ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies")
-    result = {f"{name} before": before[name] for name in wanted} | {name: after[name] for name in wanted}
+    result: dict[str, Any] = {f"{name} before": before[name] for name in wanted} | {
+        name: after[name] for name in wanted
+    }
     result["steps_per_second"] = options.steps / seconds
     result["peak_resident_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result["first_loss"], result["last_loss"] = losses[0], losses[-1]
+    result["losses"] = losses
     print(json.dumps({"trainer": trainer_class.__name__, **result}))
     return result
 

@@ -1,11 +1,14 @@
 """The examples run, learn, and do with the fused loss what they do without."""
 
+import json
+
 import pytest
 
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("datasets", reason="datasets is not installed")
 pytest.importorskip("trl", reason="trl is not installed")
 
+from benchmarks import trainer_table
 from examples import plain_loop, trl_dpo
 from tests.test_integration_trl import pytestmark
 
@@ -20,6 +23,17 @@ def test_the_trl_example_learns_what_stock_trl_learns(tmp_path, options):
     assert ours["eval_rewards/accuracies"] == 1.0
     for name in ("first_loss", "last_loss", "eval_loss", "eval_rewards/margins"):
         assert ours[name] == pytest.approx(stock[name], rel=1e-3, abs=1e-4), name
+
+
+def test_the_table_of_the_page_is_made_from_the_results_that_are_kept():
+    results = json.loads(trainer_table.RESULTS.read_text(encoding="utf-8"))
+    page = trainer_table.PAGE.read_text(encoding="utf-8")
+    assert trainer_table.with_section(page, results) == page
+    stock, fused = (results["runs"][name] for name in trainer_table.TRAINERS)
+    assert len(stock) == len(fused) >= 2
+    for run in (*stock, *fused):
+        assert len(run["losses"]) == results["steps"]
+        assert run["losses"] == pytest.approx(stock[0]["losses"], abs=1e-4)
 
 
 def test_the_plain_loop_learns(tmp_path):

@@ -47,7 +47,8 @@ class Pool {
    public:
     explicit Pool(size_t limit) : limit_(limit) {}
 
-    // The smallest idle block that is not much too large, or a new one; memory is null where there is none.
+    // The smallest idle block of at most twice the size, or a new one in the place of the largest that is too small:
+    // batches are ragged, and each size that comes by would leave a block. Memory is null where there is none.
     Block take(size_t bytes) {
         std::vector<Block> stale;
         Block found{nullptr, 0, 0};
@@ -58,12 +59,15 @@ class Pool {
                 if (clock_ - idle_[i].since > kStale) stale.push_back(remove(i));
                 else i++;
             }
-            size_t best = idle_.size();
-            for (size_t i = 0; i < idle_.size(); i++) {
-                if (idle_[i].bytes < bytes || idle_[i].bytes > bytes + bytes / 4) continue;
-                if (best == idle_.size() || idle_[i].bytes < idle_[best].bytes) best = i;
+            const size_t none = idle_.size();
+            size_t best = none, outgrown = none;
+            for (size_t i = 0; i < none; i++) {
+                const size_t size = idle_[i].bytes;
+                if (size < bytes && (outgrown == none || size > idle_[outgrown].bytes)) outgrown = i;
+                if (size >= bytes && size <= 2 * bytes && (best == none || size < idle_[best].bytes)) best = i;
             }
-            if (best < idle_.size()) found = remove(best);
+            if (best < none) found = remove(best);
+            else if (outgrown < none) stale.push_back(remove(outgrown));
         }
         free_all(stale);
         if (found.memory == nullptr) found = allocate(bytes);
