@@ -17,8 +17,8 @@ NAMES = {"rows": "row_kernels", "dpo_tail": "dpo_tail", "linear_logprob": "linea
 
 # what: (module, text of the kernel, text instead of its first occurrence)
 MUTATIONS = {
-    "a masked lane is a logit of 0": ("rows", 'mask=inside, other=-float("inf")', "mask=inside, other=0.0"),
-    "no mask at all": ("rows", 'base + at, mask=inside, other=-float("inf")', "base + at"),
+    "a masked lane is a logit of 0": ("rows", 'tl.where(inside, z, -float("inf"))', "tl.where(inside, z, 0.0)"),
+    "no mask at all": ("rows", 'base + at, mask=at < reach, other=-float("inf")', "base + at"),
     "no rescale of the running sum": ("rows", "sumexp = sumexp * kept + tl.sum", "sumexp = sumexp + tl.sum"),
     "target off by one": ("rows", "tl.load(base + column)", "tl.load(base + tl.maximum(column - 1, 0))"),
     "entropy without the moved shift": ("rows", "(entropy + drop) * kept", "entropy * kept"),
@@ -149,7 +149,7 @@ ROWS = "rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)\n
 # what: (module, text of the kernel whose 64 bits are dropped, what runs it with one operand's rows placed so)
 OFFSETS = {
     "rows of reduce_rows": ("rows", "row = tl.program_id(0).to(tl.int64)\n    base", _reduced),
-    "rows of dlogits_rows": ("rows", "row = tl.program_id(0).to(tl.int64)\n    at", _differentiated),
+    "rows of dlogits_rows": ("rows", "row = tl.program_id(0).to(tl.int64)\n    first", _differentiated),
     "hidden rows of linear_logprob": ("linear_logprob", ROWS + "    labels", lambda place: _streamed(x_at=place)),
     "head rows of linear_logprob": (
         "linear_logprob",
