@@ -66,8 +66,12 @@ def section(results: dict[str, Any]) -> str:
 
 def with_section(text: str, results: dict[str, Any]) -> str:
     """The README's text with its section made from ``results``."""
-    pattern = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
-    return pattern.sub(lambda _: f"{BEGIN}\n{section(results)}\n{END}", text)
+    return between_marks(text, section(results))
+
+
+def between_marks(text: str, made: str) -> str:
+    """The text of a page with what stands between its marks replaced."""
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{made}\n{END}", text, flags=re.DOTALL)
 
 
 def main(arguments: list[str]) -> None:

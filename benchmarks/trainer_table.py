@@ -7,7 +7,6 @@ rewrites the page's section; ``--rounds 0`` only rewrites it. A test compares.
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.demo_table import BEGIN, END, processor
+from benchmarks.demo_table import between_marks, processor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "trainer-cpu.json"
@@ -82,8 +81,7 @@ def section(results: dict[str, Any]) -> str:
 
 def with_section(text: str, results: dict[str, Any]) -> str:
     """The page's text with its section made from ``results``."""
-    pattern = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
-    return pattern.sub(lambda _: f"{BEGIN}\n{section(results)}\n{END}", text)
+    return between_marks(text, section(results))
 
 
 def main(arguments: list[str]) -> None:

@@ -93,7 +93,8 @@ def fused_dpo_loss(
         max_scored_tokens: static capacity: packs without a host sync; more scored tokens make the loss NaN.
         main_grad: contiguous ``(V, H)`` float32 (float64 for float64 inputs), ``weight.grad`` or a buffer of the
             optimizer's: the gradient of ``weight`` is added to it during this call, times ``main_grad_scale``, and
-            autograd gets none. No other ``(V, H)`` memory is then used. Losses separable by pair only.
+            autograd gets none. Only a pair longer than the scratch then takes ``(V, H)`` memory. Losses separable by
+            pair only.
         main_grad_scale: the upstream that ``loss`` will get (1 / accumulation steps, a GradScaler's scale). A backward
             with another one is an error on the CPU and NaN in the other gradients elsewhere; a second one an error.
         **loss_options: options of the loss by name, and those that every loss has: ``pair_weights`` ``(P,)`` multiplies

@@ -30,6 +30,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+GPU_ROW_ALIGNMENT = 16  # elements; what a Triton launch specialises on, and wide accesses in every dtype
+
+
 def padded(cols: int, alignment: int) -> int:
     """Elements from one row of a tile of ``cols`` columns to the next; rows too short to profit are not padded."""
     return cols if cols < 4 * alignment else -(-cols // alignment) * alignment

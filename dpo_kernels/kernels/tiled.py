@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpo_kernels.sequence import segment_sum
 from dpo_kernels.types import (
+    GPU_ROW_ALIGNMENT,
     Head,
     LogitsGradient,
     RowKernels,
@@ -34,7 +35,7 @@ class TiledPasses(RowKernels):
         """See ``types.RowKernels``: on a GPU 16 elements, without which a GEMM or a row pass of an odd vocabulary reads
         element by element.
         """
-        return 16 if device_type == "cuda" else 1
+        return GPU_ROW_ALIGNMENT if device_type == "cuda" else 1
 
     def scratch(self, device: torch.device, rows: int, cols: int) -> Tensor:
         """See ``types.RowKernels``."""

@@ -23,12 +23,11 @@ from dpo_kernels.kernels.triton.configs import (
     target_of,
 )
 from dpo_kernels.sequence import offsets_of
-from dpo_kernels.types import Head, LogitsGradient, RowResult, Rows, RowState, SequenceLoss, Tile
+from dpo_kernels.types import GPU_ROW_ALIGNMENT, Head, LogitsGradient, RowResult, Rows, RowState, SequenceLoss, Tile
 
 PROGRAMS = 512  # aim of the streaming pass: a few waves on any GPU
 MOST_SPLITS = 32
 WIDE_BYTES = 16  # of the widest access
-ROW_ALIGNMENT = 16  # elements; what a launch specialises on
 
 
 class TritonRows(TorchRows):
@@ -49,7 +48,7 @@ class TritonRows(TorchRows):
     @staticmethod
     def row_alignment(device_type: str) -> int:
         """See ``types.RowKernels``; in the interpreter too, so that it sees what a GPU does."""
-        return ROW_ALIGNMENT
+        return GPU_ROW_ALIGNMENT
 
     @staticmethod
     def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
@@ -79,7 +78,7 @@ class TritonRows(TorchRows):
                 HAS_LOGIT_SUM=state.logit_sum is not None,
                 HAS_ARGMAX=state.argmax is not None,
                 HAS_SQUARE_SUM=state.square_sum is not None,
-                PADDED=whole is not tile or cols % ROW_ALIGNMENT == 0,
+                PADDED=whole is not tile or cols % GPU_ROW_ALIGNMENT == 0,
                 BLOCK=ROW_BLOCK,
                 num_warps=ROW_WARPS,
             )
@@ -121,7 +120,7 @@ class TritonRows(TorchRows):
                 HAS_SCALE=applied is not None,
                 HAS_RESIDUAL=residual is not None,
                 HAS_SOFTCAP=head.softcap is not None,
-                PADDED=padded or cols % ROW_ALIGNMENT == 0,
+                PADDED=padded or cols % GPU_ROW_ALIGNMENT == 0,
                 BLOCK=ROW_BLOCK,
                 num_warps=ROW_WARPS,
             )
@@ -264,7 +263,7 @@ def interpreting() -> bool:
 def _with_padding(tile: Tensor) -> Tensor:
     """The tile with the padding of its rows, where they have any."""
     rows, cols = tile.shape
-    reach = -(-cols // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    reach = -(-cols // GPU_ROW_ALIGNMENT) * GPU_ROW_ALIGNMENT
     end = tile.storage_offset() + (rows - 1) * tile.stride(0) + reach
     if reach == cols or tile.stride(0) < reach or end * tile.element_size() > tile.untyped_storage().nbytes():
         return tile
