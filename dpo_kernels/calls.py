@@ -46,6 +46,7 @@ class Run:
         *,
         scalar: bool,
         reference_units: int,
+        accumulates: bool = False,
     ) -> dispatch.Problem:
         """The facts that dispatch decides by."""
         tracing = autograd.traced(batch.hidden)
@@ -66,6 +67,7 @@ class Run:
             tracing=tracing,
             scratch_bytes=dispatch.default_scratch_bytes(batch.hidden.device) if scratch is None else scratch,
             reference_units=reference_units,
+            accumulates=accumulates,
         )
 
 
@@ -199,6 +201,7 @@ def _prepare(
         need,
         scalar=options["reduction"] != "none",
         reference_units=0 if reference is None else 1,
+        accumulates=options["main_grad"] is not None,
     )
     plan = dispatch.choose(problem, run.strategy, run.backend)
     into = _accumulator(options, problem, plan)

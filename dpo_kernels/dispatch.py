@@ -27,6 +27,8 @@ GPU_WORKSPACE_BYTES = 256 * MIB
 STREAMING_TILE_BYTES = 1 * MIB
 LEAST_TILE_BYTES = 1024  # below this a tile is more bookkeeping than arithmetic
 GOOD_TILE_ROWS = 128  # fewer rows make a poor GEMM: then the vocabulary is cut instead
+LENT_BLOCK_BYTES = 32 * MIB  # of logits that leave the memory of the head's gradient at once, see ``tile_of_pairs``
+LEAST_LENT_COLS = 512  # fewer columns make a poor GEMM
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Problem:
     tracing: bool  # inside torch.compile or export
     scratch_bytes: int
     reference_units: int
+    accumulates: bool = False  # the head's gradient is added to a buffer of the caller's
 
     @property
     def head_trainable(self) -> bool:
@@ -68,6 +71,7 @@ class Budget:
     workspace_bytes: int
     bytes_per_logit: int
     alignment: int = 1  # see types.padded
+    lends: bool = False  # see RowKernels.lends_gradient
 
     def whole_rows(self, vocab: int) -> int:
         """Rows of logits that fit at once."""
@@ -91,6 +95,7 @@ class Plan:
     chunks: int | None  # None where the host does not know the lengths
     extra_bytes: int  # unscaled accumulators of oversized pairs
     forms_gradient: bool  # the fused pass over pairs runs, which needs the loss; else log-probs come first
+    lent: bool = False  # the logits lie in the memory of the head's gradient, and leave it tile by tile
     against: dict[str, str] = field(default_factory=dict)  # why not each other strategy and backend
 
     def __str__(self) -> str:
@@ -100,6 +105,8 @@ class Plan:
             f"  GEMM units (2 N H V FLOP each): {self.units} policy + {self.reference_units} reference",
             f"  logits tile {self.tile.rows} x {self.tile.cols}, scratch {self.scratch_bytes / MIB:.4g} MiB{chunks}",
         ]
+        if self.lent:
+            lines.append("  logits in the memory of the head's gradient, which replaces them tile by tile")
         if self.extra_bytes:
             lines.append(f"  accumulators for oversized pairs: {self.extra_bytes / MIB:.4g} MiB")
         lines += [f"  not {name}: {reason}" for name, reason in self.against.items()]
@@ -134,7 +141,7 @@ def choose(problem: Problem, strategy: str, backend: str) -> Plan:
     budget = divide(problem, backend_name)
     name = _first(tuple(STRATEGIES), strategy, "strategy", lambda name: STRATEGIES[name].refuse(problem, budget))
     forms_gradient = problem.loss is not None and problem.scalar and problem.head_trainable and name == "chunked"
-    tile = tile_of(name, budget, problem.rows, problem.vocab, whole_pairs=forms_gradient)
+    tile = _tile_of_problem(problem, budget) if forms_gradient else tile_of(name, budget, problem.rows, problem.vocab)
     groups = _groups(problem, tile) if forms_gradient else None
     chunks: int | None = None
     if groups is not None:
@@ -151,6 +158,7 @@ def choose(problem: Problem, strategy: str, backend: str) -> Plan:
         chunks=chunks,
         extra_bytes=_extra_bytes(problem, tile) if forms_gradient else 0,
         forms_gradient=forms_gradient,
+        lent=forms_gradient and tile.cols < problem.vocab,
     )
 
 
@@ -187,17 +195,37 @@ def budget_of(scratch_bytes: int, backend: str, dtype: torch.dtype, device: torc
     workspace = min(scratch_bytes // 4, _workspace_limit(device))
     kernels = BACKENDS[backend].load()
     per_logit, alignment = kernels.bytes_per_logit(dtype, device.type), kernels.row_alignment(device.type)
-    return Budget(scratch_bytes - workspace, workspace, per_logit, alignment)
+    return Budget(scratch_bytes - workspace, workspace, per_logit, alignment, kernels.lends_gradient)
 
 
 def _workspace_limit(device: torch.device) -> int:
     return CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
 
 
-def tile_of(strategy: str, budget: Budget, rows: int, vocab: int, whole_pairs: bool = False) -> Tile:
+def tile_of_pairs(budget: Budget, rows: int, vocab: int, lender_cols: int) -> Tile:
+    """The logits that the fused pass over pairs holds in its scratch at once.
+
+    Whole rows, as many as there is room for; or, of all rows, a block of columns: where the memory of the head's
+    gradient ``(V, lender_cols)`` can hold all logits until the gradient takes their place. 0: there is no such memory.
+    """
+    if budget.lends and lender_cols and 0 < rows <= lender_cols:
+        cols = min(LENT_BLOCK_BYTES, budget.tile_bytes) // (rows * budget.bytes_per_logit)
+        cols = (cols // 32) * 32 - 16  # an odd multiple of 16: rows a power of two apart share too few places in caches
+        if LEAST_LENT_COLS <= cols < vocab:
+            return Tile(rows, cols)
+    return Tile(max(1, min(rows, budget.whole_rows(vocab))), vocab)
+
+
+def _tile_of_problem(problem: Problem, budget: Budget) -> Tile:
+    lends = problem.loss is not None and problem.scalar and problem.need[1] and not problem.accumulates
+    lends = lends and not problem.tracing  # the number of rows is not to be looked at
+    return tile_of_pairs(budget, problem.rows, problem.vocab, problem.hidden if lends else 0)
+
+
+def tile_of(strategy: str, budget: Budget, rows: int, vocab: int) -> Tile:
     """The logits that a strategy holds at once: whole rows where enough of them fit, else a cut of the vocabulary.
 
-    Rows are cut evenly, a few left over would cost as much as many; ``whole_pairs`` need all the room there is.
+    Rows are cut evenly, a few left over would cost as much as many.
     """
     tile_bytes = budget.tile_bytes
     if strategy == "streaming":
@@ -206,7 +234,7 @@ def tile_of(strategy: str, budget: Budget, rows: int, vocab: int, whole_pairs: b
     whole = elements // padded(vocab, budget.alignment)
     if strategy == "chunked" or whole >= min(rows, GOOD_TILE_ROWS):
         most = max(1, min(rows, whole))
-        return Tile(most if whole_pairs or rows == 0 else math.ceil(rows / math.ceil(rows / most)), vocab)
+        return Tile(1 if rows == 0 else math.ceil(rows / math.ceil(rows / most)), vocab)
     tile_rows = max(1, min(rows, GOOD_TILE_ROWS, math.isqrt(elements)))
     cols = elements // tile_rows
     if padded(vocab, budget.alignment) <= cols:
@@ -233,7 +261,8 @@ def _refuse_chunked(problem: Problem, budget: Budget) -> str | None:
     if not problem.separable:
         return "the loss is coupled over the batch: a chunk of pairs does not determine its coefficients"
     fits = budget.whole_rows(problem.vocab)
-    if fits < 1:
+    lent = _tile_of_problem(problem, budget).cols < problem.vocab
+    if fits < 1 and not lent:
         least = _minimum_scratch(problem, budget)
         return f"scratch_bytes={problem.scratch_bytes} is less than the {least} bytes that one row of logits needs"
     if not problem.head_trainable:
@@ -244,6 +273,8 @@ def _refuse_chunked(problem: Problem, budget: Budget) -> str | None:
         return "reduction='none' has upstreams that are known only in the backward pass, and the head wants a gradient"
     if problem.callable_loss and problem.tracing:
         return "inside torch.compile a loss without a name is traced into the graph, not run by the fused operator"
+    if lent:
+        return None
     if problem.static and problem.rows > fits:
         return (
             f"max_scored_tokens={problem.rows} does not fit one chunk of {fits} rows, and where pairs end is not "

@@ -118,11 +118,10 @@ def pair_loss(
     with _autocast_off(hidden), torch.no_grad():
         head = _operand_head(weight, bias, logit_scale, softcap, dtype)
         kernels, budget = _kernels_and_budget(dtype, backend, scratch_bytes, hidden.device)
-        tile = dispatch.tile_of(strategy, budget, rows.used, head.vocab, whole_pairs=True)
+        lender_cols = hidden.shape[1] if need_weight and into is None else 0
+        tile = dispatch.tile_of_pairs(budget, rows.used, head.vocab, lender_cols)
         need = (need_hidden, need_weight, need_bias)
-        done = chunked.pair_gradients(
-            kernels, hidden, head, rows, ref, bound, denominator, tile.rows, need, names, into
-        )
+        done = chunked.pair_gradients(kernels, hidden, head, rows, ref, bound, denominator, tile, need, names, into)
         means = _sequence_means(kernels, done.stats, names, rows)
     nothing = torch.empty(0, dtype=accumulation_dtype(dtype), device=hidden.device)
     grads = [nothing.clone() if g is None else g for g in (done.hidden, done.weight, done.bias)]

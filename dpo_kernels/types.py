@@ -13,7 +13,7 @@ V     vocabulary size (rows of the LM head)
 ====  =================================================================
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -36,6 +36,12 @@ GPU_ROW_ALIGNMENT = 16  # elements; what a Triton launch specialises on, and wid
 def padded(cols: int, alignment: int) -> int:
     """Elements from one row of a tile of ``cols`` columns to the next; rows too short to profit are not padded."""
     return cols if cols < 4 * alignment else -(-cols // alignment) * alignment
+
+
+def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
+    """Cut ``0..total`` into pieces of at most ``step``."""
+    for start in range(0, total, step):
+        yield start, min(start + step, total)
 
 
 class DPOLossOutput(NamedTuple):
@@ -174,6 +180,11 @@ class RowState:
     exponentiated: bool = False  # the tile that was reduced last now holds exp(z - max)
 
 
+def rescale(before: Tensor, after: Tensor) -> Tensor:
+    """``exp(before - after)`` for running maxima, 1 where neither has seen a finite logit."""
+    return torch.where(before == after, torch.ones_like(after), torch.exp(before - after))
+
+
 @dataclass(frozen=True)
 class LogitsGradient:
     """A tile of ``d logits`` as the gradient GEMMs read it, and what is still to be done to their results."""
@@ -248,6 +259,7 @@ class RowKernels(Protocol):
 
     name: str
     dtype: torch.dtype
+    lends_gradient: bool  # whether logits may lie in the buffer of the head's gradient until that is formed
 
     def buffer(self, device: torch.device, *shape: int) -> Tensor:
         """Uninitialised memory in the precision of accumulation: scratch, or a gradient in the making."""
@@ -277,7 +289,8 @@ class RowKernels(Protocol):
     def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
         """Fold the tile into the state: log-sum-exp, target gather, statistics.
 
-        Without ``keep_logits`` a tile of whole rows may be left holding ``exp(z - max)``; the state then says so.
+        Without ``keep_logits`` a tile of whole rows may be left holding ``exp(z - max)``, and where the gradient's
+        buffer is lent a tile of any columns, with the maximum so far; the state then says so.
         """
 
     def finish(self, state: RowState, labels_C: Tensor, vocab: int) -> RowResult:

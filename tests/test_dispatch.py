@@ -102,7 +102,7 @@ def test_groups_and_tiles_are_even():
     assert [g.stop - g.start for g in plan_groups([1, 1, 5, 1, 1, 0, 1, 1], 11, range(0, 9, 2), tile_rows=8)] == [8, 3]
     budget = dispatch.Budget(tile_bytes=2031 * 32000 * 4, workspace_bytes=0, bytes_per_logit=4)
     assert dispatch.tile_of("chunked", budget, 2048, 32000).rows == 1024
-    assert dispatch.tile_of("chunked", budget, 2048, 32000, whole_pairs=True).rows == 2031
+    assert dispatch.tile_of_pairs(budget, 2048, 32000, 0).rows == 2031
     assert dispatch.tile_of("chunked", budget, 0, 32000).rows == 1
 
 

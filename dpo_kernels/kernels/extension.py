@@ -160,6 +160,7 @@ class CppRows(ExtensionRows):
     """Row passes in vectorised C++ on the CPU, threaded over rows."""
 
     name = "cpp"
+    lends_gradient = True  # fresh memory is slow, and there may be little of it
 
     @property
     def narrow(self) -> bool:

@@ -3,7 +3,7 @@
 A backend that has a native streaming kernel overrides these; one that has not inherits them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from dpo_kernels.types import (
     Tile,
     accumulation_dtype,
     padded,
+    rescale,
+    spans,
 )
 
 
@@ -188,17 +190,6 @@ class TiledPasses(RowKernels):
             if grad is not None and not rows.used:
                 grad.zero_()  # no tile ever writes it
         return dx, dw, db
-
-
-def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
-    """Cut ``0..total`` into pieces of at most ``step``."""
-    for start in range(0, total, step):
-        yield start, min(start + step, total)
-
-
-def rescale(before: Tensor, after: Tensor) -> Tensor:
-    """``exp(before - after)`` for running maxima, 1 where neither has seen a finite logit."""
-    return torch.where(before == after, torch.ones_like(after), torch.exp(before - after))
 
 
 def _label_rows(head: Head, labels_C: Tensor, target_C: Tensor, dtype: torch.dtype) -> Tensor:

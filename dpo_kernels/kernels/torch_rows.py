@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernels.tiled import TiledPasses, rescale, spans
-from dpo_kernels.types import Head, LogitsGradient, RowResult, RowState, accumulation_dtype
+from dpo_kernels.kernels.tiled import TiledPasses
+from dpo_kernels.types import Head, LogitsGradient, RowResult, RowState, accumulation_dtype, rescale, spans
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 CACHED_BYTES = 2 * 2**20  # two temporaries of this together stay in a core's second-level cache
@@ -23,6 +23,7 @@ class TorchRows(TiledPasses):
     """Row operations with at most ``workspace_bytes`` of vocabulary-sized temporaries beside the caller's tile."""
 
     name = "torch"
+    lends_gradient = False
 
     def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
         self.dtype = dtype

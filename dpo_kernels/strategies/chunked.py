@@ -4,6 +4,9 @@ For a chunk of whole pairs: logits GEMM, log-sum-exp and gather, sequence sums, 
 overwritten by their gradient, one GEMM each for the hidden states and the head: three units of ``2 N H V`` FLOP, two
 when one of them needs no gradient. Nothing vocabulary-sized outlives the chunk but the gradient of the head.
 
+Few enough rows need no scratch for their logits where a backend says so: these lie in the memory of the head's
+gradient, which replaces them a block of columns at a time.
+
 A pair longer than the scratch is cut freely (``docs/design.md``): its gradient is linear in the coefficients, which
 are known once its last token is, so the head's share is kept unscaled in a buffer of its own until then.
 """
@@ -15,7 +18,18 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.sequence import spread
-from dpo_kernels.types import Accumulator, Head, RowKernels, Rows, RowState, SequenceLoss
+from dpo_kernels.types import (
+    Accumulator,
+    Head,
+    LogitsGradient,
+    RowKernels,
+    Rows,
+    RowState,
+    SequenceLoss,
+    Tile,
+    rescale,
+    spans,
+)
 
 
 @dataclass(frozen=True)
@@ -112,21 +126,24 @@ def pair_gradients(
     ref_S: Tensor,
     loss: SequenceLoss,
     denominator: Tensor,
-    tile_rows: int,
+    tile: Tile,
     need: tuple[bool, bool, bool],
     stats: Sequence[str],
     into: Accumulator | None = None,
 ) -> PairGradients:
     """Run the pass; ``need`` says which of (hidden, weight, bias) want a gradient, ``denominator`` is 0-d float64.
 
-    With ``into`` the head's gradient is added there and all gradients are those of ``into.upstream * total``.
+    With ``into`` the head's gradient is added there and all gradients are those of ``into.upstream * total``. A tile
+    of fewer columns than the vocabulary holds all rows, and the gradient's memory the logits.
     """
-    groups = plan_groups(rows.host_counts, rows.capacity, loss.bounds(rows.counts.shape[0]), tile_rows)
+    groups = plan_groups(rows.host_counts, rows.capacity, loss.bounds(rows.counts.shape[0]), tile.rows)
     largest = max((group.stop - group.start for group in groups), default=0)
-    tile_rows = min(tile_rows, largest)
-    run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, denominator, tile_rows, need, stats, into)
+    tile = Tile(min(tile.rows, largest), tile.cols)
+    run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, denominator, tile, need, stats, into)
     for group in groups:
-        if group.oversized:
+        if tile.cols < head.vocab:
+            run.lent(group)
+        elif group.oversized:
             run.oversized(group)
         else:
             run.whole(group)
@@ -145,15 +162,15 @@ class _Pass:
         ref_S: Tensor,
         loss: SequenceLoss,
         denominator: Tensor,
-        tile_rows: int,
+        tile: Tile,
         need: tuple[bool, bool, bool],
         stats: Sequence[str],
         into: Accumulator | None,
     ) -> None:
         self.kernels, self.hidden, self.head, self.rows = kernels, hidden_RH, head, rows
         self.ref, self.loss, self.denominator = ref_S, loss, denominator
-        self.tile_rows, self.stats = tile_rows, stats
-        self.scratch = kernels.scratch(hidden_RH.device, tile_rows, head.vocab)
+        self.tile, self.stats = tile, stats
+        self.scratch = kernels.scratch(hidden_RH.device, tile.rows, tile.cols)
         need_hidden, need_weight, need_bias = need
         width = hidden_RH.shape[1]
         self.dx = self.scratch.new_zeros(rows.capacity + 1, width) if need_hidden else None
@@ -175,9 +192,48 @@ class _Pass:
     def whole(self, group: Group) -> None:
         """A chunk of whole units: the coefficients are known before the gradient is formed."""
         logits = self._forward(group.start, group.stop)
-        scale_C = self._row_scale(self._tail(group), group, logits)
+        scale_C = self._row_scale(self._tail(group), group, group.start, group.stop, logits.state)
         self._backward(logits, scale_C, self.dw, self.db, self.written)
         self.written = self.written or group.stop > group.start
+
+    def lent(self, group: Group) -> None:
+        """All rows as one chunk, whose logits lie where the head's gradient will: block by block in the rows of theirs.
+
+        A block is copied to the scratch, as its gradient, before its place is overwritten; so nothing vocabulary-sized
+        is needed beside ``dw``, and no row of it is written twice.
+        """
+        kernels, head, dw = self.kernels, self.head, self.dw
+        assert dw is not None, "a plan to borrow has a lender"
+        labels_C = self.rows.labels[group.start : group.stop]
+        x_CH = self.rows.gather(self.hidden, group.start, group.stop, kernels.dtype)
+        state = kernels.new_state(labels_C.shape[0], x_CH.device, self.stats)
+        blocks: list[tuple[int, Tensor, Tensor]] = []  # first column, logits, the maximum that they were shifted by
+        for left, right in spans(head.vocab, self.tile.cols):
+            z = dw[left:right].view(-1)[: labels_C.shape[0] * (right - left)].view(-1, right - left)
+            kernels.project(x_CH, head, left, z)
+            kernels.reduce(state, z, labels_C, left, keep_logits=head.softcap is not None)
+            blocks.append((left, z, state.max.clone()))
+        self._put(group.start, group.stop, state, labels_C)
+        scale_C = self._row_scale(self._tail(group), group, group.start, group.stop, state)
+        scaled_CH: Tensor | None = None
+        for left, z, shift_C in blocks:
+            tile = kernels.tile_in(self.scratch, *z.shape)
+            if state.exponentiated:
+                torch.mul(z, rescale(shift_C, state.max)[:, None], out=tile)
+            else:
+                tile.copy_(z)
+            d = kernels.dlogits_(tile, labels_C, left, state.max, state.sumexp, head, scale_C, state.exponentiated)
+            if scaled_CH is None:
+                scaled_CH = x_CH if d.scale is None else x_CH * d.scale[:, None]
+            right = left + z.shape[1]
+            if self.dx is not None:
+                kernels.grad_hidden(d, head, left, self.dx[group.start : group.stop], accumulate=left > 0)
+            if self.db is not None:
+                kernels.grad_bias(d, left, self.db[left:right], accumulate=False)
+            kernels.grad_weight(LogitsGradient(d.values, None, d.labels), scaled_CH, dw[left:right], accumulate=False)
+        if self.dx is not None and d.scale is not None:
+            self.dx[group.start : group.stop].mul_(d.scale[:, None])
+        self.written = True
 
     def oversized(self, group: Group) -> None:
         """One unit in several tiles: the gradient per 1 of coefficient first, the coefficient last."""
@@ -186,7 +242,8 @@ class _Pass:
         for start, stop, side in self._cut(group):
             logits = self._forward(start, stop)
             dw, db = self._unscaled_buffers(side)
-            self._backward(logits, self._row_scale(unit_S, group, logits), dw, db, filled[side])
+            scale_C = self._row_scale(unit_S, group, start, stop, logits.state)
+            self._backward(logits, scale_C, dw, db, filled[side])
             filled[side] = True
         factor_S = (self._tail(group) / unit_S).to(self.scratch.dtype)
         if self.dx is not None:
@@ -217,11 +274,14 @@ class _Pass:
             kernels.project(x_CH, head, 0, tile)
             # The softcap's derivative is taken from the logits; without one they have been seen for the last time.
             kernels.reduce(state, tile, labels_C, 0, keep_logits=head.softcap is not None)
-            done = kernels.finish(state, labels_C, head.vocab)
-            self.logp[start:stop] = done.logp
-            for name in self.stats:
-                self.token_stats[name][start:stop] = done.stats[name]
+            self._put(start, stop, state, labels_C)
         return Logits(start, stop, x_CH, tile, state)
+
+    def _put(self, start: int, stop: int, state: RowState, labels_C: Tensor) -> None:
+        done = self.kernels.finish(state, labels_C, self.head.vocab)
+        self.logp[start:stop] = done.logp
+        for name in self.stats:
+            self.token_stats[name][start:stop] = done.stats[name]
 
     def _tail(self, group: Group) -> Tensor:
         """Close the group's pairs; returns the derivative of the total by their sequence log-probs."""
@@ -241,12 +301,12 @@ class _Pass:
         grad_S = grad_S / self.denominator
         return grad_S if self.into is None else grad_S * self.into.upstream
 
-    def _row_scale(self, values_S: Tensor, group: Group, logits: Logits) -> Tensor:
-        """Factor of each row of the tile: minus its coefficient, over the row's sum of exponentials."""
-        rows = slice(logits.start, logits.stop)
+    def _row_scale(self, values_S: Tensor, group: Group, start: int, stop: int, state: RowState) -> Tensor:
+        """Factor of the logits' rows: minus a row's coefficient, over its sum of exponentials."""
+        rows = slice(start, stop)
         weights = None if self.rows.weights is None else self.rows.weights[rows]
         coefficient_C = spread(values_S, self.rows.segments[rows] - group.sequences[0], weights)
-        return (-coefficient_C * self.head.logit_scale / logits.state.sumexp).to(self.scratch.dtype)
+        return (-coefficient_C * self.head.logit_scale / state.sumexp).to(self.scratch.dtype)
 
     def _backward(
         self, logits: Logits, scale_C: Tensor, dw: Tensor | None, db: Tensor | None, accumulate: bool
@@ -290,9 +350,9 @@ class _Pass:
                 bounds.append((start, start + count, side))
                 start += count
         return [
-            (at, min(at + self.tile_rows, stop), side)
+            (at, min(at + self.tile.rows, stop), side)
             for start, stop, side in bounds
-            for at in range(start, stop, self.tile_rows)
+            for at in range(start, stop, self.tile.rows)
         ]
 
     def _unscaled_buffers(self, side: int) -> tuple[Tensor | None, Tensor | None]:
