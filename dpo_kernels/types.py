@@ -192,7 +192,7 @@ class LogitsGradient:
     values: Tensor  # (C, Vt), the dtype of the operands or of accumulation
     scale: Tensor | None  # (C,) factor of the rows of X and dX; None where the values carry it
     labels: Tensor  # (C,) int64
-    residual: Tensor | None = None  # (C,) what rounding took from each label's own value, by far the largest of a row
+    residual: Tensor | None = None  # (C,) what is missing in each label's own value, the largest of a row: its rounding
 
 
 @dataclass(frozen=True)
@@ -334,6 +334,12 @@ class RowKernels(Protocol):
         scale_C: Tensor | None,
     ) -> LogitsGradient:
         """``project`` and ``dlogits_`` in one."""
+
+    def reduced_dlogits(self, state: RowState, tile: Tensor, labels_C: Tensor, head: Head) -> LogitsGradient:
+        """``reduce`` and ``dlogits_`` of whole rows in one, where no coefficient is waited for.
+
+        The values may be those under another shift than ``state.max``; ``scale`` then turns their rows into those.
+        """
 
     # --- tokens to pairs ---
 

@@ -75,6 +75,18 @@ def test_more_than_two_to_the_31_elements(backend):
     torch.testing.assert_close(whole.rejected_logps, parts.rejected_logps, rtol=1e-6, atol=1e-2)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flat_rows_of_a_large_vocabulary_in_float16(backend):
+    """The label's own value is minus the sum of exponentials: V, which is more than float16 holds."""
+    hidden = torch.zeros(2, 8, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+    weight = torch.randn(131072, 64, device="cuda", dtype=torch.float16).requires_grad_()
+    labels = torch.randint(0, 131072, (2, 8), device="cuda")
+    dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, backend=backend).loss.backward()
+    own = weight.detach()[labels].double() - weight.detach().double().mean(0)
+    sign = torch.tensor([-1.0, 1.0], device="cuda").view(2, 1, 1)
+    torch.testing.assert_close(hidden.grad.double(), 0.1 * 0.5 * sign * own, rtol=2e-3, atol=2e-4)
+
+
 def test_a_second_device():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import dpo_kernels as dk
+from dpo_kernels.kernels.torch_rows import TorchRows
+from dpo_kernels.types import Head
 from tests.cases import STRATEGIES, Case, broken_by, run
 
 STRATEGY_OPTIONS = {name: {"strategy": s, "scratch_bytes": b} for name, (s, b) in STRATEGIES.items()}
@@ -206,3 +208,22 @@ def test_a_bad_token_poisons_instead_of_passing(monkeypatch, frozen, strategy):
         assert out["dhidden"].isnan().any(dim=2).all()
         if not frozen:
             assert out["dweight"].isnan().all()
+
+
+def test_a_flat_row_of_a_large_vocabulary_fits_float16():
+    """Its label's own value, minus the sum of exponentials, does not; what is cut off comes back in float32."""
+    rows, vocab = TorchRows(torch.float16, 2**20), 100_000
+    head = Head(torch.randn(vocab, 8).half())
+    tile, labels = torch.zeros(3, vocab), torch.tensor([0, vocab - 1, -1])
+    sums = torch.full((3,), float(vocab))
+    d = rows.dlogits_(tile, labels, 0, torch.zeros(3), sums, head, None)
+    narrow = rows.narrowed(d, 0)
+    assert narrow.values.dtype == torch.float16
+    assert narrow.values.isfinite().all()
+    own = torch.nn.functional.one_hot(labels.clamp(min=0), vocab) * narrow.residual[:, None]
+    assert torch.equal(narrow.values.float() + own, d.values)
+    out = torch.empty(3, 8)
+    rows.grad_hidden(narrow, head, 0, out, accumulate=False)
+    expected = torch.empty(3, 8)
+    rows.grad_hidden(d, head, 0, expected, accumulate=False)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-2)

@@ -16,6 +16,7 @@ from dpo_kernels.types import (
     RowKernels,
     RowResult,
     Rows,
+    RowState,
     SequenceLoss,
     Tile,
     accumulation_dtype,
@@ -113,6 +114,11 @@ class TiledPasses(RowKernels):
         self.project(x_CH, head, start, tile)
         return self.dlogits_(tile, labels_C, start, max_C, sumexp_C, head, scale_C)
 
+    def reduced_dlogits(self, state: RowState, tile: Tensor, labels_C: Tensor, head: Head) -> LogitsGradient:
+        """See ``types.RowKernels``."""
+        self.reduce(state, tile, labels_C, 0, keep_logits=head.softcap is not None)
+        return self.dlogits_(tile, labels_C, 0, state.max, state.sumexp, head, None, state.exponentiated)
+
     def linear_direction(
         self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
     ) -> tuple[RowResult, Tensor]:
@@ -124,24 +130,36 @@ class TiledPasses(RowKernels):
             x_CH = rows.gather(hidden_RH, start, stop, self.dtype)
             labels_C = rows.labels[start:stop]
             state = self.new_state(stop - start, x_CH.device, stats)
-            out_CH = direction[start:stop]
-            whole = tile.cols >= head.vocab
-            no_label = torch.full_like(labels_C, -1)  # the label's own term is added once the sum of exp is known
-            for left, right in spans(head.vocab, tile.cols):
-                z = self.tile_in(scratch, stop - start, right - left)
-                self.project(x_CH, head, left, z)
-                before = state.max.clone()
-                self.reduce(state, z, labels_C, left, keep_logits=not whole or head.softcap is not None)
-                if left:
-                    out_CH.mul_(rescale(before, state.max)[:, None])
-                taken = labels_C if whole else no_label
-                d = self.dlogits_(z, taken, left, state.max, state.sumexp, head, None, state.exponentiated)
-                self.grad_hidden(d, head, left, out_CH, accumulate=left > 0)
-            out_CH.mul_((head.logit_scale / state.sumexp)[:, None])
-            if not whole:
-                out_CH.sub_(_label_rows(head, labels_C, state.target, self.dtype))
+            run = self._whole_direction if tile.cols >= head.vocab else self._cut_direction
+            run(state, x_CH, head, labels_C, scratch, tile.cols, direction[start:stop])
             out.put(start, stop, self.finish(state, labels_C, head.vocab))
         return out.result, direction
+
+    def _whole_direction(
+        self, state: RowState, x_CH: Tensor, head: Head, labels_C: Tensor, scratch: Tensor, _: int, out_CH: Tensor
+    ) -> None:
+        z = self.tile_in(scratch, x_CH.shape[0], head.vocab)
+        self.project(x_CH, head, 0, z)
+        d = self.reduced_dlogits(state, z, labels_C, head)
+        self.grad_hidden(d, head, 0, out_CH, accumulate=False)
+        scale_C = head.logit_scale / state.sumexp
+        out_CH.mul_((scale_C if d.scale is None else scale_C * d.scale)[:, None])
+
+    def _cut_direction(
+        self, state: RowState, x_CH: Tensor, head: Head, labels_C: Tensor, scratch: Tensor, cols: int, out_CH: Tensor
+    ) -> None:
+        no_label = torch.full_like(labels_C, -1)  # the label's own term is added once the sum of exp is known
+        for left, right in spans(head.vocab, cols):
+            z = self.tile_in(scratch, x_CH.shape[0], right - left)
+            self.project(x_CH, head, left, z)
+            before = state.max.clone()
+            self.reduce(state, z, labels_C, left)
+            if left:
+                out_CH.mul_(rescale(before, state.max)[:, None])
+            d = self.dlogits_(z, no_label, left, state.max, state.sumexp, head, None, state.exponentiated)
+            self.grad_hidden(d, head, left, out_CH, accumulate=left > 0)
+        out_CH.mul_((head.logit_scale / state.sumexp)[:, None])
+        out_CH.sub_(_label_rows(head, labels_C, state.target, self.dtype))
 
     def linear_logprob_backward(
         self,

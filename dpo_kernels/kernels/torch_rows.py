@@ -17,6 +17,7 @@ from dpo_kernels.types import Head, LogitsGradient, RowResult, RowState, accumul
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 CACHED_BYTES = 2 * 2**20  # two temporaries of this together stay in a core's second-level cache
 BLOCK_TEMPORARIES = 2
+LARGEST_LABEL = 2.0**15
 
 
 class TorchRows(TiledPasses):
@@ -157,12 +158,27 @@ class TorchRows(TiledPasses):
 
     def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """See ``types.RowKernels``."""
+        if d.values.is_cuda and d.values.dtype != self.dtype:
+            d = self.narrowed(d, start)
         values = d.values
-        if values.is_cuda and values.dtype != self.dtype:
-            values = self.narrow_like(values).copy_(values)
         for left, right, weight_VtH in self._weights(head, start, start + values.shape[1], values):
             _matmul_into(values[:, left:right], weight_VtH, out_CH, accumulate or left > 0)
         self.give_back(d, head, out_CH)
+
+    def narrowed(self, d: LogitsGradient, start: int) -> LogitsGradient:
+        """A float32 tile in the dtype of the operands.
+
+        A label's own value is as large as the sum of the row's exponentials, of a flat row V, where float16 ends at
+        65504. What does not fit is left to ``give_back``.
+        """
+        column = d.labels - start
+        label = column.clamp(0, d.values.shape[1] - 1)[:, None]
+        own = d.values.gather(1, label)
+        values = self.narrow_like(d.values).copy_(d.values)
+        values.scatter_(1, label, own.clamp(-LARGEST_LABEL, LARGEST_LABEL).to(self.dtype))
+        lost = (own - values.gather(1, label).to(own.dtype))[:, 0]
+        here = (column >= 0) & (column < d.values.shape[1])
+        return replace(d, values=values, residual=lost.masked_fill(~here, 0.0))
 
     def give_back(self, d: LogitsGradient, head: Head, out_CH: Tensor) -> None:
         """Add what rounding took from each label's own value, by far the largest of its row."""

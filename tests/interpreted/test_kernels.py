@@ -187,6 +187,54 @@ def test_what_the_padding_of_rows_holds_is_not_used(cols, dtype):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+def _blocks(first=0.0, rest=0.0):
+    """Adds to the first block of a row's logits and to the others."""
+    return lambda z: torch.cat([z[:, :4096] + first, z[:, 4096:] + rest], 1)
+
+
+ROWS_OF_LOGITS = {
+    "the first block is near": _blocks(),
+    "the maximum is far above the first block": _blocks(rest=70.0),
+    "far below it": _blocks(rest=-70.0),
+    "just within reach": lambda z: _blocks(rest=39.9)(z.clamp(max=0)),
+    "the first block is unreachable": _blocks(first=-torch.inf),
+    "and the rest far from 0, where it would start": _blocks(first=-torch.inf, rest=-300.0),
+    "logits of hundreds": lambda z: z * 100,
+    "all alike": lambda z: z * 0 - 1e4,
+}
+
+
+@pytest.mark.parametrize("cols", [4200, 9000])
+@pytest.mark.parametrize("change", ROWS_OF_LOGITS)
+def test_one_reading_for_log_sum_exp_and_gradient(change, cols):
+    """``exp_rows`` against float64: log-probs, and the gradient's rows once scale and residual are applied."""
+    z = ROWS_OF_LOGITS[change](torch.randn(4, cols) * 3)
+    labels = torch.tensor([4150, cols - 1, 4096, 5 if z[3, 5].isfinite() else 4199])
+    kernels = TritonRows(torch.bfloat16, 2**20)
+    tile = kernels.tile_in(kernels.scratch(z.device, 4, cols).fill_(float("nan")), 4, cols).copy_(z)
+    state = kernels.new_state(4, z.device, ())
+    d = kernels.reduced_dlogits(state, tile, labels, Head(z))
+    done = kernels.finish(state, labels, cols)
+    exact = z.double().log_softmax(-1)
+    torch.testing.assert_close(done.logp.double(), exact.gather(1, labels[:, None])[:, 0], rtol=3e-7, atol=3e-5)
+    assert torch.equal(state.max, z.amax(1))
+    own = torch.nn.functional.one_hot(labels, cols)
+    got = d.values.double() + own * d.residual[:, None].double()
+    got = got * (d.scale / state.sumexp)[:, None].double()
+    assert d.values.isfinite().all()
+    assert bool(((got - (exact.exp() - own)).abs() <= 2.0**-8 * exact.exp() + 1e-6).all())  # one rounding each
+
+
+def test_a_row_without_any_reachable_token_or_with_nan_stays_nan():
+    kernels, z = TritonRows(torch.bfloat16, 2**20), torch.randn(3, 4200)
+    z[0], z[1, 4190] = -torch.inf, torch.nan
+    state = kernels.new_state(3, z.device, ())
+    tile = kernels.tile_in(kernels.scratch(z.device, 3, 4200), 3, 4200).copy_(z)
+    kernels.reduced_dlogits(state, tile, torch.tensor([1, 2, 3]), Head(z))
+    logp = kernels.finish(state, torch.tensor([1, 2, 3]), 4200).logp
+    assert logp.isnan().tolist() == [True, True, False]
+
+
 def test_a_head_of_odd_width_is_padded_once():
     rows, head = TritonRows(torch.bfloat16, 2**20), Head(torch.randn(50, 21).bfloat16())
     padded = rows._weight(head)

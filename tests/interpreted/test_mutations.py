@@ -26,6 +26,9 @@ MUTATIONS = {
     "onehot with the wrong sign": ("rows", "d - tl.load(sumexp_ptr + row)", "d + tl.load(sumexp_ptr + row)"),
     "no derivative of the softcap": ("rows", "d = d * (1.0 - capped * capped)", "d = d"),
     "the scale of another row": ("rows", "tl.load(scale_ptr + row)", "tl.load(scale_ptr)"),
+    "a row far from its first block is not done again": ("rows", "shift = highest\n", "shift = shift\n"),
+    "the sum stays under the first block's shift": ("rows", "total * factor", "total"),
+    "nothing is taken from the label's own value": ("rows", ".to(tl.float32)) - total)", ".to(tl.float32)))"),
     "rejected added instead of subtracted": ("dpo_tail", "- (rejected - ref", "+ (rejected - ref"),
     "coefficient of the wrong sequence": (
         "dpo_tail",

@@ -17,6 +17,7 @@ from dpo_kernels.kernels.triton.configs import (
     MATRIX,
     ROW_BLOCK,
     ROW_WARPS,
+    SAFE_SHIFT,
     TAIL_BLOCK,
     TAIL_WARPS,
     MatrixLaunch,
@@ -125,6 +126,38 @@ class TritonRows(TorchRows):
                 num_warps=ROW_WARPS,
             )
         return LogitsGradient(out, scale_C, labels_C, residual)
+
+    def reduced_dlogits(self, state: RowState, tile: Tensor, labels_C: Tensor, head: Head) -> LogitsGradient:
+        """See ``types.RowKernels``; bfloat16 operands without a cap or statistics in one pass instead of two.
+
+        Not for a trainable head: its coefficients are known later, and would have to be rounded into X a second time.
+        """
+        stats = (state.entropy, state.logit_sum, state.argmax, state.square_sum)
+        if self.dtype != torch.bfloat16 or head.softcap is not None or any(s is not None for s in stats):
+            return super().reduced_dlogits(state, tile, labels_C, head)
+        out, factor, residual = self.narrow_like(tile), torch.empty_like(state.max), torch.empty_like(state.max)
+        count, cols = tile.shape
+        read, written = _with_padding(tile), _with_padding(out)
+        padded = read.shape == written.shape != tile.shape
+        with _on(tile):
+            row_kernels.exp_rows[(count,)](
+                read if padded else tile,
+                written if padded else out,
+                labels_C,
+                state.max,
+                state.sumexp,
+                state.target,
+                factor,
+                residual,
+                cols,
+                tile.stride(0),
+                out.stride(0),
+                SAFE=SAFE_SHIFT,
+                PADDED=padded or cols % GPU_ROW_ALIGNMENT == 0,
+                BLOCK=ROW_BLOCK,
+                num_warps=ROW_WARPS,
+            )
+        return LogitsGradient(out, factor, labels_C, residual)
 
     def tail(
         self,

@@ -28,6 +28,7 @@ class Configuration:
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 ROW_BLOCK, ROW_WARPS = 4096, 8  # 16 warps with 8192 do as well; 32 with 32768 spill
+SAFE_SHIFT = 40.0  # nats between a row's maximum and its shift; V * exp(40) is far from overflow, exp(-80) from 0
 TAIL_BLOCK, TAIL_WARPS = 256, 4
 
 

@@ -1,7 +1,7 @@
 """Row kernels over a tile of logits: online log-sum-exp with target gather and statistics, and the gradient in place.
 
-A program owns a row (``reduce_rows``) or a stretch of one (``dlogits_rows``); nobody else writes there. Strides are in
-elements, offsets that multiply a row are 64-bit.
+A program owns a row (``reduce_rows``, ``exp_rows``) or a stretch of one (``dlogits_rows``); nobody else writes there.
+Strides are in elements, offsets that multiply a row are 64-bit.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.triton.configs import ROW_BLOCK, ROW_WARPS, Configuration
+from dpo_kernels.kernels.triton.configs import ROW_BLOCK, ROW_WARPS, SAFE_SHIFT, Configuration
 from dpo_kernels.types import padded
 
 
@@ -98,6 +98,67 @@ def reduce_rows(
 
 
 @triton.jit
+def _exp_row(base, out, reach, cols, shift, BLOCK: tl.constexpr):
+    """Write the row's ``exp(z - shift)``; returns their sum and the largest logit."""
+    highest = -float("inf")
+    total = 0.0
+    for left in range(0, cols, BLOCK):
+        at = left + tl.arange(0, BLOCK)
+        z = tl.load(base + at, mask=at < reach, other=-float("inf"))
+        z = tl.where(at < cols, z, -float("inf"))
+        e = tl.exp(z - shift)
+        tl.store(out + at, e.to(out.dtype.element_ty), mask=at < reach)
+        highest = tl.maximum(highest, tl.max(z, axis=0))
+        total += tl.sum(e, axis=0)
+    return total, highest
+
+
+@triton.jit
+def exp_rows(
+    tile_ptr,  # (C, V) float32, final logits of whole rows
+    out_ptr,  # (C, V) bfloat16, written: exp(z - shift)
+    labels_ptr,  # (C,) int64
+    max_ptr,  # (C,) float32, as all that follow; written
+    sumexp_ptr,
+    target_ptr,
+    factor_ptr,  # exp(shift - max), what turns the row into the gradient under its maximum
+    residual_ptr,  # what is missing in the label's own value: minus the sum, and what rounding took
+    cols,
+    row_stride,
+    out_stride,
+    SAFE: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The log-sum-exp of whole rows and their gradient from one reading; grid (C,).
+
+    The rounding of a bfloat16 is relative at any size, so any shift near the maximum serves, and that of the first
+    block is near unless it says so: a row whose maximum is more than SAFE away from it is done again.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    base = tile_ptr + row * row_stride
+    out = out_ptr + row * out_stride
+    reach = _reach(cols, PADDED)
+    at = tl.arange(0, BLOCK)
+    z = tl.load(base + at, mask=at < reach, other=-float("inf"))
+    shift = tl.max(tl.where(at < cols, z, -float("inf")), axis=0)
+    shift = tl.where(shift == -float("inf"), 0.0, shift)
+    total, highest = _exp_row(base, out, reach, cols, shift, BLOCK)
+    if (highest > shift + SAFE) | ((highest < shift - SAFE) & (highest > -float("inf"))):
+        shift = highest
+        total, highest = _exp_row(base, out, reach, cols, shift, BLOCK)
+    factor = tl.where(highest == -float("inf"), 1.0, tl.exp(shift - highest))
+    column = tl.load(labels_ptr + row)
+    target = tl.load(base + column)
+    e = tl.exp(target - shift)
+    tl.store(max_ptr + row, highest)
+    tl.store(sumexp_ptr + row, total * factor)
+    tl.store(target_ptr + row, target)
+    tl.store(factor_ptr + row, factor)
+    tl.store(residual_ptr + row, (e - e.to(out_ptr.dtype.element_ty).to(tl.float32)) - total)
+
+
+@triton.jit
 def dlogits_rows(
     tile_ptr,  # (C, Vt) float32, final logits; overwritten unless out_ptr is another tensor
     out_ptr,  # (C, Vt) float32 (the tile itself) or the dtype of the GEMM operands
@@ -161,6 +222,25 @@ def _reduce(cols: int, stats: bool) -> Configuration:
     )
 
 
+def _exp(cols: int) -> Configuration:
+    written = ("max_ptr", "sumexp_ptr", "target_ptr", "factor_ptr", "residual_ptr")
+    arguments: dict[str, Any] = {
+        "tile_ptr": torch.float32,
+        "out_ptr": torch.bfloat16,
+        "labels_ptr": torch.int64,
+        **dict.fromkeys(written, torch.float32),
+        "cols": cols,
+        "row_stride": padded(cols, 16),
+        "out_stride": padded(cols, 16),
+    }
+    return Configuration(
+        f"exp_rows V={cols}",
+        exp_rows,
+        {**arguments, "SAFE": SAFE_SHIFT, "PADDED": True, "BLOCK": ROW_BLOCK},
+        {"num_warps": ROW_WARPS},
+    )
+
+
 def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
     f32, i64, narrow = torch.float32, torch.int64, dtype == torch.bfloat16
     arguments: dict[str, Any] = {
@@ -191,6 +271,7 @@ def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
 
 CONFIGURATIONS = [
     *(_reduce(cols, stats) for cols in (128256, 50257) for stats in (False, True)),
+    *(_exp(cols) for cols in (128256, 50257)),
     *(_dlogits(128256, dtype, False) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
     _dlogits(50257, torch.bfloat16, False),
     _dlogits(256000, torch.bfloat16, True),
