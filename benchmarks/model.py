@@ -2,8 +2,9 @@
 
 A step is a list of kernels. A GEMM takes the longer of its arithmetic (``EFFICIENCY`` of the peak) and its traffic, any
 other kernel its traffic, and each kernel a launch. There is one calibrated number, ``EFFICIENCY``, set so that the
-published bare GEMMs on an H100 come out. Waves of 128 x 256 tiles are not counted: they would make dX of a chunk of 256
-rows 4.1 times longer (32 tiles on 132 multiprocessors), and the published 53.0 ms rule that out; the library splits K.
+published bare GEMMs on an H100 come out; it and the GPUs' constants are those that the library plans chunks with. Waves
+of 128 x 256 tiles are not counted: they would make dX of a chunk of 256 rows 4.1 times longer (32 tiles on 132
+multiprocessors), and the published 53.0 ms rule that out; the library splits K.
 
 What it does not know: kernels that are not library GEMMs and reach less (cut-cross-entropy, Liger's Triton
 cross-entropy with its host syncs), clocks under a power cap, and the allocator. ``published()`` compares it with
@@ -14,29 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from benchmarks.cases import Case
+from dpo_kernels.gpus import EFFICIENCY, GPUS, Gpu
 
 GIB = 2**30
 MS = 1e3
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Constants of a GPU, from NVIDIA's data sheets (dense, without sparsity; SXM boards)."""
-
-    name: str
-    tensor_flops: float  # FLOP/s of 16-bit tensor cores
-    plain_flops: float  # FLOP/s of float32 without TF32, which torch leaves off
-    bandwidth: float  # of HBM, byte/s
-    source: str
-
-
-GPUS = {
-    "A100": Gpu("A100", 312e12, 19.5e12, 2.039e12, "A100 80GB SXM data sheet: 312 TFLOP/s, 19.5, 2039 GB/s"),
-    "H100": Gpu("H100", 989.4e12, 67e12, 3.35e12, "H100 SXM data sheet: 1979 TFLOP/s sparse / 2, 67, 3.35 TB/s"),
-    "H200": Gpu("H200", 989.4e12, 67e12, 4.8e12, "H200 SXM data sheet: 1979 TFLOP/s sparse / 2, 67, 4.8 TB/s"),
-}
-# The calibration: three bare GEMMs of N=8192, H=4096, V=151936 in 42 ms on an H100 (TRL #7244).
-EFFICIENCY = 0.736
 LAUNCH_SECONDS = 4e-6  # of a kernel that waits for the one before, the usual figure for CUDA streams
 SCRATCH_BYTES = 2 * GIB - 256 * 2**20  # what dispatch leaves for a tile of logits on a GPU of 80 GB
 BYTES_PER_LOGIT = {"bfloat16": 6, "float32": 4}  # a float32 tile and its 16-bit copy
@@ -265,11 +249,6 @@ def way_of(provider: str) -> str | None:
     if provider.startswith("ours/"):
         return provider.rsplit("/", 1)[1]
     return provider if provider in WAYS else None
-
-
-def gpu_of(name: str) -> Gpu | None:
-    """The constants for a device's name as the driver reports it."""
-    return next((gpu for key, gpu in GPUS.items() if key in name), None)
 
 
 # --- against published numbers ----------------------------------------------------------------------------------------

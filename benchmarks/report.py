@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks import model, store, tables
 from benchmarks.cases import CASES
 from benchmarks.tables import Line
+from dpo_kernels.gpus import GPUS, gpu_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "benchmarks"
@@ -50,11 +51,11 @@ def write(results: Path, pages: Path, *, pictures: bool = True) -> list[Path]:
     written = []
     for slug, state in known.items():
         done = [case for case in state["cases"].values() if case["done"]]
-        gpu = model.gpu_of(state["machine"]["name"])
+        gpu = gpu_of(state["machine"]["name"])
         drawn = plots.draw([plots.measured(case, gpu) for case in done], pages, slug, save=pictures)
         written += [pages / name for name, _, _ in drawn]
         written.append(_save(pages / f"{slug}.md", page(slug, state, drawn)))
-    for gpu in model.GPUS.values():
+    for gpu in GPUS.values():
         if gpu.name not in measured_gpus(known):
             written.append(_save(pages / f"nvidia-{gpu.name.lower()}.md", unmeasured(gpu)))
     written.append(_save(pages / "model.md", model_page()))
@@ -69,7 +70,7 @@ def _save(path: Path, text: str) -> Path:
 
 def measured_gpus(known: dict[str, dict[str, Any]]) -> set[str]:
     """Names of the model's GPUs that have results."""
-    found = (model.gpu_of(state["machine"]["name"]) for state in known.values())
+    found = (gpu_of(state["machine"]["name"]) for state in known.values())
     return {gpu.name for gpu in found if gpu is not None}
 
 
@@ -83,7 +84,7 @@ def index(known: dict[str, dict[str, Any]]) -> str:
         done = [case for case in state["cases"].values() if case["done"]]
         dates = sorted(case["environment"]["date"] for case in done)
         rows.append(f"| [{state['machine']['name']}]({slug}.md) | {len(done)} | {_span(dates)} |")
-    for gpu in model.GPUS.values():
+    for gpu in GPUS.values():
         if gpu.name not in measured_gpus(known):
             rows.append(f"| [NVIDIA {gpu.name}](nvidia-{gpu.name.lower()}.md) | **not measured** | – |")
     return _text(
@@ -98,7 +99,7 @@ def index(known: dict[str, dict[str, Any]]) -> str:
 def page(slug: str, state: dict[str, Any], pictures: Iterable[tuple[str, str, str]]) -> str:
     """One machine."""
     machine, cases = state["machine"], state["cases"]
-    gpu = model.gpu_of(machine["name"])
+    gpu = gpu_of(machine["name"])
     done = [case for case in cases.values() if case["done"]]
     open_cases = [name for name, case in cases.items() if not case["done"]]
     shown = []
@@ -229,7 +230,7 @@ def readme_section(known: dict[str, dict[str, Any]]) -> str:
             "forward and backward over the floor of bare GEMMs, trainable head, cached reference.",
             [head, "|" + "---|" * (head.count("|") - 1), *rows],
         ]
-    missing = [gpu.name for gpu in model.GPUS.values() if gpu.name not in measured_gpus(known)]
+    missing = [gpu.name for gpu in GPUS.values() if gpu.name not in measured_gpus(known)]
     if missing:
         predictions = ", ".join(f"[{name}](docs/benchmarks/nvidia-{name.lower()}.md)" for name in missing)
         parts.append(f"Not measured, only predicted: {predictions}.")

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch.torch_version import TorchVersion
 
+from dpo_kernels import gpus
 from dpo_kernels.kernels import extension, installed
 from dpo_kernels.kernels.extension import empty_cache as empty_cache
 from dpo_kernels.kernels.torch_rows import TorchRows
 from dpo_kernels.strategies import chunked
-from dpo_kernels.types import RowKernels, SequenceLoss, Tile, accumulation_dtype, padded
+from dpo_kernels.types import Chunking, RowKernels, SequenceLoss, Tile, accumulation_dtype, padded
 
 MIB = 2**20
 CPU_SCRATCH_BYTES = 512 * MIB
@@ -244,6 +245,13 @@ def tile_of(strategy: str, budget: Budget, rows: int, vocab: int) -> Tile:
     )
 
 
+def chunking_of(device: torch.device) -> Chunking:
+    """What chunks cost on a device, by the table of ``gpus``; elsewhere the fewest are best."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return Chunking()
+    return (gpus.gpu_of(torch.cuda.get_device_name(device)) or gpus.UNKNOWN).chunking
+
+
 def default_scratch_bytes(device: torch.device) -> int:
     """2 GiB on a GPU of 80 GB or more, a fortieth of the memory of a smaller one, 512 MiB elsewhere."""
     if device.type != "cuda":
@@ -324,7 +332,8 @@ def _minimum_scratch(problem: Problem, budget: Budget) -> int:
 def _groups(problem: Problem, tile: Tile) -> list[chunked.Group] | None:
     if problem.counts is None or problem.loss is None:
         return None
-    return chunked.plan_groups(problem.counts, problem.rows, problem.loss.bounds(len(problem.counts)), tile.rows)
+    bounds = problem.loss.bounds(len(problem.counts))
+    return chunked.plan_groups(problem.counts, problem.rows, bounds, tile.rows, chunking_of(problem.device))
 
 
 def _extra_bytes(problem: Problem, tile: Tile) -> int:

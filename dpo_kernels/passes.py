@@ -121,7 +121,10 @@ def pair_loss(
         lender_cols = hidden.shape[1] if need_weight and into is None else 0
         tile = dispatch.tile_of_pairs(budget, rows.used, head.vocab, lender_cols)
         need = (need_hidden, need_weight, need_bias)
-        done = chunked.pair_gradients(kernels, hidden, head, rows, ref, bound, denominator, tile, need, names, into)
+        chunking = dispatch.chunking_of(hidden.device)
+        done = chunked.pair_gradients(
+            kernels, hidden, head, rows, ref, bound, denominator, tile, need, names, into, chunking
+        )
         means = _sequence_means(kernels, done.stats, names, rows)
     nothing = torch.empty(0, dtype=accumulation_dtype(dtype), device=hidden.device)
     grads = [nothing.clone() if g is None else g for g in (done.hidden, done.weight, done.bias)]

@@ -221,6 +221,14 @@ class Tile:
     cols: int
 
 
+@dataclass(frozen=True)
+class Chunking:
+    """What a chunk costs beyond its rows; without either the fewest chunks are best, and even ones."""
+
+    tile_rows: int = 1  # a chunk costs as much as the next multiple of these
+    further_chunk: int = 10**9  # in rows that could be computed instead
+
+
 class SequenceLoss(Protocol):
     """A loss bound to its options, as strategies see it: a function of sequences, unit by unit.
 

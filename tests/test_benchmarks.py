@@ -27,6 +27,7 @@ from benchmarks import (
 )
 from benchmarks.cases import CASES, Case
 from benchmarks.providers import Outputs, Provider, Unavailable, peers
+from dpo_kernels.gpus import GPUS
 
 ROOT = Path(__file__).parents[1]
 TINY = Case(
@@ -575,7 +576,7 @@ def test_no_cuda_is_an_error_in_words(capsys, monkeypatch):
 # --- the static model -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gpu", list(model.GPUS.values()), ids=list(model.GPUS))
+@pytest.mark.parametrize("gpu", list(GPUS.values()), ids=list(GPUS))
 def test_the_model_orders_what_can_be_ordered(gpu):
     for case in (case for case in CASES.values() if case.name.startswith("gpu")):
         ways = {way: model.predict(case, gpu, way) for way in model.WAYS}
@@ -589,9 +590,7 @@ def test_the_model_orders_what_can_be_ordered(gpu):
             assert ways["chunked"].seconds == ways["recompute"].seconds
         assert ways["full logits, compiled"].seconds < ways["full logits"].seconds
     slower = CASES["gpu/llama3-8b/n8192/bf16/trainable"]
-    assert (
-        model.predict(slower, model.GPUS["A100"], "floor").seconds > model.predict(slower, gpu, "floor").seconds * 0.99
-    )
+    assert model.predict(slower, GPUS["A100"], "floor").seconds > model.predict(slower, gpu, "floor").seconds * 0.99
 
 
 def test_the_model_keeps_its_promise_on_published_numbers():

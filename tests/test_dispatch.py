@@ -1,13 +1,18 @@
 """The plan: which strategy a problem gets, and the words in which the others are refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels import dispatch
-from dpo_kernels.strategies.chunked import Group, plan_groups
+from dpo_kernels import dispatch, gpus
+from dpo_kernels.strategies.chunked import Group, cost_of_groups, plan_groups
+from dpo_kernels.types import Chunking
 from tests.small import CPU_BACKEND
 from tests.test_equivalence import coupled, one_sided
+
+ROOT = Path(__file__).parents[1]
 
 
 def problem(trainable=True, pairs=4, length=16, vocab=512):
@@ -104,6 +109,47 @@ def test_groups_and_tiles_are_even():
     assert dispatch.tile_of("chunked", budget, 2048, 32000).rows == 1024
     assert dispatch.tile_of_pairs(budget, 2048, 32000, 0).rows == 2031
     assert dispatch.tile_of("chunked", budget, 0, 32000).rows == 1
+
+
+def sizes(rows, most, chunking):
+    """Groups of pairs of two tokens."""
+    found = plan_groups([1, 1] * (rows // 2), rows, range(0, rows + 1, 2), most, chunking)
+    assert found[-1].stop == rows
+    assert all(group.stop - group.start <= most for group in found)
+    return [group.stop - group.start for group in found]
+
+
+def test_chunks_fill_the_tiles_of_a_gemm_where_that_is_cheaper():
+    assert sizes(2600, 1400, Chunking()) == [1300, 1300]
+    assert sizes(2600, 1400, Chunking(128, 200)) == [1400, 1200]  # 11 + 10 tiles instead of 11 + 11
+    assert sizes(2560, 1400, Chunking(128, 200)) == [1280, 1280]
+    assert sizes(2600, 1300, Chunking(1024, 0)) == [868, 868, 864]  # three tiles instead of four
+    assert sizes(2600, 1300, Chunking(1024, 1100)) == [1300, 1300]
+    assert sizes(300, 2000, Chunking(128, 200)) == [300]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_plan_costs_more_than_the_most_even_one(seed):
+    g = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 90, (120,), generator=g).tolist()
+    for chunking in (*(gpu.chunking for gpu in gpus.GPUS.values()), Chunking(64, 0)):
+        arguments = (counts, sum(counts), range(0, 121, 2))
+        for most in (181, 500, 1111, 9999):
+            plan, even = plan_groups(*arguments, most, chunking), plan_groups(*arguments, most)
+            assert cost_of_groups(plan, chunking) <= cost_of_groups(even, chunking)
+            assert [group.first for group in plan[1:]] == [group.last for group in plan[:-1]]
+            assert plan[-1].last == 60
+
+
+def test_every_gpu_of_the_table_names_its_source():
+    for gpu in gpus.GPUS.values():
+        assert "data sheet" in gpu.source
+        named = gpu.source.partition(": docs/")[2]
+        assert (ROOT / "docs" / named).is_file(), gpu.source
+        assert 100 < gpu.chunking.further_chunk < 400
+    assert gpus.gpu_of("NVIDIA H200") is gpus.GPUS["H200"]
+    assert gpus.gpu_of("Tesla T4") is None
+    assert dispatch.chunking_of(torch.device("cpu")) == Chunking()
 
 
 def test_groups_are_whole_pairs_or_one_oversized_pair():

@@ -20,6 +20,7 @@ from torch import Tensor
 from dpo_kernels.sequence import spread
 from dpo_kernels.types import (
     Accumulator,
+    Chunking,
     Head,
     LogitsGradient,
     RowKernels,
@@ -69,13 +70,23 @@ class PairGradients:
     bias: Tensor | None  # (V,)
 
 
-def plan_groups(counts: Sequence[int] | None, capacity: int, bounds: Sequence[int], tile_rows: int) -> list[Group]:
-    """Pack whole units into as few groups of at most ``tile_rows`` rows as their order allows, and evenly.
+MORE_GROUPS = 2  # than needed that are considered
+
+
+def plan_groups(
+    counts: Sequence[int] | None,
+    capacity: int,
+    bounds: Sequence[int],
+    tile_rows: int,
+    chunking: Chunking | None = None,
+) -> list[Group]:
+    """Pack whole units in their order into groups of at most ``tile_rows`` rows, at the least cost by ``chunking``.
 
     A unit longer than that is a group of its own, without so much as an empty one beside it. ``bounds`` are the first
-    sequences of the units, and the end; ``counts`` is None for a static capacity. Evenly, because a GEMM of a few
-    left-over rows costs as much as one of many.
+    sequences of the units, and the end; ``counts`` is None for a static capacity. Considered are the most even groups,
+    because a GEMM of a few left-over rows costs as much as one of many, and those that fill the GEMM's tiles.
     """
+    chunking = chunking or Chunking()
     units = len(bounds) - 1
     if counts is None:
         return [Group(0, units, (bounds[0], bounds[-1]), 0, capacity, oversized=False)]
@@ -83,15 +94,30 @@ def plan_groups(counts: Sequence[int] | None, capacity: int, bounds: Sequence[in
     groups = _packed(lengths, bounds, tile_rows, tile_rows)
     if any(group.oversized for group in groups):
         return groups
-    # The smallest limit that needs no more groups.
-    lowest, highest = max(lengths, default=0), max((group.stop - group.start for group in groups), default=0)
+    candidates = []
+    for number in range(len(groups), len(groups) + 1 + (MORE_GROUPS if chunking.tile_rows > 1 else 0)):
+        limit = _least_limit(lengths, bounds, number, tile_rows)
+        full = min(tile_rows, -(-limit // chunking.tile_rows) * chunking.tile_rows)
+        candidates += [_packed(lengths, bounds, rows, tile_rows) for rows in (limit, full)]
+    return min(candidates, key=lambda groups: cost_of_groups(groups, chunking))
+
+
+def cost_of_groups(groups: Sequence[Group], chunking: Chunking) -> int:
+    """In rows: those of whole GEMM tiles, and what each group after the first costs besides."""
+    tiles = sum(-(-(group.stop - group.start) // chunking.tile_rows) for group in groups)
+    return tiles * chunking.tile_rows + max(0, len(groups) - 1) * chunking.further_chunk
+
+
+def _least_limit(lengths: Sequence[int], bounds: Sequence[int], number: int, tile_rows: int) -> int:
+    """The smallest number of rows that needs no more than so many groups."""
+    lowest, highest = max(lengths, default=0), max(tile_rows, 0)
     while lowest < highest:
         middle = (lowest + highest) // 2
-        if len(_packed(lengths, bounds, middle, tile_rows)) <= len(groups):
+        if len(_packed(lengths, bounds, middle, tile_rows)) <= number:
             highest = middle
         else:
             lowest = middle + 1
-    return _packed(lengths, bounds, highest, tile_rows)
+    return lowest
 
 
 def _packed(lengths: Sequence[int], bounds: Sequence[int], limit: int, tile_rows: int) -> list[Group]:
@@ -130,13 +156,14 @@ def pair_gradients(
     need: tuple[bool, bool, bool],
     stats: Sequence[str],
     into: Accumulator | None = None,
+    chunking: Chunking | None = None,
 ) -> PairGradients:
     """Run the pass; ``need`` says which of (hidden, weight, bias) want a gradient, ``denominator`` is 0-d float64.
 
     With ``into`` the head's gradient is added there and all gradients are those of ``into.upstream * total``. A tile
     of fewer columns than the vocabulary holds all rows, and the gradient's memory the logits.
     """
-    groups = plan_groups(rows.host_counts, rows.capacity, loss.bounds(rows.counts.shape[0]), tile.rows)
+    groups = plan_groups(rows.host_counts, rows.capacity, loss.bounds(rows.counts.shape[0]), tile.rows, chunking)
     largest = max((group.stop - group.start for group in groups), default=0)
     tile = Tile(min(tile.rows, largest), tile.cols)
     run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, denominator, tile, need, stats, into)

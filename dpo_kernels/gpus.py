@@ -1,0 +1,65 @@
+"""What is known of GPUs: the constants that chunks are planned with, each entry with the source of its numbers.
+
+No entry has been tuned on its hardware; ``benchmarks/model.py`` predicts with the same numbers, and the pages
+``docs/benchmarks/nvidia-*.md`` say what they lead to. A measurement that contradicts one replaces it, and its source.
+"""
+
+from dataclasses import dataclass
+
+from dpo_kernels.types import Chunking
+
+# Part of the peak that a library's large GEMMs reach: three bare ones of N=8192, H=4096, V=151936 in 42 ms on an H100
+# (huggingface/trl #7244).
+EFFICIENCY = 0.736
+# Rows of a library GEMM's tile of 16-bit operands on these GPUs; a part of one takes as long as a whole.
+TILE_ROWS = 128
+ACCUMULATION_BYTES = 8  # of each element of dW that a further chunk reads and writes, float32
+UNIT_FLOP = 6  # of each element of dW for a row: logits, dX and dW
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Constants of a GPU (dense, without sparsity; SXM boards)."""
+
+    name: str
+    tensor_flops: float  # FLOP/s of 16-bit tensor cores
+    plain_flops: float  # FLOP/s of float32 without TF32, which torch leaves off
+    bandwidth: float  # of HBM, byte/s
+    source: str
+
+    @property
+    def chunking(self) -> Chunking:
+        """A chunk more costs the traffic of dW, in rows that could be computed instead; H and V cancel out."""
+        rows = ACCUMULATION_BYTES / self.bandwidth * EFFICIENCY * self.tensor_flops / UNIT_FLOP
+        return Chunking(TILE_ROWS, round(rows))
+
+
+GPUS = {
+    "A100": Gpu(
+        "A100",
+        312e12,
+        19.5e12,
+        2.039e12,
+        "A100 80GB SXM data sheet: 312 TFLOP/s, 19.5, 2039 GB/s; prediction: docs/benchmarks/nvidia-a100.md",
+    ),
+    "H100": Gpu(
+        "H100",
+        989.4e12,
+        67e12,
+        3.35e12,
+        "H100 SXM data sheet: 1979 TFLOP/s sparse / 2, 67, 3.35 TB/s; prediction: docs/benchmarks/nvidia-h100.md",
+    ),
+    "H200": Gpu(
+        "H200",
+        989.4e12,
+        67e12,
+        4.8e12,
+        "H200 SXM data sheet: 1979 TFLOP/s sparse / 2, 67, 4.8 TB/s; prediction: docs/benchmarks/nvidia-h200.md",
+    ),
+}
+UNKNOWN = GPUS["H100"]  # of a GPU without an entry
+
+
+def gpu_of(name: str) -> Gpu | None:
+    """The entry for a device's name as the driver reports it."""
+    return next((gpu for key, gpu in GPUS.items() if key in name), None)
