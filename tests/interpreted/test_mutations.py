@@ -47,8 +47,8 @@ MUTATIONS = {
     "no rescale while streaming": ("linear_logprob", "sumexp = sumexp * kept + tl.sum", "sumexp = sumexp + tl.sum"),
     "streamed target off by one": (
         "linear_logprob",
-        "hit = cols[None, :] == labels",
-        "hit = cols[None, :] + 1 == labels",
+        "hit = tl.arange(0, BLOCK_V)[None, :] == (labels",
+        "hit = tl.arange(0, BLOCK_V)[None, :] + 1 == (labels",
     ),
     "a tile forgets where it starts": ("linear_logprob", "cols = start + at", "cols = at"),
     "the last part of H is dropped": ("linear_logprob", "inside = h + at < width", "inside = h + at < width - 1"),
@@ -148,7 +148,7 @@ def _operands():
     return backend.TritonRows(torch.float32, 2**20), x, weight, logits, torch.tensor([1, 0, 2]), saved
 
 
-ROWS = "rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)\n    row_inside = rows < total_rows\n"
+ROWS = "rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_N)\n    row_inside = rows < total_rows\n"
 # what: (module, text of the kernel whose 64 bits are dropped, what runs it with one operand's rows placed so)
 OFFSETS = {
     "rows of reduce_rows": ("rows", "row = tl.program_id(0).to(tl.int64)\n    base", _reduced),
@@ -159,11 +159,11 @@ OFFSETS = {
         "cols = left + tl.arange(0, BLOCK_V).to(tl.int64)",
         lambda place: _streamed(w_at=place),
     ),
-    "hidden rows of linear_dlogits": ("linear_logprob", ROWS + "    at", lambda place: _recomputed(x_at=place)),
-    "tile rows of linear_dlogits": ("linear_logprob", ROWS + "    at", lambda place: _recomputed(out_at=place)),
+    "hidden rows of linear_dlogits": ("linear_logprob", ROWS + "    first_col", lambda place: _recomputed(x_at=place)),
+    "tile rows of linear_dlogits": ("linear_logprob", ROWS + "    first_col", lambda place: _recomputed(out_at=place)),
     "head rows of linear_dlogits": (
         "linear_logprob",
-        "at = tl.program_id(1).to(tl.int64) * BLOCK_V",
+        "at = first_col.to(tl.int64)",
         lambda place: _recomputed(w_at=place),
     ),
 }

@@ -18,9 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, MockTensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dpo_kernels.kernels.triton.configs import Configuration
+from dpo_kernels.kernels.triton.configs import Configuration, Matrix
 
 KiB = 1024
 
@@ -115,10 +116,21 @@ def compile_for(configuration: Configuration, target: str) -> Any:
     before = driver._active
     driver.set_active(_StandIn(target))
     try:
-        arguments = [configuration.arguments[name] for name in kernel.arg_names]
+        arguments = [_passed(name, configuration) for name in kernel.arg_names]
         return kernel.warmup(*arguments, grid=(1,), **configuration.options)
     finally:
         driver._active = before
+
+
+def _passed(name: str, configuration: Configuration) -> Any:
+    """An argument as ``warmup`` takes it."""
+    value = configuration.arguments[name]
+    if not isinstance(value, Matrix):
+        return value
+    launch = configuration.arguments
+    block = [launch["BLOCK_N" if name == "x_ptr" else "BLOCK_V"], launch["BLOCK_H"]]
+    shape = [value.rows, value.cols]
+    return TensorDescriptor(MockTensor(value.dtype, shape), shape, [value.cols, 1], block)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The Triton backend: the row kernels, the tail and the streaming pass; plain GEMMs stay torch's."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -10,17 +10,17 @@ import triton
 from torch import Tensor
 
 from dpo_kernels.kernels.torch_rows import TorchRows
-from dpo_kernels.kernels.triton import dpo_tail, linear_logprob
+from dpo_kernels.kernels.triton import dpo_tail, linear_logprob, tuning
 from dpo_kernels.kernels.triton import rows as row_kernels
 from dpo_kernels.kernels.triton.configs import (
     INTERPRETED,
-    MATRIX,
     ROW_BLOCK,
     ROW_WARPS,
     SAFE_SHIFT,
     TAIL_BLOCK,
     TAIL_WARPS,
     MatrixLaunch,
+    family_of,
     target_of,
 )
 from dpo_kernels.sequence import offsets_of
@@ -200,37 +200,41 @@ class TritonRows(TorchRows):
         count, vocab = packed.used, head.vocab
         if count == 0:
             return super().stream_logprob(hidden_RH, head, packed, tile, stats)
-        launch = _launch(x_NH).for_stats() if stats else _launch(x_NH)
-        blocks = triton.cdiv(count, launch.block_rows)
-        splits = max(1, min(MOST_SPLITS, PROGRAMS // blocks, triton.cdiv(vocab, launch.block_cols)))
-        split = triton.cdiv(triton.cdiv(vocab, splits), launch.block_cols) * launch.block_cols
-        splits = triton.cdiv(vocab, split)
-        kept = [x_NH.new_empty(splits, count, dtype=torch.float32) for _ in range(6 if stats else 3)]
-        argmax = torch.empty(splits if stats else 1, count, dtype=torch.int64, device=x_NH.device)
         weight = self._weight(head)
-        with _on(x_NH):
-            linear_logprob.linear_logprob[(blocks, splits)](
-                x_NH,
-                weight,
-                weight if head.bias is None else head.bias,
-                packed.labels,
-                *kept[:3],
-                *(kept[3:] or kept),
-                argmax,
-                count,
-                vocab,
-                x_NH.shape[1],
-                x_NH.stride(0),
-                weight.stride(0),
-                split,
-                *_numbers(head),
-                HAS_BIAS=head.bias is not None,
-                HAS_SOFTCAP=head.softcap is not None,
-                HAS_STATS=bool(stats),
-                **launch.blocks,
-                PRECISION="ieee",
-                **launch.options,
-            )
+
+        def run(launch: MatrixLaunch) -> tuple[list[Tensor], Tensor]:
+            """The reductions of each share of the vocabulary, in memory of their own."""
+            blocks = triton.cdiv(count, launch.block_rows)
+            splits = max(1, min(MOST_SPLITS, PROGRAMS // blocks, triton.cdiv(vocab, launch.block_cols)))
+            split = triton.cdiv(triton.cdiv(vocab, splits), launch.block_cols) * launch.block_cols
+            splits = triton.cdiv(vocab, split)
+            kept = [x_NH.new_empty(splits, count, dtype=torch.float32) for _ in range(6 if stats else 3)]
+            argmax = torch.empty(splits if stats else 1, count, dtype=torch.int64, device=x_NH.device)
+            with _on(x_NH):
+                linear_logprob.linear_logprob[(blocks, splits)](
+                    *launch.descriptors(x_NH, weight),
+                    weight if head.bias is None else head.bias,
+                    packed.labels,
+                    *kept[:3],
+                    *(kept[3:] or kept),
+                    argmax,
+                    count,
+                    vocab,
+                    x_NH.shape[1],
+                    x_NH.stride(0),
+                    weight.stride(0),
+                    split,
+                    *_numbers(head),
+                    HAS_BIAS=head.bias is not None,
+                    HAS_SOFTCAP=head.softcap is not None,
+                    HAS_STATS=bool(stats),
+                    **launch.blocks,
+                    PRECISION="ieee",
+                    **launch.options,
+                )
+            return kept, argmax
+
+        kept, argmax = run(_best("linear_logprob", x_NH, weight, head, bool(stats), run))
         state = _merge(kept, argmax, stats)
         done = self.finish(state, packed.labels[:count], vocab)
         return _to_capacity(done, packed.capacity)
@@ -248,7 +252,6 @@ class TritonRows(TorchRows):
     ) -> LogitsGradient:
         """See ``types.RowKernels``: one kernel from hidden states to the operand, no float32 logits between."""
         x_CH = _aligned(x_CH)
-        launch = _launch(x_CH)
         out, applied, residual = tile, None, None
         if self.dtype == torch.bfloat16:  # in the scratch's own memory, of which it takes half
             applied, scale_C, residual = scale_C, None, torch.zeros_like(max_C)
@@ -256,35 +259,39 @@ class TritonRows(TorchRows):
             memory = tile.as_strided((rows * pitch,), (1,)).view(torch.bfloat16)
             out = memory[: rows * pitch].view(rows, pitch)[:, : tile.shape[1]]
         count, cols = tile.shape
-        grid = (triton.cdiv(count, launch.block_rows), triton.cdiv(cols, launch.block_cols))
         weight = self._weight(head)
-        with _on(x_CH):
-            linear_logprob.linear_dlogits[grid](
-                x_CH,
-                weight,
-                weight if head.bias is None else head.bias,
-                labels_C,
-                max_C,
-                sumexp_C,
-                max_C if applied is None else applied,
-                max_C if residual is None else residual,
-                out,
-                count,
-                cols,
-                start,
-                x_CH.shape[1],
-                x_CH.stride(0),
-                weight.stride(0),
-                out.stride(0),
-                *_numbers(head),
-                HAS_BIAS=head.bias is not None,
-                HAS_SOFTCAP=head.softcap is not None,
-                HAS_SCALE=applied is not None,
-                HAS_RESIDUAL=residual is not None,
-                **launch.blocks,
-                PRECISION="ieee",
-                **launch.options,
-            )
+
+        def run(launch: MatrixLaunch) -> None:
+            """Overwrite ``out``, of which nothing is read."""
+            grid = (triton.cdiv(count, launch.block_rows), triton.cdiv(cols, launch.block_cols))
+            with _on(x_CH):
+                linear_logprob.linear_dlogits[grid](
+                    *launch.descriptors(x_CH, weight),
+                    weight if head.bias is None else head.bias,
+                    labels_C,
+                    max_C,
+                    sumexp_C,
+                    max_C if applied is None else applied,
+                    max_C if residual is None else residual,
+                    out,
+                    count,
+                    cols,
+                    start,
+                    x_CH.shape[1],
+                    x_CH.stride(0),
+                    weight.stride(0),
+                    out.stride(0),
+                    *_numbers(head),
+                    HAS_BIAS=head.bias is not None,
+                    HAS_SOFTCAP=head.softcap is not None,
+                    HAS_SCALE=applied is not None,
+                    HAS_RESIDUAL=residual is not None,
+                    **launch.blocks,
+                    PRECISION="ieee",
+                    **launch.options,
+                )
+
+        run(_best("linear_dlogits", x_CH, weight, head, False, run))
         return LogitsGradient(out, scale_C, labels_C, residual)
 
 
@@ -314,8 +321,16 @@ def _aligned(matrix: Tensor) -> Tensor:
     return copy
 
 
-def _launch(x: Tensor) -> MatrixLaunch:
-    return INTERPRETED if not x.is_cuda else MATRIX[target_of(x.device), x.dtype == torch.float32]
+def _best(
+    kernel: str, x_CH: Tensor, weight: Tensor, head: Head, stats: bool, run: Callable[[MatrixLaunch], object]
+) -> MatrixLaunch:
+    """The launch for a call of a matmul kernel; ``run`` is what may be timed."""
+    if not x_CH.is_cuda:
+        return INTERPRETED
+    family = family_of(kernel, target_of(x_CH.device), x_CH.dtype, stats)
+    sizes = (f"N<={tuning.bucket(x_CH.shape[0])}", f"V<={tuning.bucket(weight.shape[0])}", f"H={x_CH.shape[1]}")
+    forms = ("bias" if head.bias is not None else "", "softcap" if head.softcap else "", "stats" if stats else "")
+    return tuning.best(kernel, family, (str(x_CH.dtype), *sizes, *filter(None, forms)), x_CH, run)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:

@@ -8,19 +8,30 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix that a kernel reads by a descriptor, in blocks of its ``BLOCK_*``."""
+
+    dtype: torch.dtype
+    rows: int
+    cols: int
 
 
 @dataclass(frozen=True)
 class Configuration:
     """One specialisation of one kernel.
 
-    ``arguments`` maps every parameter of the kernel to a ``torch.dtype`` (a pointer to that, 16-byte aligned), an int
-    or float (a runtime value, specialised as a launch would), None, or the value of a ``tl.constexpr``.
+    ``arguments`` maps every parameter of the kernel to a ``torch.dtype`` (a pointer to that, 16-byte aligned), a
+    ``Matrix``, an int or float (a runtime value, specialised as a launch would), None, or the value of a
+    ``tl.constexpr``.
     """
 
     name: str
     kernel: Any  # triton.JITFunction
-    arguments: dict[str, torch.dtype | int | float | bool | str | None]
+    arguments: dict[str, torch.dtype | Matrix | int | float | bool | str | None]
     options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages
     matrix: bool = False  # a matrix instruction is expected, with pipelined loads
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -41,15 +52,34 @@ class MatrixLaunch:
     block_width: int
     warps: int
     stages: int
+    tma: bool = False  # operands by the copy engine of sm_90 and later, from descriptors
 
     @property
     def blocks(self) -> dict[str, int]:
         """The kernel's constants."""
-        return {"BLOCK_N": self.block_rows, "BLOCK_V": self.block_cols, "BLOCK_H": self.block_width}
+        return {
+            "BLOCK_N": self.block_rows,
+            "BLOCK_V": self.block_cols,
+            "BLOCK_H": self.block_width,
+            "TMA": self.tma,
+        }
 
     def for_stats(self) -> "MatrixLaunch":
         """Half the columns: the statistics keep several tiles of values alive at once, and would spill."""
         return replace(self, block_cols=self.block_cols // 2)
+
+    def __str__(self) -> str:
+        sizes = f"{self.block_rows}x{self.block_cols}x{self.block_width}"
+        return f"{sizes} {self.warps} warps {self.stages} stages{' TMA' if self.tma else ''}"
+
+    def descriptors(self, x: Any, weight: Any) -> tuple[Any, Any]:
+        """The matrices as the kernel takes them: tensors, or descriptors of their blocks."""
+        if not self.tma:
+            return x, weight
+        return (
+            TensorDescriptor.from_tensor(x, [self.block_rows, self.block_width]),
+            TensorDescriptor.from_tensor(weight, [self.block_cols, self.block_width]),
+        )
 
     @property
     def options(self) -> dict[str, int]:
@@ -57,19 +87,32 @@ class MatrixLaunch:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# (target, float32 operands): families that the gate found sane; none has been timed.
-MATRIX = {
-    ("sm_80", False): MatrixLaunch(128, 128, 64, 8, 3),
-    ("sm_90", False): MatrixLaunch(128, 128, 64, 8, 4),
-    ("sm_100", False): MatrixLaunch(128, 128, 64, 8, 4),
-    ("gfx942", False): MatrixLaunch(128, 128, 32, 8, 2),
-    ("sm_80", True): MatrixLaunch(64, 64, 32, 4, 2),
-    ("sm_90", True): MatrixLaunch(64, 64, 32, 4, 2),
-    ("sm_100", True): MatrixLaunch(64, 64, 32, 4, 2),
-    ("gfx942", True): MatrixLaunch(64, 64, 32, 4, 2),
+_SMALL = (MatrixLaunch(64, 64, 32, 4, 2),)  # float32 operands: no matrix instruction is exact enough
+_AMPERE = (MatrixLaunch(128, 128, 64, 8, 3), MatrixLaunch(128, 128, 32, 8, 4), MatrixLaunch(64, 256, 32, 8, 4))
+_HOPPER = (MatrixLaunch(128, 128, 64, 8, 4, tma=True), MatrixLaunch(128, 128, 64, 8, 4))
+_WIDE = (MatrixLaunch(128, 256, 64, 8, 4, tma=True), MatrixLaunch(128, 256, 64, 8, 3, tma=True))
+_CDNA = (MatrixLaunch(128, 128, 32, 8, 2),)
+# Launches that the gate found sane, by (kernel, target) and 16-bit operands; ``tuning`` times them. The first is taken
+# where nothing may be timed: none has been on hardware, so it is the one with the fewest bytes per FLOP that compiles
+# without spills.
+FAMILIES = {
+    ("linear_logprob", "sm_80"): (*_AMPERE, MatrixLaunch(128, 256, 32, 8, 3)),
+    ("linear_logprob", "sm_90"): (*_WIDE, *_HOPPER),
+    ("linear_logprob", "sm_100"): (*_HOPPER, *_WIDE),
+    ("linear_logprob", "gfx942"): _CDNA,
+    ("linear_dlogits", "sm_80"): _AMPERE,
+    ("linear_dlogits", "sm_90"): (*_HOPPER, *_WIDE),
+    ("linear_dlogits", "sm_100"): (*_HOPPER, *_WIDE),
+    ("linear_dlogits", "gfx942"): _CDNA,
 }
 # Large enough to be quick in numpy, small enough to leave several programs and ragged edges.
 INTERPRETED = MatrixLaunch(32, 64, 32, 4, 1)
+
+
+def family_of(kernel: str, target: str, dtype: torch.dtype, stats: bool = False) -> tuple[MatrixLaunch, ...]:
+    """The launches of a kernel to choose from."""
+    family = _SMALL if dtype == torch.float32 else FAMILIES[kernel, target]
+    return tuple(dict.fromkeys(launch.for_stats() for launch in family)) if stats else family
 
 
 def target_of(device: torch.device) -> str:

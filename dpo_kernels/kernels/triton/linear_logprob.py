@@ -5,22 +5,25 @@ rows over a share of the vocabulary, and the shares are merged afterwards. ``lin
 again and writes ``sumexp * (softmax - onehot)`` in the dtype of the GEMMs that follow. Strides are in elements.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.triton.configs import MATRIX, TARGETS, Configuration
+from dpo_kernels.kernels.triton.configs import TARGETS, Configuration, Matrix, MatrixLaunch, family_of
 
 
 @triton.jit
 def _logits(
-    x_ptr,
-    w_ptr,
+    x_ptr,  # or, with TMA, a descriptor of (N, H) in blocks (BLOCK_N, BLOCK_H)
+    w_ptr,  # or one of (V, H) in blocks (BLOCK_V, BLOCK_H)
     b_ptr,
+    first_row,
     rows,  # (BLOCK_N,) int64
     row_inside,
+    first_col,
     cols,  # (BLOCK_V,) int64, columns of the whole vocabulary
     col_inside,
     width,
@@ -33,24 +36,32 @@ def _logits(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Final logits of a block of rows and columns, float32; what lies outside is to be masked by the caller."""
-    # Strides and widths are multiples of 16 bytes (backend._aligned); a launch specialises on multiples of 16 elements
-    # only, and what the compiler does not know costs it wide copies and the pipeline. This tells it.
-    WIDE: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    width = width // WIDE * WIDE
-    x_stride = x_stride // WIDE * WIDE
-    w_stride = w_stride // WIDE * WIDE
     z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    at = tl.arange(0, BLOCK_H)
-    x_rows = x_ptr + rows[:, None] * x_stride
-    w_rows = w_ptr + cols[None, :] * w_stride
-    for h in range(0, width, BLOCK_H):
-        inside = h + at < width
-        x = tl.load(x_rows + (h + at)[None, :], mask=row_inside[:, None] & inside[None, :], other=0.0)
-        w = tl.load(w_rows + (h + at)[:, None], mask=col_inside[None, :] & inside[:, None], other=0.0)
-        z = tl.dot(x, w, z, input_precision=PRECISION)
+    if TMA:
+        # The copy engine knows the matrices' extents, and puts 0 for what lies outside.
+        for h in range(0, width, BLOCK_H):
+            x = x_ptr.load([first_row, h])
+            w = w_ptr.load([first_col, h])
+            z = tl.dot(x, w.T, z, input_precision=PRECISION)
+    else:
+        # Strides and widths are multiples of 16 bytes (backend._aligned); a launch specialises on multiples of 16
+        # elements only, and what the compiler does not know costs it wide copies and the pipeline. This tells it.
+        WIDE: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+        width = width // WIDE * WIDE
+        x_stride = x_stride // WIDE * WIDE
+        w_stride = w_stride // WIDE * WIDE
+        at = tl.arange(0, BLOCK_H)
+        x_rows = x_ptr + rows[:, None] * x_stride
+        w_rows = w_ptr + cols[None, :] * w_stride
+        for h in range(0, width, BLOCK_H):
+            inside = h + at < width
+            x = tl.load(x_rows + (h + at)[None, :], mask=row_inside[:, None] & inside[None, :], other=0.0)
+            w = tl.load(w_rows + (h + at)[:, None], mask=col_inside[None, :] & inside[:, None], other=0.0)
+            z = tl.dot(x, w, z, input_precision=PRECISION)
     if HAS_BIAS:
         z += tl.load(b_ptr + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
@@ -65,8 +76,8 @@ def _logits(
 
 @triton.jit
 def linear_logprob(
-    x_ptr,  # (N, H)
-    w_ptr,  # (V, H)
+    x_ptr,  # (N, H), with TMA its descriptor
+    w_ptr,  # (V, H), with TMA its descriptor
     b_ptr,  # (V,)
     labels_ptr,  # (N,) int64
     max_ptr,  # (splits, N) float32, written, as all that follow
@@ -90,10 +101,12 @@ def linear_logprob(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (ceil(N / BLOCK_N), splits)."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row = tl.program_id(0) * BLOCK_N
+    rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_N)
     row_inside = rows < total_rows
     labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1)
     running = tl.full([BLOCK_N], -float("inf"), tl.float32)
@@ -103,14 +116,14 @@ def linear_logprob(
     logit_sum = tl.zeros([BLOCK_N], tl.float32)
     square_sum = tl.zeros([BLOCK_N], tl.float32)
     first = tl.zeros([BLOCK_N], tl.int64)
-    begin = tl.program_id(1).to(tl.int64) * split
+    begin = tl.program_id(1) * split
     end = tl.minimum(begin + split, vocab)
     for left in range(begin, end, BLOCK_V):
         cols = left + tl.arange(0, BLOCK_V).to(tl.int64)
         col_inside = cols < end
         z = _logits(
-            x_ptr, w_ptr, b_ptr, rows, row_inside, cols, col_inside, width, x_stride, w_stride, scale, softcap,
-            HAS_BIAS, HAS_SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_H, PRECISION,
+            x_ptr, w_ptr, b_ptr, first_row, rows, row_inside, left, cols, col_inside, width, x_stride, w_stride, scale,
+            softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION,
         )  # fmt: skip
         if HAS_STATS:
             logit_sum += tl.sum(tl.where(col_inside[None, :], z, 0.0), axis=1)
@@ -128,7 +141,7 @@ def linear_logprob(
             first = tl.where(block_max > running, place, first)
             square_sum = square_sum * kept * kept + tl.sum(e * e, axis=1)
         sumexp = sumexp * kept + tl.sum(e, axis=1)
-        hit = cols[None, :] == labels[:, None]
+        hit = tl.arange(0, BLOCK_V)[None, :] == (labels - left).to(tl.int32)[:, None]
         target = tl.maximum(target, tl.max(tl.where(hit, z, -float("inf")), axis=1))
         running = highest
     at = tl.program_id(1).to(tl.int64) * total_rows + rows
@@ -144,8 +157,8 @@ def linear_logprob(
 
 @triton.jit
 def linear_dlogits(
-    x_ptr,  # (C, H)
-    w_ptr,  # (V, H)
+    x_ptr,  # (C, H), with TMA its descriptor
+    w_ptr,  # (V, H), with TMA its descriptor
     b_ptr,  # (V,)
     labels_ptr,  # (C,) int64
     max_ptr,  # (C,) float32
@@ -169,23 +182,27 @@ def linear_dlogits(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (ceil(C / BLOCK_N), ceil(Vt / BLOCK_V))."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row = tl.program_id(0) * BLOCK_N
+    rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_N)
     row_inside = rows < total_rows
-    at = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    first_col = tl.program_id(1) * BLOCK_V
+    at = first_col.to(tl.int64) + tl.arange(0, BLOCK_V)
     col_inside = at < tile_cols
     cols = start + at
     z = _logits(
-        x_ptr, w_ptr, b_ptr, rows, row_inside, cols, col_inside, width, x_stride, w_stride, scale, softcap,
-        HAS_BIAS, HAS_SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_H, PRECISION,
+        x_ptr, w_ptr, b_ptr, first_row, rows, row_inside, start + first_col, cols, col_inside, width, x_stride,
+        w_stride, scale, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION,
     )  # fmt: skip
     labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1)
     row_max = tl.load(max_ptr + rows, mask=row_inside, other=0.0)
     sumexp = tl.load(sumexp_ptr + rows, mask=row_inside, other=1.0)
     d = tl.exp(z - row_max[:, None])
-    hit = (cols[None, :] == labels[:, None]) & col_inside[None, :]
+    own = (labels - start - first_col).to(tl.int32)
+    hit = (tl.arange(0, BLOCK_V)[None, :] == own[:, None]) & col_inside[None, :]
     d = tl.where(hit, d - sumexp[:, None], d)
     if HAS_SOFTCAP:
         capped = z / softcap
@@ -197,14 +214,18 @@ def linear_dlogits(
     tl.store(out_ptr + rows[:, None] * out_stride + at[None, :], rounded, mask=inside)
     if HAS_RESIDUAL:
         lost = tl.sum(tl.where(hit, d - rounded.to(tl.float32), 0.0), axis=1)
-        first = start + tl.program_id(1).to(tl.int64) * BLOCK_V
+        first = start + first_col
         here = (labels >= first) & (labels < tl.minimum(first + BLOCK_V, start + tile_cols))
         tl.store(residual_ptr + rows, lost, mask=row_inside & here)
 
 
-def _common(dtype: torch.dtype, width: int, block: dict[str, int], extras: bool) -> dict[str, Any]:
+def _common(
+    dtype: torch.dtype, rows: int, width: int, vocab: int, launch: MatrixLaunch, extras: bool
+) -> dict[str, Any]:
+    matrices = {"x_ptr": Matrix(dtype, rows, width), "w_ptr": Matrix(dtype, vocab, width)}
     return {
-        **dict.fromkeys(("x_ptr", "w_ptr", "b_ptr"), dtype),
+        **(matrices if launch.tma else dict.fromkeys(matrices, dtype)),
+        "b_ptr": dtype,
         "labels_ptr": torch.int64,
         **dict.fromkeys(("max_ptr", "sumexp_ptr"), torch.float32),
         "width": width,
@@ -214,24 +235,35 @@ def _common(dtype: torch.dtype, width: int, block: dict[str, int], extras: bool)
         "softcap": 30.0,
         "HAS_BIAS": extras,
         "HAS_SOFTCAP": extras,
-        **block,
+        **launch.blocks,
         "PRECISION": "ieee",
     }
 
 
-def _configurations(target: str, dtype: torch.dtype, width: int, vocab: int, extras: bool) -> list[Configuration]:
-    chosen = MATRIX[target, dtype == torch.float32]
-    common = _common(dtype, width, chosen.blocks, extras)
-    kind = f"H={width} V={vocab} {str(dtype).removeprefix('torch.')}{' bias softcap' if extras else ''}"
+def _forward(
+    target: str, launch: MatrixLaunch, dtype: torch.dtype, width: int, vocab: int, extras: bool, stats: bool
+) -> Configuration:
     f32, i64 = torch.float32, torch.int64
     kept: dict[str, Any] = dict.fromkeys(("target_ptr", "entropy_ptr", "logit_sum_ptr", "square_sum_ptr"), f32)
-    blocks = (chosen.for_stats() if extras else chosen).blocks
-    sizes: dict[str, Any] = {"total_rows": 8192, "vocab": vocab, "split": blocks["BLOCK_V"] * 64}
-    forward = {**common, **kept, "argmax_ptr": i64, **sizes, **blocks, "HAS_STATS": extras}
+    sizes: dict[str, Any] = {"total_rows": 8192, "vocab": vocab, "split": launch.block_cols * 64}
+    common = _common(dtype, 8192, width, vocab, launch, extras)
+    return Configuration(
+        f"linear_logprob {_kind(dtype, width, vocab, extras, stats)} {launch}",
+        linear_logprob,
+        {**common, **kept, "argmax_ptr": i64, **sizes, "HAS_STATS": stats},
+        launch.options,
+        dtype != torch.float32,
+        (target,),
+    )
+
+
+def _gradient(
+    target: str, launch: MatrixLaunch, dtype: torch.dtype, width: int, vocab: int, extras: bool
+) -> Configuration:
     tile: dict[str, Any] = {
         "out_ptr": dtype,
-        "scale_ptr": f32,
-        "residual_ptr": f32,
+        "scale_ptr": torch.float32,
+        "residual_ptr": torch.float32,
         "HAS_SCALE": dtype == torch.bfloat16,
         "HAS_RESIDUAL": dtype == torch.bfloat16,
         "total_rows": 2048,
@@ -239,22 +271,41 @@ def _configurations(target: str, dtype: torch.dtype, width: int, vocab: int, ext
         "start": 8192,
         "out_stride": 8192,
     }
-    options, matrix = chosen.options, dtype != torch.float32
-    return [
-        Configuration(f"linear_logprob {kind}", linear_logprob, forward, options, matrix, (target,)),
-        Configuration(f"linear_dlogits {kind}", linear_dlogits, {**common, **tile}, options, matrix, (target,)),
-    ]
+    return Configuration(
+        f"linear_dlogits {_kind(dtype, width, vocab, extras, stats=False)} {launch}",
+        linear_dlogits,
+        {**_common(dtype, 2048, width, vocab, launch, extras), **tile},
+        launch.options,
+        dtype != torch.float32,
+        (target,),
+    )
 
 
-CONFIGURATIONS = [
-    configuration
-    for target in TARGETS
-    for dtype, width, vocab, extras in (
-        (torch.bfloat16, 4096, 128256, False),
-        (torch.bfloat16, 2304, 256000, True),
-        (torch.bfloat16, 4104, 50257, False),
+def _kind(dtype: torch.dtype, width: int, vocab: int, extras: bool, stats: bool) -> str:
+    plain = f"H={width} V={vocab} {str(dtype).removeprefix('torch.')}"
+    return f"{plain}{' bias softcap' if extras else ''}{' stats' if stats else ''}"
+
+
+def _configurations() -> Iterator[Configuration]:
+    """Of every family each launch at one size, with statistics too, and the first one at all of them."""
+    bf16, common = torch.bfloat16, (torch.bfloat16, 4096, 128256)
+    others = (
+        (bf16, 2304, 256000, True),
+        (bf16, 4104, 50257, False),
         (torch.float16, 4096, 32000, False),
         (torch.float32, 2048, 50257, False),
     )
-    for configuration in _configurations(target, dtype, width, vocab, extras)
-]
+    for target in TARGETS:
+        for launch in family_of("linear_logprob", target, bf16):
+            yield _forward(target, launch, *common, extras=False, stats=False)
+        for launch in family_of("linear_logprob", target, bf16, stats=True):
+            yield _forward(target, launch, *common, extras=True, stats=True)
+        for launch in family_of("linear_dlogits", target, bf16):
+            yield _gradient(target, launch, *common, extras=False)
+        for dtype, width, vocab, extras in others:
+            forward, gradient = (family_of(name, target, dtype)[0] for name in ("linear_logprob", "linear_dlogits"))
+            yield _forward(target, forward, dtype, width, vocab, extras, stats=False)
+            yield _gradient(target, gradient, dtype, width, vocab, extras)
+
+
+CONFIGURATIONS = list(_configurations())

@@ -1,0 +1,161 @@
+"""Which launch of a matmul kernel is the fastest on this GPU: timed once, kept on disk, and never guessed anew.
+
+``DPO_KERNELS_AUTOTUNE`` says how:
+
+- ``1`` (default): the launches of a family are timed at the first call of a kind (dtype, width, and sizes to the next
+  power of two), and the fastest is kept in ``DPO_KERNELS_CACHE_DIR`` (default: ``~/.cache/dpo_kernels``). Another
+  process takes it from there.
+- ``cached``: what is kept there is used, and nothing is timed.
+- ``0``: the first launch of each family, always. Two launches may differ in the last bits of their results, so this,
+  or the same folder, is what makes runs on several machines alike.
+
+A trial runs the kernel on the call's own inputs into outputs that the call overwrites afterwards: no kernel that adds
+to anything is timed. What was taken once stays for the process, so a second call repeats the first one's bits. While a
+CUDA graph is captured nothing can be timed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from dpo_kernels.kernels.triton import configs, linear_logprob
+from dpo_kernels.kernels.triton.configs import MatrixLaunch
+
+MODE, FOLDER = "DPO_KERNELS_AUTOTUNE", "DPO_KERNELS_CACHE_DIR"
+MODES = ("1", "0", "cached")
+REPEATS = 5
+CANNOT_RUN = (CompilationError, OutOfResources, PTXASError)  # on this GPU, or with this compiler
+Trial = Callable[[MatrixLaunch], object]
+
+_taken: dict[tuple[str, str], MatrixLaunch] = {}
+
+
+def best(
+    kernel: str, family: Sequence[MatrixLaunch], facts: Sequence[object], like: Tensor, run: Trial
+) -> MatrixLaunch:
+    """The launch of ``family`` to take; ``run`` launches the kernel, ``facts`` tell one kind of call from another.
+
+    Raises ValueError for a mode that is none.
+    """
+    mode = os.environ.get(MODE, MODES[0])
+    if mode not in MODES:
+        raise ValueError(f"{MODE}={mode!r}, expected one of {', '.join(MODES)}")
+    if mode == "0" or len(family) < 2:
+        return family[0]
+    gpu, kind = device_name(like), " ".join(map(str, (kernel, *facts)))
+    if (gpu, kind) not in _taken:
+        _taken[gpu, kind] = _remembered(gpu, kind, family) or _timed(gpu, kind, family, like, run, mode)
+    return _taken[gpu, kind]
+
+
+def bucket(size: int) -> int:
+    """The next power of two: sizes between two are one kind of call."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def forget() -> None:
+    """Drop what this process has taken; the disk keeps its own."""
+    _taken.clear()
+
+
+def device_name(like: Tensor) -> str:
+    """What the results on disk are told apart by."""
+    return torch.cuda.get_device_name(like.device) if like.is_cuda else "interpreter"
+
+
+def path_of(gpu: str) -> Path:
+    """Where the results for a GPU are kept: a file for each version of the kernels and of what compiles them."""
+    root = os.environ.get(FOLDER) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_kernels"
+    text = Path(linear_logprob.__file__).read_text() + Path(configs.__file__).read_text()
+    versions = f"{triton.__version__} {torch.version.cuda} {torch.version.hip}"
+    digest = hashlib.sha256((text + versions).encode()).hexdigest()[:12]
+    return Path(root) / f"autotune-{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}-{digest}.json"
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+def _timed(gpu: str, kind: str, family: Sequence[MatrixLaunch], like: Tensor, run: Trial, mode: str) -> MatrixLaunch:
+    if mode != "1" or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return family[0]
+    times: dict[MatrixLaunch, float] = {}
+    for launch in family:
+        try:
+            times[launch] = milliseconds(lambda launch=launch: run(launch), like)  # type: ignore[misc]
+        except CANNOT_RUN:
+            continue
+    if not times:
+        return family[0]  # whose own error is the one to see
+    fastest = min(times, key=lambda launch: times[launch])
+    return _remember(gpu, kind, family, fastest, times)
+
+
+def milliseconds(call: Callable[[], object], like: Tensor) -> float:
+    """Median of a few calls on the GPU, after one that compiles and warms up."""
+    call()
+    found = []
+    with torch.cuda.device(like.device):
+        for _ in range(REPEATS):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            found.append(begin.elapsed_time(end))
+    return statistics.median(found)
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What is there; nothing where it cannot be read, which costs a timing and no more."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remembered(gpu: str, kind: str, family: Sequence[MatrixLaunch]) -> MatrixLaunch | None:
+    """What is kept on disk, if it is a launch of the family."""
+    entry = _read(path_of(gpu)).get(kind)
+    kept = entry.get("launch") if isinstance(entry, dict) else None
+    return next((launch for launch in family if asdict(launch) == kept), None)
+
+
+def _remember(
+    gpu: str, kind: str, family: Sequence[MatrixLaunch], fastest: MatrixLaunch, times: dict[MatrixLaunch, float]
+) -> MatrixLaunch:
+    """Keep it on disk; where another process was first, its choice is taken, so that the two agree."""
+    path = path_of(gpu)
+    first = _remembered(gpu, kind, family)
+    if first is not None:
+        return first
+    entry = {"launch": asdict(fastest), "milliseconds": {str(launch): round(ms, 4) for launch, ms in times.items()}}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.stem, delete=False) as file:
+            json.dump(_read(path) | {kind: entry}, file, indent=1)
+        Path(file.name).replace(path)  # whole or not at all, whoever else writes
+    except OSError as error:
+        warnings.warn(
+            f"what was timed cannot be kept in {path.parent} ({error}) and will be timed in each process; "
+            f"{FOLDER} names another folder, {MODE}=0 turns timing off",
+            stacklevel=2,
+        )
+    return fastest
