@@ -9,6 +9,9 @@ from hypothesis import settings
 # Read when huggingface_hub is imported: a trainer would report its use, which a test is not, and wait for answers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Nothing is timed, and nothing kept in the folder of whoever runs the tests, unless a test says so.
+os.environ.setdefault("DPO_KERNELS_AUTOTUNE", "0")
+
 # Tests run side by side, and several threads each would only wait for one another.
 torch.set_num_threads(1)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from tests.cases import LAYOUTS, STRATEGIES, Case, broken_over_forms, broken_rules, run
+from tests.cases import LAYOUTS, RICH, STRATEGIES, Case, broken_over_forms, broken_rules, run
 from tests.test_equivalence import LOSSES
 
 pytestmark = pytest.mark.gpu
@@ -34,6 +34,41 @@ def test_losses_and_upstreams(upstream, loss, strategy, backend):
     for frozen in (False, True):
         case = Case(torch.bfloat16, frozen=frozen, weights=True, options=LOSSES[loss])
         assert not broken_rules(case, strategy, backend, upstream, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "rich"])
+def test_every_launch_of_the_families(monkeypatch, extras, number, dtype):
+    """By descriptors too, and with fewer columns for statistics."""
+    from dpo_kernels.kernels.triton import backend, configs
+
+    def one(kernel, x, stats):
+        family = configs.family_of(kernel, configs.target_of(x.device), x.dtype, stats)
+        return (family[number % len(family)],)
+
+    monkeypatch.setattr(backend, "_family", one)
+    case = Case(dtype, bias=extras, weights=extras, options=RICH if extras else {})
+    assert not broken_rules(case, "streaming", "triton", device="cuda")
+
+
+@pytest.mark.parametrize("mode", ["1", "cached", "0"])
+def test_timing_changes_nothing_but_the_launch(monkeypatch, tmp_path, mode):
+    """The first call, which times, the second, and one that reads what the first kept have the same bits."""
+    from dpo_kernels.kernels.triton import tuning
+
+    monkeypatch.setenv(tuning.FOLDER, str(tmp_path))
+    monkeypatch.setenv(tuning.MODE, mode)
+    found = []
+    for new_process in (True, False, True):
+        if new_process:
+            tuning.forget()
+        case = Case(torch.bfloat16)
+        options = {**case.keywords(), "strategy": "streaming", "backend": "triton"}
+        found.append(run(dk.fused_dpo_loss, case.tensors(device="cuda"), **options))
+    assert all(torch.equal(found[0][key], other[key]) for other in found[1:] for key in found[0])
+    assert len(list(tmp_path.iterdir())) == (1 if mode == "1" else 0)
+    tuning.forget()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

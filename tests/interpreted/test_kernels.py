@@ -1,12 +1,15 @@
 """Every equivalence case of the core through the Triton kernels, in the sanitized interpreter."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 import dpo_kernels as dk
+from dpo_kernels.kernels.triton import tuning
 from dpo_kernels.kernels.triton.backend import TritonRows
+from dpo_kernels.kernels.triton.configs import INTERPRETED
 from dpo_kernels.types import STATS, Head
 from tests.cases import LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
 from tests.small import tail_of_an_impossible_rejected
@@ -15,6 +18,7 @@ from tests.test_numerics import assert_same_bits, extreme, masked
 from tests.triton_tools.interpreter import sanitize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BY_DESCRIPTORS = replace(INTERPRETED, tma=True)
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +49,40 @@ def test_equivalence(layout, dtype, strategy):
         )
         broken[reference, frozen, extras] = broken_rules(case, strategy, "triton")
     assert not {key: value for key, value in broken.items() if value}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equivalence_by_descriptors(monkeypatch, layout, dtype):
+    """The same with operands as Hopper's copy engine takes them, whole blocks with 0 for what lies outside."""
+    monkeypatch.setattr("dpo_kernels.kernels.triton.backend.INTERPRETED", BY_DESCRIPTORS)
+    for options in ({}, RICH):
+        case = Case(dtype, bias=bool(options), weights=bool(options), options=options, **LAYOUTS[layout])
+        assert not broken_rules(case, "streaming", "triton")
+
+
+@pytest.mark.parametrize("fastest", [0, 1])
+def test_timing_changes_nothing_but_the_launch(monkeypatch, tmp_path, fastest):
+    """A call that tries several launches gives the bits of one that was told which; so does the next call."""
+    family, tried = (INTERPRETED, BY_DESCRIPTORS), []
+
+    def milliseconds(call, like):
+        tried.append(call())
+        return abs(len(tried) % 2 - (1 - fastest))  # alternately the first launch and the second
+
+    monkeypatch.setenv("DPO_KERNELS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("dpo_kernels.kernels.triton.tuning.milliseconds", milliseconds)
+    tuning.forget()
+    case = Case(torch.bfloat16, bias=True, weights=True, options=RICH)
+    found = []
+    for launches in ((family[fastest],), family, family):
+        monkeypatch.setattr("dpo_kernels.kernels.triton.backend._family", lambda *_, launches=launches: launches)
+        found.append(fused(case.tensors(), "streaming", **case.keywords()))
+    assert tried
+    assert len(tried) % 2 == 0
+    for other in found[1:]:
+        assert_same_bits(found[0], other)
+    tuning.forget()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -325,12 +325,14 @@ def _best(
     kernel: str, x_CH: Tensor, weight: Tensor, head: Head, stats: bool, run: Callable[[MatrixLaunch], object]
 ) -> MatrixLaunch:
     """The launch for a call of a matmul kernel; ``run`` is what may be timed."""
-    if not x_CH.is_cuda:
-        return INTERPRETED
-    family = family_of(kernel, target_of(x_CH.device), x_CH.dtype, stats)
+    family = _family(kernel, x_CH, stats)
     sizes = (f"N<={tuning.bucket(x_CH.shape[0])}", f"V<={tuning.bucket(weight.shape[0])}", f"H={x_CH.shape[1]}")
     forms = ("bias" if head.bias is not None else "", "softcap" if head.softcap else "", "stats" if stats else "")
     return tuning.best(kernel, family, (str(x_CH.dtype), *sizes, *filter(None, forms)), x_CH, run)
+
+
+def _family(kernel: str, x_CH: Tensor, stats: bool) -> tuple[MatrixLaunch, ...]:
+    return family_of(kernel, target_of(x_CH.device), x_CH.dtype, stats) if x_CH.is_cuda else (INTERPRETED,)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:

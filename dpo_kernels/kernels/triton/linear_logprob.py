@@ -120,7 +120,7 @@ def linear_logprob(
     end = tl.minimum(begin + split, vocab)
     for left in range(begin, end, BLOCK_V):
         cols = left + tl.arange(0, BLOCK_V).to(tl.int64)
-        col_inside = cols < end
+        col_inside = tl.arange(0, BLOCK_V) < end - left
         z = _logits(
             x_ptr, w_ptr, b_ptr, first_row, rows, row_inside, left, cols, col_inside, width, x_stride, w_stride, scale,
             softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION,
@@ -191,7 +191,7 @@ def linear_dlogits(
     row_inside = rows < total_rows
     first_col = tl.program_id(1) * BLOCK_V
     at = first_col.to(tl.int64) + tl.arange(0, BLOCK_V)
-    col_inside = at < tile_cols
+    col_inside = tl.arange(0, BLOCK_V) < tile_cols - first_col
     cols = start + at
     z = _logits(
         x_ptr, w_ptr, b_ptr, first_row, rows, row_inside, start + first_col, cols, col_inside, width, x_stride,
@@ -298,6 +298,7 @@ def _configurations() -> Iterator[Configuration]:
     for target in TARGETS:
         for launch in family_of("linear_logprob", target, bf16):
             yield _forward(target, launch, *common, extras=False, stats=False)
+            yield _forward(target, launch, *common, extras=True, stats=False)
         for launch in family_of("linear_logprob", target, bf16, stats=True):
             yield _forward(target, launch, *common, extras=True, stats=True)
         for launch in family_of("linear_dlogits", target, bf16):

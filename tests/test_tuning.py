@@ -1,0 +1,192 @@
+"""Which launch is taken: timed once, kept on disk, pinned or turned off. The clock is a stand-in; ``run`` is seen."""
+
+import json
+import os
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
+
+from dpo_kernels.kernels.triton import configs, tuning
+from dpo_kernels.kernels.triton.configs import MatrixLaunch
+
+FAMILY = (MatrixLaunch(128, 128, 64, 8, 3), MatrixLaunch(64, 256, 32, 8, 4), MatrixLaunch(128, 256, 64, 8, 3, tma=True))
+SLOW, FAST, MIDDLE = FAMILY
+CPU = torch.empty(0)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch, tmp_path):
+    """A folder of its own, and milliseconds by launch."""
+    monkeypatch.setenv(tuning.FOLDER, str(tmp_path))
+    monkeypatch.delenv(tuning.MODE, raising=False)
+    tuning.forget()
+    times, seen = {SLOW: 3.0, FAST: 1.0, MIDDLE: 2.0}, []
+
+    def milliseconds(call, like):
+        seen.append(call())
+        return times[seen[-1]]
+
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    yield SimpleNamespace(times=times, seen=seen)
+    tuning.forget()
+
+
+def best(*facts, run=lambda launch: launch, like=CPU):
+    return tuning.best("kernel", FAMILY, facts, like, run)
+
+
+def kept(tmp_path):
+    (path,) = tmp_path.glob("autotune-interpreter-*.json")
+    return path
+
+
+def test_the_fastest_is_taken_and_kept(clock, tmp_path):
+    assert best("H=8") == FAST
+    assert clock.seen == [SLOW, FAST, MIDDLE]
+    entry = json.loads(kept(tmp_path).read_text())["kernel H=8"]
+    assert entry["launch"] == asdict(FAST)
+    assert entry["milliseconds"] == {str(SLOW): 3.0, str(FAST): 1.0, str(MIDDLE): 2.0}
+
+
+def test_once_for_each_kind_of_call_and_process(clock):
+    best("H=8")
+    clock.times[FAST] = 9.0
+    assert best("H=8") == FAST  # this process has taken it
+    tuning.forget()
+    assert best("H=8") == FAST  # the next one reads it
+    assert len(clock.seen) == 3
+    assert best("H=16") == MIDDLE
+    assert len(clock.seen) == 6
+
+
+@pytest.mark.parametrize("mode", ["0", "cached"])
+def test_nothing_is_timed_when_told_so(clock, monkeypatch, tmp_path, mode):
+    monkeypatch.setenv(tuning.MODE, mode)
+    assert best("H=8") == SLOW
+    assert not clock.seen
+    assert not list(tmp_path.iterdir())
+
+
+def test_pinned_and_turned_off_after_a_timing(clock, monkeypatch):
+    best("H=8")
+    tuning.forget()
+    monkeypatch.setenv(tuning.MODE, "cached")
+    assert best("H=8") == FAST
+    monkeypatch.setenv(tuning.MODE, "0")
+    assert best("H=8") == SLOW
+    assert len(clock.seen) == 3
+
+
+def test_an_unknown_mode_is_an_error(monkeypatch):
+    monkeypatch.setenv(tuning.MODE, "off")
+    with pytest.raises(ValueError, match="DPO_KERNELS_AUTOTUNE='off', expected one of 1, 0, cached"):
+        best("H=8")
+
+
+def test_a_launch_that_cannot_run_is_left_out(clock):
+    def run(launch):
+        if launch is FAST:
+            raise OutOfResources(1, 2, "shared memory")
+        return launch
+
+    assert best("H=8", run=run) == MIDDLE
+
+
+def test_where_none_can_run_the_first_is_left_to_say_why(tmp_path):
+    def run(launch):
+        raise OutOfResources(1, 2, "shared memory")
+
+    assert best("H=8", run=run) == SLOW
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_the_kernel_is_not_hidden():
+    def run(launch):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        best("H=8", run=run)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"kernel H=8": 1}', '{"kernel H=8": {"launch": {"block_rows": 5}}}'])
+def test_what_cannot_be_read_is_timed_again(tmp_path, text):
+    best("H=8")
+    kept(tmp_path).write_text(text)
+    tuning.forget()
+    assert best("H=8") == FAST
+    assert json.loads(kept(tmp_path).read_text())["kernel H=8"]["launch"] == asdict(FAST)
+
+
+def test_a_process_that_was_first_decides(clock, tmp_path):
+    best("H=16")
+
+    def run(launch):
+        path = kept(tmp_path)
+        others = json.loads(path.read_text()) | {"kernel H=8": {"launch": asdict(MIDDLE)}}
+        path.write_text(json.dumps(others))
+        return launch
+
+    assert best("H=8", run=run) == MIDDLE
+    assert set(json.loads(kept(tmp_path).read_text())) == {"kernel H=8", "kernel H=16"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_read_only_costs_a_warning(monkeypatch, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.warns(UserWarning, match="DPO_KERNELS_CACHE_DIR names another folder"):
+        assert best("H=8") == FAST
+
+
+def test_a_folder_that_cannot_be_made_costs_a_warning(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(tuning.FOLDER, str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be kept in .*DPO_KERNELS_AUTOTUNE=0 turns timing off"):
+        assert best("H=8") == FAST
+    assert best("H=8") == FAST
+
+
+def test_nothing_is_timed_inside_a_graph_and_what_was_taken_there_stays(clock, monkeypatch):
+    monkeypatch.setattr(tuning, "device_name", lambda like: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    gpu = SimpleNamespace(is_cuda=True)
+    assert best("H=8", like=gpu) == SLOW
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert best("H=8", like=gpu) == SLOW  # a replay and a call repeat each other's bits
+    assert not clock.seen
+
+
+def test_a_file_belongs_to_a_gpu_and_to_the_versions_of_what_makes_the_code(monkeypatch):
+    one = tuning.path_of("NVIDIA H200")
+    assert one.name.startswith("autotune-NVIDIA-H200-")
+    assert tuning.path_of("NVIDIA A100-SXM4-80GB").name != one.name
+    monkeypatch.setattr(tuning.triton, "__version__", "0.0")
+    assert tuning.path_of("NVIDIA H200") != one
+
+
+def test_the_default_folder_is_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.delenv(tuning.FOLDER)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuning.path_of("a GPU").parent == tmp_path / "dpo_kernels"
+
+
+@pytest.mark.parametrize(("size", "upper"), [(1, 1), (2, 2), (3, 4), (2048, 2048), (2049, 4096), (128256, 131072)])
+def test_sizes_of_a_kind(size, upper):
+    assert tuning.bucket(size) == upper
+
+
+@pytest.mark.parametrize("target", configs.TARGETS)
+@pytest.mark.parametrize("kernel", ["linear_logprob", "linear_dlogits"])
+def test_families(kernel, target):
+    wide = configs.family_of(kernel, target, torch.bfloat16)
+    assert len(set(wide)) == len(wide)
+    assert all(not launch.tma for launch in wide) or target in ("sm_90", "sm_100")
+    assert [launch.block_cols * 2 for launch in configs.family_of(kernel, target, torch.float16, stats=True)] == [
+        launch.block_cols for launch in wide
+    ]
+    assert not any(launch.tma for launch in configs.family_of(kernel, target, torch.float32))
