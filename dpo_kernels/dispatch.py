@@ -140,7 +140,8 @@ def choose(problem: Problem, strategy: str, backend: str) -> Plan:
         BACKEND_NAMES, backend, "backend", lambda name: _refuse_backend(problem, name, by_name=backend != "auto")
     )
     budget = divide(problem, backend_name)
-    name = _first(tuple(STRATEGIES), strategy, "strategy", lambda name: STRATEGIES[name].refuse(problem, budget))
+    asked = "streaming" if strategy == "auto" and _streams_faster(problem, backend_name) else strategy
+    name = _first(tuple(STRATEGIES), asked, "strategy", lambda name: STRATEGIES[name].refuse(problem, budget))
     forms_gradient = problem.loss is not None and problem.scalar and problem.head_trainable and name == "chunked"
     tile = _tile_of_problem(problem, budget) if forms_gradient else tile_of(name, budget, problem.rows, problem.vocab)
     groups = _groups(problem, tile) if forms_gradient else None
@@ -177,6 +178,10 @@ def reasons_against(problem: Problem, plan: Plan) -> dict[str, str]:
             continue
         units = candidate.units(problem)
         reason = candidate.refuse(problem, budget)
+        if reason is None and plan.strategy == "streaming" and _streams_faster(problem, plan.backend):
+            reason = (
+                f"it could run; at H={problem.hidden} the traffic of its logits is predicted to cost more than it saves"
+            )
         against[name] = reason or f"it could run, at {units} GEMM units against {plan.units}"
     return against
 
@@ -245,11 +250,28 @@ def tile_of(strategy: str, budget: Budget, rows: int, vocab: int) -> Tile:
     )
 
 
-def chunking_of(device: torch.device) -> Chunking:
-    """What chunks cost on a device, by the table of ``gpus``; elsewhere the fewest are best."""
+def gpu_at(device: torch.device) -> gpus.Gpu | None:
+    """The entry of ``gpus`` for a device; None where there is no GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        return Chunking()
-    return (gpus.gpu_of(torch.cuda.get_device_name(device)) or gpus.UNKNOWN).chunking
+        return None
+    return gpus.gpu_of(torch.cuda.get_device_name(device)) or gpus.UNKNOWN
+
+
+def chunking_of(device: torch.device) -> Chunking:
+    """What chunks cost on a device; without a GPU the fewest are best."""
+    gpu = gpu_at(device)
+    return Chunking() if gpu is None else gpu.chunking
+
+
+def _streams_faster(problem: Problem, backend: str) -> bool:
+    """Whether log-probs alone, a reference's say, are predicted to be faster without logits in memory.
+
+    Only the Triton backend has a kernel for it, and only its 16-bit launches have matrix instructions.
+    """
+    gpu = gpu_at(problem.device)
+    if gpu is None or backend != "triton" or any(problem.need) or accumulation_dtype(problem.dtype) == problem.dtype:
+        return False
+    return problem.hidden <= gpu.streaming_width
 
 
 def default_scratch_bytes(device: torch.device) -> int:

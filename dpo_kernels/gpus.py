@@ -15,6 +15,10 @@ EFFICIENCY = 0.736
 TILE_ROWS = 128
 ACCUMULATION_BYTES = 8  # of each element of dW that a further chunk reads and writes, float32
 UNIT_FLOP = 6  # of each element of dW for a row: logits, dX and dW
+# A kernel that keeps its logits in registers, against a library's GEMM: an assumption, on the low side of what plain
+# Triton matmuls are said to reach; not measured.
+STREAMING_EFFICIENCY = 0.7
+LOGIT_BYTES = 8  # a float32 logit, written by the GEMM and read by the reduction
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,17 @@ class Gpu:
         """A chunk more costs the traffic of dW, in rows that could be computed instead; H and V cancel out."""
         rows = ACCUMULATION_BYTES / self.bandwidth * EFFICIENCY * self.tensor_flops / UNIT_FLOP
         return Chunking(TILE_ROWS, round(rows))
+
+    @property
+    def streaming_width(self) -> int:
+        """The largest H for which log-probs alone are faster without logits in memory; N and V cancel out.
+
+        The GEMM's time grows with H and the traffic of a logit does not: below this, the traffic is more than what the
+        slower GEMM loses.
+        """
+        per_column = 2 / (EFFICIENCY * self.tensor_flops)
+        lost = per_column / STREAMING_EFFICIENCY - per_column
+        return int(LOGIT_BYTES / self.bandwidth / lost)
 
 
 GPUS = {

@@ -141,6 +141,50 @@ def test_no_plan_costs_more_than_the_most_even_one(seed):
             assert plan[-1].last == 60
 
 
+def on_a_gpu(hidden=1024, dtype=torch.bfloat16, need=(False, False, False)):
+    return dispatch.Problem(
+        rows=4096,
+        vocab=128256,
+        hidden=hidden,
+        dtype=dtype,
+        device=torch.device("cuda", 0),
+        need=need,
+        loss=None,
+        separable=True,
+        scalar=False,
+        callable_loss=False,
+        counts=None,
+        static=False,
+        tracing=False,
+        scratch_bytes=2**31,
+        reference_units=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("gpu", "facts", "backend", "strategy"),
+    [
+        ("H200", {"hidden": 1024}, "triton", "streaming"),
+        ("H200", {"hidden": 2048}, "triton", "chunked"),
+        ("H100", {"hidden": 2000}, "triton", "streaming"),  # less bandwidth for the same arithmetic
+        ("A100", {"hidden": 1536}, "triton", "chunked"),
+        ("H200", {"hidden": 1024, "dtype": torch.float32}, "triton", "chunked"),
+        ("H200", {"hidden": 1024, "need": (True, False, False)}, "triton", "chunked"),
+        ("H200", {"hidden": 1024}, "torch", "chunked"),
+        (None, {"hidden": 1024}, "triton", "chunked"),
+    ],
+)
+def test_log_probs_alone_stream_where_logits_would_cost_more(monkeypatch, gpu, facts, backend, strategy):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch, "gpu_at", lambda device: gpus.GPUS.get(gpu))
+    problem = on_a_gpu(**facts)
+    plan = dispatch.choose(problem, "auto", backend)
+    assert (plan.strategy, plan.units) == (strategy, 2 if any(problem.need) else 1)
+    if strategy == "streaming":
+        assert "the traffic of its logits" in dispatch.reasons_against(problem, plan)["chunked"]
+    assert dispatch.choose(problem, "chunked", backend).strategy == "chunked"
+
+
 def test_every_gpu_of_the_table_names_its_source():
     for gpu in gpus.GPUS.values():
         assert "data sheet" in gpu.source
