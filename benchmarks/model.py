@@ -11,11 +11,11 @@ cross-entropy with its host syncs), clocks under a power cap, and the allocator.
 others' numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from benchmarks.cases import Case
-from dpo_kernels.gpus import EFFICIENCY, GPUS, Gpu
+from dpo_kernels.gpus import EFFICIENCY, GPUS, STREAMING_EFFICIENCY, Gpu
 
 GIB = 2**30
 MS = 1e3
@@ -46,13 +46,18 @@ class Work:
         self.seconds += seconds + LAUNCH_SECONDS
         self.steps[name] = self.steps.get(name, 0.0) + seconds + LAUNCH_SECONDS
 
-    def gemm(self, name: str, m: int, n: int, k: int, *, out: int | None = None, add: bool = False) -> None:
-        """``(m, k) @ (k, n)``; ``out`` bytes per element of the result, which is read too if it is added to."""
+    def gemm(
+        self, name: str, m: int, n: int, k: int, *, out: int | None = None, add: bool = False, share: float = 1.0
+    ) -> None:
+        """``(m, k) @ (k, n)``; ``out`` bytes per element of the result, which is read too if it is added to.
+
+        ``share`` of the library's rate is what a kernel of ours is taken to reach.
+        """
         flop = 2.0 * m * n * k
         out = self.item if out is None else out
         moved = self.item * (m * k + k * n) + out * m * n * (2 if add else 1)
         peak = self.gpu.tensor_flops if self.item == 2 else self.gpu.plain_flops
-        seconds = max(flop / (EFFICIENCY * peak), moved / self.gpu.bandwidth)
+        seconds = max(flop / (EFFICIENCY * share * peak), moved / self.gpu.bandwidth)
         self.gemm_seconds += seconds
         self._add(name, flop, moved, seconds)
 
@@ -104,7 +109,10 @@ def chunk_rows(case: Case) -> int:
 
 
 def ours_chunked(case: Case, gpu: Gpu) -> Work:
-    """float32 logits of a chunk, one pass that reduces them, one that writes the gradient, two GEMMs; dW in float32."""
+    """float32 logits of a chunk, one pass that reduces them, one that writes the gradient, two GEMMs; dW in float32.
+
+    Of a frozen head one pass does both, and a narrow reference keeps its logits in registers (Triton backend).
+    """
     return _chunks(case, gpu, chunk_rows(case), passes=1)
 
 
@@ -139,17 +147,23 @@ def ours_streaming(case: Case, gpu: Gpu) -> Work:
 
 def _chunks(case: Case, gpu: Gpu, chunk: int, passes: int) -> Work:
     work, h, v = _work(case, gpu), case.hidden, case.vocab
-    starts = range(0, case.tokens, chunk)
-    _reference(work, case, case.tokens, 4 + 4)
-    for start in starts:
-        c = min(chunk, case.tokens - start)
+    if case.reference != "cached" and work.item == 2 and h <= gpu.streaming_width:
+        work.gemm("reference", case.tokens, v, h, out=0, share=STREAMING_EFFICIENCY)
+    else:
+        _reference(work, case, case.tokens, 4)  # as the policy's: reduce_rows reads each logit once
+    number = -(-case.tokens // chunk)
+    for at in range(number):
+        c = case.tokens * (at + 1) // number - case.tokens * at // number
         for again in range(passes):
             work.gemm("logits again" if again else "logits", c, v, h, out=4)
-        work.sweep("reduce", c * v, 4)
-        work.sweep("gradient", c * v, 4 + work.item)
+        if case.trainable or work.item == 4:
+            work.sweep("reduce", c * v, 4)
+            work.sweep("gradient", c * v, 4 + work.item)
+        else:
+            work.sweep("reduce and gradient", c * v, 4 + work.item)
         work.gemm("dX", c, h, v)
         if case.trainable:
-            work.gemm("dW", v, h, c, out=4, add=len(starts) > 1)
+            work.gemm("dW", v, h, c, out=4, add=at > 0)
     if case.trainable:
         work.sweep("round dW", v * h, 4 + work.item)
     work.sweep("pack rows", case.tokens * h, 4 * work.item)
@@ -242,6 +256,48 @@ def predict(case: Case, gpu: Gpu, way: str) -> Prediction:
         work.bytes / 1e9,
         work.launches,
     )
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """How far a prediction is from a bar, and what the time over the floor is spent on."""
+
+    what: str
+    case: str
+    least: float  # share of the floor's rate
+    predicted: float
+    terms: dict[str, float]  # kernel -> its seconds beyond the floor's, over the floor, largest first
+
+    @property
+    def met(self) -> bool:
+        """Whether the prediction reaches the bar."""
+        return self.predicted >= self.least
+
+
+# What the library means to reach on an H200 (the policy's GEMMs and the reference's): share of the floor.
+BARS = (
+    ("trainable head, H >= 3584", 0.92, lambda c: c.trainable and c.hidden >= 3584 and c.tokens >= 8192),
+    ("trainable head, H = 2048", 0.88, lambda c: c.trainable and c.hidden == 2048 and c.tokens >= 8192),
+    ("frozen head", 0.90, lambda c: not c.trainable and c.tokens >= 8192),
+)
+
+
+def against_bars(cases: Iterable[Case], gpu: Gpu) -> list[Shortfall]:
+    """Every 16-bit case of a GPU that a bar is about; nothing in the model is tuned to reach one."""
+    found = []
+    for case in cases:
+        for what, least, applies in BARS:
+            if case.device == "cuda" and case.dtype == "bfloat16" and applies(case):
+                terms = terms_over_floor(case, gpu)
+                found.append(Shortfall(what, case.name, least, 1 / (1 + sum(terms.values())), terms))
+    return found
+
+
+def terms_over_floor(case: Case, gpu: Gpu) -> dict[str, float]:
+    """What ours takes beyond the floor, kernel by kernel, as a share of the floor; largest first."""
+    ours, least = ours_chunked(case, gpu), floor(case, gpu)
+    beyond = {name: (seconds - least.steps.get(name, 0.0)) / least.seconds for name, seconds in ours.steps.items()}
+    return dict(sorted(beyond.items(), key=lambda term: -term[1]))
 
 
 def way_of(provider: str) -> str | None:

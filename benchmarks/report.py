@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import model, store, tables
 from benchmarks.cases import CASES
 from benchmarks.tables import Line
-from dpo_kernels.gpus import GPUS, gpu_of
+from dpo_kernels.gpus import GPUS, Gpu, gpu_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "benchmarks"
@@ -140,7 +140,7 @@ def _environments(done: list[dict[str, Any]]) -> str:
     return "Measured " + " Also ".join(said)
 
 
-def _case(case: dict[str, Any], gpu: model.Gpu | None) -> list[Any]:
+def _case(case: dict[str, Any], gpu: Gpu | None) -> list[Any]:
     lines = tables.lines(case)
     predicted = f" | predicted on {gpu.name}" if gpu else ""
     header = (
@@ -154,7 +154,7 @@ def _case(case: dict[str, Any], gpu: model.Gpu | None) -> list[Any]:
     return [f"### `{case['case']['name']}`", f"{case['case']['about']}. {tables.facts(case)}.", table, refused]
 
 
-def _row(one: Line, case: dict[str, Any], gpu: model.Gpu | None) -> str:
+def _row(one: Line, case: dict[str, Any], gpu: Gpu | None) -> str:
     errors = [tables.error(one.errors.get(name)) for name in tables.ERRORS]
     cells = [tables.named(one), tables.interval(one), tables.ratio(one.over_floor)]
     if gpu:
@@ -172,17 +172,18 @@ def _reasons(lines: Iterable[Line]) -> dict[str, str]:
     return {reason: ", ".join(names) for reason, names in found.items()}
 
 
-def unmeasured(gpu: model.Gpu) -> str:
+def unmeasured(gpu: Gpu) -> str:
     """A page for a GPU without results."""
     return _text(
         f"# NVIDIA {gpu.name}",
         "**Not measured.** Below is what the [static model](model.md) predicts, time over the floor of bare GEMMs.",
         f"Constants: {gpu.source}.",
         _predictions(gpu),
+        _bars(gpu),
     )
 
 
-def _predictions(gpu: model.Gpu) -> list[str]:
+def _predictions(gpu: Gpu) -> list[str]:
     head = "| case | floor, predicted | " + " | ".join(PREDICTED) + " |"
     rows = [head, "|" + "---|" * (head.count("|") - 1)]
     for case in (case for case in CASES.values() if case.device == "cuda"):
@@ -190,6 +191,24 @@ def _predictions(gpu: model.Gpu) -> list[str]:
         least = tables.duration(model.predict(case, gpu, "floor").seconds)
         rows.append(f"| `{case.name}` | {least} | " + " | ".join(ways) + " |")
     return rows
+
+
+def _bars(gpu: Gpu) -> list[str]:
+    """Each bar that the cases are held to, and what is predicted to take the rest of the time."""
+    lines = [
+        "## Against the bars, predicted",
+        "",
+        "Share of the floor's rate. What is over the floor is named kernel by kernel, in per cent of it; the model is "
+        "not tuned to reach a bar.",
+        "",
+        "| case | bar | predicted | | over the floor |",
+        "|---|---|---|---|---|",
+    ]
+    for one in model.against_bars(CASES.values(), gpu):
+        terms = ", ".join(f"{name} {share:.1%}" for name, share in one.terms.items() if share >= 0.0005)
+        verdict = "" if one.met else f"short by {next(iter(one.terms))}"
+        lines.append(f"| `{one.case}` | {one.least:.2f} | {one.predicted:.3f} | {verdict} | {terms} |")
+    return lines
 
 
 def model_page() -> str:

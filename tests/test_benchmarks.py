@@ -593,6 +593,28 @@ def test_the_model_orders_what_can_be_ordered(gpu):
     assert model.predict(slower, GPUS["A100"], "floor").seconds > model.predict(slower, gpu, "floor").seconds * 0.99
 
 
+def test_every_shortfall_names_what_causes_it():
+    """The terms are the whole difference, so none is hidden in another; most bars are reached on an H200."""
+    for gpu in GPUS.values():
+        found = model.against_bars(CASES.values(), gpu)
+        assert len(found) >= 20
+        for one in found:
+            case = CASES[one.case]
+            assert one.predicted == pytest.approx(1 / model.predict(case, gpu, "chunked").over_floor)
+            assert sum(one.terms.values()) == pytest.approx(1 / one.predicted - 1)
+            assert {"reduce", "gradient"} & one.terms.keys() or "reduce and gradient" in one.terms
+            assert list(one.terms.values()) == sorted(one.terms.values(), reverse=True)
+
+
+def test_a_frozen_head_is_read_once_and_a_narrow_reference_not_at_all():
+    gpu = GPUS["H200"]
+    frozen = CASES["gpu/llama3-8b/n8192/bf16/frozen"]
+    assert set(model.ours_chunked(frozen, gpu).steps) == {"logits", "reduce and gradient", "dX", "pack rows"}
+    shared = dataclasses.replace(CASES["gpu-axes/own-reference"], hidden=1024)
+    assert "reference rows" not in model.ours_chunked(shared, gpu).steps
+    assert "reference rows" in model.ours_chunked(dataclasses.replace(shared, hidden=2048), gpu).steps
+
+
 def test_the_model_keeps_its_promise_on_published_numbers():
     found = model.published()
     assert len([one for one in found if one.bound is not None]) >= 9
