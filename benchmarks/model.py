@@ -264,7 +264,7 @@ class Shortfall:
 
     what: str
     case: str
-    least: float  # share of the floor's rate
+    least: float  # share of the floor's rate, or a peer's time over ours
     predicted: float
     terms: dict[str, float]  # kernel -> its seconds beyond the floor's, over the floor, largest first
 
@@ -290,6 +290,22 @@ def against_bars(cases: Iterable[Case], gpu: Gpu) -> list[Shortfall]:
             if case.device == "cuda" and case.dtype == "bfloat16" and applies(case):
                 terms = terms_over_floor(case, gpu)
                 found.append(Shortfall(what, case.name, least, 1 / (1 + sum(terms.values())), terms))
+    return found
+
+
+PEER_BARS = (("full logits", 1.0), ("full logits, compiled", 1.0), ("TRL chunked head", 1.25))
+
+
+def against_peers(cases: Iterable[Case], gpu: Gpu) -> list[Shortfall]:
+    """The same of ways that the model knows, as their time over ours, where the reference is scored in the call.
+
+    Peers are taken at the library's efficiency, without their host syncs, clocks and layouts: at their best.
+    """
+    found = []
+    for case in (case for case in cases if case.device == "cuda" and case.reference != "cached"):
+        for way, least in PEER_BARS:
+            ratio = predict(case, gpu, way).seconds / predict(case, gpu, "chunked").seconds
+            found.append(Shortfall(way, case.name, least, ratio, terms_over_floor(case, gpu)))
     return found
 
 

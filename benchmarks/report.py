@@ -208,6 +208,22 @@ def _bars(gpu: Gpu) -> list[str]:
         terms = ", ".join(f"{name} {share:.1%}" for name, share in one.terms.items() if share >= 0.0005)
         verdict = "" if one.met else f"short by {next(iter(one.terms))}"
         lines.append(f"| `{one.case}` | {one.least:.2f} | {one.predicted:.3f} | {verdict} | {terms} |")
+    return [*lines, *_peers(gpu)]
+
+
+def _peers(gpu: Gpu) -> list[str]:
+    lines = [
+        "",
+        "A peer's time over ours with a reference scored in the call, each peer at the library's GEMM rate and without "
+        "host syncs, which is its best. Liger and cut-cross-entropy run kernels that the model does not know.",
+        "",
+        "| case | peer | bar | predicted | |",
+        "|---|---|---|---|---|",
+    ]
+    for one in model.against_peers(CASES.values(), gpu):
+        largest = ", ".join(list(one.terms)[:3])
+        verdict = "" if one.met else f"short by {largest}: {sum(one.terms.values()):.1%} over the floor"
+        lines.append(f"| `{one.case}` | {one.what} | {one.least:.2f} | {one.predicted:.2f} | {verdict} |")
     return lines
 
 

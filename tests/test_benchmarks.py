@@ -606,6 +606,14 @@ def test_every_shortfall_names_what_causes_it():
             assert list(one.terms.values()) == sorted(one.terms.values(), reverse=True)
 
 
+def test_peers_are_predicted_at_their_best():
+    found = model.against_peers(CASES.values(), GPUS["H200"])
+    assert {one.what for one in found} == {way for way, _ in model.PEER_BARS}
+    for one in found:
+        ours, theirs = (model.predict(CASES[one.case], GPUS["H200"], way) for way in ("chunked", one.what))
+        assert one.predicted == pytest.approx(theirs.seconds / ours.seconds)
+
+
 def test_a_frozen_head_is_read_once_and_a_narrow_reference_not_at_all():
     gpu = GPUS["H200"]
     frozen = CASES["gpu/llama3-8b/n8192/bf16/frozen"]
