@@ -28,6 +28,7 @@ GPU_WORKSPACE_BYTES = 256 * MIB
 STREAMING_TILE_BYTES = 1 * MIB
 LEAST_TILE_BYTES = 1024  # below this a tile is more bookkeeping than arithmetic
 GOOD_TILE_ROWS = 128  # fewer rows make a poor GEMM: then the vocabulary is cut instead
+ENOUGH_CPU_ROWS = 1024  # of a tile of log-probs; reading the head for more of them at once saves no time
 LENT_BLOCK_BYTES = 32 * MIB  # of logits that leave the memory of the head's gradient at once, see ``tile_of_pairs``
 LEAST_LENT_COLS = 512  # fewer columns make a poor GEMM
 
@@ -73,6 +74,7 @@ class Budget:
     bytes_per_logit: int
     alignment: int = 1  # see types.padded
     lends: bool = False  # see RowKernels.lends_gradient
+    enough_rows: int | None = None  # of a tile that accumulates nothing
 
     def whole_rows(self, vocab: int) -> int:
         """Rows of logits that fit at once."""
@@ -201,7 +203,8 @@ def budget_of(scratch_bytes: int, backend: str, dtype: torch.dtype, device: torc
     workspace = min(scratch_bytes // 4, _workspace_limit(device))
     kernels = BACKENDS[backend].load()
     per_logit, alignment = kernels.bytes_per_logit(dtype, device.type), kernels.row_alignment(device.type)
-    return Budget(scratch_bytes - workspace, workspace, per_logit, alignment, kernels.lends_gradient)
+    enough_rows = ENOUGH_CPU_ROWS if device.type == "cpu" else None
+    return Budget(scratch_bytes - workspace, workspace, per_logit, alignment, kernels.lends_gradient, enough_rows)
 
 
 def _workspace_limit(device: torch.device) -> int:
@@ -239,7 +242,7 @@ def tile_of(strategy: str, budget: Budget, rows: int, vocab: int) -> Tile:
     elements = max(1, tile_bytes // budget.bytes_per_logit)
     whole = elements // padded(vocab, budget.alignment)
     if strategy == "chunked" or whole >= min(rows, GOOD_TILE_ROWS):
-        most = max(1, min(rows, whole))
+        most = max(1, min(rows, whole, budget.enough_rows or whole))
         return Tile(1 if rows == 0 else math.ceil(rows / math.ceil(rows / most)), vocab)
     tile_rows = max(1, min(rows, GOOD_TILE_ROWS, math.isqrt(elements)))
     cols = elements // tile_rows

@@ -111,6 +111,14 @@ def test_groups_and_tiles_are_even():
     assert dispatch.tile_of("chunked", budget, 0, 32000).rows == 1
 
 
+def test_log_probs_on_a_cpu_hold_no_more_rows_than_save_time():
+    """A frozen head accumulates nothing, so a tile of every row that fits would only take memory."""
+    hidden, weight, labels = problem(trainable=False, pairs=16, length=80)
+    plan = explain(hidden, weight, labels)
+    assert (plan.strategy, plan.chunks, plan.tile.rows) == ("chunked", 3, 854)
+    assert explain(hidden, weight.detach().requires_grad_(), labels).chunks == 1
+
+
 def sizes(rows, most, chunking):
     """Groups of pairs of two tokens."""
     found = plan_groups([1, 1] * (rows // 2), rows, range(0, rows + 1, 2), most, chunking)
