@@ -334,8 +334,8 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> d
     """What ``fused_dpo_loss`` with the same arguments would run, what it costs, and why nothing else.
 
     The result's fields say it to programs (``strategy``, ``backend``, ``units``, ``reference_units``, ``tile``,
-    ``scratch_bytes``, ``chunks``, ``extra_bytes``, ``against``), its ``str()`` to people. Nothing is computed on the
-    head. Raises what the call itself would raise.
+    ``scratch_bytes``, ``chunks``, ``extra_bytes``, ``lent``, ``against``), its ``str()`` to people. Nothing is computed
+    on the head. Raises what the call itself would raise.
     """
     parameters = inspect.signature(fused_dpo_loss).parameters
     call_options = {name: p.default for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels import autograd, checks, dispatch, inputs, losses
+from dpo_kernels import autograd, checks, dispatch, inputs, losses, tiles
 from dpo_kernels.sequence import sum_dtype
 from dpo_kernels.types import STATS, TOKEN_LOGPS, Accumulator, DPOLossOutput, Rows
 
@@ -65,7 +65,7 @@ class Run:
             counts=None if tracing else rows.host_counts,
             static=self.max_scored_tokens is not None,
             tracing=tracing,
-            scratch_bytes=dispatch.default_scratch_bytes(batch.hidden.device) if scratch is None else scratch,
+            scratch_bytes=tiles.default_scratch_bytes(batch.hidden.device) if scratch is None else scratch,
             reference_units=reference_units,
             accumulates=accumulates,
         )

@@ -11,26 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch.torch_version import TorchVersion
 
-from dpo_kernels import gpus
+from dpo_kernels import gpus, tiles
 from dpo_kernels.kernels import extension, installed
 from dpo_kernels.kernels.extension import empty_cache as empty_cache
 from dpo_kernels.kernels.torch_rows import TorchRows
-from dpo_kernels.strategies import chunked
-from dpo_kernels.types import Chunking, RowKernels, SequenceLoss, Tile, accumulation_dtype, padded
-
-MIB = 2**20
-CPU_SCRATCH_BYTES = 512 * MIB
-GPU_SCRATCH_BYTES = 2048 * MIB
-BIG_GPU_BYTES = 79 * 2**30  # "80 GB" cards report a little less
-SMALL_GPU_SHARE = 40  # part of a smaller GPU's memory that the scratch takes
-CPU_WORKSPACE_BYTES = 2 * MIB
-GPU_WORKSPACE_BYTES = 256 * MIB
-STREAMING_TILE_BYTES = 1 * MIB
-LEAST_TILE_BYTES = 1024  # below this a tile is more bookkeeping than arithmetic
-GOOD_TILE_ROWS = 128  # fewer rows make a poor GEMM: then the vocabulary is cut instead
-ENOUGH_CPU_ROWS = 1024  # of a tile of log-probs; reading the head for more of them at once saves no time
-LENT_BLOCK_BYTES = 32 * MIB  # of logits that leave the memory of the head's gradient at once, see ``tile_of_pairs``
-LEAST_LENT_COLS = 512  # fewer columns make a poor GEMM
+from dpo_kernels.strategies.groups import Group, oversized_buffers, plan_groups
+from dpo_kernels.tiles import MIB, Budget, tile_of, tile_of_pairs
+from dpo_kernels.types import Chunking, RowKernels, SequenceLoss, Tile, accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -63,26 +50,6 @@ class Problem:
     def gemms(self) -> int:
         """GEMMs of the backward pass proper."""
         return int(self.need[0]) + int(self.need[1])
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How the scratch is divided: a tile of logits and the temporaries of the row operations."""
-
-    tile_bytes: int
-    workspace_bytes: int
-    bytes_per_logit: int
-    alignment: int = 1  # see types.padded
-    lends: bool = False  # see RowKernels.lends_gradient
-    enough_rows: int | None = None  # of a tile that accumulates nothing
-
-    def whole_rows(self, vocab: int) -> int:
-        """Rows of logits that fit at once."""
-        return self.tile_bytes // self.row_bytes(vocab)
-
-    def row_bytes(self, cols: int) -> int:
-        """What one row of a tile takes."""
-        return padded(cols, self.alignment) * self.bytes_per_logit
 
 
 @dataclass(frozen=True)
@@ -200,57 +167,15 @@ def divide(problem: Problem, backend: str) -> Budget:
 
 def budget_of(scratch_bytes: int, backend: str, dtype: torch.dtype, device: torch.device) -> Budget:
     """Divide a scratch: a quarter, up to a limit, for the temporaries, the rest for the tile."""
-    workspace = min(scratch_bytes // 4, _workspace_limit(device))
     kernels = BACKENDS[backend].load()
     per_logit, alignment = kernels.bytes_per_logit(dtype, device.type), kernels.row_alignment(device.type)
-    enough_rows = ENOUGH_CPU_ROWS if device.type == "cpu" else None
-    return Budget(scratch_bytes - workspace, workspace, per_logit, alignment, kernels.lends_gradient, enough_rows)
-
-
-def _workspace_limit(device: torch.device) -> int:
-    return CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
-
-
-def tile_of_pairs(budget: Budget, rows: int, vocab: int, lender_cols: int) -> Tile:
-    """The logits that the fused pass over pairs holds in its scratch at once.
-
-    Whole rows, as many as there is room for; or, of all rows, a block of columns: where the memory of the head's
-    gradient ``(V, lender_cols)`` can hold all logits until the gradient takes their place. 0: there is no such memory.
-    """
-    if budget.lends and lender_cols and 0 < rows <= lender_cols:
-        cols = min(LENT_BLOCK_BYTES, budget.tile_bytes) // (rows * budget.bytes_per_logit)
-        cols = (cols // 32) * 32 - 16  # an odd multiple of 16: rows a power of two apart share too few places in caches
-        if LEAST_LENT_COLS <= cols < vocab:
-            return Tile(rows, cols)
-    return Tile(max(1, min(rows, budget.whole_rows(vocab))), vocab)
+    return Budget.of(scratch_bytes, device.type, per_logit, alignment, kernels.lends_gradient)
 
 
 def _tile_of_problem(problem: Problem, budget: Budget) -> Tile:
     lends = problem.loss is not None and problem.scalar and problem.need[1] and not problem.accumulates
     lends = lends and not problem.tracing  # the number of rows is not to be looked at
     return tile_of_pairs(budget, problem.rows, problem.vocab, problem.hidden if lends else 0)
-
-
-def tile_of(strategy: str, budget: Budget, rows: int, vocab: int) -> Tile:
-    """The logits that a strategy holds at once: whole rows where enough of them fit, else a cut of the vocabulary.
-
-    Rows are cut evenly, a few left over would cost as much as many.
-    """
-    tile_bytes = budget.tile_bytes
-    if strategy == "streaming":
-        tile_bytes = min(STREAMING_TILE_BYTES, tile_bytes or LEAST_TILE_BYTES)
-    elements = max(1, tile_bytes // budget.bytes_per_logit)
-    whole = elements // padded(vocab, budget.alignment)
-    if strategy == "chunked" or whole >= min(rows, GOOD_TILE_ROWS):
-        most = max(1, min(rows, whole, budget.enough_rows or whole))
-        return Tile(1 if rows == 0 else math.ceil(rows / math.ceil(rows / most)), vocab)
-    tile_rows = max(1, min(rows, GOOD_TILE_ROWS, math.isqrt(elements)))
-    cols = elements // tile_rows
-    if padded(vocab, budget.alignment) <= cols:
-        return Tile(tile_rows, vocab)
-    return Tile(
-        tile_rows, cols if padded(cols, budget.alignment) == cols else cols // budget.alignment * budget.alignment
-    )
 
 
 def gpu_at(device: torch.device) -> gpus.Gpu | None:
@@ -277,16 +202,6 @@ def _streams_faster(problem: Problem, backend: str) -> bool:
     return problem.hidden <= gpu.streaming_width
 
 
-def default_scratch_bytes(device: torch.device) -> int:
-    """2 GiB on a GPU of 80 GB or more, a fortieth of the memory of a smaller one, 512 MiB elsewhere."""
-    if device.type != "cuda":
-        return CPU_SCRATCH_BYTES
-    if not torch.cuda.is_available():
-        return GPU_SCRATCH_BYTES  # tracing for a GPU that is not here
-    memory = int(torch.cuda.get_device_properties(device).total_memory)
-    return GPU_SCRATCH_BYTES if memory >= BIG_GPU_BYTES else memory // SMALL_GPU_SHARE
-
-
 # --- the strategies ---------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +211,7 @@ def _refuse_chunked(problem: Problem, budget: Budget) -> str | None:
     fits = budget.whole_rows(problem.vocab)
     lent = _tile_of_problem(problem, budget).cols < problem.vocab
     if fits < 1 and not lent:
-        least = _minimum_scratch(problem, budget)
+        least = budget.minimum_scratch(problem.vocab, problem.device.type)
         return f"scratch_bytes={problem.scratch_bytes} is less than the {least} bytes that one row of logits needs"
     if not problem.head_trainable:
         return None
@@ -314,7 +229,7 @@ def _refuse_chunked(problem: Problem, budget: Budget) -> str | None:
             "known on the host"
         )
     groups = _groups(problem, Tile(fits, problem.vocab))
-    if groups is not None and problem.loss is not None and chunked.oversized_buffers(groups, problem.loss) > 2:
+    if groups is not None and problem.loss is not None and oversized_buffers(groups, problem.loss) > 2:
         return "a group of more than two sequences is longer than the chunk: each would need an accumulator of its own"
     return _refuse_for_memory(problem, Tile(fits, problem.vocab))
 
@@ -329,7 +244,7 @@ def _refuse_for_memory(problem: Problem, tile: Tile) -> str | None:
 
 
 def _refuse_recompute(problem: Problem, budget: Budget) -> str | None:
-    least = min(LEAST_TILE_BYTES, budget.row_bytes(problem.vocab))
+    least = min(tiles.LEAST_TILE_BYTES, budget.row_bytes(problem.vocab))
     if budget.tile_bytes < least:
         return f"scratch_bytes={problem.scratch_bytes} leaves a tile of less than {least} bytes"
     return None
@@ -347,25 +262,18 @@ def _units_streaming(problem: Problem) -> int:
     return 2 + problem.gemms if any(problem.need) else 1  # a recomputed tile serves both gradients
 
 
-def _minimum_scratch(problem: Problem, budget: Budget) -> int:
-    """Least ``scratch_bytes`` of which the tile's share holds one row of logits."""
-    row, limit = budget.row_bytes(problem.vocab), _workspace_limit(problem.device)
-    # Least s with s - s // 4 >= row, while a quarter is under the limit.
-    return (row - 1) * 4 // 3 + 1 if row < 3 * limit else row + limit
-
-
-def _groups(problem: Problem, tile: Tile) -> list[chunked.Group] | None:
+def _groups(problem: Problem, tile: Tile) -> list[Group] | None:
     if problem.counts is None or problem.loss is None:
         return None
     bounds = problem.loss.bounds(len(problem.counts))
-    return chunked.plan_groups(problem.counts, problem.rows, bounds, tile.rows, chunking_of(problem.device))
+    return plan_groups(problem.counts, problem.rows, bounds, tile.rows, chunking_of(problem.device))
 
 
 def _extra_bytes(problem: Problem, tile: Tile) -> int:
     groups = _groups(problem, tile)
     if groups is None or problem.loss is None or not problem.need[1]:
         return 0
-    buffers = chunked.oversized_buffers(groups, problem.loss)
+    buffers = oversized_buffers(groups, problem.loss)
     return buffers * problem.vocab * problem.hidden * accumulation_dtype(problem.dtype).itemsize
 
 

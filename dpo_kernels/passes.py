@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels import dispatch, losses, packing
+from dpo_kernels import dispatch, losses, packing, tiles
 from dpo_kernels.sequence import spread
 from dpo_kernels.strategies import chunked, recompute, streaming
 from dpo_kernels.types import (
@@ -119,7 +119,7 @@ def pair_loss(
         head = _operand_head(weight, bias, logit_scale, softcap, dtype)
         kernels, budget = _kernels_and_budget(dtype, backend, scratch_bytes, hidden.device)
         lender_cols = hidden.shape[1] if need_weight and into is None else 0
-        tile = dispatch.tile_of_pairs(budget, rows.used, head.vocab, lender_cols)
+        tile = tiles.tile_of_pairs(budget, rows.used, head.vocab, lender_cols)
         need = (need_hidden, need_weight, need_bias)
         chunking = dispatch.chunking_of(hidden.device)
         done = chunked.pair_gradients(
@@ -306,12 +306,12 @@ def _kernels_and_tile(
     device: torch.device,
 ) -> tuple[RowKernels, Tile]:
     kernels, budget = _kernels_and_budget(dtype, backend, scratch_bytes, device)
-    return kernels, dispatch.tile_of(strategy, budget, rows.used, head.vocab)
+    return kernels, tiles.tile_of(strategy, budget, rows.used, head.vocab)
 
 
 def _kernels_and_budget(
     dtype: torch.dtype, backend: str, scratch_bytes: int, device: torch.device
-) -> tuple[RowKernels, dispatch.Budget]:
+) -> tuple[RowKernels, tiles.Budget]:
     budget = dispatch.budget_of(scratch_bytes, backend, dtype, device)
     return dispatch.BACKENDS[backend].make(dtype, budget.workspace_bytes), budget
 

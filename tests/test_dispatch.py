@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels import dispatch, gpus
-from dpo_kernels.strategies.chunked import Group, cost_of_groups, plan_groups
+from dpo_kernels import dispatch, gpus, tiles
+from dpo_kernels.strategies.groups import Group, cost_of_groups, plan_groups
 from dpo_kernels.types import Chunking
 from tests.small import CPU_BACKEND
 from tests.test_equivalence import coupled, one_sided
@@ -28,7 +28,7 @@ def explain(*inputs, **options):
 def test_the_usual_case_is_one_chunk():
     plan = explain(*problem())
     assert (plan.strategy, plan.backend, plan.chunks, plan.extra_bytes) == ("chunked", CPU_BACKEND, 1, 0)
-    assert plan.scratch_bytes == dispatch.CPU_SCRATCH_BYTES
+    assert plan.scratch_bytes == tiles.CPU_SCRATCH_BYTES
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,12 @@ def test_two_accumulators_where_the_sides_differ():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_a_tile_and_its_temporaries_fit_the_scratch(dtype, vocab, scratch, strategy):
     budget = dispatch.budget_of(scratch, "torch", dtype, torch.device("cpu"))
-    tile = dispatch.tile_of(strategy, budget, 10**6, vocab)
+    tile = tiles.tile_of(strategy, budget, 10**6, vocab)
     assert tile.rows >= 1
     assert 1 <= tile.cols <= vocab
     if strategy != "chunked" or budget.whole_rows(vocab) >= 1:
         used = tile.rows * tile.cols * budget.bytes_per_logit + budget.workspace_bytes
-        assert used <= scratch or tile == dispatch.Tile(1, 1)
+        assert used <= scratch or tile == tiles.Tile(1, 1)
 
 
 def test_an_old_triton_is_refused(monkeypatch):
@@ -105,10 +105,10 @@ def test_an_old_triton_is_refused(monkeypatch):
 def test_groups_and_tiles_are_even():
     assert [g.stop - g.start for g in plan_groups([3, 2] * 4, 20, range(0, 9, 2), tile_rows=19)] == [10, 10]
     assert [g.stop - g.start for g in plan_groups([1, 1, 5, 1, 1, 0, 1, 1], 11, range(0, 9, 2), tile_rows=8)] == [8, 3]
-    budget = dispatch.Budget(tile_bytes=2031 * 32000 * 4, workspace_bytes=0, bytes_per_logit=4)
-    assert dispatch.tile_of("chunked", budget, 2048, 32000).rows == 1024
-    assert dispatch.tile_of_pairs(budget, 2048, 32000, 0).rows == 2031
-    assert dispatch.tile_of("chunked", budget, 0, 32000).rows == 1
+    budget = tiles.Budget(tile_bytes=2031 * 32000 * 4, workspace_bytes=0, bytes_per_logit=4)
+    assert tiles.tile_of("chunked", budget, 2048, 32000).rows == 1024
+    assert tiles.tile_of_pairs(budget, 2048, 32000, 0).rows == 2031
+    assert tiles.tile_of("chunked", budget, 0, 32000).rows == 1
 
 
 def test_log_probs_on_a_cpu_hold_no_more_rows_than_save_time():

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels import dispatch
+from dpo_kernels import tiles
 from dpo_kernels.kernels import extension
+from dpo_kernels.kernels.extension import CppRows
+from dpo_kernels.kernels.torch_rows import TorchRows
 from tests import test_units
 from tests.cases import LAYOUTS, RICH, Case, broken_by, broken_over_forms, broken_rules
 from tests.test_equivalence import DTYPES, FAMILY, case_of
@@ -27,8 +29,8 @@ def problem(rows=32, hidden=64, vocab=LONG, trainable=True, dtype=torch.float32)
 @pytest.fixture
 def blocks(monkeypatch):
     """The vocabulary of the equivalence cases in blocks of at least 48 columns, whatever the dtype."""
-    monkeypatch.setattr(dispatch, "LEAST_LENT_COLS", 48)
-    monkeypatch.setattr(dispatch, "LENT_BLOCK_BYTES", 22 * 8 * 64)
+    monkeypatch.setattr(tiles, "LEAST_LENT_COLS", 48)
+    monkeypatch.setattr(tiles, "LENT_BLOCK_BYTES", 22 * 8 * 64)
     monkeypatch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
     inputs = Case().tensors()
     plan = dk.explain(inputs["hidden"], inputs["weight"], inputs["labels"], reference_free=True)
@@ -40,6 +42,15 @@ def blocks(monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equivalence(blocks, layout, dtype):
     assert not broken_over_forms(dtype, layout, "chunked", "cpp")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operands_of_bfloat16(blocks, monkeypatch, layout):
+    """As on a CPU that multiplies them: the gradient leaves as bfloat16, scaled, with what rounding took beside it."""
+    monkeypatch.setattr(CppRows, "narrow", property(lambda self: self.dtype == torch.bfloat16))
+    for name in ("multiply", "grad_hidden", "grad_weight"):
+        monkeypatch.setattr(CppRows, name, getattr(TorchRows, name))  # which upcast what they are given
+    assert not broken_over_forms(torch.bfloat16, layout, "chunked", "cpp")
 
 
 @pytest.mark.parametrize("loss", FAMILY)
@@ -125,14 +136,14 @@ def test_who_does_not_borrow(facts, options):
 
 @pytest.fixture
 def wide_enough(monkeypatch):
-    monkeypatch.setattr(dispatch, "LENT_BLOCK_BYTES", 32 * 4 * 1024)
+    monkeypatch.setattr(tiles, "LENT_BLOCK_BYTES", 32 * 4 * 1024)
 
 
 def test_the_plan_says_so(wide_enough):
     plan = dk.explain(*problem(), reference_free=True)
     assert (plan.lent, plan.chunks, plan.extra_bytes, plan.tile.rows) == (True, 1, 0, 32)
     assert "logits in the memory of the head's gradient" in str(plan)
-    assert dispatch.LEAST_LENT_COLS <= plan.tile.cols <= 1024
+    assert tiles.LEAST_LENT_COLS <= plan.tile.cols <= 1024
 
 
 def test_a_scratch_without_room_for_the_rows_needs_no_other_strategy(wide_enough):

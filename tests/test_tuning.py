@@ -190,3 +190,14 @@ def test_families(kernel, target):
         launch.block_cols for launch in wide
     ]
     assert not any(launch.tma for launch in configs.family_of(kernel, target, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 0), "sm_80")],
+)
+def test_targets_of_devices(monkeypatch, capability, target):
+    """An RTX 50 has neither the tensor memory nor the shared memory that launches for sm_100 take."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert configs.target_of(torch.device("cuda", 0)) == target

@@ -70,6 +70,7 @@ def test_timing_changes_nothing_but_the_launch(monkeypatch, tmp_path, fastest):
         tried.append(call())
         return abs(len(tried) % 2 - (1 - fastest))  # alternately the first launch and the second
 
+    monkeypatch.setenv("DPO_KERNELS_AUTOTUNE", "1")
     monkeypatch.setenv("DPO_KERNELS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("dpo_kernels.kernels.triton.tuning.milliseconds", milliseconds)
     tuning.forget()

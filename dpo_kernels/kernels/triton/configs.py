@@ -119,4 +119,5 @@ def target_of(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
+    # Major 12 (RTX 50) has neither wgmma nor tcgen05, and 99 KiB of shared memory, as 8.6 and 8.9 have.
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")

@@ -1,0 +1,105 @@
+"""How the scratch is divided, and how much of the logits is held at once."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dpo_kernels.types import Tile, padded
+
+MIB = 2**20
+CPU_SCRATCH_BYTES = 512 * MIB
+GPU_SCRATCH_BYTES = 2048 * MIB
+BIG_GPU_BYTES = 79 * 2**30  # "80 GB" cards report a little less
+SMALL_GPU_SHARE = 40  # part of a smaller GPU's memory that the scratch takes
+CPU_WORKSPACE_BYTES = 2 * MIB
+GPU_WORKSPACE_BYTES = 256 * MIB
+STREAMING_TILE_BYTES = 1 * MIB
+LEAST_TILE_BYTES = 1024  # below this a tile is more bookkeeping than arithmetic
+GOOD_TILE_ROWS = 128  # fewer rows make a poor GEMM: then the vocabulary is cut instead
+ENOUGH_CPU_ROWS = 1024  # of a tile of log-probs; reading the head for more of them at once saves no time
+LENT_BLOCK_BYTES = 32 * MIB  # of logits that leave the memory of the head's gradient at once, see ``tile_of_pairs``
+LEAST_LENT_COLS = 512  # fewer columns make a poor GEMM
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How the scratch is divided: a tile of logits and the temporaries of the row operations."""
+
+    tile_bytes: int
+    workspace_bytes: int
+    bytes_per_logit: int
+    alignment: int = 1  # see types.padded
+    lends: bool = False  # see RowKernels.lends_gradient
+    enough_rows: int | None = None  # of a tile that accumulates nothing
+
+    def whole_rows(self, vocab: int) -> int:
+        """Rows of logits that fit at once."""
+        return self.tile_bytes // self.row_bytes(vocab)
+
+    def row_bytes(self, cols: int) -> int:
+        """What one row of a tile takes."""
+        return padded(cols, self.alignment) * self.bytes_per_logit
+
+    @staticmethod
+    def of(scratch_bytes: int, device_type: str, bytes_per_logit: int, alignment: int, lends: bool) -> "Budget":
+        """A quarter, up to a limit, for the temporaries, the rest for the tile."""
+        workspace = min(scratch_bytes // 4, _workspace_limit(device_type))
+        enough_rows = ENOUGH_CPU_ROWS if device_type == "cpu" else None
+        return Budget(scratch_bytes - workspace, workspace, bytes_per_logit, alignment, lends, enough_rows)
+
+    def minimum_scratch(self, vocab: int, device_type: str) -> int:
+        """Least ``scratch_bytes`` of which the tile's share holds one row of logits."""
+        row, limit = self.row_bytes(vocab), _workspace_limit(device_type)
+        # Least s with s - s // 4 >= row, while a quarter is under the limit.
+        return (row - 1) * 4 // 3 + 1 if row < 3 * limit else row + limit
+
+
+def _workspace_limit(device_type: str) -> int:
+    return CPU_WORKSPACE_BYTES if device_type == "cpu" else GPU_WORKSPACE_BYTES
+
+
+def tile_of_pairs(budget: Budget, rows: int, vocab: int, lender_cols: int) -> Tile:
+    """The logits that the fused pass over pairs holds in its scratch at once.
+
+    Whole rows, as many as there is room for; or, of all rows, a block of columns: where the memory of the head's
+    gradient ``(V, lender_cols)`` can hold all logits until the gradient takes their place. 0: there is no such memory.
+    """
+    if budget.lends and lender_cols and 0 < rows <= lender_cols:
+        cols = min(LENT_BLOCK_BYTES, budget.tile_bytes) // (rows * budget.bytes_per_logit)
+        cols = (cols // 32) * 32 - 16  # an odd multiple of 16: rows a power of two apart share too few places in caches
+        if LEAST_LENT_COLS <= cols < vocab:
+            return Tile(rows, cols)
+    return Tile(max(1, min(rows, budget.whole_rows(vocab))), vocab)
+
+
+def tile_of(strategy: str, budget: Budget, rows: int, vocab: int) -> Tile:
+    """The logits that a strategy holds at once: whole rows where enough of them fit, else a cut of the vocabulary.
+
+    Rows are cut evenly, a few left over would cost as much as many.
+    """
+    tile_bytes = budget.tile_bytes
+    if strategy == "streaming":
+        tile_bytes = min(STREAMING_TILE_BYTES, tile_bytes or LEAST_TILE_BYTES)
+    elements = max(1, tile_bytes // budget.bytes_per_logit)
+    whole = elements // padded(vocab, budget.alignment)
+    if strategy == "chunked" or whole >= min(rows, GOOD_TILE_ROWS):
+        most = max(1, min(rows, whole, budget.enough_rows or whole))
+        return Tile(1 if rows == 0 else math.ceil(rows / math.ceil(rows / most)), vocab)
+    tile_rows = max(1, min(rows, GOOD_TILE_ROWS, math.isqrt(elements)))
+    cols = elements // tile_rows
+    if padded(vocab, budget.alignment) <= cols:
+        return Tile(tile_rows, vocab)
+    return Tile(
+        tile_rows, cols if padded(cols, budget.alignment) == cols else cols // budget.alignment * budget.alignment
+    )
+
+
+def default_scratch_bytes(device: torch.device) -> int:
+    """2 GiB on a GPU of 80 GB or more, a fortieth of the memory of a smaller one, 512 MiB elsewhere."""
+    if device.type != "cuda":
+        return CPU_SCRATCH_BYTES
+    if not torch.cuda.is_available():
+        return GPU_SCRATCH_BYTES  # tracing for a GPU that is not here
+    memory = int(torch.cuda.get_device_properties(device).total_memory)
+    return GPU_SCRATCH_BYTES if memory >= BIG_GPU_BYTES else memory // SMALL_GPU_SHARE
