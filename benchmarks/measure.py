@@ -49,6 +49,7 @@ class Measurement:
         self.providers = {name: p for name, p in providers.items() if p.runs_at(case.level)}
         self.steps: dict[str, Step] = {}
         self.sketches: dict[str, truth.Sketch] = {}
+        self.reduced: truth.Reduced | None = None
 
     def run(self, effort: Effort) -> None:
         """Everything that is not there yet."""
@@ -73,7 +74,7 @@ class Measurement:
         if not waiting and all("memory" in self._row(n) or self._row(n).get("reason") for n in self.providers):
             return
         small = tensors.make(self._sizes, self.device.torch_device, seed=1, weight=self.data.weight)
-        self.reduced = truth.Reduced(small)
+        self.reduced = reference = truth.Reduced(small)
         for name in waiting:
             provider = self.providers[name]
             self._start(name, "check")
@@ -85,13 +86,13 @@ class Measurement:
             if outputs is FAILED:
                 continue
             objective = provider.objective(self._sizes)
-            errors = self.reduced.errors(objective, outputs.loss, outputs.logps)
-            bounds = truth.allowed(self.reduced.plain, small, small, objective)
+            errors = reference.errors(objective, outputs.loss, outputs.logps)
+            bounds = truth.allowed(reference.plain, small, small, objective)
             self._judge(name, "gate", errors, bounds)
             if provider.token_logps is not None:
                 logps = self._attempt(name, provider.token_logps, small)
                 if logps is not FAILED:
-                    self._put(name, {"token_error": _finite(self.reduced.token_error(logps))})
+                    self._put(name, {"token_error": _finite(reference.token_error(logps))})
         small.clear()
 
     def _first(self, provider: Provider, data: tensors.Data) -> Outputs | None:
@@ -112,6 +113,7 @@ class Measurement:
             if not self._row(name).get("reason"):
                 self.steps[name] = step
         self.sketches.clear()
+        self.reduced = None  # gigabytes of float64, which would keep a large case's providers from their memory
         self.data.clear()
         self.device.release()
 
@@ -152,6 +154,7 @@ class Measurement:
         if objective not in self.sketches:
             self._start(name, "full-size truth")
             self.sketches[objective] = truth.sketch(self.data, objective)
+        assert self.reduced is not None, "checked before anything is weighed"
         errors = self.sketches[objective].errors(self.data, outputs.loss, outputs.logps)
         bounds = truth.allowed(self.reduced.plain, self.data, self.reduced.data, objective)
         self._judge(name, "full_size", errors, bounds)

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from dpo_kernels.types import RowState
 from tests.cuda_tools import equivalence
 from tests.cuda_tools.emulation import (
     COMPILE,
@@ -24,6 +22,7 @@ from tests.cuda_tools.emulation import (
     compile_object,
     includes,
 )
+from tests.cuda_tools.operators import Operators, by_copies
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)]
 
@@ -53,30 +52,16 @@ def test_it_compiles_without_cudas_headers_and_finds_every_launcher(tmp_path: Pa
 # --- the glue on emulated kernels ---------------------------------------------------------------------------
 
 
-class Operators:
-    """What ``emulation.Emulated`` offers, by way of the operators."""
+class Emulated(Operators):
+    """Those of the glue on emulated kernels."""
 
     def __init__(self, library: Path) -> None:
         torch.ops.load_library(library)
-        self._library, self.ops = ctypes.CDLL(str(library)), torch.ops.dpo_emulated
+        super().__init__(torch.ops.dpo_emulated)
+        self._library = ctypes.CDLL(str(library))
 
     def order(self, order: int) -> None:
         self._library.emulated_order(ctypes.c_uint(order))
-
-    def reduce_rows(self, tile: Tensor, labels: Tensor, start: int, state: RowState) -> None:
-        parts = (state.max, state.sumexp, state.target, state.entropy, state.logit_sum, state.argmax, state.square_sum)
-        self.ops.reduce_rows_(tile, labels, start, True, *parts)
-
-    def dlogits_rows(
-        self, tile: Tensor, out: Tensor | None, labels: Tensor, start: int, *rest: Tensor | float | None
-    ) -> None:
-        self.ops.dlogits_rows_(tile, out, labels, start, *rest, False)
-
-    def segment_sum(self, values: Tensor, weights: Tensor | None, offsets: Tensor) -> Tensor:
-        return self.ops.segment_sum(values, weights, offsets)
-
-    def sigmoid_tail(self, *arguments: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
-        return self.ops.sigmoid_tail(*arguments)
 
 
 def replaced(pattern: str, new: str, text: str) -> str:
@@ -86,7 +71,7 @@ def replaced(pattern: str, new: str, text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def operators(tmp_path_factory: pytest.TempPathFactory) -> Operators:
+def operators(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     """The glue with its schemas, registered for the CPU under another name, and its streams left out."""
     folder = tmp_path_factory.mktemp("glue")
     schemas = (KERNELS.parent / "ops.cpp").read_text(encoding="utf-8")
@@ -107,11 +92,11 @@ def operators(tmp_path_factory: pytest.TempPathFactory) -> Operators:
     library = folder / "glue.so"
     torchs = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
     subprocess.run([COMPILE[0], "-shared", *objects, *torchs, "-o", library], check=True, timeout=300)
-    return Operators(library)
+    return Emulated(library)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_argument_arrives_in_its_place(operators: Operators, dtype: torch.dtype) -> None:
+def test_every_argument_arrives_in_its_place(operators: Emulated, dtype: torch.dtype) -> None:
     layout = equivalence.Layout(3, 1)
     for stats in ((), ("entropy",), ("mean_logits",), ("top1",), ("log_sum_p2",)):
         equivalence.check_reduce(operators, dtype, [1000, 31], layout, stats)
@@ -125,13 +110,29 @@ def test_every_argument_arrives_in_its_place(operators: Operators, dtype: torch.
     equivalence.check_tail(operators, [], dtype)
 
 
-def test_edges(operators: Operators) -> None:
+def test_copies_lie_as_what_they_copy(operators: Emulated) -> None:
+    """As the tests on hardware hand tensors over: what is written beside its place would be seen there too."""
+    through, layout = Operators(operators.ops, by_copies("cpu")), equivalence.Layout(3, 1)
+    equivalence.check_reduce(through, torch.float32, [1000, 31], layout)
+    equivalence.check_dlogits(through, torch.float32, torch.bfloat16, 1000, (layout, layout), softcap=30.0)
+    equivalence.check_dlogits(through, torch.float64, None, 1000)
+    equivalence.check_tail(through, [3, 0, 70, 64], torch.float32, torch.float64)
+    equivalence.check_tail_edges(through)
+    guards = equivalence.Guards()
+    inside = guards.around(torch.zeros(4))
+    by_copies("cpu")(lambda tensor: tensor.as_strided((6,), (1,), tensor.storage_offset() - 1).fill_(1.0), inside)
+    assert inside.eq(1).all()
+    with pytest.raises(AssertionError, match="written where nothing may be written"):
+        guards.check()
+
+
+def test_edges(operators: Emulated) -> None:
     equivalence.check_tail_edges(operators)
     equivalence.check_foreign_labels(operators)
     equivalence.check_orders(operators, torch.float32)
 
 
-def test_nothing_to_do(operators: Operators) -> None:
+def test_nothing_to_do(operators: Emulated) -> None:
     for shape in ((0, 5), (3, 0), (0, 0)):
         tile, labels = torch.zeros(shape), torch.zeros(shape[0], dtype=torch.int64)
         parts = [torch.full(shape[:1], 7.0) for _ in range(3)]
@@ -197,14 +198,14 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("name", "good", "change", "words"), REFUSED, ids=lambda value: getattr(value, "__name__", None)
 )
-def test_what_cannot_be_launched_is_refused(operators: Operators, name, good, change, words) -> None:
+def test_what_cannot_be_launched_is_refused(operators: Emulated, name, good, change, words) -> None:
     operator = getattr(operators.ops, name)
     operator(**good())
     with pytest.raises(RuntimeError, match=f"dpo_kernels: {words}"):
         operator(**(good() | change))
 
 
-def test_a_gradient_that_overlaps_its_tile_is_refused(operators: Operators) -> None:
+def test_a_gradient_that_overlaps_its_tile_is_refused(operators: Emulated) -> None:
     good = good_dlogits()
     memory = torch.zeros(3, 8)
     inside = memory.view(torch.bfloat16).view(-1)[:24].view(3, 8)

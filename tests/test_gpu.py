@@ -1,10 +1,17 @@
 """The same equivalence on real hardware, and what only hardware shows. `make test-gpu` fails where there is no GPU."""
 
+import warnings
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 import dpo_kernels as dk
-from tests.cases import LAYOUTS, RICH, STRATEGIES, Case, broken_over_forms, broken_rules, run
+from dpo_kernels import dispatch
+from tests import cases
+from tests.cases import LAYOUTS, RICH, STRATEGIES, VOCAB, Case, broken_by, broken_over_forms, broken_rules, run
+from tests.cuda_tools import equivalence
+from tests.cuda_tools.operators import Operators, by_copies
 from tests.test_equivalence import LOSSES
 
 pytestmark = pytest.mark.gpu
@@ -24,6 +31,96 @@ def _quiet_shared_reference(monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equivalence(layout, dtype, strategy, backend):
     assert not broken_over_forms(dtype, layout, strategy, backend, device="cuda")
+
+
+@pytest.mark.parametrize("backend", ["torch", "cuda"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_equivalence_in_float64(strategy, backend):
+    assert not broken_over_forms(torch.float64, "packed", strategy, backend, device="cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_of_one_row(monkeypatch, dtype, backend):
+    """cuBLAS is called otherwise for one row than for many, also to add to what is there."""
+    budget = dispatch.budget_of(2**30, backend, dtype, torch.device("cuda"))
+    one_row = ("chunked", budget.minimum_scratch(VOCAB, "cuda"))
+    monkeypatch.setitem(cases.STRATEGIES, "one row", one_row)
+    inputs = Case(dtype).tensors(device="cuda")
+    assert dk.explain(**inputs, scratch_bytes=one_row[1], backend=backend).tile.rows == 1
+    assert not broken_rules(Case(dtype), "one row", backend, device="cuda")
+
+
+WIDE = {
+    "whole": ("chunked", None),
+    "pairs of several tiles": ("chunked", 2 * 10**7),
+    "recompute": ("recompute", None),
+    "columns of tiles": ("recompute", 2 * 10**7),
+    "streaming": ("streaming", None),
+}
+
+
+def wide(dtype, vocab, device="cuda"):
+    """Three pairs of 150 tokens, labels half of which are likely."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 150, 128, generator=g), torch.randn(vocab, 128, generator=g) * 0.2
+    likely = (hidden.view(-1, 128) @ weight.t()).argmax(-1).view(6, 150)
+    labels = torch.where(torch.rand(6, 150, generator=g) < 0.5, likely, torch.randint(0, vocab, (6, 150), generator=g))
+    inputs = {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "labels": labels}
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    for name in ("hidden", "weight"):
+        inputs[name].requires_grad_()
+    return inputs
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strategy", WIDE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [32000, 50257, 128256])
+def test_vocabularies_of_models(monkeypatch, vocab, dtype, strategy, backend):
+    """Many blocks of columns, which the small cases do not have; 50257 is odd."""
+    monkeypatch.setitem(cases.STRATEGIES, strategy, WIDE[strategy])
+    assert not broken_by(wide(dtype, vocab), {"reference_free": True}, dtype, strategy, backend)
+
+
+@pytest.fixture
+def operators():
+    reason = dispatch.extension.why_not("cuda")
+    if reason is not None:
+        pytest.fail(reason)
+    return Operators(torch.ops.dpo_kernels, by_copies("cuda"))
+
+
+@pytest.mark.parametrize("layout", [equivalence.PACKED, equivalence.Layout(1, 1), equivalence.Layout(3, 1)], ids=str)
+@pytest.mark.parametrize("cols", [1000, 5000, 20000, 128256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_operators_between_guards(operators, dtype, cols, layout):
+    """Scalar heads and tails around vectors, wherever a row begins; nothing is touched beside it."""
+    equivalence.check_reduce(operators, dtype, [cols, 31], layout)
+    for narrow in (None, torch.bfloat16, torch.float16) if dtype == torch.float32 else (None,):
+        for other in (layout, equivalence.PACKED):
+            equivalence.check_dlogits(operators, dtype, narrow, cols, (layout, other), softcap=30.0)
+            equivalence.check_dlogits(operators, dtype, narrow, cols, (other, layout), scaled=False)
+
+
+def test_operators_on_edges(operators):
+    equivalence.check_broken_logits(operators, torch.float32)
+    equivalence.check_foreign_labels(operators)
+    equivalence.check_tail_edges(operators)
+    for weights in (None, torch.float32, torch.float64):
+        equivalence.check_tail(operators, [3, 0, 70, 6400], torch.float32, weights, smoothing=0.1)
+    equivalence.check_tail(operators, [], torch.float32)
+
+
+def test_operators_on_many_rows(operators):
+    """More than a grid has places in its second and third dimension."""
+    tile = torch.randn(70000, 48)
+    labels = torch.randint(0, 48, (70000,))
+    parts = [torch.full((70000,), value) for value in (-torch.inf, 0.0, -torch.inf)]
+    moved = [part.cuda() for part in parts]
+    operators.ops.reduce_rows_(tile.cuda(), labels.cuda(), 0, True, *moved, None, None, None, None)
+    torch.testing.assert_close(moved[0].cpu() + moved[1].cpu().log(), tile.logsumexp(1))
+    assert torch.equal(moved[2].cpu(), tile.gather(1, labels[:, None])[:, 0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -97,7 +194,7 @@ def test_a_bad_label_is_nan_not_a_device_assert(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_than_two_to_the_31_elements(backend):
-    """2.2e9 logits in one tile, and a hidden state whose rows lie beyond 2^31 elements."""
+    """2.2e9 logits in one tile."""
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of free memory")
     vocab, width, rows = 128256, 64, 17000
@@ -108,6 +205,43 @@ def test_more_than_two_to_the_31_elements(backend):
     parts = dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, backend=backend, scratch_bytes=2 * 2**30)
     torch.testing.assert_close(whole.chosen_logps, parts.chosen_logps, rtol=1e-6, atol=1e-2)
     torch.testing.assert_close(whole.rejected_logps, parts.rejected_logps, rtol=1e-6, atol=1e-2)
+
+
+@pytest.mark.parametrize("strategy", ["streaming", "recompute"])
+def test_a_head_beyond_two_to_the_31_elements(strategy):
+    """The kernels that multiply by themselves, against torch; labels are in the last columns."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free memory")
+    vocab, width = 256000, 9216
+    hidden = torch.randn(2, 300, width, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16).mul_(0.02)
+    labels = vocab - 1 - torch.randint(0, 5000, (2, 300), device="cuda")
+    found = [
+        dk.fused_token_logps(hidden, weight, labels, strategy=name, backend=backend)
+        for name, backend in ((strategy, "triton"), ("recompute", "torch"))
+    ]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hidden_states_beyond_two_to_the_31_elements(backend):
+    """Rows there are read, and their gradients written, where they belong."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free memory")
+    width, rows, scored = 65536, 34000, 8
+    hidden = torch.zeros(2, rows // 2, width, device="cuda", dtype=torch.bfloat16)
+    hidden[:, -scored:].normal_()
+    weight = torch.randn(512, width, device="cuda", dtype=torch.bfloat16).mul_(0.01).requires_grad_()
+    labels = torch.full((2, rows // 2), -100, device="cuda")
+    labels[:, -scored:] = torch.randint(0, 512, (2, scored), device="cuda")
+    found = []
+    for part in (slice(None), slice(rows // 2 - scored, None)):
+        x = hidden[:, part].clone().requires_grad_()
+        out = dk.fused_dpo_loss(x, weight, labels[:, part], reference_free=True, backend=backend)
+        dx, dw = torch.autograd.grad(out.loss, [x, weight])
+        assert not dx[:, :-scored].any()
+        found.append((out.loss.detach(), dx[:, -scored:].clone(), dw))
+    assert all(torch.equal(far, near) for far, near in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -128,16 +262,25 @@ def test_a_second_device():
     assert not broken_rules(Case(torch.bfloat16), "chunked", "triton", device="cuda:1")
 
 
+@contextmanager
+def syncs_forbidden():
+    """A synchronisation with the host is an error; torch warns, once a process, that this mode is a prototype."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_sync_with_a_static_capacity(backend):
     inputs = Case(torch.bfloat16).tensors(device="cuda")
     options = {"max_scored_tokens": 64, "backend": backend}
     dk.fused_dpo_loss(**inputs, **options).loss.backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with syncs_forbidden():
         dk.fused_dpo_loss(**inputs, **options).loss.backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

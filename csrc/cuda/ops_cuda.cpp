@@ -33,7 +33,8 @@ private:
 };
 
 void check_launch(int error, const char* kernel) {
-    TORCH_CHECK(error == 0, "dpo_kernels: launching ", kernel, " failed: ", cuda::error_string(error));
+    TORCH_CHECK(error == 0, "CUDA error: dpo_kernels: launching ", kernel, " failed: ",
+                cuda::error_string(error));
 }
 
 cuda::DType code(const at::Tensor& tensor) {
