@@ -6,6 +6,8 @@ No entry has been tuned on its hardware; ``benchmarks/model.py`` predicts with t
 
 from dataclasses import dataclass
 
+import torch
+
 from dpo_kernels.types import Chunking
 
 # Part of the peak that a library's large GEMMs reach: three bare ones of N=8192, H=4096, V=151936 in 42 ms on an H100
@@ -78,3 +80,10 @@ UNKNOWN = GPUS["H100"]  # of a GPU without an entry
 def gpu_of(name: str) -> Gpu | None:
     """The entry for a device's name as the driver reports it."""
     return next((gpu for key, gpu in GPUS.items() if key in name), None)
+
+
+def gpu_at(device: torch.device) -> Gpu | None:
+    """The entry for a device; None where there is no GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return gpu_of(torch.cuda.get_device_name(device)) or UNKNOWN

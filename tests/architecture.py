@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "losses": {"checks", "types"},
     "checks": set(),
     "strategies": {"sequence", "types"},
-    "kernels": {"sequence", "types"},
+    "kernels": {"gpus", "sequence", "types"},
     "sequence": {"types"},
     "types": set(),
     "reference": set(),

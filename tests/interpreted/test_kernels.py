@@ -2,16 +2,17 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels.kernels.triton import tuning
+from dpo_kernels.kernels.triton import backend, tuning
 from dpo_kernels.kernels.triton.backend import TritonRows
 from dpo_kernels.kernels.triton.configs import INTERPRETED
 from dpo_kernels.types import STATS, Head
-from tests.cases import LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
+from tests.cases import HIDDEN, LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
 from tests.small import tail_of_an_impossible_rejected
 from tests.test_equivalence import COUPLED, FAMILY, LOSSES, case_of, coupled
 from tests.test_numerics import assert_same_bits, extreme, masked
@@ -19,12 +20,13 @@ from tests.triton_tools.interpreter import sanitize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BY_DESCRIPTORS = replace(INTERPRETED, tma=True)
+SHARES = backend.shares
 
 
 @pytest.fixture(autouse=True)
 def _sanitized(monkeypatch):
     # Shares of the vocabulary of several tiles each, as on a GPU.
-    monkeypatch.setattr("dpo_kernels.kernels.triton.backend.MOST_SPLITS", 2)
+    monkeypatch.setattr("dpo_kernels.kernels.triton.backend.shares", lambda *_: 2)
     monkeypatch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
     with sanitize():
         yield
@@ -59,6 +61,43 @@ def test_equivalence_by_descriptors(monkeypatch, layout, dtype):
     for options in ({}, RICH):
         case = Case(dtype, bias=bool(options), weights=bool(options), options=options, **LAYOUTS[layout])
         assert not broken_rules(case, "streaming", "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("strategy", ["recompute", "recompute-tiles", "streaming"])
+def test_tiles_of_a_wide_model_are_recomputed_by_the_library(monkeypatch, strategy, dtype):
+    """Where a GPU is predicted to lose by a kernel of its own; the forward pass of the streaming strategy keeps its."""
+    launched = []
+    best = backend._best
+
+    def seen(kernel, *arguments):
+        launched.append(kernel)
+        return best(kernel, *arguments)
+
+    monkeypatch.setattr(backend, "_best", seen)
+    for width, kernels in ((HIDDEN - 1, set()), (HIDDEN, {"linear_dlogits"})):
+        monkeypatch.setattr(backend, "gpu_at", lambda device, width=width: SimpleNamespace(streaming_width=width))
+        launched.clear()
+        for options in ({}, RICH):
+            case = Case(dtype, bias=bool(options), weights=bool(options), options=options)
+            assert not broken_rules(case, strategy, "triton")
+        assert set(launched) - {"linear_logprob"} == kernels
+
+
+def test_parts_of_the_vocabulary_fill_the_gpu():
+    """Waves of an H200's 132 multiprocessors, by 501 blocks of 256 columns; blocks of 128 rows by H = 4096."""
+    narrow, wide = 1, 128 * 4096 * 2
+    assert [SHARES(blocks, 501, 132, narrow) for blocks in (1, 2, 64, 132)] == [126, 63, 2, 1]
+    for blocks in (*range(1, 70), 266, 547, 5000):
+        for block_bytes in (narrow, wide):
+            parts = SHARES(blocks, 501, 132, block_bytes)
+            assert 1 <= parts <= 501
+            assert blocks * parts <= max(backend.MOST_WAVES * 132, blocks)
+            waves = -(-blocks * parts // 132)
+            assert blocks * 501 / (waves * -(-501 // parts) * 132) > 0.89, blocks
+            at_once = min(blocks, -(-132 // parts)) * block_bytes
+            assert at_once <= backend.CACHED_BYTES or parts == max(1, backend.MOST_WAVES * 132 // blocks)
+    assert [SHARES(blocks, 1, 132, wide) for blocks in (1, 10**6)] == [1, 1]
 
 
 @pytest.mark.parametrize("fastest", [0, 1])
@@ -289,9 +328,9 @@ def test_a_head_of_odd_width_is_padded_once():
 def test_hidden_states_of_odd_width(dtype):
     hidden, weight = torch.randn(4, 5, 21).to(dtype), torch.randn(101, 21).to(dtype)
     labels, found = torch.randint(0, 101, (4, 5)), []
-    for backend in ("triton", "torch"):
+    for name in ("triton", "torch"):
         x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        options = {"reference_free": True, "strategy": "streaming", "backend": backend}
+        options = {"reference_free": True, "strategy": "streaming", "backend": name}
         out = dk.fused_dpo_loss(x, w, labels, **options)
         out.loss.backward()
         found.append((out.loss.detach(), x.grad, w.grad))

@@ -29,6 +29,9 @@ MUTATIONS = {
     "a row far from its first block is not done again": ("rows", "shift = highest\n", "shift = shift\n"),
     "the sum stays under the first block's shift": ("rows", "total * factor", "total"),
     "nothing is taken from the label's own value": ("rows", ".to(tl.float32)) - total)", ".to(tl.float32)))"),
+    "bias of the first columns only": ("rows", "tl.load(b_ptr + at, ", "tl.load(b_ptr + at % 16, "),
+    "a cap that forgets the sign": ("rows", "tl.where(y < 0, -size, size)", "size"),
+    "a cap that is none near 0": ("rows", "near = small * (1.0", "near = small + 0.0 * (1.0"),
     "rejected added instead of subtracted": ("dpo_tail", "- (rejected - ref", "+ (rejected - ref"),
     "coefficient of the wrong sequence": (
         "dpo_tail",
@@ -116,7 +119,7 @@ def test_the_kernels_as_they_are_pass():
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mutation_is_caught(tmp_path, monkeypatch, mutation):
     name, old, new = MUTATIONS[mutation]
-    monkeypatch.setattr(backend, "MOST_SPLITS", 2)
+    monkeypatch.setattr(backend, "shares", lambda *_: 2)
     monkeypatch.setattr(backend, NAMES[name], _mutated(tmp_path, name, old, new))
     assert _caught(), mutation
 

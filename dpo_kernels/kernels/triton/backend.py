@@ -1,5 +1,6 @@
 """The Triton backend: the row kernels, the tail and the streaming pass; plain GEMMs stay torch's."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -8,7 +9,9 @@ from dataclasses import replace
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
+from dpo_kernels.gpus import gpu_at
 from dpo_kernels.kernels.torch_rows import TorchRows
 from dpo_kernels.kernels.triton import dpo_tail, linear_logprob, tuning
 from dpo_kernels.kernels.triton import rows as row_kernels
@@ -26,8 +29,9 @@ from dpo_kernels.kernels.triton.configs import (
 from dpo_kernels.sequence import offsets_of
 from dpo_kernels.types import GPU_ROW_ALIGNMENT, Head, LogitsGradient, RowResult, Rows, RowState, SequenceLoss, Tile
 
-PROGRAMS = 512  # aim of the streaming pass: a few waves on any GPU
-MOST_SPLITS = 32
+MOST_WAVES = 16  # of programs that the streaming pass is cut into: the more, the less is lost in the last one
+CACHED_BYTES = 16 * 2**20  # of X, read again for each block of columns: a part of a GPU's second-level cache
+INTERPRETED_MULTIPROCESSORS = 4
 WIDE_BYTES = 16  # of the widest access
 
 
@@ -55,6 +59,30 @@ class TritonRows(TorchRows):
     def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
         """The float32 tile and, for 16-bit operands, what the gradient GEMMs read."""
         return 4 if dtype == torch.float32 else 6
+
+    def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
+        """See ``types.RowKernels``; bias, scale and cap in one pass over the raw products."""
+        self.multiply(x_CH, head, start, tile)
+        if head.bias is None and head.softcap is None and head.logit_scale == 1.0:
+            return
+        count, cols = tile.shape
+        whole = _with_padding(tile)
+        bias = tile  # of which nothing is read
+        if head.bias is not None:
+            bias = pad(head.bias[start : start + cols], (0, whole.shape[1] - cols)).contiguous()
+        with _on(tile):
+            row_kernels.finish_rows[(count, triton.cdiv(cols, ROW_BLOCK))](
+                whole,
+                bias,
+                cols,
+                tile.stride(0),
+                *_numbers(head),
+                HAS_BIAS=head.bias is not None,
+                HAS_SOFTCAP=head.softcap is not None,
+                PADDED=whole is not tile or cols % GPU_ROW_ALIGNMENT == 0,
+                BLOCK=ROW_BLOCK,
+                num_warps=ROW_WARPS,
+            )
 
     def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
         """See ``types.RowKernels``; the logits are kept, the gradient's kernel exponentiates again."""
@@ -205,13 +233,15 @@ class TritonRows(TorchRows):
         def run(launch: MatrixLaunch) -> tuple[list[Tensor], Tensor]:
             """The reductions of each share of the vocabulary, in memory of their own."""
             blocks = triton.cdiv(count, launch.block_rows)
-            splits = max(1, min(MOST_SPLITS, PROGRAMS // blocks, triton.cdiv(vocab, launch.block_cols)))
+            block_bytes = launch.block_rows * x_NH.shape[1] * x_NH.element_size()
+            cols = triton.cdiv(vocab, launch.block_cols)
+            splits = shares(blocks, cols, _multiprocessors(x_NH.device), block_bytes)
             split = triton.cdiv(triton.cdiv(vocab, splits), launch.block_cols) * launch.block_cols
             splits = triton.cdiv(vocab, split)
             kept = [x_NH.new_empty(splits, count, dtype=torch.float32) for _ in range(6 if stats else 3)]
             argmax = torch.empty(splits if stats else 1, count, dtype=torch.int64, device=x_NH.device)
             with _on(x_NH):
-                linear_logprob.linear_logprob[(blocks, splits)](
+                linear_logprob.linear_logprob[(splits, blocks)](
                     *launch.descriptors(x_NH, weight),
                     weight if head.bias is None else head.bias,
                     packed.labels,
@@ -250,7 +280,13 @@ class TritonRows(TorchRows):
         sumexp_C: Tensor,
         scale_C: Tensor | None,
     ) -> LogitsGradient:
-        """See ``types.RowKernels``: one kernel from hidden states to the operand, no float32 logits between."""
+        """See ``types.RowKernels``: one kernel from hidden states to the operand, no float32 logits between.
+
+        Of a wide model the traffic of logits is predicted to cost less than a slower GEMM, as for log-probs alone.
+        """
+        gpu = gpu_at(x_CH.device)
+        if gpu is not None and self.dtype != torch.float32 and x_CH.shape[1] > gpu.streaming_width:
+            return super().recomputed_dlogits(x_CH, head, start, tile, labels_C, max_C, sumexp_C, scale_C)
         x_CH = _aligned(x_CH)
         out, applied, residual = tile, None, None
         if self.dtype == torch.bfloat16:  # in the scratch's own memory, of which it takes half
@@ -293,6 +329,32 @@ class TritonRows(TorchRows):
 
         run(_best("linear_dlogits", x_CH, weight, head, False, run))
         return LogitsGradient(out, scale_C, labels_C, residual)
+
+
+@functools.lru_cache
+def shares(row_blocks: int, col_blocks: int, multiprocessors: int, block_bytes: int) -> int:
+    """How many parts the streaming pass cuts the vocabulary into: the fewest that leave next to no GPU idle.
+
+    A program does a block of rows, ``block_bytes`` of X, over a part; a multiprocessor holds one at a time. Few parts
+    put many blocks of rows to work at once: not so many that X does not stay in the cache.
+    """
+    most = max(1, min(col_blocks, MOST_WAVES * multiprocessors // row_blocks))
+    least = 1
+    if row_blocks * block_bytes > CACHED_BYTES:
+        least = min(most, -(-multiprocessors * block_bytes // CACHED_BYTES))
+
+    def busy(parts: int) -> float:
+        programs = row_blocks * parts
+        longest = -(-programs // multiprocessors) * -(-col_blocks // parts)  # waves, of blocks in a row
+        return round(row_blocks * col_blocks / (longest * multiprocessors), 2)
+
+    return max(range(least, most + 1), key=lambda parts: (busy(parts), -parts))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def interpreting() -> bool:

@@ -34,7 +34,7 @@ def _softplus(x):
     return tl.where(x > 0, x, 0.0) + log1p
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["logp_ptr", "weights_ptr"])
 def dpo_tail(
     logp_ptr,  # (N,) float32
     weights_ptr,  # (N,) float32 or float64

@@ -3,6 +3,9 @@
 ``linear_logprob`` folds each tile of logits into a running maximum and sum of exponentials; a program does a block of
 rows over a share of the vocabulary, and the shares are merged afterwards. ``linear_dlogits`` forms the logits of a tile
 again and writes ``sumexp * (softmax - onehot)`` in the dtype of the GEMMs that follow. Strides are in elements.
+
+A launch is compiled anew for other alignments and divisibilities of what it is given; batches change those of a row
+count and of slices by rows, and would bring compilations into the middle of a training: they are left out of it.
 """
 
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ import triton
 import triton.language as tl
 
 from dpo_kernels.kernels.triton.configs import TARGETS, Configuration, Matrix, MatrixLaunch, family_of
+from dpo_kernels.kernels.triton.rows import _capped
 
 
 @triton.jit
@@ -64,17 +68,10 @@ def _logits(
             z = tl.dot(x, w, z, input_precision=PRECISION)
     if HAS_BIAS:
         z += tl.load(b_ptr + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
-    if HAS_SOFTCAP:
-        y = z * (scale / softcap)
-        t = tl.exp(-2.0 * tl.abs(y))
-        size = (1.0 - t) / (1.0 + t)
-        z = softcap * tl.where(y < 0, -size, size)
-    else:
-        z = z * scale
-    return z
+    return _capped(z, scale, softcap, HAS_SOFTCAP, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_rows"], do_not_specialize_on_alignment=["labels_ptr"])
 def linear_logprob(
     x_ptr,  # (N, H), with TMA its descriptor
     w_ptr,  # (V, H), with TMA its descriptor
@@ -104,8 +101,8 @@ def linear_logprob(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (ceil(N / BLOCK_N), splits)."""
-    first_row = tl.program_id(0) * BLOCK_N
+    """Grid (splits, ceil(N / BLOCK_N)): programs that run at once share few rows of X, which stay in the cache."""
+    first_row = tl.program_id(1) * BLOCK_N
     rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_N)
     row_inside = rows < total_rows
     labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1)
@@ -116,7 +113,7 @@ def linear_logprob(
     logit_sum = tl.zeros([BLOCK_N], tl.float32)
     square_sum = tl.zeros([BLOCK_N], tl.float32)
     first = tl.zeros([BLOCK_N], tl.int64)
-    begin = tl.program_id(1) * split
+    begin = tl.program_id(0) * split
     end = tl.minimum(begin + split, vocab)
     for left in range(begin, end, BLOCK_V):
         cols = left + tl.arange(0, BLOCK_V).to(tl.int64)
@@ -144,7 +141,7 @@ def linear_logprob(
         hit = tl.arange(0, BLOCK_V)[None, :] == (labels - left).to(tl.int32)[:, None]
         target = tl.maximum(target, tl.max(tl.where(hit, z, -float("inf")), axis=1))
         running = highest
-    at = tl.program_id(1).to(tl.int64) * total_rows + rows
+    at = tl.program_id(0).to(tl.int64) * total_rows + rows
     tl.store(max_ptr + at, running, mask=row_inside)
     tl.store(sumexp_ptr + at, sumexp, mask=row_inside)
     tl.store(target_ptr + at, target, mask=row_inside)
@@ -155,7 +152,10 @@ def linear_logprob(
         tl.store(argmax_ptr + at, first, mask=row_inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["total_rows"],
+    do_not_specialize_on_alignment=["labels_ptr", "max_ptr", "sumexp_ptr", "scale_ptr", "residual_ptr"],
+)
 def linear_dlogits(
     x_ptr,  # (C, H), with TMA its descriptor
     w_ptr,  # (V, H), with TMA its descriptor
@@ -261,7 +261,7 @@ def _gradient(
     target: str, launch: MatrixLaunch, dtype: torch.dtype, width: int, vocab: int, extras: bool
 ) -> Configuration:
     tile: dict[str, Any] = {
-        "out_ptr": dtype,
+        "out_ptr": torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,  # float16 is rounded afterwards
         "scale_ptr": torch.float32,
         "residual_ptr": torch.float32,
         "HAS_SCALE": dtype == torch.bfloat16,

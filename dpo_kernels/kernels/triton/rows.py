@@ -1,6 +1,6 @@
-"""Row kernels over a tile of logits: online log-sum-exp with target gather and statistics, and the gradient in place.
+"""Row kernels over a tile of logits: bias, scale and cap; online log-sum-exp with statistics; the gradient in place.
 
-A program owns a row (``reduce_rows``, ``exp_rows``) or a stretch of one (``dlogits_rows``); nobody else writes there.
+A program owns a row (``reduce_rows``, ``exp_rows``) or a stretch of one (the others); nobody else writes there.
 Strides are in elements, offsets that multiply a row are 64-bit.
 """
 
@@ -27,6 +27,53 @@ def _reach(cols, PADDED: tl.constexpr):
 
 
 @triton.jit
+def _capped(z, scale, softcap, HAS_SOFTCAP: tl.constexpr, NEAR_ZERO: tl.constexpr):
+    """``softcap * tanh(scale * z / softcap)``, or ``scale * z``.
+
+    The difference of exponentials loses digits of a small logit, up to ``softcap * 2.4e-7`` of it on a GPU, whose
+    exponential is right to 2 ulp. NEAR_ZERO: an odd polynomial there (relative error 1.4e-8 up to 0.5), for which the
+    matmul kernels have no registers.
+    """
+    if HAS_SOFTCAP:
+        y = z * (scale / softcap)
+        t = tl.exp(-2.0 * tl.abs(y))
+        size = (1.0 - t) / (1.0 + t)
+        far = tl.where(y < 0, -size, size)
+        if NEAR_ZERO:
+            small = tl.where(tl.abs(y) < 0.5, y, 0.0)
+            u = small * small
+            near = small * (1.0 + u * (-0.33333069 + u * (0.13324779 + u * (-0.05298607 + u * 0.017135001))))
+            return softcap * tl.where(tl.abs(y) < 0.5, near, far)
+        else:
+            return softcap * far
+    else:
+        return z * scale
+
+
+@triton.jit
+def finish_rows(
+    tile_ptr,  # (C, Vt) float32, raw products; overwritten by final logits
+    b_ptr,  # (Vt,), as far as the rows' padding reaches
+    cols,
+    row_stride,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Bias, scale and cap in one pass; grid (C, ceil(Vt / BLOCK))."""
+    base = tile_ptr + tl.program_id(0).to(tl.int64) * row_stride
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    reach = _reach(cols, PADDED)
+    z = tl.load(base + at, mask=at < reach, other=0.0)
+    if HAS_BIAS:
+        z += tl.load(b_ptr + at, mask=at < reach, other=0.0).to(tl.float32)
+    tl.store(base + at, _capped(z, scale, softcap, HAS_SOFTCAP, True), mask=at < reach)
+
+
+@triton.jit(do_not_specialize_on_alignment=["labels_ptr"])
 def reduce_rows(
     tile_ptr,  # (C, Vt) float32, final logits of columns start..start+Vt-1
     labels_ptr,  # (C,) int64
@@ -113,7 +160,7 @@ def _exp_row(base, out, reach, cols, shift, BLOCK: tl.constexpr):
     return total, highest
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["labels_ptr"])
 def exp_rows(
     tile_ptr,  # (C, V) float32, final logits of whole rows
     out_ptr,  # (C, V) bfloat16, written: exp(z - shift)
@@ -158,7 +205,7 @@ def exp_rows(
     tl.store(residual_ptr + row, (e - e.to(out_ptr.dtype.element_ty).to(tl.float32)) - total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["labels_ptr", "max_ptr", "sumexp_ptr", "scale_ptr", "residual_ptr"])
 def dlogits_rows(
     tile_ptr,  # (C, Vt) float32, final logits; overwritten unless out_ptr is another tensor
     out_ptr,  # (C, Vt) float32 (the tile itself) or the dtype of the GEMM operands
@@ -199,6 +246,26 @@ def dlogits_rows(
         lost = tl.sum(tl.where(own, d - rounded.to(tl.float32), 0.0), axis=0)
         if (column >= first) & (column < tl.minimum(first + BLOCK, cols)):
             tl.store(residual_ptr + row, lost)
+
+
+def _finish(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
+    return Configuration(
+        f"finish_rows V={cols} {str(dtype).removeprefix('torch.')}{' softcap' if softcap else ''}",
+        finish_rows,
+        {
+            "tile_ptr": torch.float32,
+            "b_ptr": dtype,
+            "cols": cols,
+            "row_stride": padded(cols, 16),
+            "scale": 0.5,
+            "softcap": 30.0,
+            "HAS_BIAS": not softcap,
+            "HAS_SOFTCAP": softcap,
+            "PADDED": True,
+            "BLOCK": ROW_BLOCK,
+        },
+        {"num_warps": ROW_WARPS},
+    )
 
 
 def _reduce(cols: int, stats: bool) -> Configuration:
@@ -245,7 +312,7 @@ def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
     f32, i64, narrow = torch.float32, torch.int64, dtype == torch.bfloat16
     arguments: dict[str, Any] = {
         "tile_ptr": f32,
-        "out_ptr": dtype,
+        "out_ptr": dtype if narrow else f32,  # float16 is rounded afterwards
         "labels_ptr": i64,
         "max_ptr": f32,
         "sumexp_ptr": f32,
@@ -270,6 +337,8 @@ def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
 
 
 CONFIGURATIONS = [
+    _finish(50257, torch.bfloat16, softcap=False),
+    _finish(256000, torch.bfloat16, softcap=True),
     *(_reduce(cols, stats) for cols in (128256, 50257) for stats in (False, True)),
     *(_exp(cols) for cols in (128256, 50257)),
     *(_dlogits(128256, dtype, False) for dtype in (torch.float32, torch.bfloat16, torch.float16)),

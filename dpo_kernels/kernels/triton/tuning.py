@@ -32,13 +32,13 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from dpo_kernels.kernels.triton import configs, linear_logprob
 from dpo_kernels.kernels.triton.configs import MatrixLaunch
 
 MODE, FOLDER = "DPO_KERNELS_AUTOTUNE", "DPO_KERNELS_CACHE_DIR"
 MODES = ("1", "0", "cached")
-REPEATS = 5
+ROUNDS = 7
 CANNOT_RUN = (CompilationError, OutOfResources, PTXASError)  # on this GPU, or with this compiler
+PASS_FAILED = "PassManager::run failed"  # a RuntimeError of the compiler
 Trial = Callable[[MatrixLaunch], object]
 
 _taken: dict[tuple[str, str], MatrixLaunch] = {}
@@ -80,7 +80,7 @@ def device_name(like: Tensor) -> str:
 def path_of(gpu: str) -> Path:
     """Where the results for a GPU are kept: a file for each version of the kernels and of what compiles them."""
     root = os.environ.get(FOLDER) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_kernels"
-    text = Path(linear_logprob.__file__).read_text() + Path(configs.__file__).read_text()
+    text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
     versions = f"{triton.__version__} {torch.version.cuda} {torch.version.hip}"
     digest = hashlib.sha256((text + versions).encode()).hexdigest()[:12]
     return Path(root) / f"autotune-{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}-{digest}.json"
@@ -92,31 +92,39 @@ def path_of(gpu: str) -> Path:
 def _timed(gpu: str, kind: str, family: Sequence[MatrixLaunch], like: Tensor, run: Trial, mode: str) -> MatrixLaunch:
     if mode != "1" or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
         return family[0]
-    times: dict[MatrixLaunch, float] = {}
-    for launch in family:
-        try:
-            times[launch] = milliseconds(lambda launch=launch: run(launch), like)  # type: ignore[misc]
-        except CANNOT_RUN:
-            continue
-    if not times:
+    runnable = [launch for launch in family if _runs(launch, run)]
+    if not runnable:
         return family[0]  # whose own error is the one to see
+    samples: dict[MatrixLaunch, list[float]] = {launch: [] for launch in runnable}
+    for _ in range(ROUNDS):  # one after another, so that a clock that rises or falls meets all of them
+        for launch in runnable:
+            samples[launch].append(milliseconds(lambda launch=launch: run(launch), like))  # type: ignore[misc]
+    times = {launch: statistics.median(found) for launch, found in samples.items()}
     fastest = min(times, key=lambda launch: times[launch])
     return _remember(gpu, kind, family, fastest, times)
 
 
+def _runs(launch: MatrixLaunch, run: Trial) -> bool:
+    """Whether it compiles and can be launched; warms it up."""
+    try:
+        run(launch)
+    except (*CANNOT_RUN, RuntimeError) as error:
+        if isinstance(error, CANNOT_RUN) or PASS_FAILED in str(error):
+            return False
+        raise
+    return True
+
+
 def milliseconds(call: Callable[[], object], like: Tensor) -> float:
-    """Median of a few calls on the GPU, after one that compiles and warms up."""
-    call()
-    found = []
+    """Of a call on the GPU, behind another one that keeps it at work while the host prepares this one."""
     with torch.cuda.device(like.device):
-        for _ in range(REPEATS):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            found.append(begin.elapsed_time(end))
-    return statistics.median(found)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        call()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
 
 
 # --- on disk ----------------------------------------------------------------------------------------------------------
