@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 from benchmarks.cases import Case
 from dpo_kernels.gpus import EFFICIENCY, GPUS, STREAMING_EFFICIENCY, Gpu
+from dpo_kernels.tiles import Budget, tile_of
+from dpo_kernels.types import GPU_ROW_ALIGNMENT
 
 GIB = 2**30
 MS = 1e3
@@ -122,26 +124,30 @@ def ours_recompute(case: Case, gpu: Gpu) -> Work:
 
 
 def ours_streaming(case: Case, gpu: Gpu) -> Work:
-    """Logits in registers, then tiles of 1 MiB with two GEMMs each."""
+    """Logits in registers, then tiles of their gradient with two GEMMs each.
+
+    The tiles come from a kernel of ours or, of a wide model in 16 bits, from the library and a pass (Triton backend).
+    """
     work, h = _work(case, gpu), case.hidden
-    if case.reference != "cached":
-        work.gemm("reference", case.tokens, case.vocab, h, out=0)
-    work.gemm("logits", case.tokens, case.vocab, h, out=0)
-    rows = min(case.tokens, 512)
-    cols = min(case.vocab, 2**20 // (rows * work.item))
-    tiles = -(-case.tokens // rows) * -(-case.vocab // cols)
-    for name, (m, n, k), add in (
-        ("logits again", (rows, cols, h), False),
-        ("dX", (rows, h, cols), True),
-        *((("dW", (cols, h, rows), True),) if case.trainable else ()),
-    ):
-        one = Work(gpu, work.item)
-        one.gemm(name, m, n, k, out=4 if add else work.item, add=add)
-        work.seconds += tiles * one.seconds
-        work.gemm_seconds += tiles * one.gemm_seconds
-        work.flop += tiles * one.flop
-        work.bytes += tiles * one.bytes
-        work.launches += tiles
+    for name in ("reference",) * (case.reference != "cached") + ("logits",):
+        work.gemm(name, case.tokens, case.vocab, h, out=0, share=STREAMING_EFFICIENCY)
+    budget = Budget.of(2 * GIB, "cuda", BYTES_PER_LOGIT[case.dtype], GPU_ROW_ALIGNMENT, lends=False)
+    tile = tile_of("streaming", budget, case.tokens, case.vocab)
+    from_library = work.item == 2 and h > gpu.streaming_width
+    for first in range(0, case.tokens, tile.rows):
+        rows = min(tile.rows, case.tokens - first)
+        for left in range(0, case.vocab, tile.cols):
+            cols = min(tile.cols, case.vocab - left)
+            if from_library:
+                work.gemm("logits again", rows, cols, h, out=4)
+                work.sweep("gradient", rows * cols, 4 + work.item)
+            else:
+                work.gemm("logits again", rows, cols, h, share=STREAMING_EFFICIENCY)
+            work.gemm("dX", rows, h, cols, out=4, add=left > 0)
+            if case.trainable:
+                work.gemm("dW", cols, h, rows, out=4, add=first > 0)
+    if case.trainable:
+        work.sweep("round dW", case.vocab * h, 4 + work.item)
     return work
 
 

@@ -205,7 +205,7 @@ def _anchor(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
         return None
     with torch.enable_grad():
         ends = [
-            t.reshape(-1)[:0].to(torch.float32, copy=True)
+            t[:0].reshape(-1).to(torch.float32, copy=True)
             for t in (hidden, weight, bias)
             if t is not None and t.requires_grad
         ]

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.torch_version import TorchVersion
 
-from dpo_kernels import gpus, tiles
+from dpo_kernels import tiles
+from dpo_kernels.gpus import gpu_at
 from dpo_kernels.kernels import extension, installed
 from dpo_kernels.kernels.extension import empty_cache as empty_cache
 from dpo_kernels.kernels.torch_rows import TorchRows
@@ -178,13 +179,6 @@ def _tile_of_problem(problem: Problem, budget: Budget) -> Tile:
     return tile_of_pairs(budget, problem.rows, problem.vocab, problem.hidden if lends else 0)
 
 
-def gpu_at(device: torch.device) -> gpus.Gpu | None:
-    """The entry of ``gpus`` for a device; None where there is no GPU."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    return gpus.gpu_of(torch.cuda.get_device_name(device)) or gpus.UNKNOWN
-
-
 def chunking_of(device: torch.device) -> Chunking:
     """What chunks cost on a device; without a GPU the fewest are best."""
     gpu = gpu_at(device)
@@ -238,9 +232,15 @@ def _refuse_for_memory(problem: Problem, tile: Tile) -> str | None:
     if problem.device.type != "cuda" or problem.tracing or problem.static:
         return None
     extra = _extra_bytes(problem, tile)
-    if extra and extra > torch.cuda.mem_get_info(problem.device)[0]:
+    if extra and extra > _free_bytes(problem.device):
         return f"a pair longer than the chunk needs {extra / MIB:.4g} MiB of accumulators, more than is free"
     return None
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What a CUDA device could still give: the driver, and what torch's allocator keeps for reuse."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _refuse_recompute(problem: Problem, budget: Budget) -> str | None:

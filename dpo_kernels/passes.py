@@ -27,7 +27,8 @@ from dpo_kernels.types import (
     accumulation_dtype,
 )
 
-COPY_BLOCK_BYTES = 16 * 2**20
+CPU_COPY_BYTES = 16 * 2**20
+GPU_COPY_BYTES = 256 * 2**20  # a few launches for any batch
 
 
 class LossInto(NamedTuple):
@@ -362,7 +363,7 @@ def _to_input_rows(dx: Tensor, slot: Tensor, scale: Tensor, dtype: torch.dtype) 
     """Packed rows back to their places, times one factor or one for each row; rows not scored are exactly 0."""
     rows, width = slot.shape[0], dx.shape[1]
     out = torch.empty(rows, width, dtype=dtype, device=dx.device)
-    step = max(1, COPY_BLOCK_BYTES // max(1, width * dx.dtype.itemsize))
+    step = max(1, (GPU_COPY_BYTES if dx.is_cuda else CPU_COPY_BYTES) // max(1, width * dx.dtype.itemsize))
     for start in range(0, rows, step):
         places = slot[start : start + step]
         part = dx.index_select(0, places)
@@ -374,7 +375,9 @@ def _scaled_copy(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if grad.dtype == dtype:
         return grad * factor
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-    step = max(1, COPY_BLOCK_BYTES // max(1, grad[:1].numel() * grad.dtype.itemsize))
+    if grad.is_cuda:
+        return torch.mul(grad, factor, out=out)  # one kernel that rounds what it writes; on the CPU a copy between
+    step = max(1, CPU_COPY_BYTES // max(1, grad[:1].numel() * grad.dtype.itemsize))
     for start in range(0, grad.shape[0], step):
         out[start : start + step] = grad[start : start + step] * factor
     return out

@@ -14,9 +14,11 @@ BIG_GPU_BYTES = 79 * 2**30  # "80 GB" cards report a little less
 SMALL_GPU_SHARE = 40  # part of a smaller GPU's memory that the scratch takes
 CPU_WORKSPACE_BYTES = 2 * MIB
 GPU_WORKSPACE_BYTES = 256 * MIB
-STREAMING_TILE_BYTES = 1 * MIB
+CPU_STREAMING_BYTES = 1 * MIB  # a tile of the streaming strategy; on the CPU it stays in the second-level cache
+GPU_STREAMING_BYTES = 256 * MIB  # hundreds of blocks for every multiprocessor, or launches would take all the time
 LEAST_TILE_BYTES = 1024  # below this a tile is more bookkeeping than arithmetic
-GOOD_TILE_ROWS = 128  # fewer rows make a poor GEMM: then the vocabulary is cut instead
+FEWEST_WHOLE_ROWS = 128  # fewer rows make a poor GEMM: then the vocabulary is cut instead
+GPU_STREAMING_ROWS = 4096  # each block of rows reads and writes the whole gradient of the head
 ENOUGH_CPU_ROWS = 1024  # of a tile of log-probs; reading the head for more of them at once saves no time
 LENT_BLOCK_BYTES = 32 * MIB  # of logits that leave the memory of the head's gradient at once, see ``tile_of_pairs``
 LEAST_LENT_COLS = 512  # fewer columns make a poor GEMM
@@ -32,6 +34,8 @@ class Budget:
     alignment: int = 1  # see types.padded
     lends: bool = False  # see RowKernels.lends_gradient
     enough_rows: int | None = None  # of a tile that accumulates nothing
+    streaming_rows: int = FEWEST_WHOLE_ROWS
+    streaming_bytes: int = CPU_STREAMING_BYTES
 
     def whole_rows(self, vocab: int) -> int:
         """Rows of logits that fit at once."""
@@ -45,8 +49,17 @@ class Budget:
     def of(scratch_bytes: int, device_type: str, bytes_per_logit: int, alignment: int, lends: bool) -> "Budget":
         """A quarter, up to a limit, for the temporaries, the rest for the tile."""
         workspace = min(scratch_bytes // 4, _workspace_limit(device_type))
-        enough_rows = ENOUGH_CPU_ROWS if device_type == "cpu" else None
-        return Budget(scratch_bytes - workspace, workspace, bytes_per_logit, alignment, lends, enough_rows)
+        cpu = device_type == "cpu"
+        return Budget(
+            tile_bytes=scratch_bytes - workspace,
+            workspace_bytes=workspace,
+            bytes_per_logit=bytes_per_logit,
+            alignment=alignment,
+            lends=lends,
+            enough_rows=ENOUGH_CPU_ROWS if cpu else None,
+            streaming_rows=FEWEST_WHOLE_ROWS if cpu else GPU_STREAMING_ROWS,
+            streaming_bytes=CPU_STREAMING_BYTES if cpu else GPU_STREAMING_BYTES,
+        )
 
     def minimum_scratch(self, vocab: int, device_type: str) -> int:
         """Least ``scratch_bytes`` of which the tile's share holds one row of logits."""
@@ -78,15 +91,15 @@ def tile_of(strategy: str, budget: Budget, rows: int, vocab: int) -> Tile:
 
     Rows are cut evenly, a few left over would cost as much as many.
     """
-    tile_bytes = budget.tile_bytes
+    tile_bytes, good_rows = budget.tile_bytes, FEWEST_WHOLE_ROWS
     if strategy == "streaming":
-        tile_bytes = min(STREAMING_TILE_BYTES, tile_bytes or LEAST_TILE_BYTES)
+        tile_bytes, good_rows = min(budget.streaming_bytes, tile_bytes or LEAST_TILE_BYTES), budget.streaming_rows
     elements = max(1, tile_bytes // budget.bytes_per_logit)
     whole = elements // padded(vocab, budget.alignment)
-    if strategy == "chunked" or whole >= min(rows, GOOD_TILE_ROWS):
+    if strategy == "chunked" or whole >= min(rows, good_rows):
         most = max(1, min(rows, whole, budget.enough_rows or whole))
         return Tile(1 if rows == 0 else math.ceil(rows / math.ceil(rows / most)), vocab)
-    tile_rows = max(1, min(rows, GOOD_TILE_ROWS, math.isqrt(elements)))
+    tile_rows = max(1, min(rows, good_rows, math.isqrt(elements)))
     cols = elements // tile_rows
     if padded(vocab, budget.alignment) <= cols:
         return Tile(tile_rows, vocab)

@@ -1,12 +1,14 @@
 """The plan: which strategy a problem gets, and the words in which the others are refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels import dispatch, gpus, tiles
+from dpo_kernels import dispatch, gpus, losses, tiles
+from dpo_kernels.kernels.torch_rows import TorchRows
 from dpo_kernels.strategies.groups import Group, cost_of_groups, plan_groups
 from dpo_kernels.types import Chunking
 from tests.small import CPU_BACKEND
@@ -95,6 +97,33 @@ def test_a_tile_and_its_temporaries_fit_the_scratch(dtype, vocab, scratch, strat
         assert used <= scratch or tile == tiles.Tile(1, 1)
 
 
+def test_streaming_tiles_of_a_gpu_keep_it_at_work():
+    """Thousands of rows by thousands of columns, within the scratch; on a CPU what a cache holds."""
+    for dtype, vocab in ((torch.bfloat16, 128256), (torch.float32, 50257)):
+        budget = tiles.Budget.of(tiles.GPU_SCRATCH_BYTES, "cuda", 6 if dtype == torch.bfloat16 else 4, 16, False)
+        tile = tiles.tile_of("streaming", budget, 131072, vocab)
+        assert (tile.rows, tile.cols % 16) == (tiles.GPU_STREAMING_ROWS, 0)
+        assert tile.cols > 8192
+        assert tile.rows * budget.row_bytes(tile.cols) <= tiles.GPU_STREAMING_BYTES
+        few = tiles.tile_of("streaming", budget, 256, vocab)
+        assert (few.rows, few.cols) == (256, vocab)
+        assert tiles.tile_of("recompute", budget, 131072, vocab).cols == vocab
+    small = tiles.Budget.of(2**20, "cuda", 6, 16, False)
+    tile = tiles.tile_of("streaming", small, 131072, 128256)
+    assert tile.rows * small.row_bytes(tile.cols) <= small.tile_bytes
+
+
+def test_free_memory_counts_what_the_allocator_keeps(monkeypatch):
+    """A pair longer than the chunk would else be recomputed for how the allocator happened to grow."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 * tiles.MIB, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * tiles.MIB)
+    pairs = {"need": (True, True, False), "counts": (4000, 4000), "rows": 8000, "vocab": 128256, "hidden": 64}
+    problem = on_a_gpu(loss=losses.bind("sigmoid", 0.1, 0.0, {}), scalar=True, separable=True, **pairs)
+    for kept, strategy in ((11, "recompute"), (90, "chunked")):
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, kept=kept: kept * tiles.MIB)
+        assert dispatch.choose(problem, "auto", "torch").strategy == strategy
+
+
 def test_an_old_triton_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "3.5.1")
     assert explain(*problem()).against["triton"] == "triton 3.5.1 is older than 3.6"
@@ -149,14 +178,14 @@ def test_no_plan_costs_more_than_the_most_even_one(seed):
             assert plan[-1].last == 60
 
 
-def on_a_gpu(hidden=1024, dtype=torch.bfloat16, need=(False, False, False)):
-    return dispatch.Problem(
+def on_a_gpu(**facts):
+    problem = dispatch.Problem(
         rows=4096,
         vocab=128256,
-        hidden=hidden,
-        dtype=dtype,
+        hidden=1024,
+        dtype=torch.bfloat16,
         device=torch.device("cuda", 0),
-        need=need,
+        need=(False, False, False),
         loss=None,
         separable=True,
         scalar=False,
@@ -167,6 +196,7 @@ def on_a_gpu(hidden=1024, dtype=torch.bfloat16, need=(False, False, False)):
         scratch_bytes=2**31,
         reference_units=0,
     )
+    return replace(problem, **facts)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +232,24 @@ def test_every_gpu_of_the_table_names_its_source():
     assert gpus.gpu_of("NVIDIA H200") is gpus.GPUS["H200"]
     assert gpus.gpu_of("Tesla T4") is None
     assert dispatch.chunking_of(torch.device("cpu")) == Chunking()
+
+
+def test_tiles_of_an_oversized_pair_end_where_a_gemms_do(monkeypatch):
+    """What is left of a tile costs as much as a whole one: once a pair, not once a tile."""
+    rows, project = [], TorchRows.project
+
+    def seen(self, x_CH, head, start, tile):
+        rows.append(x_CH.shape[0])
+        project(self, x_CH, head, start, tile)
+
+    monkeypatch.setattr(TorchRows, "project", seen)
+    inputs = problem(pairs=1, length=50)
+    whatever, aligned = [23] * 4 + [8], [16] * 6 + [4]
+    for chunking, expected in ((Chunking(), whatever), (Chunking(8, 10), aligned), (Chunking(64, 10), whatever)):
+        monkeypatch.setattr(dispatch, "chunking_of", lambda device, chunking=chunking: chunking)
+        rows.clear()
+        dk.fused_dpo_loss(*inputs, reference_free=True, backend="torch", scratch_bytes=23 * 512 * 4 * 4 // 3 + 4)
+        assert rows == expected
 
 
 def test_groups_are_whole_pairs_or_one_oversized_pair():

@@ -134,6 +134,17 @@ def test_log_prob_primitives(function, trainable, units):
     assert largest <= SCRATCH
 
 
+def test_a_head_that_lies_transposed_is_not_copied():
+    """As a tied embedding or a column slice may lie; torch multiplies it as it is."""
+    hidden, weight, labels = problem()
+    counted = []
+    for head in (weight, weight.detach().t().contiguous().t().requires_grad_()):
+        with Allocations() as allocations:
+            dk.fused_dpo_loss(hidden, head, labels, reference_free=True, scratch_bytes=SCRATCH).loss.backward()
+        counted.append(sum(size >= VOCAB * HIDDEN * 4 for size, _ in allocations.sizes.values()))
+    assert counted[0] == counted[1], counted
+
+
 def test_oversized_pairs_cost_no_fourth_gemm():
     hidden, weight, labels = problem()
     scratch = 40 * VOCAB * 4 * 2  # a pair has 128 rows

@@ -73,7 +73,10 @@ def _load() -> str:
     return f"built for {built_for}"
 
 
+@functools.cache
 def _register_fakes() -> None:
+    """Once a process: torch 2.11 refuses to be told twice."""
+
     def nothing(*_: object) -> None:
         return None
 

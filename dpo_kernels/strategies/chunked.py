@@ -81,7 +81,8 @@ def pair_gradients(
     groups = plan_groups(rows.host_counts, rows.capacity, loss.bounds(rows.counts.shape[0]), tile.rows, chunking)
     largest = max((group.stop - group.start for group in groups), default=0)
     tile = Tile(min(tile.rows, largest), tile.cols)
-    run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, denominator, tile, need, stats, into)
+    block_rows = 1 if chunking is None else chunking.tile_rows
+    run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, denominator, tile, need, stats, into, block_rows)
     for group in groups:
         if tile.cols < head.vocab:
             run.lent(group)
@@ -108,10 +109,11 @@ class _Pass:
         need: tuple[bool, bool, bool],
         stats: Sequence[str],
         into: Accumulator | None,
+        block_rows: int,
     ) -> None:
         self.kernels, self.hidden, self.head, self.rows = kernels, hidden_RH, head, rows
         self.ref, self.loss, self.denominator = ref_S, loss, denominator
-        self.tile, self.stats = tile, stats
+        self.tile, self.stats, self.block_rows = tile, stats, block_rows
         self.scratch = kernels.scratch(hidden_RH.device, tile.rows, tile.cols)
         need_hidden, need_weight, need_bias = need
         width = hidden_RH.shape[1]
@@ -291,11 +293,8 @@ class _Pass:
             for side, count in enumerate(counts[slice(*group.sequences)]):
                 bounds.append((start, start + count, side))
                 start += count
-        return [
-            (at, min(at + self.tile.rows, stop), side)
-            for start, stop, side in bounds
-            for at in range(start, stop, self.tile.rows)
-        ]
+        whole = self.tile.rows // self.block_rows * self.block_rows or self.tile.rows
+        return [(at, min(at + whole, stop), side) for start, stop, side in bounds for at in range(start, stop, whole)]
 
     def _unscaled_buffers(self, side: int) -> tuple[Tensor | None, Tensor | None]:
         while len(self.unscaled) <= side:
