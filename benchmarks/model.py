@@ -16,15 +16,13 @@ from dataclasses import dataclass, field
 
 from benchmarks.cases import Case
 from dpo_kernels.gpus import EFFICIENCY, GPUS, STREAMING_EFFICIENCY, Gpu
-from dpo_kernels.tiles import Budget, tile_of
+from dpo_kernels.tiles import GPU_SCRATCH_BYTES, Budget, tile_of
 from dpo_kernels.types import GPU_ROW_ALIGNMENT
 
-GIB = 2**30
 MS = 1e3
 
 
 LAUNCH_SECONDS = 4e-6  # of a kernel that waits for the one before, the usual figure for CUDA streams
-SCRATCH_BYTES = 2 * GIB - 256 * 2**20  # what dispatch leaves for a tile of logits on a GPU of 80 GB
 BYTES_PER_LOGIT = {"bfloat16": 6, "float32": 4}  # a float32 tile and its 16-bit copy
 
 
@@ -107,7 +105,12 @@ def floor(case: Case, gpu: Gpu) -> Work:
 
 def chunk_rows(case: Case) -> int:
     """Rows of a chunk of ours: what the default scratch holds."""
-    return min(case.tokens, SCRATCH_BYTES // (case.vocab * BYTES_PER_LOGIT[case.dtype]))
+    return min(case.tokens, _budget(case).whole_rows(case.vocab))
+
+
+def _budget(case: Case) -> Budget:
+    """The default scratch of a GPU of 80 GB, as the Triton backend divides it."""
+    return Budget.of(GPU_SCRATCH_BYTES, "cuda", BYTES_PER_LOGIT[case.dtype], GPU_ROW_ALIGNMENT, lends=False)
 
 
 def ours_chunked(case: Case, gpu: Gpu) -> Work:
@@ -131,8 +134,7 @@ def ours_streaming(case: Case, gpu: Gpu) -> Work:
     work, h = _work(case, gpu), case.hidden
     for name in ("reference",) * (case.reference != "cached") + ("logits",):
         work.gemm(name, case.tokens, case.vocab, h, out=0, share=STREAMING_EFFICIENCY)
-    budget = Budget.of(2 * GIB, "cuda", BYTES_PER_LOGIT[case.dtype], GPU_ROW_ALIGNMENT, lends=False)
-    tile = tile_of("streaming", budget, case.tokens, case.vocab)
+    tile = tile_of("streaming", _budget(case), case.tokens, case.vocab)
     from_library = work.item == 2 and h > gpu.streaming_width
     for first in range(0, case.tokens, tile.rows):
         rows = min(tile.rows, case.tokens - first)

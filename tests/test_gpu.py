@@ -8,6 +8,7 @@ import torch
 
 import dpo_kernels as dk
 from dpo_kernels import dispatch
+from dpo_kernels.kernels import extension
 from tests import cases
 from tests.cases import LAYOUTS, RICH, STRATEGIES, VOCAB, Case, broken_by, broken_over_forms, broken_rules, run
 from tests.cuda_tools import equivalence
@@ -60,14 +61,14 @@ WIDE = {
 }
 
 
-def wide(dtype, vocab, device="cuda"):
+def wide(dtype, vocab):
     """Three pairs of 150 tokens, labels half of which are likely."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(6, 150, 128, generator=g), torch.randn(vocab, 128, generator=g) * 0.2
     likely = (hidden.view(-1, 128) @ weight.t()).argmax(-1).view(6, 150)
     labels = torch.where(torch.rand(6, 150, generator=g) < 0.5, likely, torch.randint(0, vocab, (6, 150), generator=g))
     inputs = {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "labels": labels}
-    inputs = {name: value.to(device) for name, value in inputs.items()}
+    inputs = {name: value.cuda() for name, value in inputs.items()}
     for name in ("hidden", "weight"):
         inputs[name].requires_grad_()
     return inputs
@@ -85,7 +86,7 @@ def test_vocabularies_of_models(monkeypatch, vocab, dtype, strategy, backend):
 
 @pytest.fixture
 def operators():
-    reason = dispatch.extension.why_not("cuda")
+    reason = extension.why_not("cuda")
     if reason is not None:
         pytest.fail(reason)
     return Operators(torch.ops.dpo_kernels, by_copies("cuda"))
@@ -205,6 +206,7 @@ def test_more_than_two_to_the_31_elements(backend):
     parts = dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, backend=backend, scratch_bytes=2 * 2**30)
     torch.testing.assert_close(whole.chosen_logps, parts.chosen_logps, rtol=1e-6, atol=1e-2)
     torch.testing.assert_close(whole.rejected_logps, parts.rejected_logps, rtol=1e-6, atol=1e-2)
+    assert whole.chosen_logps.item() < -rows / 2 * 10  # about log V a token
 
 
 @pytest.mark.parametrize("strategy", ["streaming", "recompute"])
@@ -240,6 +242,8 @@ def test_hidden_states_beyond_two_to_the_31_elements(backend):
         out = dk.fused_dpo_loss(x, weight, labels[:, part], reference_free=True, backend=backend)
         dx, dw = torch.autograd.grad(out.loss, [x, weight])
         assert not dx[:, :-scored].any()
+        assert dx[:, -scored:].any(dim=-1).all()
+        assert dw.any()
         found.append((out.loss.detach(), dx[:, -scored:].clone(), dw))
     assert all(torch.equal(far, near) for far, near in zip(*found, strict=True))
 

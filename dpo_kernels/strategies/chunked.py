@@ -78,11 +78,11 @@ def pair_gradients(
     With ``into`` the head's gradient is added there and all gradients are those of ``into.upstream * total``. A tile
     of fewer columns than the vocabulary holds all rows, and the gradient's memory the logits.
     """
+    chunking = chunking or Chunking()
     groups = plan_groups(rows.host_counts, rows.capacity, loss.bounds(rows.counts.shape[0]), tile.rows, chunking)
     largest = max((group.stop - group.start for group in groups), default=0)
     tile = Tile(min(tile.rows, largest), tile.cols)
-    block_rows = 1 if chunking is None else chunking.tile_rows
-    run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, denominator, tile, need, stats, into, block_rows)
+    run = _Pass(kernels, hidden_RH, head, rows, ref_S, loss, denominator, tile, need, stats, into, chunking.tile_rows)
     for group in groups:
         if tile.cols < head.vocab:
             run.lent(group)

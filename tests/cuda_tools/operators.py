@@ -39,9 +39,9 @@ def by_copies(device: str) -> Callable[..., Any]:
         done = operator(*map(copied, arguments))
         for whole, copy in copies.values():
             whole.copy_(copy)
-        return (
-            tuple(part.cpu() for part in done) if isinstance(done, tuple) else done.cpu() if done is not None else None
-        )
+        if isinstance(done, tuple):
+            return tuple(part.cpu() for part in done)
+        return None if done is None else done.cpu()
 
     return call
 

@@ -141,6 +141,14 @@ def _reduced(place):
     return [state.max, state.sumexp, state.target, state.entropy, state.argmax]
 
 
+def _finished(place):
+    kernels, x, weight, logits, *_ = _operands()
+    kernels.multiply = lambda *_: None  # the products are there
+    tile = place(logits)
+    kernels.project(x, Head(weight, softcap=3.0), 0, tile)
+    return [tile]
+
+
 def _differentiated(place):
     kernels, _, weight, logits, labels, saved = _operands()
     return [kernels.dlogits_(place(logits), labels, 0, *saved, Head(weight), None).values]
@@ -169,6 +177,7 @@ ROWS = "rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_N)\n    row_inside = 
 # what: (module, text of the kernel whose 64 bits are dropped, what runs it with one operand's rows placed so)
 OFFSETS = {
     "rows of reduce_rows": ("rows", "row = tl.program_id(0).to(tl.int64)\n    base", _reduced),
+    "rows of finish_rows": ("rows", "tl.program_id(0).to(tl.int64) * row_stride", _finished),
     "rows of dlogits_rows": ("rows", "row = tl.program_id(0).to(tl.int64)\n    first", _differentiated),
     "hidden rows of linear_logprob": ("linear_logprob", ROWS + "    labels", lambda place: _streamed(x_at=place)),
     "head rows of linear_logprob": (
