@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks import report, store, tables
 from benchmarks.cases import CASES, CPU_SHAPES, Case
+from benchmarks.providers.ours import EVERY_POSITION
 
 OURS = "ours/cpp/chunked"
 RIVALS = ("full logits", "TRL chunked head", "Liger DPO")
@@ -165,17 +166,11 @@ class Bars:
         return Bar(what, f">= {least:g}", f"{min(values):.2f}" if values else "–", verdict)
 
     def half(self, dtype: str, tokens: int) -> Bar:
-        """Half the positions masked over none masked, same positions."""
-        found = {}
-        for hidden, vocab in CPU_SHAPES:
-            whole, masked = (f"cpu/{hidden}x{vocab}/n{tokens}{part}/{dtype}/trainable" for part in ("", "-half"))
-            if whole in self.rows and masked in self.rows:
-                times = [
-                    self.rows[name][self.ours].seconds if self.ours in self.rows[name] else None
-                    for name in (masked, whole)
-                ]
-                if times[0] is not None and times[1] is not None:
-                    found[masked] = times[0] / times[1]
+        """Half the positions masked over none masked, same positions, round by round of one run."""
+        names = [f"cpu/{hidden}x{vocab}/n{tokens}-half/{dtype}/trainable" for hidden, vocab in CPU_SHAPES]
+        value = self.against(self.ours + EVERY_POSITION)
+        ratios = {name: value(name) for name in names if name in self.rows}
+        found = {name: ratio for name, ratio in ratios.items() if ratio is not None}
         return _judge(
             f"{dtype}, N={tokens}: half the tokens masked, time over none masked", HALF, found, len(CPU_SHAPES), True
         )

@@ -46,7 +46,7 @@ class Measurement:
         self, case: Case, device: Device, providers: dict[str, Provider], had: dict[str, Any], tell: Tell
     ) -> None:
         self.case, self.device, self.had, self.tell = case, device, had, tell
-        self.providers = {name: p for name, p in providers.items() if p.runs_at(case.level)}
+        self.providers = {name: p for name, p in providers.items() if p.runs_in(case)}
         self.steps: dict[str, Step] = {}
         self.sketches: dict[str, truth.Sketch] = {}
         self.reduced: truth.Reduced | None = None

@@ -113,7 +113,7 @@ class Run:
         return int(failed > 0)
 
     def _names(self, case: Case) -> list[str]:
-        return [name for name, provider in self.known.items() if provider.runs_at(case.level)]
+        return [name for name, provider in self.known.items() if provider.runs_in(case)]
 
     def _cost(self, case: Case) -> float:
         slow = BF16_ON_CPU if case.dtype == "bfloat16" and case.device == "cpu" else 1

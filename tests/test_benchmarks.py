@@ -186,6 +186,19 @@ def test_every_provider_that_runs_here_is_right(reference):
     assert {"full logits", "ours/torch/chunked", "ours/torch/recompute", "ours/torch/streaming"} <= ran
 
 
+def test_a_masked_batch_is_timed_without_its_mask_too():
+    known = providers.registry()
+    case = dataclasses.replace(TINY, prompt=0.5, groups=("half",))
+    drawn = data.make(case, torch.device("cpu"))
+    masked, whole = known["ours/torch/chunked"], known["ours/torch/chunked, every position"]
+    assert whole.runs_in(case)
+    assert not whole.runs_in(TINY)
+    for provider, positions in ((masked, case.tokens), (whole, case.positions)):
+        drawn.clear()
+        provider.build(drawn, {})()
+        assert int(drawn.hidden.grad.abs().sum(dim=-1).gt(0).sum()) == positions
+
+
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
@@ -745,6 +758,13 @@ def test_the_bars_of_planted_results(planted_results, capsys):
     state = store.load(planted_results / "cpu-one.json")
     found = list(bars.Bars(state, "full logits").all())
     assert found[0].verdict == "missed"
+    name = "cpu/1024x32000/n256-half/fp32/trainable"
+    rows = state["cases"][name]["rows"]
+    masked = rows[bars.OURS] | {"rounds": [[0, [1.2]], [1, [1.5]], [2, [2.7]]]}
+    whole = masked | {"rounds": [[0, [2.0]], [1, [3.0]], [2, [3.0]]]}
+    rows.update({bars.OURS: masked, f"{bars.OURS}, every position": whole})
+    half = next(bar for bar in bars.Bars(state).all() if bar.what.startswith("fp32, N=256: half"))
+    assert (half.value, half.verdict) == (f"0.60 ({name}; 1 of 4 cases)", "not measured")
     state["machine"]["flags"] = []
     assert next(iter(bars.Bars(state, "full logits").all())).verdict == "does not apply"
 

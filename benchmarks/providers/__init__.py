@@ -49,15 +49,16 @@ class Provider:
     about: str  # what it runs, and where its work differs from the others'
     build: Callable[[Data, Variant], Step]
     level: str = "core"  # the least thorough level of a case that includes it
+    group: str | None = None  # the only group of cases that it is for; None: all
     variants: Callable[[Case], list[Variant]] = _one_variant  # tried once each, the fastest is measured
     objective: Callable[[Case], str] = _dpo  # one of truth.OBJECTIVES: what its numbers mean
-    gated: bool = True  # the floor computes no loss to be judged
+    gated: bool = True  # the floor computes no loss to be judged; what scores other tokens is judged in its own case
     token_logps: Callable[[Data], Tensor] | None = None  # of the scored rows: an accuracy more, where it is to be had
     compiles: tuple[str, ...] = ()  # devices where its first call compiles, and must not be measured
 
-    def runs_at(self, level: str) -> bool:
-        """Whether a case of this level asks for it."""
-        return LEVELS.index(self.level) >= LEVELS.index(level)
+    def runs_in(self, case: Case) -> bool:
+        """Whether a case asks for it."""
+        return self.group in (None, *case.groups) and LEVELS.index(self.level) >= LEVELS.index(case.level)
 
 
 def registry() -> dict[str, Provider]:

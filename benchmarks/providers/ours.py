@@ -1,5 +1,6 @@
 """This package, by backend and strategy; those that cannot run say why in the package's own words."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from benchmarks.data import BETA, IGNORE, Data
 from benchmarks.providers import Outputs, Provider, Step, Unavailable, Variant
 from dpo_kernels.dispatch import BACKEND_NAMES, STRATEGIES
 
+EVERY_POSITION = ", every position"
 ABOUT = {
     "chunked": "whole pairs in one reused scratch, gradient formed in the forward pass: 3 units, frozen head 2",
     "recompute": "one tile of logits at a time, log-sum-exp kept: 4 units, frozen head 2",
@@ -36,6 +38,12 @@ def fused(data: Data, variant: Variant, *, backend: str, strategy: str) -> Step:
     return run
 
 
+def every_position(data: Data, variant: Variant, **how: str) -> Step:
+    """The same call with a label at every position: what masking saves, told in one run."""
+    filled = torch.where(data.labels == IGNORE, data.labels.amax(dim=1, keepdim=True), data.labels)
+    return fused(replace(data, labels=filled), variant, **how)
+
+
 def token_logps(data: Data, *, backend: str, strategy: str) -> Tensor:
     """``fused_token_logps`` of the scored rows."""
     with torch.no_grad():
@@ -55,4 +63,16 @@ PROVIDERS = [
     )
     for backend in BACKEND_NAMES
     for strategy in STRATEGIES
+] + [
+    Provider(
+        f"ours/{backend}/chunked{EVERY_POSITION}",
+        "yardstick",
+        f"ours/{backend}/chunked with no position masked: twice the scored tokens, a yardstick and not the same work",
+        partial(every_position, backend=backend, strategy="chunked"),
+        level="few",
+        group="half",
+        gated=False,
+        compiles=("cuda",),
+    )
+    for backend in BACKEND_NAMES
 ]
