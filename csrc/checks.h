@@ -65,7 +65,12 @@ inline TileShape check_matrix(const char* name, const at::Tensor& tensor) {
     return {rows, cols, tensor.stride(0)};
 }
 
-// What every row operator takes.
+inline void check_softcap(std::optional<double> softcap) {
+    TORCH_CHECK(!softcap.has_value() || (std::isfinite(*softcap) && *softcap > 0),
+                "dpo_kernels: softcap must be positive, got ", *softcap);
+}
+
+// What the row operators but finish_logits_ take.
 inline TileShape check_rows(const at::Tensor& tile, const at::Tensor& labels, int64_t start, const at::Tensor& max,
                             const at::Tensor& sumexp) {
     const TileShape shape = check_matrix("tile", tile);
@@ -74,6 +79,15 @@ inline TileShape check_rows(const at::Tensor& tile, const at::Tensor& labels, in
     check_vector("labels", labels, shape.rows, at::kLong, tile.device());
     check_vector("max", max, shape.rows, tile.scalar_type(), tile.device());
     check_vector("sumexp", sumexp, shape.rows, tile.scalar_type(), tile.device());
+    return shape;
+}
+
+inline TileShape check_finish_logits(const at::Tensor& tile, const std::optional<at::Tensor>& bias,
+                                     std::optional<double> softcap) {
+    const TileShape shape = check_matrix("tile", tile);
+    check_wide("tile", tile);
+    check_vector("bias", bias, shape.cols, tile.scalar_type(), tile.device());
+    check_softcap(softcap);
     return shape;
 }
 
@@ -115,10 +129,9 @@ inline TileShape check_dlogits_rows(const at::Tensor& tile, const std::optional<
     const at::Device device = tile.device();
     check_vector("scale", scale, shape.rows, dtype, device);
     check_vector("residual", residual, shape.rows, dtype, device);
-    if (softcap.has_value()) {
-        TORCH_CHECK(std::isfinite(*softcap) && *softcap > 0, "dpo_kernels: softcap must be positive, got ", *softcap);
-        TORCH_CHECK(!exponentiated, "dpo_kernels: softcap needs the logits, but the tile is exponentiated");
-    }
+    check_softcap(softcap);
+    TORCH_CHECK(!softcap.has_value() || !exponentiated,
+                "dpo_kernels: softcap needs the logits, but the tile is exponentiated");
     if (!out.has_value()) return shape;
     check_matrix("out", *out);
     check_same_device("out", *out, device);

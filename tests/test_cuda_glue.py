@@ -45,7 +45,7 @@ def test_it_compiles_without_cudas_headers_and_finds_every_launcher(tmp_path: Pa
         return {line.split()[-1] for line in said.stdout.splitlines() if "dpo_kernels4cuda" in line}
 
     wanted = ours("--undefined-only", glue)
-    assert len(wanted) == 5, wanted
+    assert len(wanted) == 6, wanted
     assert wanted <= ours("--defined-only", launchers)
 
 
@@ -100,6 +100,8 @@ def test_every_argument_arrives_in_its_place(operators: Emulated, dtype: torch.d
     layout = equivalence.Layout(3, 1)
     for stats in ((), ("entropy",), ("mean_logits",), ("top1",), ("log_sum_p2",)):
         equivalence.check_reduce(operators, dtype, [1000, 31], layout, stats)
+    for softcap in (None, 30.0):
+        equivalence.check_finish(operators, dtype, 1000, layout, softcap is None, softcap=softcap)
     narrow = (None, torch.bfloat16, torch.float16) if dtype == torch.float32 else (None,)
     for out in narrow:
         equivalence.check_dlogits(operators, dtype, out, 1000, (layout, layout), softcap=30.0)
@@ -113,6 +115,7 @@ def test_every_argument_arrives_in_its_place(operators: Emulated, dtype: torch.d
 def test_copies_lie_as_what_they_copy(operators: Emulated) -> None:
     """As the tests on hardware hand tensors over: what is written beside its place would be seen there too."""
     through, layout = Operators(operators.ops, by_copies("cpu")), equivalence.Layout(3, 1)
+    equivalence.check_finish(through, torch.float32, 1000, layout)
     equivalence.check_reduce(through, torch.float32, [1000, 31], layout)
     equivalence.check_dlogits(through, torch.float32, torch.bfloat16, 1000, (layout, layout), softcap=30.0)
     equivalence.check_dlogits(through, torch.float64, None, 1000)
@@ -138,6 +141,7 @@ def test_nothing_to_do(operators: Emulated) -> None:
         parts = [torch.full(shape[:1], 7.0) for _ in range(3)]
         operators.ops.reduce_rows_(tile, labels, 0, True, *parts, None, None, None, None)
         operators.ops.dlogits_rows_(tile, None, labels, 0, *parts[:2], None, None, None, False)
+        operators.ops.finish_logits_(tile, torch.zeros(shape[1]), 0.5, 30.0)
         assert all(part.eq(7.0).all() for part in parts)
 
 
@@ -152,6 +156,10 @@ def good_dlogits() -> dict[str, object]:
     rows = {name: torch.zeros(3) for name in ("max", "sumexp", "scale", "residual")}
     return {"tile": torch.zeros(3, 8), "out": torch.zeros(3, 8, dtype=torch.bfloat16), "start": 0, "softcap": 30.0,
             "labels": torch.zeros(3, dtype=torch.int64), **rows, "exponentiated": False}  # fmt: skip
+
+
+def good_logits() -> dict[str, object]:
+    return {"tile": torch.zeros(3, 8), "bias": torch.zeros(8), "scale": 0.5, "softcap": 30.0}
 
 
 def good_tail() -> dict[str, object]:
@@ -184,6 +192,10 @@ REFUSED = [
     ("dlogits_rows_", good_dlogits, {"out": torch.zeros(3, 8).double()}, "out must have the tile's dtype Float"),
     ("dlogits_rows_", good_dlogits, {"scale": torch.zeros(2)}, "scale must have the shape"),
     ("dlogits_rows_", good_dlogits, {"residual": torch.zeros(3).bfloat16()}, "residual must be Float, got BFloat16"),
+    ("finish_logits_", good_logits, {"tile": torch.zeros(3, 8).half()}, "tile must be float32 or float64, got Half"),
+    ("finish_logits_", good_logits, {"bias": torch.zeros(3)}, r"bias must have the shape \[8\], got \[3\]"),
+    ("finish_logits_", good_logits, {"bias": torch.zeros(8).double()}, "bias must be Float, got Double"),
+    ("finish_logits_", good_logits, {"softcap": -1.0}, "softcap must be positive, got -1"),
     ("sigmoid_tail", good_tail, {"logp": torch.zeros(2, 2)}, "logp must have one dimension"),
     ("sigmoid_tail", good_tail, {"weights": torch.zeros(3)}, r"weights must have the shape \[4\], got \[3\]"),
     ("sigmoid_tail", good_tail, {"weights": torch.zeros(4).half()}, "weights must be float32 or float64, got Half"),

@@ -53,6 +53,15 @@ def kernels(tmp_path_factory: pytest.TempPathFactory, fibers: Path) -> Emulated:
 
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("cols", COLS)
+def test_logits(kernels: Emulated, cols: int, dtype: torch.dtype) -> None:
+    for layout in (Layout(0, 0), Layout(1, 1), Layout(2, 2), Layout(3, 3), Layout(4, 1)):
+        equivalence.check_finish(kernels, dtype, cols, layout)
+    for shifted, scale, softcap in ((True, 1.0, None), (False, 0.7, None), (False, 1.0, 30.0), (True, 0.7, None)):
+        equivalence.check_finish(kernels, dtype, cols, Layout(1, 1), shifted, scale, softcap)
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("cols", COLS)
 def test_one_tile(kernels: Emulated, cols: int, dtype: torch.dtype) -> None:
     for extra, offset in ((0, 0), (1, 1), (2, 2), (3, 3), (4, 1)):
         equivalence.check_reduce(kernels, dtype, [cols], Layout(extra, offset))
@@ -109,6 +118,7 @@ def test_gradient(kernels: Emulated, cols: int, dtype: torch.dtype, narrow: torc
 def test_a_long_row_keeps_every_block_busy_more_than_once(kernels: Emulated) -> None:
     equivalence.check_dlogits(kernels, torch.float32, torch.bfloat16, 10_007)
     equivalence.check_dlogits(kernels, torch.float32, None, 10_007)
+    equivalence.check_finish(kernels, torch.float32, 10_007)
 
 
 @pytest.mark.parametrize("weights", [None, *WIDE])
@@ -138,6 +148,8 @@ def check_offsets_beyond_int32(kernels: Emulated) -> None:
     z, labels = torch.randn(3, cols), torch.tensor([0, 1, 2])
     tile.copy_(z)
     state = TorchRows(torch.float32, 2**20).new_state(3, tile.device, ())
+    kernels.finish_logits(tile, None, 2.0, None)
+    z *= 2.0
     kernels.reduce_rows(tile, labels, 0, state)
     assert torch.equal(state.max, z.amax(dim=1))
     assert torch.equal(state.target, z[[0, 1, 2], [0, 1, 2]])
@@ -171,11 +183,18 @@ def test_blocks_of_the_real_size(tmp_path: Path, fibers: Path) -> None:
     for dtype in WIDE:
         equivalence.check_reduce(kernels, dtype, [5000, 20_000], Layout(1, 1))
         equivalence.check_dlogits(kernels, dtype, None, 20_000, LAYOUTS[1])
+        equivalence.check_finish(kernels, dtype, 20_000, Layout(1, 1))
     equivalence.check_dlogits(kernels, torch.float32, torch.bfloat16, 20_000, LAYOUTS[2])
     equivalence.check_tail(kernels, [3, 0, 1000, 5])
 
 
 # --- the checks can fail ------------------------------------------------------------------------------------
+
+
+def finish_checks(kernels: Emulated) -> None:
+    for layout in (Layout(0, 0), Layout(3, 1)):
+        equivalence.check_finish(kernels, torch.float32, 1003, layout)
+    equivalence.check_finish(kernels, torch.float32, 1003, softcap=None)
 
 
 def reduce_checks(kernels: Emulated) -> None:
@@ -211,8 +230,8 @@ MUTATIONS: dict[str, tuple[str, str, str, Check]] = {
     "rows of -inf not shifted by 0": ("rows.cuh", "? T(0) : max;", "? max : max;", reduce_checks),
     "target off by one": ("rows.cuh", "= z[column];", "= z[column ? column - 1 : 1];", reduce_checks),
     "last of equal logits": ("rows.cuh", "if (z[at] == highest) r", "if (running.first = 0, true) r", reduce_checks),
-    "columns before the first vector": ("rows.cuh", "column < head; column += threads", "false;", reduce_checks),
-    "columns after the last vector": ("rows.cuh", "column < cols; column += threads", "false;", reduce_checks),
+    "columns before the first vector": ("rows.cuh", "= threadIdx.x; column < head;", "= 0; false;", reduce_checks),
+    "columns after the last vector": ("rows.cuh", "+ threadIdx.x; column < cols;", "; false;", reduce_checks),
     "a vector too many": ("rows.cuh", "(cols - head) / size;", "(cols - head) / size + 1;", reduce_checks),
     "only the first rows": ("rows.cuh", "row += gridDim.x", "row += rows", reduce_checks),
     "statistics of another thread's": ("rows.cuh", "block_reduce<threads>(part.logit_sum, Sum())", "part.logit_sum",
@@ -230,9 +249,15 @@ MUTATIONS: dict[str, tuple[str, str, str, Check]] = {
     "the scale of another row": ("rows.cuh", "scale[index]", "scale[0]", gradient_checks),
     "nothing lost by rounding": ("rows.cuh", " - widened(own_rounded)", " * 0", gradient_checks),
     "misaligned vectors": ("rows.cuh", "|| !is_aligned(from + head)", "", gradient_checks),
-    "a stored vector too many": ("rows.cuh", "(cols - head) / size;\n        for", "(cols - head) / size + 1;\n for",
-                                 gradient_checks),
-    "gradient ends early": ("rows.cuh", "vectors * size + thread; column < cols", "cols; false", gradient_checks),
+    "a stored vector too many": ("rows.cuh", "(cols - head) / SIZE;", "(cols - head) / SIZE + 1;", gradient_checks),
+    "gradient begins late": ("rows.cuh", "= thread; column < head;", "= 0; false;", gradient_checks),
+    "gradient ends early": ("rows.cuh", "+ thread; column < cols;", "; false;", gradient_checks),
+    "the bias of another column": ("rows.cuh", "bias + column", "bias", finish_checks),
+    "the same bias for neighbours": ("rows.cuh", "bias[lane]", "bias[0]", finish_checks),
+    "a scale left out": ("rows.cuh", "value *= slope;", "", finish_checks),
+    "a cap without its outer factor": ("rows.cuh", "softcap * hyperbolic", "hyperbolic", finish_checks),
+    "32-bit offset of the logits": ("rows.cuh", "tile + index * stride", "tile + int(index * stride)",
+                                    check_offsets_beyond_int32),
     "rejected added": ("tail.cuh", "- (rejected - ref", "+ (rejected - ref", tail_checks),
     "one gradient for both": ("tail.cuh", "= -grad;", "= grad;", tail_checks),
     "poison left out": ("tail.cuh", "(2 * pair) + *poison", "(2 * pair)", tail_checks),

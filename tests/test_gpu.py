@@ -97,6 +97,8 @@ def operators():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_operators_between_guards(operators, dtype, cols, layout):
     """Scalar heads and tails around vectors, wherever a row begins; nothing is touched beside it."""
+    for softcap in (None, 30.0):
+        equivalence.check_finish(operators, dtype, cols, layout, softcap is None, softcap=softcap)
     equivalence.check_reduce(operators, dtype, [cols, 31], layout)
     for narrow in (None, torch.bfloat16, torch.float16) if dtype == torch.float32 else (None,):
         for other in (layout, equivalence.PACKED):

@@ -14,6 +14,20 @@ unsigned blocks(int64_t wanted) {
     return static_cast<unsigned>(wanted < 1 ? 1 : wanted < kMostBlocks ? wanted : kMostBlocks);
 }
 
+// Blocks for a kernel that maps rows: so many share one that a thread has one batch to do.
+template <class T>
+dim3 mapping_grid(int64_t rows, int64_t cols) {
+    constexpr int64_t share = static_cast<int64_t>(row_threads<T>()) * batch_size<T>();
+    return dim3(blocks((cols + share - 1) / share), blocks(rows));
+}
+
+template <class T>
+int finish_logits_of(void* tile, int64_t rows, int64_t cols, int64_t stride, const void* bias, double scale,
+                     double softcap, void* stream) {
+    return launch(finish_logits<T>, mapping_grid<T>(rows, cols), row_threads<T>(), stream, static_cast<T*>(tile),
+                  static_cast<const T*>(bias), rows, cols, stride, static_cast<T>(scale), static_cast<T>(softcap));
+}
+
 template <class T, bool STATS>
 int reduce_rows_of(const void* tile, int64_t rows, int64_t cols, int64_t stride, int64_t start, const int64_t* labels,
                    const RowStatePointers& state, void* stream) {
@@ -27,13 +41,10 @@ template <class T, class Out>
 int dlogits_rows_of(const void* tile, int64_t tile_stride, void* out, int64_t out_stride, int64_t rows, int64_t cols,
                     int64_t start, const int64_t* labels, const void* max, const void* sumexp, const void* scale,
                     void* residual, double softcap, void* stream) {
-    // So many blocks share a row that a thread has one batch to do.
-    constexpr int64_t share = static_cast<int64_t>(row_threads<T>()) * batch_size<T>();
-    const dim3 grid(blocks((cols + share - 1) / share), blocks(rows));
     const auto typed = [](const void* pointer) { return static_cast<const T*>(pointer); };
-    return launch(dlogits_rows<T, Out>, grid, row_threads<T>(), stream, typed(tile), static_cast<Out*>(out), labels,
-                  typed(max), typed(sumexp), typed(scale), static_cast<T*>(residual), rows, cols, tile_stride,
-                  out_stride, start, static_cast<T>(softcap));
+    return launch(dlogits_rows<T, Out>, mapping_grid<T>(rows, cols), row_threads<T>(), stream, typed(tile),
+                  static_cast<Out*>(out), labels, typed(max), typed(sumexp), typed(scale), static_cast<T*>(residual),
+                  rows, cols, tile_stride, out_stride, start, static_cast<T>(softcap));
 }
 
 // Calls `go` with the segments as the kernels take them.
@@ -64,6 +75,20 @@ int sigmoid_tail_of(const Runs<T, Weight>& runs, int64_t pairs, const double* re
 }
 
 }  // namespace
+
+int finish_logits(DType dtype, void* tile, int64_t rows, int64_t cols, int64_t stride, const void* bias, double scale,
+                  double softcap, void* stream) {
+    if (rows == 0 || cols == 0) return 0;
+    const auto go = [&](auto kernel) { return kernel(tile, rows, cols, stride, bias, scale, softcap, stream); };
+    switch (dtype) {
+        case DType::float32:
+            return go(finish_logits_of<float>);
+        case DType::float64:
+            return go(finish_logits_of<double>);
+        default:
+            return kUnsupported;
+    }
+}
 
 int reduce_rows(DType dtype, const void* tile, int64_t rows, int64_t cols, int64_t stride, int64_t start,
                 const int64_t* labels, const RowStatePointers& state, void* stream) {
@@ -114,6 +139,14 @@ int sigmoid_tail(const SegmentPointers& tokens, int64_t pairs, const double* ref
     return with_runs(tokens, [&](const auto& runs) {
         return sigmoid_tail_of(runs, pairs, ref, poison, beta, label_smoothing, sums, losses, grad, stream);
     });
+}
+
+std::vector<int64_t> architectures() {
+    std::vector<int64_t> found;
+#ifdef __CUDA_ARCH_LIST__
+    for (const int64_t number : {__CUDA_ARCH_LIST__}) found.push_back(number / 10);
+#endif
+    return found;
 }
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace dpo_kernels::cuda {
 
@@ -30,6 +31,11 @@ struct SegmentPointers {
     const int64_t* offsets;
 };
 
+// Raw products into final logits, in place; the tile is float32 or float64, `bias` of its dtype may be null, softcap 0
+// is none.
+int finish_logits(DType dtype, void* tile, int64_t rows, int64_t cols, int64_t stride, const void* bias, double scale,
+                  double softcap, void* stream);
+
 // Folds columns start..start+cols-1 into the state; the tile is float32 or float64.
 int reduce_rows(DType dtype, const void* tile, int64_t rows, int64_t cols, int64_t stride, int64_t start,
                 const int64_t* labels, const RowStatePointers& state, void* stream);
@@ -47,5 +53,8 @@ int sigmoid_tail(const SegmentPointers& tokens, int64_t pairs, const double* ref
                  double label_smoothing, double* sums, double* losses, double* grad, void* stream);
 
 const char* error_string(int error);
+
+// Compute capabilities that the kernels were compiled for, ten times the major number plus the minor.
+std::vector<int64_t> architectures();
 
 }  // namespace dpo_kernels::cuda

@@ -69,6 +69,14 @@ cuda::SegmentPointers segment_pointers(const at::Tensor& values, const OptionalT
             offsets.const_data_ptr<int64_t>()};
 }
 
+void finish_logits_(const at::Tensor& tile, const OptionalTensor& bias, double scale, std::optional<double> softcap) {
+    const TileShape shape = check_finish_logits(tile, bias, softcap);
+    const OnDevice device(tile);
+    check_launch(cuda::finish_logits(code(tile), pointer(tile), shape.rows, shape.cols, shape.stride,
+                                     const_pointer(bias), scale, softcap.value_or(0.0), device.stream()),
+                 "finish_logits");
+}
+
 void reduce_rows_(const at::Tensor& tile, const at::Tensor& labels, int64_t start, bool keep_logits,
                   const at::Tensor& max, const at::Tensor& sumexp, const at::Tensor& target,
                   const OptionalTensor& entropy, const OptionalTensor& logit_sum, const OptionalTensor& argmax,
@@ -133,6 +141,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_tail(const at::Tensor& lo
 }  // namespace dpo_kernels
 
 TORCH_LIBRARY_IMPL(dpo_kernels, CUDA, m) {
+    m.impl("finish_logits_", &dpo_kernels::finish_logits_);
     m.impl("reduce_rows_", &dpo_kernels::reduce_rows_);
     m.impl("dlogits_rows_", &dpo_kernels::dlogits_rows_);
     m.impl("segment_sum", &dpo_kernels::segment_sum);

@@ -1,4 +1,5 @@
-// Row kernels over a tile of logits: online log-sum-exp with target gather and statistics, and the gradient.
+// Row kernels over a tile of logits: from raw products to logits, online log-sum-exp with target gather and statistics,
+// and the gradient.
 //
 // A tile holds columns start..start+cols-1 of the vocabulary. Strides are in elements, and offsets that multiply a row
 // are 64-bit. Nothing is added atomically and every reduction has a fixed order: equal inputs give equal bits.
@@ -26,6 +27,66 @@ constexpr int vector_size() {
 // The label's column in this tile; -1 where it lies in another one. Written so that no label overflows.
 __device__ inline int64_t column_of(int64_t label, int64_t start, int64_t cols) {
     return label >= start && label - start < cols ? label - start : -1;
+}
+
+// This thread's share of a row of which every value is mapped to its place in `to`, which is `from` or shares no memory
+// with it: threads along the first dimension of the grid share the columns. `each` gets neighbours and the column of the
+// first of them, and stores them. Vectors begin where both sides are aligned; where no column is so for both, all is
+// scalar, still coalesced.
+template <int SIZE, class T, class Out, class Each>
+__device__ inline void map_row(const T* from, const Out* to, int64_t cols, const Each& each) {
+    constexpr int unrolled = batch_size<T>() / SIZE;
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * row_threads<T>() + threadIdx.x;
+    const int64_t threads = static_cast<int64_t>(gridDim.x) * row_threads<T>();
+    int64_t head = elements_to_alignment(to);
+    if (head > cols || !is_aligned(from + head)) head = cols;
+    const int64_t vectors = (cols - head) / SIZE;
+    for (int64_t column = thread; column < head; column += threads) each(load<1>(from + column), column);
+    int64_t at = thread;
+    for (; at + (unrolled - 1) * threads < vectors; at += unrolled * threads) {
+        Vector<T, SIZE> values[unrolled];  // all of them asked for before a store may be in the way
+#pragma unroll
+        for (int step = 0; step < unrolled; ++step) {
+            values[step] = load<SIZE>(from + head + (at + step * threads) * SIZE);
+        }
+#pragma unroll
+        for (int step = 0; step < unrolled; ++step) each(values[step], head + (at + step * threads) * SIZE);
+    }
+    for (; at < vectors; at += threads) each(load<SIZE>(from + head + at * SIZE), head + at * SIZE);
+    for (int64_t column = head + vectors * SIZE + thread; column < cols; column += threads) {
+        each(load<1>(from + column), column);
+    }
+}
+
+// --- logits -------------------------------------------------------------------------------------------------
+
+// cap(scale * (z + bias)) of neighbours, whose own bias begins at `bias`; null: none. `slope` is what z + bias is
+// multiplied by before the cap.
+template <int COUNT, class T>
+__device__ inline Vector<T, COUNT> finished(Vector<T, COUNT> z, const T* bias, T slope, T softcap) {
+#pragma unroll
+    for (int lane = 0; lane < COUNT; ++lane) {
+        T value = z.values[lane];
+        if (bias != nullptr) value += bias[lane];
+        value *= slope;
+        z.values[lane] = softcap == 0 ? value : softcap * hyperbolic_tangent(value);
+    }
+    return z;
+}
+
+// Raw products of hidden states and head into final logits, in place.
+template <class T>
+__global__ void __launch_bounds__(row_threads<T>())
+    finish_logits(T* tile,                     // (rows, cols)
+                  const T* __restrict__ bias,  // (cols,) or null
+                  int64_t rows, int64_t cols, int64_t stride, T scale, T softcap) {
+    const T slope = softcap == 0 ? scale : scale / softcap;
+    for (int64_t index = blockIdx.y; index < rows; index += gridDim.y) {
+        T* const row = tile + index * stride;
+        map_row<vector_size<T>()>(row, row, cols, [&](const auto& z, int64_t column) {
+            store(row + column, finished(z, bias == nullptr ? nullptr : bias + column, slope, softcap));
+        });
+    }
 }
 
 // --- log-sum-exp and statistics -----------------------------------------------------------------------------
@@ -220,8 +281,7 @@ __device__ inline void write(const GradientRow<T>& row, const Vector<T, COUNT>& 
     *row.residual = dlogit(row, own, row.target) - widened(own_rounded);
 }
 
-// The gradient of every logit: threads along the first dimension of the grid share the columns of a row. `out` is the
-// tile itself or shares no memory with it.
+// The gradient of every logit. `out` is the tile itself or shares no memory with it.
 template <class T, class Out>
 __global__ void __launch_bounds__(row_threads<T>())
     dlogits_rows(const T* tile,                       // (rows, cols), final logits
@@ -232,46 +292,17 @@ __global__ void __launch_bounds__(row_threads<T>())
                  const T* __restrict__ scale,         // (rows,) or null
                  T* __restrict__ residual,            // (rows,) of 0, written by who rounds the label's own; or null
                  int64_t rows, int64_t cols, int64_t tile_stride, int64_t out_stride, int64_t start, T softcap) {
-    constexpr int size = vector_size<Out>();
-    constexpr int unrolled = batch_size<T>() / size;
-    const int64_t thread = static_cast<int64_t>(blockIdx.x) * row_threads<T>() + threadIdx.x;
-    const int64_t threads = static_cast<int64_t>(gridDim.x) * row_threads<T>();
     for (int64_t index = blockIdx.y; index < rows; index += gridDim.y) {
-        const T* from = tile + index * tile_stride;
-        Out* to = out + index * out_stride;
+        Out* const to = out + index * out_stride;
         const GradientRow<T> row{max[index],
                                  sumexp[index],
                                  scale == nullptr ? T(1) : scale[index],
                                  softcap,
                                  column_of(labels[index], start, cols),
                                  residual == nullptr ? nullptr : residual + index};
-        // Vectors begin where both sides are aligned; where no column is so for both, all is scalar, still coalesced.
-        int64_t head = elements_to_alignment(to);
-        if (head > cols || !is_aligned(from + head)) head = cols;
-        const int64_t vectors = (cols - head) / size;
-        for (int64_t column = thread; column < head; column += threads) {
-            write(row, load<1>(from + column), column, to + column);
-        }
-        int64_t at = thread;
-        for (; at + (unrolled - 1) * threads < vectors; at += unrolled * threads) {
-            Vector<T, size> z[unrolled];  // all of them asked for before a store may be in the way
-#pragma unroll
-            for (int step = 0; step < unrolled; ++step) {
-                z[step] = load<size>(from + head + (at + step * threads) * size);
-            }
-#pragma unroll
-            for (int step = 0; step < unrolled; ++step) {
-                const int64_t column = head + (at + step * threads) * size;
-                write(row, z[step], column, to + column);
-            }
-        }
-        for (; at < vectors; at += threads) {
-            const int64_t column = head + at * size;
-            write(row, load<size>(from + column), column, to + column);
-        }
-        for (int64_t column = head + vectors * size + thread; column < cols; column += threads) {
-            write(row, load<1>(from + column), column, to + column);
-        }
+        map_row<vector_size<Out>()>(tile + index * tile_stride, to, cols, [&](const auto& z, int64_t column) {
+            write(row, z, column, to + column);
+        });
     }
 }
 

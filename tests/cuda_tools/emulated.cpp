@@ -34,6 +34,12 @@ void emulated_widen(const uint16_t* bfloat16, const uint16_t* float16, int64_t c
     }
 }
 
+const char* emulated_finish_logits(int dtype, void* tile, int64_t rows, int64_t cols, int64_t stride, const void* bias,
+                                   double scale, double softcap) {
+    return outcome(
+        finish_logits(static_cast<DType>(dtype), tile, rows, cols, stride, bias, scale, softcap, nullptr));
+}
+
 const char* emulated_reduce_rows(int dtype, const void* tile, int64_t rows, int64_t cols, int64_t stride, int64_t start,
                                  const int64_t* labels, void* max, void* sumexp, void* target, void* entropy,
                                  void* logit_sum, int64_t* argmax, void* square_sum) {

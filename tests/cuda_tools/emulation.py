@@ -73,6 +73,10 @@ class Emulated:
         """Of warps, lanes and blocks: 0 ascending, 1 descending, more is a seed."""
         self._library.emulated_order(ctypes.c_uint(order))
 
+    def finish_logits(self, tile: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
+        shape = (*tile.shape, tile.stride(0))
+        self._call("finish_logits", DTYPES[tile.dtype], tile, *shape, bias, scale, softcap or 0.0)
+
     def reduce_rows(self, tile: Tensor, labels: Tensor, start: int, state: RowState) -> None:
         self._call(
             "reduce_rows",

@@ -83,6 +83,30 @@ def close(name: str, got: Tensor, oracle: Tensor, plain: Tensor, dtype: torch.dt
     assert not broken, broken
 
 
+def check_finish(
+    kernels: Emulated,
+    dtype: torch.dtype,
+    cols: int,
+    layout: Layout = PACKED,
+    shifted: bool = True,
+    scale: float = 0.7,
+    softcap: float | None = 30.0,
+) -> None:
+    """Raw products to logits, to the last digits also near 0, where a cap through exponentials would lose them."""
+    z = logits(cols, dtype)
+    z[1] = torch.logspace(-8, 3, cols)
+    z[2, -1] = torch.nan
+    bias = torch.randn(cols, dtype=dtype) if shifted else None
+    guards = Guards()
+    tile, given = guards.around(z, layout), None if bias is None else guards.around(bias)
+    kernels.finish_logits(tile, given, scale, softcap)
+    guards.check(given)
+    wanted = (z if bias is None else z + bias).double()
+    wanted = scale * wanted if softcap is None else softcap * (scale / softcap * wanted).tanh()
+    eps = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(tile.double(), wanted, rtol=eps, atol=0.0, equal_nan=True)
+
+
 def check_reduce(
     kernels: Emulated,
     dtype: torch.dtype,

@@ -52,6 +52,10 @@ class Operators:
     def __init__(self, ops: Any, call: Callable[..., Any] = directly) -> None:
         self.ops, self._through = ops, call
 
+    def finish_logits(self, tile: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
+        """As ``Emulated``."""
+        self._through(self.ops.finish_logits_, tile, bias, scale, softcap)
+
     def reduce_rows(self, tile: Tensor, labels: Tensor, start: int, state: RowState) -> None:
         """As ``Emulated``."""
         parts = (state.max, state.sumexp, state.target, state.entropy, state.logit_sum, state.argmax, state.square_sum)

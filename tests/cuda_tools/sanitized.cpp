@@ -43,6 +43,10 @@ void rows_of(DType out_dtype, int64_t cols, int64_t extra, int64_t offset, int64
     const Matrix<T> tile(rows, cols, extra, offset);
     const Matrix<Out> out(rows, cols, extra, out_offset);
     const std::vector<int64_t> labels{0, cols - 1, cols + 5};
+    const std::unique_ptr<T[]> bias(new T[static_cast<size_t>(cols)]());
+    for (T* const given : {bias.get(), static_cast<T*>(nullptr)}) {
+        expect_no(emulated_finish_logits(code<T>(), tile.data(), rows, cols, tile.stride, given, 0.5, 30.0));
+    }
     std::vector<std::vector<T>> state(6, filled<T>(rows, 0));
     std::vector<int64_t> argmax(rows, 0);
     state[0].assign(rows, -static_cast<T>(INFINITY));
