@@ -62,7 +62,7 @@ sanitize: $(VENV)/.test ## build the C++ extension with address and undefined sa
 	cd $(COPY) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DPO_KERNELS_BUILD=cpu \
 	    $(CURDIR)/$(PY) -P -m pytest -q -p no:cacheprovider tests/test_extension.py tests/test_memory.py \
-	    tests/test_equivalence.py -k 'extension or memory or cpp'
+	    tests/test_lent.py tests/test_equivalence.py -k 'extension or memory or lent or cpp'
 
 demo: $(VENV)/.demo $(VENV)/.extension ## train a real model on real ratings; ARGS=--help lists its options
 	$(PY) -m demo $(ARGS)

@@ -74,8 +74,8 @@ def flags():
     """(compiling, linking) the C++ part."""
     sanitizers = os.environ.get("DPO_KERNELS_SANITIZE")
     if sys.platform == "win32":
-        return ["/O2", "/openmp"], []
-    # Without openmp at::parallel_for is silently serial; where traps could be seen, loops with exp stay scalar.
+        return ["/O2", "/openmp", "/fp:precise"], []
+    # Without openmp at::parallel_for is serial. Where traps could be seen, loops with exp stay scalar.
     compiling = ["-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
     linking = []
     if sanitizers:
@@ -88,6 +88,8 @@ def flags():
     if sys.platform == "linux":
         compiling.append("-fopenmp")
         linking.append("-fopenmp")
+    else:
+        compiling.append("-fopenmp-simd")  # vector loops, without a second OpenMP runtime beside torch's: one thread
     return compiling, linking
 
 
@@ -110,27 +112,40 @@ def extension():
         """A compiler that fails is one line and a package without the extension, unless more was asked for."""
 
         def run(self):
+            self.force = True  # neither a header that changed nor another torch shows in the dates of the sources
+            asked = self.compiler  # type: ignore[has-type]
+            reason = self.why_not()
+            if reason is not None and made is not without_cuda and mode() == "auto":
+                note(f"building the C++ part of the extension alone: the CUDA part does not compile ({reason})")
+                vars(made).update(vars(without_cuda))
+                self.compiler = asked
+                reason = self.why_not()
+            if reason is not None:
+                without_extension(f"it does not compile ({reason})")
+                self.extensions = self.distribution.ext_modules = []
+
+        def why_not(self):
+            """Build; the first line of what went wrong, if anything did."""
             try:
                 super().run()
             except Exception as error:  # noqa: BLE001 - whatever the compilers' drivers raise
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                without_extension(f"it does not compile ({first})")
-                self.extensions = self.distribution.ext_modules = []
+                return (str(error).strip() or type(error).__name__).splitlines()[0]
+            return None
 
     compiling, linking = flags()
     sources = ["ops.cpp", "cpu/ops_cpu.cpp", "cpu/matmul.cpp", "cpu/memory.cpp"]
     sources += ["cpu/rows_base.cpp", "cpu/rows_avx2.cpp", "cpu/rows_avx512.cpp"]
+    made = without_cuda = CppExtension(
+        "dpo_kernels._C",
+        [str(CSRC / name) for name in sources],
+        extra_compile_args={"cxx": compiling},
+        extra_link_args=linking,
+    )
     reason = why_no_cuda(torch, CUDA_HOME)
     if reason is not None:
         if mode() == "cuda":
             raise SystemExit(f"dpo_kernels: DPO_KERNELS_BUILD=cuda, but {reason}")
         note(f"building the C++ part of the extension for torch {torch.__version__}, not the CUDA part: {reason}")
-        made = CppExtension(
-            "dpo_kernels._C",
-            [str(CSRC / name) for name in sources],
-            extra_compile_args={"cxx": compiling},
-            extra_link_args=linking,
-        )
     else:
         latest = ";10.0" if nvcc_version(CUDA_HOME) >= KNOWS_SM_100 else ""
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;9.0{latest}+PTX")

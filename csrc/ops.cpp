@@ -8,6 +8,9 @@
 #ifndef DPO_WITH_CUDA
 #define DPO_WITH_CUDA 0
 #endif
+#if DPO_WITH_CUDA
+#include "cuda/launch.h"
+#endif
 
 TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
     // Fold a (C, Vt) tile of final logits, columns start..start+Vt-1, into the running state (C,) of its rows. Without
@@ -34,6 +37,14 @@ TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
         "float label_smoothing) -> (Tensor sums, Tensor losses, Tensor grad)");
     // out (+)= a @ b: bfloat16 operands, contiguous along rows or columns, and a float32 result.
     m.def("matmul_bfloat16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
+    // Compute capabilities that the CUDA part has code for, ten times the major number plus the minor; none without it.
+    m.def("cuda_architectures() -> int[]", [] {
+#if DPO_WITH_CUDA
+        return dpo_kernels::cuda::architectures();
+#else
+        return std::vector<int64_t>();
+#endif
+    });
     m.def("extension_built_for() -> str", [] {
         return std::string(TORCH_VERSION) + (DPO_WITH_CUDA ? " cpu+cuda" : " cpu");
     });

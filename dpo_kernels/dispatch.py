@@ -303,7 +303,7 @@ def _refuse_extension(device_type: str) -> Callable[[Problem, bool], str | None]
     def refuse(problem: Problem, by_name: bool) -> str | None:
         if problem.device.type != device_type:
             return f"hidden is on {problem.device.type}, these kernels are for {device_type}"
-        return extension.why_not(device_type)
+        return extension.why_not(device_type) or extension.why_not_on(problem.device)
 
     return refuse
 

@@ -94,6 +94,23 @@ def test_a_compiler_that_fails_is_one_line(tree, mode):
 
 @pytest.mark.slow
 @needs_compiler
+def test_a_cuda_part_that_fails_leaves_the_cpp_part(tree):
+    """As with a host compiler that nvcc does not take: its version is told, and nothing compiles."""
+    script = tree / "setup.py"
+    claim = "import torch\ntorch.version.cuda = '13.0'\n"
+    script.write_text(claim + script.read_text(encoding="utf-8"), encoding="utf-8")
+    nvcc = tree.parent / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "release 13.0, V13.0.1" || exit 1\n')
+    nvcc.chmod(0o755)
+    status, said, wheel = build(tree, CUDA_HOME=str(tree.parent / "cuda"))
+    assert status == 0, said
+    assert "building the C++ part of the extension alone: the CUDA part does not compile" in said
+    assert len(extensions_in(wheel)) == 1
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_a_wheel_with_the_extension_works_from_another_folder(tree, tmp_path):
     status, said, wheel = build(tree, DPO_KERNELS_BUILD="cpu")
     assert status == 0, said

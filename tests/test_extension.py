@@ -242,6 +242,7 @@ def operator_arguments():
         ],
         "matmul_bfloat16_": [(torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16(), torch.zeros(3, 5), True)],
         "has_bfloat16_matmul": [],
+        "cuda_architectures": [],
         "narrow_": [(torch.randn(3, 500), 0.3), (torch.randn(0), 1.0)],
         "new_huge": [],  # uninitialised: nothing to compare
         "empty_cache": [],
@@ -319,6 +320,62 @@ def test_any_number_of_threads_gives_the_same_bits(strategy):
         assert all(torch.equal(results[0][key], other[key]) for key in results[0])
 
 
+def threaded(work):
+    """The results with one thread, in a tuple, which two and three threads repeat bit by bit."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(work())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert torch.equal(one.nan_to_num(), same.nan_to_num())
+    return results[0]
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_threads_share(dtype):
+    """So many that every thread has some: a task is 32768 logits."""
+    cpp, plain = kernels(dtype)
+    shape = (300, 1000)
+    raw, bias = tile_like(*shape, dtype, stride=1003), torch.randn(1000, dtype=dtype)
+    labels = torch.randint(0, 1000, (300,))
+    head = Head(torch.empty(0), softcap=30.0)
+
+    def work():
+        z = raw.clone(memory_format=torch.preserve_format)
+        torch.ops.dpo_kernels.finish_logits_(z, bias, 0.7, 30.0)
+        done, state, (left,) = reduced(cpp, [z], labels, keep=False)
+        d = cpp.dlogits_(z.clone(), labels, 0, state.max, state.sumexp, head, None)
+        sums = cpp.segment_sum(done["logp"], None, torch.full((30,), 10))
+        return (*done.values(), left, d.values, sums)
+
+    *done, left, d, sums = threaded(work)
+    z = 30.0 * ((raw.double() + bias) * (0.7 / 30.0)).tanh()
+    wanted, state, _ = reduced(TorchRows(torch.float64, 2**20), [z], labels)
+    agree(dict(zip(wanted, done, strict=True)), {name: value.to(dtype) for name, value in wanted.items()}, dtype)
+    agree({"exp": left}, {"exp": (z - state.max[:, None]).exp().to(dtype)}, dtype)
+    gradient = TorchRows(torch.float64, 2**20).dlogits_(z, labels, 0, state.max, state.sumexp, head, None).values
+    assert float((d.double() - gradient).norm() / gradient.norm()) < (1e-5 if dtype == torch.float32 else 1e-12)
+    torch.testing.assert_close(sums, plain.segment_sum(done[0], None, torch.full((30,), 10)))
+
+
+@built
+def test_floats_that_threads_narrow():
+    values = torch.randn(2**20 + 17)
+
+    def work():
+        there = values.clone()
+        torch.ops.dpo_kernels.narrow_(there, 0.3)
+        return (there.view(torch.bfloat16)[: values.numel()],)
+
+    (got,) = threaded(work)
+    assert torch.equal(got, (values * 0.3).bfloat16())
+
+
 @built
 def test_offsets_beyond_two_to_the_31():
     """Three rows that lie 2^30 + 8 elements apart, in memory that is never touched between them."""
@@ -385,6 +442,21 @@ def test_matmul(sizes, transposed):
 
 
 @multiplies
+def test_matmul_by_threads():
+    a, b = torch.randn(1300, 200).bfloat16(), torch.randn(200, 700).bfloat16()
+
+    def work():
+        outs = torch.zeros(1300, 700), torch.ones(200, 200)
+        torch.ops.dpo_kernels.matmul_bfloat16_(a, b, outs[0], False)
+        torch.ops.dpo_kernels.matmul_bfloat16_(a.t(), a, outs[1], True)
+        return outs
+
+    product, square = threaded(work)
+    torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(square.double(), a.double().t() @ a.double() + 1, rtol=1e-4, atol=1e-4)
+
+
+@multiplies
 def test_matmul_of_nothing():
     out, nothing = torch.ones(2, 3), torch.empty(2, 0, dtype=torch.bfloat16)
     torch.ops.dpo_kernels.matmul_bfloat16_(nothing, torch.empty(0, 3, dtype=torch.bfloat16), out, True)
@@ -405,15 +477,35 @@ def test_matmul_names_what_does_not_fit():
 
 
 @built
-@pytest.mark.parametrize("part", ["operators", "loss"])
-def test_products_of_bfloat16_matrices(part):
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        (__file__, "matmul or opcheck"),
+        ("tests/test_equivalence.py", "cpp and bfloat16 and (test_equivalence or test_upstream or strided)"),
+        ("tests/test_lent.py", "bfloat16 and not operands"),
+        ("tests/test_units.py", "bfloat16"),
+    ],
+    ids=["operators", "loss", "lent", "units"],
+)
+def test_products_of_bfloat16_matrices(file, chosen):
     """The path of machines with AVX512_BF16 or AMX, its block kernel replaced by plain loops."""
-    environment = dict([PORTABLE])
-    if part == "operators":
-        pytest_again(__file__, "matmul or opcheck", **environment)
-    else:
-        chosen = "cpp and bfloat16 and (test_equivalence or test_upstream or strided)"
-        pytest_again("tests/test_equivalence.py", chosen, **environment)
+    pytest_again(file, chosen, **dict([PORTABLE]))
+
+
+@built
+def test_products_go_back_to_float32_where_mkldnn_is_switched_off():
+    """torch's block kernel refuses to run then. As a process that could use it sees it."""
+    code = """if True:
+        import torch
+        from dpo_kernels.kernels import extension
+        extension.why_not("cpu")
+        for on in (True, False, True):
+            with torch.backends.mkldnn.flags(enabled=on):
+                print(torch.ops.dpo_kernels.has_bfloat16_matmul())
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, off, last = done.stdout.split()
+    assert (off, last) == ("False", first)
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------
@@ -431,7 +523,7 @@ def test_without_the_extension_torch_is_taken_and_the_reason_given(monkeypatch):
     monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: None)
     plan = dk.explain(**problem())
     assert plan.backend == "torch"
-    assert "was not built (pip install --no-build-isolation" in plan.against["cpp"]
+    assert "was not built (in a checkout of dpo_kernels: pip install --no-build-isolation" in plan.against["cpp"]
     with pytest.raises(ValueError, match="backend='cpp' cannot run this: the C\\+\\+/CUDA extension was not built"):
         dk.fused_dpo_loss(**problem(), backend="cpp")
 
@@ -440,7 +532,22 @@ def test_without_the_extension_torch_is_taken_and_the_reason_given(monkeypatch):
 @pytest.mark.usefixtures("_forget")
 def test_an_extension_for_another_torch_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert "not 2.99.0; build it again: pip install" in str(extension.why_not("cpu"))
+    assert "not 2.99.0; build it again: in a checkout of dpo_kernels: pip install" in str(extension.why_not("cpu"))
+
+
+@built
+@pytest.mark.parametrize(("architectures", "taken"), [([80, 90], False), ([75, 80], True), ([], True)])
+def test_a_gpu_that_there_is_no_code_for_is_refused(monkeypatch, architectures, taken):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.ops.dpo_kernels, "cuda_architectures", lambda: architectures)
+    reason = extension.why_not_on(torch.device("cuda"))
+    assert extension.why_not_on(torch.device("cpu")) is None
+    if taken:
+        assert reason is None
+    else:
+        assert "built for sm_80, sm_90, this GPU is sm_75" in reason
+        assert "TORCH_CUDA_ARCH_LIST=7.5" in reason
 
 
 @pytest.mark.usefixtures("_forget")

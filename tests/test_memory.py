@@ -83,7 +83,7 @@ def test_what_is_of_no_use_goes_back(emptied):
     assert dk.empty_cache() == 4 * MIB
 
 
-def said_by_a_process_of_its_own(limit):
+def said_by_a_process_of_its_own(**environment):
     code = """if True:
         import torch, dpo_kernels as dk
         from dpo_kernels.kernels import extension
@@ -94,7 +94,7 @@ def said_by_a_process_of_its_own(limit):
     """
     return subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"DPO_KERNELS_CPU_CACHE_BYTES": limit},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -104,14 +104,22 @@ def said_by_a_process_of_its_own(limit):
 @pooled
 @pytest.mark.parametrize(("limit", "kept"), [("0", 0), (str(10 * MIB), 6), (str(25 * MIB), 6), (str(26 * MIB), 26)])
 def test_the_limit_is_kept_and_the_oldest_goes(limit, kept):
-    done = said_by_a_process_of_its_own(limit)
+    done = said_by_a_process_of_its_own(DPO_KERNELS_CPU_CACHE_BYTES=limit)
     assert int(done.stdout) == kept, done.stderr
+
+
+@pooled
+@pytest.mark.parametrize(("processes", "kept"), [("1", True), ("1000000000", False)])
+def test_processes_of_a_machine_share_what_may_lie_idle(monkeypatch, processes, kept):
+    monkeypatch.delenv("DPO_KERNELS_CPU_CACHE_BYTES", raising=False)
+    done = said_by_a_process_of_its_own(LOCAL_WORLD_SIZE=processes)
+    assert (int(done.stdout) > 0) == kept, done.stderr
 
 
 @pooled
 @pytest.mark.parametrize("limit", ["many", "-1", "8MiB", ""])
 def test_a_limit_that_is_no_number_is_named(limit):
-    done = said_by_a_process_of_its_own(limit)
+    done = said_by_a_process_of_its_own(DPO_KERNELS_CPU_CACHE_BYTES=limit)
     assert f"DPO_KERNELS_CPU_CACHE_BYTES must be a number of bytes, got {limit}" in done.stderr
 
 

@@ -190,6 +190,18 @@ def test_the_default_folder_is_the_users_cache(monkeypatch, tmp_path):
     assert tuning.path_of("a GPU").parent == tmp_path / "dpo_kernels"
 
 
+def test_a_user_without_a_home_keeps_its_timings_in_the_temporary_folder(monkeypatch, tmp_path):
+    for name in (tuning.FOLDER, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(tuning.Path, "home", homeless)
+    monkeypatch.setattr(tuning.tempfile, "tempdir", str(tmp_path))
+    assert tuning.path_of("a GPU").parent == tmp_path / ".cache" / "dpo_kernels"
+
+
 @pytest.mark.parametrize(("size", "upper"), [(1, 1), (2, 2), (3, 4), (2048, 2048), (2049, 4096), (128256, 131072)])
 def test_sizes_of_a_kind(size, upper):
     assert tuning.bucket(size) == upper

@@ -1,6 +1,7 @@
 // Products of bfloat16 matrices with a float32 result: what a gradient needs to be rounded once, and what no public
 // operator of torch gives on the CPU. Blocks of it are done by torch's own block kernel (brgemm: AMX or AVX512_BF16);
 // here are the blocking, the packing and the threads. No sum depends on the number of threads.
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
@@ -22,6 +23,7 @@ using at::BFloat16;
 constexpr int64_t kRows = 128;              // of a block of the result
 constexpr int64_t kCols = 256;              // the widest that brgemm takes
 constexpr int64_t kDepth = 2048;            // summed at a time
+constexpr int64_t kDepthStep = 32;          // of a packed left operand: torch compiles a kernel for each depth and keeps it
 constexpr int64_t kPackedElements = 4 << 20;  // of the right operand, packed at a time
 
 int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -64,31 +66,30 @@ void release() {
 #endif
 }
 
-// Rows k0.. of b, columns of one panel: pairs of rows side by side, zeros beyond the edges.
-void pack_right(const Matrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t cols, BFloat16* out) {
+// Rows k0.. of b, columns of one panel: pairs of rows side by side, zeros beyond the edges, `reach` rows in all.
+void pack_right(const Matrix& b, int64_t k0, int64_t depth, int64_t reach, int64_t n0, int64_t cols, BFloat16* out) {
     const BFloat16 zero(0.0f);
     if (b.row_stride == 1) {  // the operand is a transpose: go down its columns, which are contiguous
         for (int64_t j = 0; j < kCols; j++) {
             const BFloat16* from = j < cols ? b.at(k0, n0 + j) : nullptr;
-            for (int64_t k = 0; k < up(depth, 2); k++) {
+            for (int64_t k = 0; k < reach; k++) {
                 out[(k / 2 * kCols + j) * 2 + k % 2] = from != nullptr && k < depth ? from[k] : zero;
             }
         }
         return;
     }
-    for (int64_t k = 0; k < up(depth, 2); k++) {
+    for (int64_t k = 0; k < reach; k++) {
         for (int64_t j = 0; j < kCols; j++) {
             out[(k / 2 * kCols + j) * 2 + k % 2] = j < cols && k < depth ? *b.at(k0 + k, n0 + j) : zero;
         }
     }
 }
 
-// A block of the left operand with contiguous rows of even length.
-void pack_left(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth, BFloat16* out) {
-    const int64_t even = up(depth, 2);
-    for (int64_t k = 0; k < even; k++) {
+// A block of the left operand with contiguous rows of `reach` elements, zeros beyond the edge.
+void pack_left(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t reach, BFloat16* out) {
+    for (int64_t k = 0; k < reach; k++) {
         for (int64_t i = 0; i < rows; i++) {
-            out[i * even + k] = k < depth ? *a.at(m0 + i, k0 + k) : BFloat16(0.0f);
+            out[i * reach + k] = k < depth ? *a.at(m0 + i, k0 + k) : BFloat16(0.0f);
         }
     }
 }
@@ -101,7 +102,7 @@ struct Left {
 
 void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const Matrix& b, float* c, int64_t c_stride,
               bool accumulate, Block block) {
-    const int64_t deep = std::min(kDepth, up(depth, 2));
+    const int64_t deep = std::min(kDepth, up(depth, kDepthStep));
     const int64_t wide = std::max(kCols, kPackedElements / deep / kCols * kCols);
     const int64_t row_blocks = (rows + kRows - 1) / kRows;
     const int64_t panel_size = deep * kCols;
@@ -109,10 +110,12 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const 
     for (int64_t n0 = 0; n0 < cols; n0 += wide) {
         const int64_t width = std::min(wide, cols - n0), panels = (width + kCols - 1) / kCols;
         for (int64_t k0 = 0; k0 < depth; k0 += deep) {
-            const int64_t length = std::min(deep, depth - k0), even = up(length, 2);
+            const int64_t length = std::min(deep, depth - k0);
+            const bool packs = a.col_stride != 1 || length % 2 != 0;
+            const int64_t reach = packs ? up(length, kDepthStep) : length;
             at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
                 for (int64_t p = first; p < last; p++) {
-                    pack_right(b, k0, length, n0 + p * kCols, std::min(kCols, width - p * kCols),
+                    pack_right(b, k0, length, reach, n0 + p * kCols, std::min(kCols, width - p * kCols),
                                right.data() + p * panel_size);
                 }
             });
@@ -124,16 +127,16 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const 
                     const int64_t height = std::min(kRows, rows - m0);
                     const BFloat16* a_data = a.at(m0, k0);
                     int64_t a_stride = a.row_stride;
-                    if (a.col_stride != 1 || even != length) {
+                    if (packs) {
                         if (left.held != m) {
-                            left.packed.resize(kRows * even);
-                            pack_left(a, m0, height, k0, length, left.packed.data());
+                            left.packed.resize(kRows * reach);
+                            pack_left(a, m0, height, k0, length, reach, left.packed.data());
                             left.held = m;
                         }
                         a_data = left.packed.data();
-                        a_stride = even;
+                        a_stride = reach;
                     }
-                    block(height, std::min(kCols, width - p * kCols), even, a_data, a_stride,
+                    block(height, std::min(kCols, width - p * kCols), reach, a_data, a_stride,
                           right.data() + p * panel_size, c + m0 * c_stride + n0 + p * kCols, c_stride,
                           accumulate || k0 > 0);
                 }
@@ -143,36 +146,41 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const 
     }
 }
 
-// Whether torch's block kernel runs on this machine and gives what it should.
-bool probe(Block block) {
-    constexpr int64_t rows = 17, cols = 33, depth = 6;
+// Whether a block kernel adds to a result what the plain loops add; small integers, so that both are exact.
+bool agrees(Block block, int64_t rows, int64_t cols, int64_t depth, bool transposed) {
     std::vector<BFloat16> a(rows * depth), b(depth * cols);
-    std::vector<float> got(rows * cols), wanted(rows * cols);
+    std::vector<float> got(rows * cols, 1.0f), wanted = got;
     for (size_t i = 0; i < a.size(); i++) a[i] = BFloat16(static_cast<float>(i % 7) - 3.0f);
     for (size_t i = 0; i < b.size(); i++) b[i] = BFloat16(static_cast<float>(i % 5) - 2.0f);
-    const Matrix left{a.data(), depth, 1}, right{b.data(), cols, 1};
+    const Matrix left = transposed ? Matrix{a.data(), 1, rows} : Matrix{a.data(), depth, 1};
+    const Matrix right{b.data(), cols, 1};
+    multiply(rows, cols, depth, left, right, got.data(), cols, true, block);
+    multiply(rows, cols, depth, left, right, wanted.data(), cols, true, block_portable);
+    return got == wanted;
+}
+
+// Whether torch's block kernel runs on this machine and gives what it should: little blocks, and whole ones with a rest
+// in every direction. Its layout of the packed operand is torch's own affair and may change.
+bool probe(Block block) {
     try {
-        multiply(rows, cols, depth, left, right, got.data(), cols, false, block);
+        return agrees(block, 17, 33, 6, false) && agrees(block, kRows + 2, kCols + 44, kDepth + 6, false) &&
+               agrees(block, kRows + 2, kCols + 44, kDepth + 5, true);
     } catch (const std::exception&) {
         return false;
     }
-    multiply(rows, cols, depth, left, right, wanted.data(), cols, false, block_portable);
-    return got == wanted;  // small integers: exact
 }
 
-// The block kernel, null where there is none that is fast. DPO_KERNELS_BF16=portable takes the slow one, for tests;
-// DPO_KERNELS_BF16=0 none.
+// The block kernel, null where there is none that is fast, or where torch may not use it now (torch.backends.mkldnn).
+// DPO_KERNELS_BF16=portable takes the slow one, for tests; DPO_KERNELS_BF16=0 none.
 Block block_of_this_machine() {
-    static const Block chosen = []() -> Block {
-        const char* asked = std::getenv("DPO_KERNELS_BF16");
-        if (asked != nullptr && std::string(asked) == "portable") return block_portable;
-        if (asked != nullptr && std::string(asked) == "0") return nullptr;
+    static const std::string asked = std::getenv("DPO_KERNELS_BF16") ? std::getenv("DPO_KERNELS_BF16") : "";
+    if (asked == "portable") return block_portable;
+    if (asked == "0" || !at::globalContext().userEnabledMkldnn()) return nullptr;
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
-        if (probe(block_brgemm)) return block_brgemm;
+    static const bool runs = probe(block_brgemm);
+    if (runs) return block_brgemm;
 #endif
-        return nullptr;
-    }();
-    return chosen;
+    return nullptr;
 }
 
 bool has_bfloat16_matmul() { return block_of_this_machine() != nullptr; }
@@ -194,7 +202,8 @@ void matmul_bfloat16_(const at::Tensor& a, const at::Tensor& b, const at::Tensor
     TORCH_CHECK(a.size(0) == shape.rows && b.size(1) == shape.cols && a.size(1) == b.size(0), "dpo_kernels: out ",
                 out.sizes(), " cannot hold the product of a ", a.sizes(), " and b ", b.sizes());
     const Block block = block_of_this_machine();
-    TORCH_CHECK(block != nullptr, "dpo_kernels: this machine has no fast product of bfloat16 matrices");
+    TORCH_CHECK(block != nullptr, "dpo_kernels: this machine has no fast product of bfloat16 matrices, or "
+                "torch.backends.mkldnn is switched off");
     if (a.size(1) == 0 && !accumulate) out.zero_();
     if (out.numel() == 0 || a.size(1) == 0) return;
     multiply(shape.rows, shape.cols, a.size(1), left, right, out.mutable_data_ptr<float>(), shape.stride, accumulate,

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <fstream>
 #include <mutex>
 #include <vector>
 
@@ -22,7 +23,7 @@ namespace {
 
 #ifdef __linux__
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kPhysicalShare = 8;  // part of the machine's memory that may lie idle
+constexpr size_t kPhysicalShare = 8;  // part of the memory that may lie idle, of all processes together
 constexpr uint64_t kStale = 16;       // blocks asked for since an idle one was last of use: two or three a step
 
 struct Block {
@@ -31,10 +32,24 @@ struct Block {
     uint64_t since;
 };
 
-// DPO_KERNELS_CPU_CACHE_BYTES, or an eighth of the machine's memory.
+// The machine's memory, or what the container may have of it.
+size_t memory_of_machine() {
+    size_t least = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+    for (const char* file : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+        size_t limit = 0;
+        if (std::ifstream(file) >> limit) least = std::min(least, limit);  // "max" is no number
+    }
+    return least;
+}
+
+// DPO_KERNELS_CPU_CACHE_BYTES, or this process's part of an eighth of the memory: LOCAL_WORLD_SIZE is torchrun's.
 size_t limit_of_idle() {
     const char* asked = std::getenv("DPO_KERNELS_CPU_CACHE_BYTES");
-    if (asked == nullptr) return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / kPhysicalShare;
+    if (asked == nullptr) {
+        const char* processes = std::getenv("LOCAL_WORLD_SIZE");
+        const size_t count = processes == nullptr ? 1 : std::strtoull(processes, nullptr, 10);
+        return memory_of_machine() / kPhysicalShare / std::max<size_t>(1, count);
+    }
     char* end = nullptr;
     errno = 0;
     const unsigned long long bytes = std::strtoull(asked, &end, 10);

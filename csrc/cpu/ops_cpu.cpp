@@ -127,11 +127,7 @@ void dlogits_rows_(const at::Tensor& tile, const std::optional<at::Tensor>& out,
 
 void finish_logits_(const at::Tensor& tile, const std::optional<at::Tensor>& bias, double scale,
                     std::optional<double> softcap) {
-    const TileShape shape = check_matrix("tile", tile);
-    check_wide("tile", tile);
-    check_vector("bias", bias, shape.cols, tile.scalar_type(), tile.device());
-    TORCH_CHECK(!softcap.has_value() || (std::isfinite(*softcap) && *softcap > 0),
-                "dpo_kernels: softcap must be positive, got ", *softcap);
+    const TileShape shape = check_finish_logits(tile, bias, softcap);
     AT_DISPATCH_FLOATING_TYPES(tile.scalar_type(), "finish_logits_", [&] {
         using T = scalar_t;
         const Tile<T> logits = tile_of<T>(tile, shape, 0);

@@ -5,6 +5,18 @@
 #include <math.h>
 #include <string.h>
 
+#ifdef __FAST_MATH__
+#error "the row passes round and compare as IEEE has it: build them without -ffast-math"
+#endif
+
+// MSVC's own OpenMP knows no simd, and its experimental one relaxes the arithmetic of such loops.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define DPO_SIMD(...)
+#else
+#define DPO_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#define DPO_SIMD(...) DPO_PRAGMA(omp simd __VA_ARGS__)
+#endif
+
 #if defined(__GNUC__)
 #define DPO_INLINE static inline __attribute__((always_inline))
 #else
@@ -100,7 +112,7 @@ DPO_INLINE float from_bfloat16(uint16_t value) { return bits<float>(static_cast<
 template <typename T>
 static T largest(const T* z, int64_t count) {
     T best = Limits<T>::lowest;
-#pragma omp simd reduction(max : best)
+    DPO_SIMD(reduction(max : best))
     for (int64_t i = 0; i < count; i++) best = z[i] > best ? z[i] : best;
     return best;
 }
@@ -108,7 +120,7 @@ static T largest(const T* z, int64_t count) {
 template <typename T>
 static T sum(const T* z, int64_t count) {
     T total = 0;
-#pragma omp simd reduction(+ : total)
+    DPO_SIMD(reduction(+ : total))
     for (int64_t i = 0; i < count; i++) total += z[i];
     return total;
 }
@@ -144,7 +156,7 @@ struct Running {
 template <typename T, bool kOverwrite>
 static T exponentials(T* z, int64_t count, T shift) {
     T total = 0;
-#pragma omp simd reduction(+ : total)
+    DPO_SIMD(reduction(+ : total))
     for (int64_t i = 0; i < count; i++) {
         const T e = exponential(z[i] - shift);
         total += e;
@@ -156,7 +168,7 @@ static T exponentials(T* z, int64_t count, T shift) {
 template <typename T>
 static void add_spread(const T* z, int64_t count, T shift, Running<T>& row) {
     T entropy = 0, squares = 0;
-#pragma omp simd reduction(+ : entropy, squares)
+    DPO_SIMD(reduction(+ : entropy, squares))
     for (int64_t i = 0; i < count; i++) {
         const T below = z[i] - shift;
         const T e = exponential(below);
@@ -220,10 +232,10 @@ DPO_INLINE T slope(T z, T softcap) {
 template <typename T>
 static void dlogits_in_place(T* z, int64_t cols, T max, T softcap, T scale) {
     if (softcap == T(0)) {
-#pragma omp simd
+        DPO_SIMD()
         for (int64_t i = 0; i < cols; i++) z[i] = scale * exponential(z[i] - max);
     } else {
-#pragma omp simd
+        DPO_SIMD()
         for (int64_t i = 0; i < cols; i++) z[i] = scale * (exponential(z[i] - max) * slope(z[i], softcap));
     }
 }
@@ -231,13 +243,13 @@ static void dlogits_in_place(T* z, int64_t cols, T max, T softcap, T scale) {
 static void dlogits_to_bfloat16(const float* z, uint16_t* out, int64_t cols, float max, float softcap, float scale,
                                 bool exponentiated) {
     if (exponentiated) {
-#pragma omp simd
+        DPO_SIMD()
         for (int64_t i = 0; i < cols; i++) out[i] = to_bfloat16(scale * z[i]);
     } else if (softcap == 0.0f) {
-#pragma omp simd
+        DPO_SIMD()
         for (int64_t i = 0; i < cols; i++) out[i] = to_bfloat16(scale * exponential(z[i] - max));
     } else {
-#pragma omp simd
+        DPO_SIMD()
         for (int64_t i = 0; i < cols; i++)
             out[i] = to_bfloat16(scale * (exponential(z[i] - max) * slope(z[i], softcap)));
     }
@@ -276,7 +288,7 @@ static void dlogits(Tile<T> tile, Gradient<T> how, int64_t first, int64_t last) 
         if (!how.exponentiated) {
             dlogits_in_place(z, tile.cols, how.max[r], how.softcap, scale);
         } else if (how.scale) {
-#pragma omp simd
+            DPO_SIMD()
             for (int64_t i = 0; i < tile.cols; i++) z[i] *= scale;
         }
         if (here) z[label] = own;
@@ -290,15 +302,15 @@ static void finish_logits(Tile<T> tile, const T* bias, T scale, T softcap, int64
         for (int64_t left = 0; left < tile.cols; left += kBlock) {
             const int64_t stop = tile.cols - left < kBlock ? tile.cols : left + kBlock;
             if (bias) {
-#pragma omp simd
+                DPO_SIMD()
                 for (int64_t i = left; i < stop; i++) z[i] += bias[i];
             }
             if (softcap != T(0)) {
                 const T inner = scale / softcap;
-#pragma omp simd
+                DPO_SIMD()
                 for (int64_t i = left; i < stop; i++) z[i] = softcap * hyperbolic_tangent(z[i] * inner);
             } else if (scale != T(1)) {
-#pragma omp simd
+                DPO_SIMD()
                 for (int64_t i = left; i < stop; i++) z[i] *= scale;
             }
         }
@@ -306,7 +318,7 @@ static void finish_logits(Tile<T> tile, const T* bias, T scale, T softcap, int64
 }
 
 static void scaled_to_bfloat16(const float* in, uint16_t* out, int64_t count, float factor) {
-#pragma omp simd
+    DPO_SIMD()
     for (int64_t i = 0; i < count; i++) out[i] = to_bfloat16(factor * in[i]);
 }
 

@@ -26,9 +26,13 @@ OPERATORS = (
     "new_huge",
     "empty_cache",
     "has_bfloat16_matmul",
+    "cuda_architectures",
     "extension_built_for",
 )
-HOW = "pip install --no-build-isolation --force-reinstall --no-deps dpo-kernels, with torch and ninja installed"
+HOW = (
+    "in a checkout of dpo_kernels: pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps ., with "
+    "torch and ninja installed"
+)
 
 
 @constant_in_graphs
@@ -42,12 +46,28 @@ def why_not(device_type: str) -> str | None:
     return None
 
 
+@constant_in_graphs
+def why_not_on(device: torch.device) -> str | None:
+    """Why the extension's kernels cannot run on this very device; None where they can, or where that cannot be told."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None  # tracing for a GPU that is not here
+    built_for: list[int] = torch.ops.dpo_kernels.cuda_architectures()
+    major, minor = torch.cuda.get_device_capability(device)
+    if not built_for or 10 * major + minor >= min(built_for):
+        return None
+    return (
+        f"the extension's CUDA part was built for {', '.join(f'sm_{number}' for number in built_for)}, this GPU is "
+        f"sm_{major}{minor} (build it again with TORCH_CUDA_ARCH_LIST={major}.{minor}; {HOW})"
+    )
+
+
 def empty_cache() -> int:
     """Give the memory that the C++ backend keeps between calls back to the system; returns the number of bytes.
 
     Tiles and gradients of 4 MiB and more are kept when they are freed, because new ones would cost up to a fifth of a
-    step in page faults. At most an eighth of the machine's memory lies idle, or ``DPO_KERNELS_CPU_CACHE_BYTES`` (0:
-    nothing); what 16 later buffers had no use for goes back by itself. On a GPU see ``torch.cuda.empty_cache``.
+    step in page faults. At most an eighth of the memory of machine or container lies idle, shared with the processes
+    that torchrun started beside this one, or ``DPO_KERNELS_CPU_CACHE_BYTES`` (0: nothing); what 16 later buffers had no
+    use for goes back by itself. On a GPU see ``torch.cuda.empty_cache``.
     """
     if why_not("cpu") is not None:
         return 0
@@ -69,13 +89,18 @@ def _load() -> str:
     built_for: str = torch.ops.dpo_kernels.extension_built_for()
     if built_for.split(".")[:2] != running.split(".")[:2]:
         return f"the C++/CUDA extension was built for torch {built_for}, not {running}; build it again: {HOW}"
-    _register_fakes()
+    _register()
     return f"built for {built_for}"
 
 
 @functools.cache
-def _register_fakes() -> None:
-    """Once a process: torch 2.11 refuses to be told twice."""
+def _register() -> None:
+    """Fakes and counts of FLOP, once a process: torch 2.11 refuses to be told twice."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    @register_flop_formula(torch.ops.dpo_kernels.matmul_bfloat16_)
+    def _(a: list[int], b: list[int], *_: object, **__: object) -> int:
+        return 2 * a[0] * a[1] * b[1]
 
     def nothing(*_: object) -> None:
         return None
@@ -111,6 +136,16 @@ class ExtensionRows(TorchRows):
     def narrow(self) -> bool:
         """Whether the gradient GEMMs read bfloat16: the tile then carries its scale, written beside the logits."""
         return self.dtype == torch.bfloat16
+
+    def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
+        """See ``types.RowKernels``; bias, scale and cap in one pass over the raw products."""
+        self.multiply(x_CH, head, start, tile)
+        if head.bias is None and head.softcap is None and head.logit_scale == 1.0:
+            return
+        bias = None
+        if head.bias is not None:
+            bias = head.bias[start : start + tile.shape[1]].to(self.dtype).to(tile.dtype).contiguous()
+        torch.ops.dpo_kernels.finish_logits_(tile, bias, head.logit_scale, head.softcap)
 
     def dlogits_(
         self,
@@ -194,16 +229,6 @@ class CppRows(ExtensionRows):
             return super().multiply(x_CH, head, start, tile)
         weight_VtH = _operand(head.weight[start : start + tile.shape[1]])
         torch.ops.dpo_kernels.matmul_bfloat16_(x_CH, weight_VtH.t(), tile, False)
-
-    def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
-        """See ``types.RowKernels``; bias, scale and cap in one pass over the raw products."""
-        self.multiply(x_CH, head, start, tile)
-        if head.bias is None and head.softcap is None and head.logit_scale == 1.0:
-            return
-        bias = None
-        if head.bias is not None:
-            bias = head.bias[start : start + tile.shape[1]].to(self.dtype).to(tile.dtype).contiguous()
-        torch.ops.dpo_kernels.finish_logits_(tile, bias, head.logit_scale, head.softcap)
 
     def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
         """See ``types.RowKernels``."""

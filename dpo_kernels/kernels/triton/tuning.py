@@ -79,11 +79,18 @@ def device_name(like: Tensor) -> str:
 
 def path_of(gpu: str) -> Path:
     """Where the results for a GPU are kept: a file for each version of the kernels and of what compiles them."""
-    root = os.environ.get(FOLDER) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_kernels"
+    root = os.environ.get(FOLDER) or Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "dpo_kernels"
     text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
     versions = f"{triton.__version__} {torch.version.cuda} {torch.version.hip}"
     digest = hashlib.sha256((text + versions).encode()).hexdigest()[:12]
     return Path(root) / f"autotune-{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}-{digest}.json"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME and no entry for this user, as in containers of other people's making
+        return Path(tempfile.gettempdir())
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
