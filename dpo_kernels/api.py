@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dpo_kernels import calls, checks, dispatch, inputs, losses
@@ -62,10 +61,12 @@ def fused_dpo_loss(
         weight: ``(V, H)`` LM head of the same dtype (any under autocast). Differentiable.
         labels: ``(2B, T)`` or ``(N,)``, int32 or int64, in ``[0, V)`` or ``ignore_index``.
         bias: ``(V,)``. Differentiable.
-        ref_hidden: hidden states of the reference, same layout, its own H; scored here without gradient.
+        ref_hidden: hidden states of the reference, same layout, its own H; scored here without gradient, with the
+            policy's ``logit_scale`` and ``softcap`` (a model with another scale: scale its ``ref_weight`` and bias).
         ref_weight: ``(V, H_ref)`` head of the reference; None shares ``weight`` (and ``bias``).
         ref_bias: ``(V,)`` bias of the reference's head.
-        ref_logps: ``(2B,)`` cached reference log-probs, in the order of the input sequences.
+        ref_logps: ``(2B,)`` cached reference log-probs, in the order of the input sequences; float32, since 16 bits
+            hold -300 to within a nat.
         reference_free: no reference: its log-probs count as 0.
         loss_type: a name of the family (``dpo_kernels.LOSSES``), a list of names, summed with ``loss_weights``, or a
             callable ``fn(LossInputs) -> (P,)``, which is taken to be coupled over the batch unless ``fn.separable`` is
@@ -323,8 +324,10 @@ def dpo_loss(
     )
     inputs.check_divisor("token_denominator", token_denominator, policy[0])
     bound = losses.fit_to_batch(bound, policy[0].shape[0], policy[0].device)
-    tokens_of_batch = tokens[0].sum().clamp(min=1) if token_denominator is None else token_denominator
-    bound = bound.with_token_factor(policy[0].shape[0] / torch.as_tensor(tokens_of_batch), policy[0].shape[0])
+    divisor = tokens[0].sum().clamp(min=1)
+    if token_denominator is not None:
+        divisor = calls.number_like(token_denominator, divisor)
+    bound = bound.with_token_factor(policy[0].shape[0] / divisor, policy[0].shape[0])
     losses_P = bound.evaluate(LossInputs._make((*policy, *reference, *tokens, bound.beta)))
     chosen, rejected = (bound.beta * (p - r).detach() for p, r in zip(policy, reference, strict=True))
     return losses_P, chosen, rejected

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import dispatch, inputs, losses, passes
-from dpo_kernels.sequence import sum_dtype
-from dpo_kernels.types import STATS, TOKEN_LOGPS, Accumulator, Rows, accumulation_dtype
+from dpo_kernels.types import STATS, TOKEN_LOGPS, Accumulator, Rows, accumulation_dtype, sum_dtype
 
 SECOND_DERIVATIVE = (
     "second derivatives of the fused losses and log-probs are not supported: use dpo_kernels.reference, "

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dpo_kernels import calls, checks, inputs
 from dpo_kernels.losses.sequences import GROUP_LOSSES, KTO_LOSSES, GroupLoss, LabelledLoss
+from dpo_kernels.types import sum_dtype
 
 
 class SequenceLossOutput(NamedTuple):
@@ -86,9 +87,10 @@ def fused_kto_loss(
             )
         if desirable.device != batch.hidden.device:
             raise ValueError(f"desirable is on {desirable.device} but hidden is on {batch.hidden.device}")
-        liked, disliked = (torch.full((), f, dtype=torch.float64, device=desirable.device) for f in factors)
+        real = sum_dtype(desirable.device)
+        liked, disliked = (torch.full((), f, dtype=real, device=desirable.device) for f in factors)
         weights = torch.where(desirable, liked, disliked)
-        return LabelledLoss(loss_type, beta, desirable, weights, shift.to(batch.hidden.device))
+        return LabelledLoss(loss_type, beta, desirable, weights, shift.to(batch.hidden.device, real))
 
     return _run(hidden, weight, labels, bound, options, "fused_kto_loss")
 
@@ -159,9 +161,9 @@ def _check_beta(beta: float) -> float:
 
 def _zero_dimensional(name: str, value: float | Tensor) -> Tensor:
     if not isinstance(value, Tensor):
-        return torch.tensor(checks.check_number(name, value), dtype=torch.float64)
+        return torch.tensor(checks.check_number(name, value), dtype=torch.float64)  # on the CPU
     if value.dim() != 0:
         raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {value.dtype}")
-    return value.detach().to(torch.float64)
+    return value.detach().to(sum_dtype(value.device))

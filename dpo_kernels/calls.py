@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import autograd, checks, dispatch, inputs, losses, tiles
-from dpo_kernels.sequence import sum_dtype
-from dpo_kernels.types import STATS, TOKEN_LOGPS, Accumulator, DPOLossOutput, Rows
+from dpo_kernels.types import STATS, TOKEN_LOGPS, Accumulator, DPOLossOutput, Rows, sum_dtype
 
 PAIRS = ("stacked", "interleaved")
 
@@ -262,11 +261,12 @@ def _token_factor(rows: Rows, options: dict[str, Any]) -> Tensor:
     counts = rows.counts[0::2]
     scored = counts.sum().clamp(min=1).to(sum_dtype(counts.device))
     tokens, pairs = options["token_denominator"], options["denominator"]
-    over = torch.full_like(scored, counts.shape[0]) if pairs is None else _number_like(pairs, scored)
-    return over / (scored if tokens is None else _number_like(tokens, scored))
+    over = torch.full_like(scored, counts.shape[0]) if pairs is None else number_like(pairs, scored)
+    return over / (scored if tokens is None else number_like(tokens, scored))
 
 
-def _number_like(value: float | Tensor, like: Tensor) -> Tensor:
+def number_like(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number of the caller's, in the dtype and on the device of a 0-d tensor."""
     if isinstance(value, Tensor):
         return value.detach().to(device=like.device, dtype=like.dtype, copy=True)
     return torch.full_like(like, value)
@@ -312,7 +312,7 @@ def divisor(call: Call, reduction: str, denominator: float | Tensor | None, like
     if reduction != "mean":
         return like.new_ones(())
     units = len(call.loss.bounds(call.batch.sequences)) - 1
-    return _number_like(units if denominator is None else denominator, like.new_ones(()))
+    return number_like(units if denominator is None else denominator, like.new_ones(()))
 
 
 def to_internal(values_S: Tensor, stacked: bool) -> Tensor:

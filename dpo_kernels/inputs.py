@@ -99,7 +99,11 @@ def check_head(
     hidden_name, weight_name, bias_name = names
     _check_float_tensor(weight_name, weight)
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"{weight_name} must have shape (V, H) with V >= 1 and H >= 1, got {_shape(weight)}")
+        sharded = ": DeepSpeed ZeRO-3 has partitioned it, which is not supported: use ZeRO-2, or the model's own logits"
+        raise ValueError(
+            f"{weight_name} must have shape (V, H) with V >= 1 and H >= 1, got {_shape(weight)}"
+            f"{sharded if hasattr(weight, 'ds_id') else ''}"
+        )
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{weight_name} has H = {weight.shape[1]} (shape {_shape(weight)}) but {hidden_name} has "
@@ -163,6 +167,7 @@ def check_reference(
                 "in the order of the input"
             )
         _check_device("ref_logps", ref_logps, batch.hidden)
+        _warn_of_16_bits("ref_logps", ref_logps)
         return None
     if ref_hidden is None:
         if needs_reference and not reference_free:
@@ -190,6 +195,11 @@ def _reference_batch(batch: Batch, ref_hidden: Tensor, ref_weight: Tensor | None
                 "ref_weight=None scores the reference with `weight`, which requires a gradient: the reference will "
                 "drift with the policy. Pass the reference model's own head as ref_weight, or cached ref_logps."
             )
+    elif bias is None and batch.head.bias is not None and weight.shape == batch.head.weight.shape:
+        _warn_once(
+            "bias is given, but a ref_weight of weight's shape comes without ref_bias: the reference is scored without "
+            "a bias. Pass ref_bias, zeros where its head has none."
+        )
     head = check_head(
         ref_hidden,
         weight,
@@ -289,6 +299,7 @@ def check_logps(
         _check_by_pair(f"policy_{side}_logps", own, chosen)
         if ref is not None:
             _check_by_pair(f"ref_{side}_logps", ref, chosen)
+            _warn_of_16_bits(f"ref_{side}_logps", ref)
         if count is not None:
             _check_by_pair(f"{side}_tokens", count, chosen, floating=False)
     sides = zip(("ref_chosen_logps", "ref_rejected_logps"), reference, strict=True)
@@ -359,8 +370,9 @@ def _check_tensor(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
-            f"{name} is a DTensor of shape {_shape(tensor)}: how it is sharded cannot be told from it; "
-            "gather it, or pass its local shard with the distributed helper"
+            f"{name} is a DTensor of shape {_shape(tensor)}: how it is sharded cannot be told from it. Call this where "
+            "FSDP holds it whole, inside its module's forward (register_fsdp_forward_method), or gather it so that its "
+            "gradient is the mean over ranks: full_tensor(grad_placements=[Partial('avg')])"
         )
 
 
@@ -401,6 +413,15 @@ def _check_labels(labels: Any, hidden: Tensor) -> None:
 def _check_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
     if tensor is not None and tensor.device != hidden.device:
         raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}: move one of them")
+
+
+def _warn_of_16_bits(name: str, logps: Tensor) -> None:
+    if logps.dtype.itemsize == 2:
+        lost = 256 * torch.finfo(logps.dtype).eps / 2
+        _warn_once(
+            f"{name} is {logps.dtype}, which holds a log-prob of -300 to within {lost:g} nats: "
+            "keep cached log-probs in float32 (DeepSpeed casts what a batch holds to the model's dtype)"
+        )
 
 
 def _warn_once(message: str) -> None:

@@ -9,8 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dpo_kernels.sequence import sum_dtype
-from dpo_kernels.types import Rows, accumulation_dtype
+from dpo_kernels.types import Rows, accumulation_dtype, sum_dtype
 
 NOWHERE = 2**62  # a slot past every capacity
 

@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """Sequence sums are float64 (they are few); MPS has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+from dpo_kernels.types import sum_dtype
 
 
 def segment_sum(values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) -> Tensor:

@@ -30,6 +30,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Dtype of what there is one of by sequence or pair: float64 (they are few), but for MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 GPU_ROW_ALIGNMENT = 16  # elements; what a Triton launch specialises on, and wide accesses in every dtype
 
 
@@ -63,11 +68,12 @@ class DPOLossOutput(NamedTuple):
     stats: dict[str, Tensor]
 
     def metrics(self, pairs: str = "stacked") -> dict[str, Tensor]:
-        """What training code logs, by TRL's names: 0-d tensors, detached, without a host sync.
+        """What training code logs, by TRL's names where TRL has them: 0-d tensors, detached, without a host sync.
 
         ``rewards/*``, ``logps/*`` are means over pairs, ``rewards/accuracies`` the share of pairs whose chosen reward
         is the higher. Of the statistics that were asked for: ``logits/*``, ``entropy`` and ``mean_token_accuracy`` (top
-        1, of the chosen) are means over scored tokens. ``pairs`` as in the call, for the order of ``stats``.
+        1, of the chosen) are means over scored tokens. ``scored_tokens`` are those of this batch (TRL's ``num_tokens``
+        counts prompts too, and adds up over steps). ``pairs`` as in the call, for the order of ``stats``.
         """
         if pairs not in ("stacked", "interleaved"):
             raise ValueError(f"unknown pairs {pairs!r}; known: stacked, interleaved")
@@ -79,7 +85,7 @@ class DPOLossOutput(NamedTuple):
             "rewards/margins": margins.mean(),
             "logps/chosen": self.chosen_logps.mean(),
             "logps/rejected": self.rejected_logps.mean(),
-            "num_tokens": self.stats["tokens"].sum(),
+            "scored_tokens": self.stats["tokens"].sum(),
         }
         half = self.chosen_logps.shape[0]
         sides = [slice(0, half), slice(half, None)] if pairs == "stacked" else [slice(0, None, 2), slice(1, None, 2)]

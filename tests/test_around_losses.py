@@ -31,12 +31,12 @@ def test_metrics_are_what_trl_logs(pairs):
     close(found["mean_token_accuracy"], right[chosen][scored[chosen]].float().mean())
     logp = logits[scored].log_softmax(-1)
     close(found["entropy"], -(logp.exp() * logp).sum(-1).mean().float())
-    close(found["num_tokens"], scored.sum().float())
+    close(found["scored_tokens"], scored.sum().float())
     close(found["rewards/margins"], (out.chosen_rewards - out.rejected_rewards).mean())
     close(found["rewards/accuracies"], (out.chosen_rewards > out.rejected_rewards).double().mean())
     close(found["logps/chosen"], out.chosen_logps.mean())
     plain = dk.fused_dpo_loss(**data, pairs=pairs).metrics(pairs)
-    assert plain.keys() == {name for name in found if name.startswith(("rewards", "logps"))} | {"num_tokens"}
+    assert plain.keys() == {name for name in found if name.startswith(("rewards", "logps"))} | {"scored_tokens"}
     with pytest.raises(ValueError, match="unknown pairs"):
         out.metrics("zipped")
 

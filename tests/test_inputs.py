@@ -236,7 +236,7 @@ TYPE_ERRORS = {
     "hidden a list": ({"hidden": [[[0.0]]]}, "hidden must be a tensor ... got list"),
     "weight int32": ({"weight": torch.ones(V, H, dtype=torch.int32)}, "weight must be float32 ... got torch.int32"),
     "weight a DTensor": ({"weight": rand(V, H).as_subclass(DTensor)},
-        "weight is a DTensor of shape (7, 5) ... gather it ... local shard with the distributed helper"),
+        "weight is a DTensor of shape (7, 5) ... register_fsdp_forward_method ... gather it ... Partial('avg')"),
     "hidden a DTensor": ({"hidden": rand(S, T, H).as_subclass(DTensor)}, "hidden is a DTensor ... gather it"),
     "bias int64": ({"bias": torch.ones(V, dtype=torch.int64)}, "bias must be float32 ... got torch.int64"),
     "weight of another dtype": ({"weight": rand(V, H, dtype=BF16)},
@@ -298,6 +298,13 @@ def test_bad_input(case, function):
     changes, words, kind = BAD[case]
     with pytest.raises(kind, match=says(words)):
         function(**valid() | changes)
+
+
+def test_a_head_that_deepspeed_has_partitioned_is_named():
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_id = 1
+    with pytest.raises(ValueError, match=says("weight must have shape (V, H) ... got (0,): DeepSpeed ZeRO-3")):
+        fused_dpo_loss(**valid() | {"weight": weight})
 
 
 PRIMITIVES = (fused_sequence_logps, fused_token_logps)

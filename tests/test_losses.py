@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo_kernels import LossInputs, dpo_loss, explain, fused_dpo_loss, losses
 from dpo_kernels.losses import LOSSES, LossSpec, registry
 from dpo_kernels.reference import dpo_loss_reference
+from dpo_kernels.types import sum_dtype
 from tests.test_inputs import META, rand, says, whole
 
 F64 = torch.float64
@@ -468,6 +470,22 @@ def test_results_are_by_pair_and_rewards_detached(dtype):
     assert [value.requires_grad for value in out] == [True, False, False]
     close(out[1] - out[2], 0.1 * ((sides[0] - sides[2]) - (sides[1] - sides[3])).detach())
     close(out[0].detach(), torch.log1p(torch.exp(out[2] - out[1])))
+
+
+def test_a_token_denominator_goes_where_the_log_probs_are():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logps = torch.zeros(3, device="cuda")
+        losses, *_ = dpo_loss(logps, logps, None, None, loss_type="cpo", token_denominator=64.0)
+    assert losses.device.type == "cuda"
+
+
+def test_there_is_no_float64_on_mps():
+    """Whatever there is one of by pair or sequence is float32 there."""
+    assert sum_dtype(torch.device("mps")) == torch.float32
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logps = torch.zeros(3, device="mps")
+        losses, *_ = dpo_loss(logps, logps, None, None, loss_type="cpo")
+    assert losses.dtype == torch.float32
 
 
 def test_the_reference_gets_no_gradient():

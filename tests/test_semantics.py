@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpo_kernels import (
+    dpo_loss,
     fused_dpo_loss,
     fused_sequence_logps,
     fused_token_logps,
@@ -353,6 +354,27 @@ def test_shared_head_warns_once_and_is_a_constant(ref_bias, strategy):
         same(ours[name], theirs[name])
 
 
+def test_a_reference_that_leaves_out_the_bias_warns():
+    data = problem(*TRAINED)
+    data["ref_hidden"], data["ref_weight"] = torch.randn(S, T, H, dtype=F64), torch.randn(V, H, dtype=F64)
+    del data["ref_logps"]
+    with pytest.warns(UserWarning, match="the reference is scored without a bias. Pass ref_bias, zeros where"):
+        out = fused_dpo_loss(**data)
+    same(out.loss, fused_dpo_loss(**data, ref_bias=torch.zeros(V, dtype=F64)).loss)
+
+
+@pytest.mark.parametrize(("dtype", "lost"), [(torch.bfloat16, "1 nats"), (torch.float16, "0.125 nats")])
+def test_cached_log_probs_of_16_bits_warn(dtype, lost):
+    """DeepSpeed casts every float of a batch to the model's dtype."""
+    data = problem(*TRAINED)
+    data["ref_logps"] = data["ref_logps"].to(dtype)
+    with pytest.warns(UserWarning, match=f"ref_logps is {dtype}, which holds a log-prob of -300 to within {lost}"):
+        fused_dpo_loss(**data)
+    pair = torch.randn(2, P), torch.randn(2, P).to(dtype)
+    with pytest.warns(UserWarning, match=f"ref_rejected_logps is {dtype}"):
+        dpo_loss(*pair[0], pair[0][0], pair[1][1])
+
+
 def test_no_warning_where_nothing_drifts():
     data = problem("hidden")
     data["ref_hidden"] = data.pop("hidden").detach() + 1
@@ -361,7 +383,7 @@ def test_no_warning_where_nothing_drifts():
     trained = data | {"weight": data["weight"].clone().requires_grad_()}
     with warnings.catch_warnings(record=True) as caught:
         fused_dpo_loss(**data)  # frozen
-        fused_dpo_loss(**trained, ref_weight=data["weight"])
+        fused_dpo_loss(**trained, ref_weight=data["weight"], ref_bias=data["bias"])
         with torch.no_grad():
             fused_dpo_loss(**trained)
     assert caught == []

@@ -12,7 +12,7 @@ from torch import Tensor
 from dpo_kernels.checks import check_choice, check_number
 from dpo_kernels.losses.divergence import DIVERGENCES
 from dpo_kernels.losses.registry import LOSSES, LossFunction, LossSpec
-from dpo_kernels.types import LossInputs
+from dpo_kernels.types import LossInputs, sum_dtype
 
 Loss = str | LossFunction | Sequence[str]
 # Every loss takes these beside its own options; f-divergences go with losses of log-ratios only.
@@ -97,7 +97,7 @@ class BoundLoss:
         """The same with ``token_factor``, 0-d: the loss's divisor over that of its token-level terms."""
         if not self.needs_token_factor:
             return self
-        return replace(self, tensors={**self.tensors, TOKEN_FACTOR: factor.to(torch.float64).expand(pairs)})
+        return replace(self, tensors={**self.tensors, TOKEN_FACTOR: factor.to(sum_dtype(factor.device)).expand(pairs)})
 
     def of_units(self, first: int, last: int) -> "BoundLoss":
         """See ``types.SequenceLoss``."""
@@ -115,7 +115,7 @@ class BoundLoss:
             given = dict(part.options)
             numbers += [part.weight, *(given.get(name, 0.0) for name in part.spec.options)]
         rows = list(self.tensors.values())
-        return code, numbers, torch.stack(rows) if rows else like.new_empty(0, 0, dtype=torch.float64)
+        return code, numbers, torch.stack(rows) if rows else like.new_empty(0, 0, dtype=sum_dtype(like.device))
 
     # --- values and derivatives ---
 
