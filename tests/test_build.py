@@ -97,8 +97,11 @@ def test_a_compiler_that_fails_is_one_line(tree, mode):
 def test_a_cuda_part_that_fails_leaves_the_cpp_part(tree):
     """As with a host compiler that nvcc does not take: its version is told, and nothing compiles."""
     script = tree / "setup.py"
-    claim = "import torch\ntorch.version.cuda = '13.0'\n"
-    script.write_text(claim + script.read_text(encoding="utf-8"), encoding="utf-8")
+    claim = """if True:
+        import os, torch, torch.utils.cpp_extension as built_with
+        built_with.CUDA_HOME, torch.version.cuda = os.environ["CUDA_HOME"], "13.0"
+    """
+    script.write_text(f"{claim}\n{script.read_text(encoding='utf-8')}", encoding="utf-8")
     nvcc = tree.parent / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "release 13.0, V13.0.1" || exit 1\n')
