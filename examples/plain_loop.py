@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> list[float]:
     accelerator = Accelerator(gradient_accumulation_steps=options.accumulate)
     model, tokenizer, texts, _ = material.load(options.real, options.pairs, 0, options.cache)
     rows = [tokenised(row, tokenizer) for row in texts]
-    with accelerator.main_process_first():  # the first process computes, the others read
+    model.to(accelerator.device)
+    # The first process computes, on the device and in the precision of the training, and the others read.
+    with accelerator.main_process_first(), accelerator.autocast():
         reference = precompute_reference_logps(model, rows, options.out / "reference", max_length=options.max_length)
     for number, row in enumerate(rows):
         row["ref_logps"] = [float(reference[f"ref_{side}_logps"][number]) for side in ("chosen", "rejected")]
@@ -43,7 +45,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     model.train()
     losses = []
     for _ in range(options.epochs):
-        for batch in loader:
+        for number, batch in enumerate(loader):
+            micro_batches = min(options.accumulate, len(loader) - number + number % options.accumulate)  # of this step
             with accelerator.accumulate(model):
                 out = model(
                     input_ids=batch["input_ids"],
@@ -51,7 +54,8 @@ def main(argv: list[str] | None = None) -> list[float]:
                     use_cache=False,
                     fused_call=partial(loss, batch, options.beta),
                 )
-                accelerator.backward(out.loss)
+                # It divides by options.accumulate, also where an epoch's last step has fewer micro-batches.
+                accelerator.backward(out.loss * options.accumulate / micro_batches)
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(float(accelerator.gather(out.loss.detach()).mean()))

@@ -84,15 +84,20 @@ def test_activation_checkpointing_changes_nothing(name):
     assert_alike(trained(again, step_of(checked_head(again)), *batch_of(9)), plain)
 
 
-def test_accumulated_steps_are_one_large_batch():
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_accumulated_steps_are_one_large_batch(accelerated):
+    backward, divisor = torch.Tensor.backward, 1
+    if accelerated:  # its backward divides every loss by the number of micro-batches
+        accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+        backward, divisor = accelerate.Accelerator(gradient_accumulation_steps=2).backward, 2
     model = tiny("gpt2")
     ids, labels, ref_logps = batch_of(9, pairs=3)
     whole = trained(model, step_of(checked_head(model)), ids, labels, ref_logps)
     model.zero_grad()
-    step, total = step_of(checked_head(model), denominator=3), 0.0
+    step, total = step_of(checked_head(model), denominator=3 / divisor), 0.0
     for pairs in ([0], [1, 2]):
         rows = [*pairs, *(3 + pair for pair in pairs)]
         loss = step(ids[rows], labels[rows], ref_logps[rows])
-        loss.backward()
-        total = total + loss.detach()
+        backward(loss)
+        total = total + loss.detach() / divisor
     assert_alike((total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}), whole)

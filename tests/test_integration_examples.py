@@ -3,12 +3,16 @@
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("datasets", reason="datasets is not installed")
 pytest.importorskip("trl", reason="trl is not installed")
 
+from accelerate.state import AcceleratorState
+
 from benchmarks import trainer_table
+from dpo_kernels.integrations.precompute import precompute_reference_logps
 from examples import plain_loop, trl_dpo
 from tests.test_integration_trl import pytestmark
 
@@ -43,3 +47,43 @@ def test_the_plain_loop_learns(tmp_path):
     assert losses[-1] < 0.5
     again = plain_loop.main(["--out", str(tmp_path)])  # the reference is read from disk
     assert again == losses
+
+
+def gradients_of_every_step(folder, monkeypatch, *options):
+    """Of the plain loop with 12 pairs in micro-batches of 4, without a step being taken."""
+    seen = []
+
+    class Still(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append([parameter.grad.clone() for parameter in self.param_groups[0]["params"]])
+
+    monkeypatch.setattr(torch.optim, "AdamW", Still)
+    plain_loop.main(["--out", str(folder), "--pairs", "12", "--batch", "4", "--epochs", "1", *options])
+    return seen
+
+
+def test_the_last_step_of_the_plain_loop_is_a_mean_too(tmp_path, monkeypatch):
+    first, second, third = gradients_of_every_step(tmp_path, monkeypatch, "--accumulate", "1")
+    both, last = gradients_of_every_step(tmp_path, monkeypatch, "--accumulate", "2")
+    assert max(float(gradient.abs().max()) for gradient in third) > 1e-3
+    for a, b, c, mean, alone in zip(first, second, third, both, last, strict=True):
+        torch.testing.assert_close(mean, (a + b) / 2)
+        torch.testing.assert_close(alone, c)
+
+
+def test_the_plain_loop_scores_the_reference_in_the_precision_of_the_training(tmp_path, monkeypatch):
+    seen = []
+
+    def scored(model, *args, **options):
+        seen.append(torch.is_autocast_enabled(next(model.parameters()).device.type))
+        return precompute_reference_logps(model, *args, **options)
+
+    monkeypatch.setattr(plain_loop, "precompute_reference_logps", scored)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        losses = plain_loop.main(["--out", str(tmp_path), "--pairs", "8", "--epochs", "1"])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert seen == [True]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)

@@ -1,5 +1,7 @@
 """Heads that PEFT has wrapped: LoRA, modules_to_save, trained tokens; the same numbers as through the model itself."""
 
+import copy
+
 import pytest
 import torch
 
@@ -122,6 +124,24 @@ def test_prompt_learning_is_refused():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="virtual tokens"):
         fused_lm_head(peft.get_peft_model(tiny("llama"), config))
+
+
+def test_a_deep_copy_has_adapters_of_its_own(batch):
+    model = adapted(target_modules=["q_proj", "lm_head"])
+    fused_lm_head(model).attach()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-2.0)
+
+    def work(outputs, hidden, weight, options):
+        return hidden @ weight.t()
+
+    logits = [attached(**batch[0], fused_call=work) for attached in (model, twin)]
+    for attached, mine in zip((model, twin), logits, strict=True):
+        torch.testing.assert_close(mine, attached(**batch[0]).logits)
+    assert (logits[0] - logits[1]).abs().max() > 0.1
 
 
 def test_what_counts_as_an_adapter_on_the_head():

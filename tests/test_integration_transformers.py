@@ -1,6 +1,8 @@
 """``fused_lm_head`` on tiny random models of every head convention: the same loss and gradients as full logits."""
 
 import copy
+import pickle
+import types
 
 import pytest
 import torch
@@ -135,6 +137,29 @@ def test_a_forgotten_bias_is_caught(batch, monkeypatch):
         head(**batch[0])
 
 
+SHIFT = torch.where(torch.arange(V) % 2 == 0, 2.0, 0.0)
+
+
+def test_what_is_added_to_logits_is_caught_in_sixteen_bits(batch):
+    model = tiny("llama").to(torch.bfloat16)
+    fused_lm_head(model).check(**batch[0])
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + SHIFT.to(logits.dtype))
+    with pytest.raises(RuntimeError, match="does not reproduce the logits"):
+        fused_lm_head(model).check(**batch[0])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_check_forgives_sixteen_bits(name, batch):
+    fused_lm_head(tiny(name).to(torch.bfloat16)).check(**batch[0])
+
+
+def test_the_check_forgives_the_rounding_of_tiny_logits(batch):
+    model = tiny("llama").to(torch.float16)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3e-7)
+    fused_lm_head(model).check(**batch[0])
+
+
 def test_the_check_leaves_modes_and_random_numbers_alone(batch):
     model = tiny("gpt2").train()
     model.transformer.h[0].eval()
@@ -204,6 +229,60 @@ def test_the_check_does_not_enter_what_wraps_the_model_twice(batch):
     hidden = model(**batch[0], fused_call=lambda outputs, hidden, weight, options: hidden @ weight.t())
     assert hidden.dtype == torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("attached_again", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_deep_copy_computes_with_its_own_weights(batch, wrapped, attached_again):
+    inputs, labels, _ = batch
+    model = tiny("llama")
+    fused_lm_head(model).attach()
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    if wrapped:  # as accelerate does it with a method
+        model.forward = types.MethodType(autocast(model.forward.__func__), model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.layers[0].mlp.up_proj.weight.mul_(3.0)
+        twin.lm_head.weight.mul_(0.5)
+    if attached_again:
+        fused_lm_head(twin).attach()
+        assert twin.forward.fused_call.model is twin
+
+    def work(outputs, hidden, weight, options):
+        return fused_sequence_logps(hidden, weight, labels, shift=True, **options)
+
+    results = []
+    for attached in (model, twin):
+        plain = tiny("llama")
+        plain.load_state_dict(attached.state_dict())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=wrapped):
+            assert torch.equal(attached(**inputs).logits, plain(**inputs).logits)
+            results.append(attached(**inputs, fused_call=work))
+            assert torch.equal(results[-1], work(None, *fused_lm_head(plain)(**inputs)))
+    assert (results[0] - results[1]).abs().min() > 0.1
+
+
+def test_a_deep_copy_that_would_run_the_original_says_so(batch):
+    model = tiny("llama")
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)  # a function, no method of the model
+    fused_lm_head(model).attach()
+    logits = model(**batch[0]).logits
+    twin = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="would run the original"):
+        twin(**batch[0])
+    assert torch.equal(model(**batch[0]).logits, logits)
+
+
+def test_a_pickled_model_is_a_plain_one(batch):
+    model = tiny("llama")
+    fused_lm_head(model).attach()
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded(**batch[0]).logits, model(**batch[0]).logits)
+    with torch.no_grad():
+        loaded.lm_head.weight.mul_(0.5)
+    fused_lm_head(loaded).attach()
+    logits = loaded(**batch[0], fused_call=lambda outputs, hidden, weight, options: hidden @ weight.t())
+    torch.testing.assert_close(logits, 0.5 * model(**batch[0]).logits)
 
 
 def test_autocast(batch):

@@ -2,6 +2,9 @@
 
 import copy
 import logging
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +18,10 @@ import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
+from dpo_kernels import losses  # noqa: E402
+from dpo_kernels.integrations import trl_loss  # noqa: E402
 from dpo_kernels.integrations.trl import FusedDPOTrainer  # noqa: E402
+from dpo_kernels.integrations.trl_batch import REFERENCE  # noqa: E402
 from tests.test_integration_transformers import SMALL, tiny  # noqa: E402
 
 pytestmark = [
@@ -182,6 +188,28 @@ def test_every_option_means_what_it_means_in_trl(name, tmp_path):
     assert_same_logs(tmp_path, **OPTIONS[name])
 
 
+def test_a_divergence_is_fused_only_where_trl_takes_it_too():
+    trainer = SimpleNamespace(
+        loss_weights=[1.0], beta=0.1, label_smoothing=0.0, ld_alpha=None, use_weighting=False,
+        f_divergence_type="js_divergence", args=SimpleNamespace(discopop_tau=0.05),
+    )  # fmt: skip
+    fused = set()
+    for name in losses.LOSSES:
+        trainer.loss_types = [name]
+        try:
+            trl_loss.loss_options(trainer)
+        except trl_loss.NotFused:
+            continue
+        fused.add(name)
+    # TRL 1.16 takes it with these and, averaged over tokens, with ipo and sigmoid_norm.
+    assert fused == {"sigmoid", "hinge", "exo_pair", "robust", "discopop", "sft"}
+
+
+def test_a_deep_copy_of_a_trained_model_may_be_the_next_reference(tmp_path):
+    _, trainer = run(FusedDPOTrainer, tmp_path, steps=1)
+    assert_same_logs(tmp_path, model=trainer.model)  # run() copies it, once for the policy and once for the reference
+
+
 def test_a_mixture_of_experts_has_its_router_loss(tmp_path):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
@@ -309,6 +337,82 @@ def test_log_probs_that_the_data_bring_are_taken(tmp_path):
         for d in (data, moved)
     ]
     assert margins[0] - margins[1] == pytest.approx(0.3 * 5.0, abs=1e-4)
+
+
+def with_columns(rows, chosen, rejected):
+    return rows.add_column(REFERENCE[0], chosen).add_column(REFERENCE[1], rejected)
+
+
+def test_log_probs_that_the_data_bring_are_not_those_of_ld_alpha(tmp_path):
+    data = with_columns(ratings(24, 0), [-20.0] * 24, [-21.0] * 24), ratings(7, 1)
+    with pytest.raises(ValueError, match=r"ld_alpha=0\.4 weighs the policy's tokens"):
+        run(FusedDPOTrainer, tmp_path, data=data, ld_alpha=0.4, precompute_ref_log_probs=True)
+
+
+class Trusting(FusedDPOTrainer):
+    check_reference = False
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_log_probs_that_the_data_bring_are_compared_with_a_reference_at_hand(tmp_path, padding_free):
+    held_out = ratings(7, 1)
+    options = {
+        "adapter": peft.LoraConfig(**LORA),
+        "steps": 2,
+        "precompute_ref_log_probs": True,
+        "padding_free": padding_free,
+    }
+    log, trainer = run(FusedDPOTrainer, tmp_path, data=(ratings(24, 0), held_out), **options)
+    assert not trainer.check_reference
+    right = [list(trainer.train_dataset[name]) for name in REFERENCE]
+    wrong = [right[0], [value - 2.5 for value in right[1]]]
+    brought = [(with_columns(ratings(24, 0), *columns), held_out) for columns in (right, wrong)]
+    again, _ = run(FusedDPOTrainer, tmp_path, data=brought[0], **options)
+    assert again[0]["loss"] == pytest.approx(log[0]["loss"], rel=1e-6)
+    with pytest.raises(ValueError, match=r"ref_rejected_logps is -\d+\.\d\d for one of the first pairs, but"):
+        run(FusedDPOTrainer, tmp_path, data=brought[1], **options)
+    trusted, _ = run(Trusting, tmp_path, data=brought[1], **options)
+    assert trusted[0]["rewards/margins"] == pytest.approx(log[0]["rewards/margins"] - 0.3 * 2.5, abs=1e-4)
+
+
+def test_the_recipe_for_log_probs_of_trls_rows(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/integrations/plain-pytorch.md").read_text(encoding="utf-8")
+    recipe = next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "add_column" in code)
+    options = {"max_length": 8, "bf16": False, "use_cpu": True, "report_to": [], "output_dir": str(tmp_path)}
+    space = {
+        "model": tiny("gemma2"),
+        "ref_model": tiny("gemma2", seed=1),
+        "args": trl.DPOConfig(**options),
+        "texts": ratings(9, 0),
+        "tokenizer": tokenizer(),
+    }
+    monkeypatch.chdir(tmp_path)
+    exec(recipe, space)
+    stock = trl.DPOTrainer(
+        tiny("gemma2"),
+        tiny("gemma2", seed=1),
+        trl.DPOConfig(**options, precompute_ref_log_probs=True),
+        train_dataset=ratings(9, 0),
+        processing_class=tokenizer(),
+    )
+    for name in REFERENCE:
+        ours, theirs = (torch.tensor(list(t.train_dataset[name])) for t in (space["trainer"], stock))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_reference_log_probs_are_not_cast_with_the_models_inputs(tmp_path, monkeypatch):
+    _, trainer = run(FusedDPOTrainer, tmp_path, steps=1, precompute_ref_log_probs=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    bf16 = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=bf16)))
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    prepared = trainer._prepare_inputs({**batch, "features": torch.ones(2)})
+    assert prepared["features"].dtype == torch.bfloat16  # as transformers has it
+    for name in REFERENCE:
+        assert torch.equal(prepared[name], batch[name])
+        assert prepared[name].dtype == torch.float32
+    monkeypatch.setattr(trainer, "args", SimpleNamespace(device=torch.device("meta")))
+    assert {value.device.type for value in trainer._prepare_inputs(batch).values()} == {"meta"}
 
 
 def test_an_adapter_on_the_head_never_reaches_trls_own_loss(tmp_path):

@@ -103,6 +103,19 @@ def test_the_patch_is_put_on_and_taken_off():
     assert utils._ChunkedLogProbFunction is stock
 
 
+@needs_the_fused_head
+def test_a_with_leaves_a_patch_that_was_there():
+    stock = utils._ChunkedLogProbFunction
+    patch_trl()
+    try:
+        with patch_trl(), patch_trl():
+            pass
+        assert utils._ChunkedLogProbFunction is trl_patch.FusedLogProbFunction
+    finally:
+        unpatch_trl()
+    assert utils._ChunkedLogProbFunction is stock
+
+
 @pytest.mark.parametrize("other", [None, torch.autograd.Function])
 def test_another_trl_is_refused(other, monkeypatch):
     monkeypatch.setattr(utils, trl_patch.NAME, other, raising=False)

@@ -1,8 +1,10 @@
 """An output embedding as ``(hidden, weight, bias)`` of one linear map, whatever PEFT has wrapped around it.
 
 A LoRA adapter on the head is the same linear map one block wider: ``h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T``.
-So ``W + s B A`` is never built. It costs one GEMM of rank r and a ``(V, H + r)`` copy for each call, r / H more work in
-the head, and is exact in every dtype: a small update is not rounded away when it is added to 16-bit weights.
+So ``W + s B A`` is never built, and the map is exact in every dtype: a small update is not rounded away in 16-bit
+weights. It costs one GEMM of rank r and a ``(V, H + r)`` copy for each call; and because ``[W, B]`` requires a
+gradient, a frozen W counts as a trainable head: three units of GEMMs for two, and a float32 gradient ``(V, H + r)`` of
+which all but B's r columns are dropped.
 """
 
 from typing import Any

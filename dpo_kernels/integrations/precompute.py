@@ -51,10 +51,11 @@ def precompute_reference_logps(
 
     Args:
         model: as ``fused_lm_head`` takes it; not changed, put into evaluation mode meanwhile.
-        dataset: rows with token ids ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` (TRL's names), by index.
+        dataset: rows with token ids ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, by index. For TRL those of
+            ``trainer.train_dataset``, as it has prepared them.
         path: a folder of its own.
         batch_size: sequences in a batch. It may differ from the run that is resumed.
-        max_length: ids beyond it are cut off at the end, as TRL's "keep_start".
+        max_length: ids beyond it are cut off at the end, as TRL's "keep_start" does: for TRL that of its ``DPOConfig``.
         pad_token_id: any id that the model has; padding is never scored.
         save_every: batches between two writes to disk.
         overwrite: begin anew where the files are of another model, data set or option, instead of refusing.

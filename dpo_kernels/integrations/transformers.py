@@ -9,6 +9,7 @@ own forward instead: ``head.attach()`` once before wrapping, then ``wrapped(**in
 ``work(outputs, hidden, weight, options)``.
 """
 
+import copy
 import functools
 import inspect
 import types
@@ -30,8 +31,10 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 # The self-check: this many positions and columns of the vocabulary, natural and stretched to this largest logit, at
 # which a soft cap of any model shows.
 POSITIONS, COLUMNS, STRETCHED = 8, 1024, 100.0
-# Largest difference by the largest logit: float32 with TF32 off and on loses 1e-6 to 1e-3, 16-bit logits 2^-8.
+# Largest difference at a position by its largest logit: float32 with TF32 off and on loses 1e-6 to 1e-3, 16-bit logits
+# 2^-8. Logits all below 1 are compared as if one were 1.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+LEAST_LARGEST = 1.0
 
 CALL = "fused_call"
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
@@ -88,9 +91,9 @@ class FusedLMHead:
             raise ValueError(f"{type(inner).__name__}: {reason}")
         self.logit_scale, self.softcap = _scaling(inner.config.get_text_config())
         self.checked = not check
-        # The model's forward before attach(). Its wrappers are not entered twice: accelerate's is one autocast
-        # object, which, entered inside itself, would never switch autocast off again.
-        self._forward: Callable[..., Any] | None = None
+        # The forward before attach(), a function of the model first. What wraps the model later is not entered twice:
+        # accelerate's is one autocast object, which, entered inside itself, would never switch autocast off again.
+        self._forward: Callable[..., Any] = nn.Module.__call__
 
     @property
     def output_embedding(self) -> nn.Module:
@@ -123,25 +126,36 @@ class FusedLMHead:
         """Give the model's ``forward`` the keyword ``fused_call``; without it, ``forward`` is what it was.
 
         ``model(**inputs, fused_call=work)`` returns ``work(outputs, hidden, weight, options)``. So whatever wraps the
-        model afterwards sees one ordinary call of it. Repeating it changes nothing.
+        model afterwards sees one ordinary call of it. Repeating it changes nothing. A deep copy of the model has the
+        keyword too, and computes with its own weights.
         """
-        original = self.model.forward
-        if hasattr(original, CALL):
+        attached = getattr(self.model.forward, CALL, None)
+        if attached is not None and attached.model is self.model:
             return self
-        self._forward = original
+        self._forward = original = _unbound(self.model)
 
         @functools.wraps(type(self.model).forward)  # generate() reads the signature
         def forward(model: Any, *args: Any, fused_call: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
             if fused_call is None:
-                return original(*args, **kwargs)
+                return original(model, *args, **kwargs)
             if args:
                 kwargs |= dict(zip(_parameters(type(model).forward), args, strict=False))
-            outputs, given = self.run(kwargs)
+            head = self.of(model)
+            outputs, given = head.run(kwargs)
+            self.checked = head.checked  # a copy has the same class and configuration
             return fused_call(outputs, *given)
 
         setattr(forward, CALL, self)
         self.model.forward = types.MethodType(forward, self.model)
         return self
+
+    def of(self, model: nn.Module) -> "FusedLMHead":
+        """This head for its own model; for a deep copy of it, one like this."""
+        if model is self.model:
+            return self
+        head = copy.copy(self)
+        head.model = model
+        return head
 
     @torch.no_grad()
     def check(self, **inputs: Any) -> None:
@@ -149,12 +163,15 @@ class FusedLMHead:
 
         One forward of at most two sequences. Raises ``RuntimeError`` with the size of the mismatch.
         """
-        few = {name: _first_rows(value) for name, value in inputs.items() if name not in ("labels", "use_cache")}
+        few = {name: _first_rows(value) for name, value in inputs.items() if name != "labels"}
+        few["use_cache"] = False
         parameters = _parameters(type(self.model).forward)
         if "logits_to_keep" in parameters:
             few["logits_to_keep"] = POSITIONS
         with evaluating(self.model), _stretching(self) as seen:
-            logits = (self._forward or self.model)(**few | {"use_cache": False}).logits
+            logits = self._forward(self.model, **few).logits
+            if "hidden" not in seen:  # TRL's wrapper of a forward, deep-copied, still runs the model it was made for
+                logits = type(self.model).forward(self.model, **few).logits
         if "hidden" not in seen:
             raise RuntimeError(f"{type(self.model).__name__} computes logits without calling its backbone")
         kept = min(logits.shape[1], POSITIONS)
@@ -163,16 +180,17 @@ class FusedLMHead:
         columns = columns.to(weight.device)
         ours = self._logits(hidden, weight, options["bias"], columns)
         model = logits[:, -kept:].to(ours.device).index_select(-1, columns).to(ours.dtype)
-        largest = model.abs().amax().clamp(min=1e-6)
-        error = float((ours - model).abs().amax() / largest)
+        largest = model.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST_LARGEST)
+        error = float(((ours - model).abs() / largest).amax())
         tolerance = max(TOLERANCE[dtype] for dtype in (logits.dtype, _operand_dtype(weight)))
         if not error <= tolerance:
             raise RuntimeError(
                 f"the fused head does not reproduce the logits of {type(self.model).__name__}: with "
                 f"logit_scale={self.logit_scale}, softcap={self.softcap} and "
                 f"{'a' if options['bias'] is not None else 'no'} bias they differ by {error:.1e} of the largest logit "
-                f"(allowed: {tolerance:.0e}). The model does something between its hidden states and its logits that "
-                "this version does not know; set head.logit_scale and head.softcap, or use the model's own logits."
+                f"at a position (allowed: {tolerance:.0e}). The model does something between its hidden states and its "
+                "logits that this version does not know; set head.logit_scale and head.softcap, or use the model's own "
+                "logits."
             )
         self.checked = True
 
@@ -222,6 +240,23 @@ def _why_not_direct(model: Any) -> str:
                 "embedding; fused losses need logits = scale (W h + b), so use the model's own logits"
             )
     return ""
+
+
+def _unbound(model: Any) -> Callable[..., Any]:
+    """A model's forward as a function of the model first; a method serves the deep copies of its model too."""
+    forward: Callable[..., Any] = model.forward
+    if isinstance(forward, types.MethodType) and forward.__self__ is model:
+        return forward.__func__
+
+    def alone(other: Any, *args: Any, **kwargs: Any) -> Any:
+        if other is not model:
+            raise RuntimeError(
+                f"a deep copy of this {type(model).__name__} would run the original: when it got {CALL}, something "
+                "that is not a method stood for its forward; deep-copy the model before that"
+            )
+        return forward(*args, **kwargs)
+
+    return alone
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:

@@ -21,13 +21,18 @@ from trl.trainer import dpo_trainer as trl_module
 
 from dpo_kernels import DPOLossOutput, fused_dpo_loss, fused_sequence_logps
 from dpo_kernels.integrations import heads, trl_loss, trl_metrics
-from dpo_kernels.integrations.transformers import CALL, FusedLMHead, fused_lm_head
-from dpo_kernels.integrations.trl_batch import PairBatch, check_packing, pair_batch
+from dpo_kernels.integrations.transformers import CALL, FusedLMHead, evaluating, fused_lm_head
+from dpo_kernels.integrations.trl_batch import REFERENCE, PairBatch, check_packing, pair_batch
 from dpo_kernels.integrations.trl_patch import patch_trl, unpatch_trl
 
 __all__ = ["FusedDPOTrainer", "patch_trl", "unpatch_trl"]
 
 logger = logging.getLogger(__name__)
+
+# Precomputed log-probs of so many pairs are compared with the reference's own. In 16 bits each token's differs by some
+# 0.1 with padding and attention kernel, which over a long completion is less than a hundredth of the sum.
+CHECKED_PAIRS = 2
+REFERENCE_NATS, REFERENCE_SHARE = 1.0, 0.01
 
 
 class FusedDPOTrainer(DPOTrainer):
@@ -39,8 +44,13 @@ class FusedDPOTrainer(DPOTrainer):
 
     Attributes:
         not_fused: why TRL's own loss is used, or an empty string.
+        check_reference: compare precomputed log-probs with the reference's own at the first training batch, where a
+            ``ref_model`` or an adapter to switch off makes that possible. False afterwards; set it to False where the
+            log-probs are meant to be another reference's.
 
     """
+
+    check_reference = True
 
     # Set at their first use: TRL's constructor already scores the reference when it precomputes log-probs.
     _loss_options: trl_loss.LossOptions | None = None
@@ -96,7 +106,7 @@ class FusedDPOTrainer(DPOTrainer):
         """The head attached to a model; attaches one where there is none."""
         model = self.accelerator.unwrap_model(model)
         attached = getattr(_inner(model).forward, CALL, None)
-        return attached if attached is not None else fused_lm_head(model)
+        return attached.of(_inner(model)) if attached is not None else fused_lm_head(model)
 
     # --- the loss ---
 
@@ -109,8 +119,14 @@ class FusedDPOTrainer(DPOTrainer):
         return chosen, rejected
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        if {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names or ()):
-            return dataset  # from precompute_reference_logps, say
+        if set(REFERENCE) <= set(dataset.column_names or ()):  # from precompute_reference_logps, say
+            if self.ld_alpha is not None:
+                raise ValueError(
+                    f"the data bring {' and '.join(REFERENCE)}, sums over all tokens alike, but "
+                    f"ld_alpha={self.ld_alpha} weighs the policy's tokens: leave the columns out, and log-probs with "
+                    "ld_alpha are computed"
+                )
+            return dataset
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -119,7 +135,10 @@ class FusedDPOTrainer(DPOTrainer):
         mode = "train" if self.model.training else "eval"
         batch = self._batch(inputs)
         if self.precompute_ref_logps:
-            reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+            reference = torch.cat([inputs[name] for name in REFERENCE])
+            if self.check_reference and mode == "train":
+                self._check_reference(inputs, reference)
+                self.check_reference = False
         else:
             reference = self._reference(batch, self.ref_model or self.model)
         result = model(**self._inputs_of_policy(batch), **{CALL: partial(self._policy, batch, reference)})
@@ -162,6 +181,29 @@ class FusedDPOTrainer(DPOTrainer):
             logps: Tensor = model(**batch.inputs, use_cache=False, **{CALL: work})
         return logps.to(batch.labels.device)
 
+    def _check_reference(self, inputs: dict[str, Any], precomputed: Tensor) -> None:
+        """Raise ``ValueError`` where precomputed log-probs ``(2B,)`` are clearly not those of a reference at hand."""
+        model = self.ref_model or self.model
+        plain = self.accelerator.unwrap_model(model)
+        if self.is_deepspeed_enabled or (self.ref_model is None and not hasattr(plain, "peft_config")):
+            return
+        pairs = len(precomputed) // 2
+        few = [row for row in range(2 * pairs) if row % pairs < CHECKED_PAIRS]
+        batch = self._batch({name: value[few] for name, value in inputs.items() if name not in REFERENCE})
+        with evaluating(plain):
+            expected = self._reference(batch, model)
+        given = precomputed[few].to(expected)
+        excess = (given - expected).abs() - REFERENCE_SHARE * expected.abs() - REFERENCE_NATS
+        if bool((excess <= 0).all()):
+            return
+        worst = int(excess.argmax())
+        side = REFERENCE[worst // (len(few) // 2)]
+        raise ValueError(
+            f"{side} is {given[worst]:.2f} for one of the first pairs, but the reference gives {expected[worst]:.2f} "
+            "(other weights, token ids or max_length): leave the columns out to have them computed, or set "
+            "trainer.check_reference = False if another reference is meant"
+        )
+
     def _policy(
         self, batch: PairBatch, reference: Tensor, outputs: Any, hidden: Tensor, weight: Tensor, options: dict[str, Any]
     ) -> dict[str, Any]:
@@ -182,6 +224,12 @@ class FusedDPOTrainer(DPOTrainer):
         return {"out": out, "aux_loss": aux_loss}
 
     # --- its surroundings ---
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As transformers does, but log-probs are not the model's inputs, which DeepSpeed has cast to 16 bits."""
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        prepared |= {name: inputs[name].to(self.args.device) for name in REFERENCE if name in inputs}
+        return prepared
 
     def _not_checkpointing(self) -> AbstractContextManager[Any]:
         kwargs = self.args.gradient_checkpointing_kwargs

@@ -10,7 +10,8 @@ from dpo_kernels.integrations.transformers import FusedLMHead, evaluating
 
 IGNORED = -100
 PACKING_TOLERANCE = 5e-2  # hidden states with and without padding, in 16 bits by different attention kernels
-NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+NOT_FOR_THE_MODEL = ("completion_mask", *REFERENCE)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ from typing import Any
 from dpo_kernels import FusedDPOLoss, losses
 
 DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
+# The losses whose scores TRL too takes from the divergence, and sft, which has none. Those of ipo and sigmoid_norm TRL
+# averages over tokens; with any other loss TRL 1.16 refuses a divergence.
+DIVERGING = ("sigmoid", "robust", "hinge", "exo_pair", "discopop", "sft")
 
 
 class NotFused(ValueError):
@@ -86,7 +89,7 @@ def _divergence(arguments: dict[str, Any], trainer: Any, specs: list[Any]) -> No
         return
     if kind not in DIVERGENCES:
         raise NotFused(f"f_divergence_type {kind!r} is not in this version's family")
-    other = [spec.name for spec in specs if not spec.scores and spec.needs_reference]
+    other = [spec.name for spec in specs if spec.name not in DIVERGING]
     if other:
         raise NotFused(f"f_divergence_type {kind!r} with loss_type {', '.join(other)}")
     if any(spec.scores for spec in specs):  # sft alone has no reference to diverge from

@@ -47,7 +47,10 @@ class FusedLogProbFunction:
 
 
 class Patch:
-    """What ``patch_trl()`` returns: as a context manager it undoes the patch at its end."""
+    """What ``patch_trl()`` returns: as a context manager it undoes at its end what that call did."""
+
+    def __init__(self, patched: bool) -> None:
+        self.patched = patched
 
     def __enter__(self) -> "Patch":
         return self
@@ -55,24 +58,26 @@ class Patch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        unpatch_trl()
+        if self.patched:
+            unpatch_trl()
 
 
 def patch_trl() -> Patch:
     """Make TRL's fused LM head use this package's kernels, for every trainer. Repeating it changes nothing.
 
-    Raises ``RuntimeError`` for a TRL that has no such function (before 1.15) or calls it differently.
+    ``with patch_trl():`` undoes it at its end, unless it was there before. Raises ``RuntimeError`` for a TRL that
+    has no such function (before 1.15) or calls it differently.
     """
     from trl.trainer import utils
 
     current = getattr(utils, NAME, None)
     if current is FusedLogProbFunction:
-        return Patch()
+        return Patch(patched=False)
     if reason := why_not_patchable(current):
         raise RuntimeError(f"{reason}; FusedDPOTrainer does not need it")
     _original[:] = [current]
     setattr(utils, NAME, FusedLogProbFunction)
-    return Patch()
+    return Patch(patched=True)
 
 
 def why_not_patchable(function: Any) -> str:

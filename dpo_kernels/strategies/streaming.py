@@ -1,7 +1,7 @@
-"""Nothing vocabulary-sized at all: logits exist only inside a small fixed tile (registers, in a native kernel).
+"""A tile of fixed size, whatever the batch: 1 MiB of logits on a CPU, 256 MiB on a GPU (``tiles.py``), and no scratch.
 
-The backward pass recomputes the tiles from the kept log-sum-exp, whatever the head; one recomputed tile serves both
-gradients: four units with a trainable head, three with a frozen one.
+A native forward pass keeps logits in registers. The backward pass recomputes the tiles from the kept log-sum-exp,
+whatever the head; one recomputed tile serves both gradients: four units with a trainable head, three with a frozen one.
 """
 
 from collections.abc import Sequence
