@@ -53,7 +53,8 @@ kernels-check: $(VENV)/.test ## compile every kernel, Triton's and CUDA's, for G
 	$(PY) -m tests.cuda_tools.gate
 
 # In a copy of the tree, so that the fast build stays. gcc's runtime libraries must be there before Python is; Python
-# itself leaks by design.
+# itself leaks by design. Not the tests of the family of losses: they run no other C++, and in float64 they are about the
+# last digits, which differ where checks keep loops from being vectorised.
 sanitize: $(VENV)/.test ## build the C++ extension with address and undefined sanitizers and run its tests
 	rm -rf $(COPY) && mkdir -p $(COPY) && cp -r pyproject.toml setup.py README.md csrc dpo_kernels tests $(COPY)
 	cd $(COPY) && DPO_KERNELS_BUILD=cpu DPO_KERNELS_SANITIZE=address,undefined $(CURDIR)/$(PY) setup.py --quiet \
@@ -62,7 +63,7 @@ sanitize: $(VENV)/.test ## build the C++ extension with address and undefined sa
 	cd $(COPY) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DPO_KERNELS_BUILD=cpu \
 	    $(CURDIR)/$(PY) -P -m pytest -q -p no:cacheprovider tests/test_extension.py tests/test_memory.py \
-	    tests/test_lent.py tests/test_equivalence.py -k 'extension or memory or lent or cpp'
+	    tests/test_lent.py tests/test_equivalence.py -k '(extension or memory or lent or cpp) and not family'
 
 demo: $(VENV)/.demo $(VENV)/.extension ## train a real model on real ratings; ARGS=--help lists its options
 	$(PY) -m demo $(ARGS)
