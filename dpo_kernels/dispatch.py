@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.torch_version import TorchVersion
 
 from dpo_kernels import tiles
 from dpo_kernels.gpus import gpu_at
@@ -287,11 +286,8 @@ def _refuse_backend(problem: Problem, name: str, by_name: bool) -> str | None:
 def _refuse_triton(problem: Problem, by_name: bool) -> str | None:
     if problem.dtype == torch.float64:
         return "float64 is not for Triton kernels"
-    version = installed.triton_version()
-    if version is None:
-        return "triton is not installed (pip install triton)"
-    if TorchVersion(version) < installed.OLDEST_TRITON:
-        return f"triton {version} is older than {installed.OLDEST_TRITON}"
+    if reason := installed.why_no_triton():
+        return reason
     if problem.device.type == "cuda":
         return None
     if os.environ.get("TRITON_INTERPRET") != "1":

@@ -35,7 +35,7 @@ class _WithoutAName:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch 2.11 hashes what it traces a call of
 class LabelledLoss(_WithoutAName):
     """KTO and BCO: a loss of each sequence by itself.
 
@@ -66,7 +66,7 @@ class LabelledLoss(_WithoutAName):
         return losses * self.weights_S.to(losses.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GroupLoss(_WithoutAName):
     """Plackett and Luce, and InfoNCE: a loss of each group of sequences, the best first.
 
