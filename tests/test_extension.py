@@ -303,36 +303,27 @@ def test_bad_arguments_are_named(words):
 # --- threads, sizes, instruction sets ---------------------------------------------------------------------------------
 
 
+def threaded(work):
+    """The results with one thread, in a tuple, which two and three threads repeat bit by bit."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(work())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
+    return results[0]
+
+
 @built
 @pytest.mark.parametrize("strategy", ["chunked", "recompute", "streaming"])
 def test_any_number_of_threads_gives_the_same_bits(strategy):
     """Of the row passes; the threads of a GEMM are torch's own affair, and these are too small to be cut."""
     inputs = Case(torch.float32, bias=True, weights=True, options={"softcap": 9.0, "stats": STATS}).tensors()
     options = {"beta": 0.3, "stats": STATS, "strategy": strategy, "backend": "cpp"}
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            results.append(run(dk.fused_dpo_loss, inputs, **options))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(results[0][key], other[key]) for key in results[0])
-
-
-def threaded(work):
-    """The results with one thread, in a tuple, which two and three threads repeat bit by bit."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            results.append(work())
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for one, same in zip(results[0], other, strict=True):
-            assert torch.equal(one.nan_to_num(), same.nan_to_num())
-    return results[0]
+    threaded(lambda: tuple(run(dk.fused_dpo_loss, inputs, **options).values()))
 
 
 @built

@@ -23,7 +23,7 @@ using at::BFloat16;
 constexpr int64_t kRows = 128;              // of a block of the result
 constexpr int64_t kCols = 256;              // the widest that brgemm takes
 constexpr int64_t kDepth = 2048;            // summed at a time
-constexpr int64_t kDepthStep = 32;          // of a packed left operand: torch compiles a kernel for each depth and keeps it
+constexpr int64_t kDepthStep = 32;          // of a packed left operand: torch keeps a compiled kernel for each depth
 constexpr int64_t kPackedElements = 4 << 20;  // of the right operand, packed at a time
 
 int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }

@@ -30,9 +30,9 @@ __device__ inline int64_t column_of(int64_t label, int64_t start, int64_t cols) 
 }
 
 // This thread's share of a row of which every value is mapped to its place in `to`, which is `from` or shares no memory
-// with it: threads along the first dimension of the grid share the columns. `each` gets neighbours and the column of the
-// first of them, and stores them. Vectors begin where both sides are aligned; where no column is so for both, all is
-// scalar, still coalesced.
+// with it: threads along the first dimension of the grid share the columns. `each` gets neighbours and the first one's
+// column, and stores them. Vectors begin where both sides are aligned; where no column is so for both, all is scalar,
+// still coalesced.
 template <int SIZE, class T, class Out, class Each>
 __device__ inline void map_row(const T* from, const Out* to, int64_t cols, const Each& each) {
     constexpr int unrolled = batch_size<T>() / SIZE;
