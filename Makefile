@@ -32,7 +32,7 @@ help: ## show this list
 	    do printf '  %-8s %s\n' "$$name" "$$text"; done
 
 test: $(VENV)/.test $(VENV)/.extension ## run every test; PYTEST_ARGS='-n 2' is what pytest is given, e.g. PYTEST_ARGS='tests/test_losses.py -x'
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest --durations=10 $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.test $(VENV)/.extension ## the gpu-marked tests; fails where there is no GPU, so that it is never green by skipping
 	@$(PY) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \

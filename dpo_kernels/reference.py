@@ -200,6 +200,16 @@ def _loss(
     return total * weights + nll_weight * sides.nll
 
 
+def _positive_part(x: Tensor) -> Tensor:
+    """``max(0, x)`` whose slope at 0 is 0, in every release of torch."""
+    return torch.where(x <= 0, torch.zeros_like(x), x)
+
+
+def _at_most(x: Tensor, bound: float) -> Tensor:
+    """``min(x, bound)`` whose slope at the bound is 1, in every release of torch."""
+    return torch.where(x > bound, torch.full_like(x, bound), x)
+
+
 def _smoothed(x: Any, u: Tensor) -> Tensor:
     return (1 - x.e) * _softplus(-u) + x.e * _softplus(u)
 
@@ -213,7 +223,7 @@ def _kl_to_preference(x: Any) -> Tensor:
 
 def _odds_ratio(x: Any) -> Tensor:
     a, b = x.p_c / x.n_c, x.p_r / x.n_r
-    odds = [torch.exp(v) / -torch.expm1(v) for v in (a.clamp(max=-1e-12), b.clamp(max=-1e-12))]
+    odds = [torch.exp(v) / -torch.expm1(v) for v in (_at_most(a, -1e-12), _at_most(b, -1e-12))]
     return -a + x.b * torch.log1p(odds[1] / odds[0])
 
 
@@ -227,7 +237,7 @@ _FAMILY: dict[str, Callable[[Any], Tensor]] = {
     "robust": lambda x: (
         ((1 - x.e) * _softplus(-x.b * (x.c - x.r)) - x.e * _softplus(x.b * (x.c - x.r))) / (1 - 2 * x.e)
     ),
-    "hinge": lambda x: torch.clamp(1 - x.b * (x.c - x.r), min=0),
+    "hinge": lambda x: _positive_part(1 - x.b * (x.c - x.r)),
     "ipo": lambda x: ((x.p_c - x.ref_c) / x.n_c - (x.p_r - x.ref_r) / x.n_r - 1 / (2 * x.b)) ** 2,
     "exo_pair": _kl_to_preference,
     "nca_pair": lambda x: _softplus(-x.b * x.c) + (_softplus(x.b * x.c) + _softplus(x.b * x.r)) / 2,
@@ -240,9 +250,7 @@ _FAMILY: dict[str, Callable[[Any], Tensor]] = {
     "odpo": lambda x: _smoothed(x, x.b * (x.c - x.r) - _option(x, "margin")),
     "rebel": lambda x: (x.b * (x.c - x.r) - _option(x, "reward_gap")) ** 2,
     "cal_dpo": lambda x: _softplus(x.r - x.c) + (x.c - 1 / (2 * x.b)) ** 2 + (x.r + 1 / (2 * x.b)) ** 2,
-    "dpop": lambda x: _softplus(
-        -x.b * (x.c - x.r - _option(x, "dpop_lambda", 50.0) * torch.maximum(-x.c, torch.zeros_like(x.c)))
-    ),
+    "dpop": lambda x: _softplus(-x.b * (x.c - x.r - _option(x, "dpop_lambda", 50.0) * _positive_part(-x.c))),
     "aot": lambda x: _smoothed(x, x.b * (torch.sort(x.p_c - x.p_r)[0] - torch.sort(x.ref_c - x.ref_r)[0])),
     "aot_unpaired": lambda x: _smoothed(x, x.b * (torch.sort(x.c)[0] - torch.sort(x.r)[0])),
     "simpo": lambda x: _smoothed(x, x.b * (x.p_c / x.n_c - x.p_r / x.n_r) - _option(x, "gamma", 0.5)),
@@ -258,9 +266,9 @@ _FAMILY: dict[str, Callable[[Any], Tensor]] = {
 
 _SCORES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda x, alpha: x,
-    "forward_kl": lambda x, alpha: 1 - torch.exp(torch.clamp(-x, max=80)),
+    "forward_kl": lambda x, alpha: 1 - torch.exp(_at_most(-x, 80.0)),
     "js": lambda x, alpha: math.log(2) - _softplus(-x),
-    "alpha": lambda x, alpha: (torch.exp(torch.clamp((alpha - 1) * x, max=80)) - 1) / (alpha - 1),
+    "alpha": lambda x, alpha: (torch.exp(_at_most((alpha - 1) * x, 80.0)) - 1) / (alpha - 1),
 }
 
 

@@ -1,10 +1,16 @@
-"""What every test gets: one torch thread, a seed, no network, and a reason where a GPU is missing."""
+"""What every test gets: one torch thread, a seed, no network, a reason where a GPU is missing, and a report that says
+on which machine it was written.
+"""
 
 import os
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests import machine
 
 # Read when huggingface_hub is imported: a trainer would report its use, which a test is not, and wait for answers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,7 +28,21 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(machine.SEED)
+
+
+def pytest_report_header() -> list[str]:
+    """Which CPU features are there, and which of the paths that depend on them run for real."""
+    return machine.description()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Generator[None, Any, Any]:
+    """A failure that is read on another machine says where it happened."""
+    report = yield
+    if report.failed:
+        report.sections.append(("machine", "\n".join(machine.description())))
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ P = S // 2
 COUNTS = [4, 2, 1, 5, 3, 0]  # scored tokens of the sequences below
 F64 = torch.float64
 CPU_BACKEND = "torch" if extension.why_not("cpu") else "cpp"  # what "auto" takes on this machine
+BACKENDS = tuple(sorted({"torch", CPU_BACKEND}))  # those for CPU tensors; Triton's interpreter needs its own process
 STRATEGIES = tuple(dispatch.STRATEGIES)
 BY_PAIR = DPOLossOutput._fields[1:7]
 close = torch.testing.assert_close

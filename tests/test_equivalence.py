@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from dpo_kernels import dispatch
 from tests.cases import LAYOUTS, STRATEGIES, Case, broken_over_forms, broken_rules
+from tests.small import BACKENDS
 from tests.test_losses import OPTIONS, parts_of, referenced
 
-BACKENDS = ("torch", "cpp")  # Triton's interpreter needs a process of its own: tests/interpreted
-assert set(BACKENDS) <= set(dispatch.BACKENDS)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

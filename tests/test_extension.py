@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels.kernels import extension
+from dpo_kernels.kernels import extension, torch_rows
 from dpo_kernels.kernels.extension import CppRows
 from dpo_kernels.kernels.torch_rows import TorchRows
 from dpo_kernels.types import STATS, Head
@@ -242,6 +242,8 @@ def operator_arguments():
         ],
         "matmul_bfloat16_": [(torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16(), torch.zeros(3, 5), True)],
         "has_bfloat16_matmul": [],
+        "bfloat16_product": [],
+        "row_instruction_set": [],
         "cuda_architectures": [],
         "narrow_": [(torch.randn(3, 500), 0.3), (torch.randn(0), 1.0)],
         "new_huge": [],  # uninitialised: nothing to compare
@@ -254,8 +256,7 @@ def operator_arguments():
 @pytest.mark.parametrize("name", extension.OPERATORS)
 def test_opcheck(name):
     if name == "matmul_bfloat16_" and not torch.ops.dpo_kernels.has_bfloat16_matmul():
-        assert PORTABLE not in os.environ.items()
-        return  # test_products_of_bfloat16_matrices comes back with the portable one
+        pytest.skip("this CPU multiplies no bfloat16; tests/test_cpu_paths.py runs this with the portable block")
     for arguments in operator_arguments()[name]:
         torch.library.opcheck(getattr(torch.ops.dpo_kernels, name).default, arguments)
 
@@ -317,10 +318,30 @@ def threaded(work):
     return results[0]
 
 
+@pytest.fixture
+def _gemms_on_one_thread(monkeypatch):
+    """How torch cuts a GEMM among threads is its own affair: on some CPUs even the smallest, which changes bits."""
+
+    def alone(function):
+        def call(*args, **options):
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                return function(*args, **options)
+            finally:
+                torch.set_num_threads(threads)
+
+        return call
+
+    monkeypatch.setattr(torch_rows, "_matmul_into", alone(torch_rows._matmul_into))
+    monkeypatch.setattr(CppRows, "grad_bias", alone(CppRows.grad_bias))
+
+
 @built
+@pytest.mark.usefixtures("_gemms_on_one_thread")
 @pytest.mark.parametrize("strategy", ["chunked", "recompute", "streaming"])
 def test_any_number_of_threads_gives_the_same_bits(strategy):
-    """Of the row passes; the threads of a GEMM are torch's own affair, and these are too small to be cut."""
+    """Of the row passes and everything around the GEMMs."""
     inputs = Case(torch.float32, bias=True, weights=True, options={"softcap": 9.0, "stats": STATS}).tensors()
     options = {"beta": 0.3, "stats": STATS, "strategy": strategy, "backend": "cpp"}
     threaded(lambda: tuple(run(dk.fused_dpo_loss, inputs, **options).values()))
@@ -385,31 +406,11 @@ def test_offsets_beyond_two_to_the_31():
     assert torch.equal(near, far)
 
 
-def pytest_again(file, chosen, **environment):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", file, "-k", chosen],
-        cwd=ROOT,
-        env=os.environ | environment | {"PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@built
-@pytest.mark.parametrize("isa", ["base", "avx2"])
-def test_lesser_instruction_sets(isa):
-    """The tests of the rows again, in a process that is told to use no more than this."""
-    pytest_again(__file__, "rows or logits or exponential or equal", DPO_KERNELS_ISA=isa)
-
-
 # --- products of bfloat16 matrices ------------------------------------------------------------------------------------
 
-PORTABLE = ("DPO_KERNELS_BF16", "portable")
 multiplies = pytest.mark.skipif(
     MISSING is not None or not torch.ops.dpo_kernels.has_bfloat16_matmul(),
-    reason="this CPU multiplies no bfloat16; test_products_of_bfloat16_matrices runs it with the portable block",
+    reason="this CPU multiplies no bfloat16; tests/test_cpu_paths.py runs this with the portable block",
 )
 
 
@@ -465,22 +466,6 @@ def test_matmul_names_what_does_not_fit():
         torch.ops.dpo_kernels.matmul_bfloat16_(a.float(), b, torch.zeros(2, 5), False)
     with pytest.raises(RuntimeError, match="must be contiguous along"):
         torch.ops.dpo_kernels.matmul_bfloat16_(torch.zeros(4, 6).bfloat16()[::2, ::2], b, torch.zeros(2, 5), False)
-
-
-@built
-@pytest.mark.parametrize(
-    ("file", "chosen"),
-    [
-        (__file__, "matmul or opcheck"),
-        ("tests/test_equivalence.py", "cpp and bfloat16 and (test_equivalence or test_upstream or strided)"),
-        ("tests/test_lent.py", "bfloat16 and not operands"),
-        ("tests/test_units.py", "bfloat16"),
-    ],
-    ids=["operators", "loss", "lent", "units"],
-)
-def test_products_of_bfloat16_matrices(file, chosen):
-    """The path of machines with AVX512_BF16 or AMX, its block kernel replaced by plain loops."""
-    pytest_again(file, chosen, **dict([PORTABLE]))
 
 
 @built

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo_kernels import LossInputs, dpo_loss, explain, fused_dpo_loss, losses
 from dpo_kernels.losses import LOSSES, LossSpec, registry
+from dpo_kernels.reference import _loss as oracle_losses
 from dpo_kernels.reference import dpo_loss_reference
 from dpo_kernels.types import sum_dtype
 from tests.test_inputs import META, rand, says, whole
@@ -225,6 +226,47 @@ def test_value_and_gradient_by_hand(case):
     beta, (s_w, s_l, r_w, r_l) = row.options["beta"], (value or 0.0 for value in row.logps)
     close(chosen_rewards, f64(beta * (s_w - r_w)), rtol=1e-15, atol=0)
     close(rejected_rewards, f64(beta * (s_l - r_l)), rtol=1e-15, atol=0)
+
+
+# Where an argument lies on a bound: torch's own clamp has the slope 1 there up to 2.13 and 0 from 2.14 on. A bound on
+# an exponent passes the gradient on, a hinge has none (torch.relu, which TRL calls).
+E80 = math.exp(80.0)
+ON_A_BOUND = {
+    "hinge at its kink": Row(at(1.0, -1.0), 0.0, 0.0, 0.0, half("hinge")),
+    # u = (0 + 2 log 3) / 2 = log 3, whose penalty begins here
+    "dpop at its kink": Row(at(0.0, -2 * LN3), math.log(4 / 3), -0.125, 0.125, half("dpop", dpop_lambda=2.0)),
+    # scores 1 - exp(80) and 0; the loss of u = (1 - exp(80)) / 2 is -u
+    "forward KL": Row(at(-80.0, 0.0), 0.5 * (E80 - 1), -0.5 * E80, 0.5, half("sigmoid", f_divergence="forward_kl")),
+    # scores exp(80) - 1 and 0 the other way around, alpha = 2
+    "alpha-divergence": Row(
+        at(0.0, 80.0), 0.5 * (E80 - 1), -0.5, 0.5 * E80, half("sigmoid", f_divergence="alpha", f_alpha=2.0)
+    ),
+    # shaped averages 1 - exp(80) and 0
+    "alphapo": Row((-80.0, 0.0, None, None), 0.5 * (E80 - 1), -0.5 * E80, 0.5, half("alphapo", alpha=1.0, gamma=0.0)),
+    # both at probability 1/2, where both forms of log(1 - p) meet: log 2 + (log 2) / 2; slopes -1 - 1/2 and 1/2
+    "orpo": Row((-LN2, -LN2, None, None), 1.5 * LN2, -1.5, 0.5, half("orpo")),
+}
+
+
+@pytest.mark.parametrize("case", ON_A_BOUND)
+def test_value_and_gradient_on_a_bound(case):
+    row = ON_A_BOUND[case]
+    (chosen, rejected), (loss, _, _) = row.call(requires_grad=True)
+    loss.sum().backward()
+    for got, wanted in ((loss.detach(), row.loss), (chosen.grad, row.chosen_grad), (rejected.grad, row.rejected_grad)):
+        close(got, f64(wanted), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("case", ON_A_BOUND)
+def test_the_oracle_has_the_same_gradient_on_a_bound(case):
+    row = ON_A_BOUND[case]
+    options = dict(row.options)
+    sides = [f64(value or 0.0).requires_grad_() for value in row.logps]
+    one = f64(1.0)
+    loss = oracle_losses(options.pop("loss_type"), options.pop("beta"), 0.0, *sides, one, one, 1.0, options)
+    grads = torch.autograd.grad(loss.sum(), sides[:2])
+    for got, wanted in zip((loss, *grads), (row.loss, row.chosen_grad, row.rejected_grad), strict=True):
+        close(got.detach(), f64(wanted), rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("case", HAND)

@@ -170,10 +170,21 @@ bool probe(Block block) {
     }
 }
 
+// What DPO_KERNELS_BF16 asks for: "portable" is the slow kernel, for tests; "0" is none; "" is the machine's own.
+const std::string& asked_for() {
+    static const std::string asked = [] {
+        const char* value = std::getenv("DPO_KERNELS_BF16");
+        const std::string name(value == nullptr ? "" : value);
+        TORCH_CHECK(name.empty() || name == "0" || name == "portable",
+                    "dpo_kernels: DPO_KERNELS_BF16 must be 0 or portable, got ", name);
+        return name;
+    }();
+    return asked;
+}
+
 // The block kernel, null where there is none that is fast, or where torch may not use it now (torch.backends.mkldnn).
-// DPO_KERNELS_BF16=portable takes the slow one, for tests; DPO_KERNELS_BF16=0 none.
 Block block_of_this_machine() {
-    static const std::string asked = std::getenv("DPO_KERNELS_BF16") ? std::getenv("DPO_KERNELS_BF16") : "";
+    const std::string& asked = asked_for();
     if (asked == "portable") return block_portable;
     if (asked == "0" || !at::globalContext().userEnabledMkldnn()) return nullptr;
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
@@ -184,6 +195,12 @@ Block block_of_this_machine() {
 }
 
 bool has_bfloat16_matmul() { return block_of_this_machine() != nullptr; }
+
+// How bfloat16 matrices are multiplied now: by torch's block kernel, by plain loops, or in float32 by torch's GEMM.
+std::string bfloat16_product() {
+    const Block block = block_of_this_machine();
+    return block == nullptr ? "float32" : block == block_portable ? "portable" : "brgemm";
+}
 
 Matrix operand(const char* name, const at::Tensor& tensor) {
     TORCH_CHECK(tensor.dim() == 2 && tensor.scalar_type() == at::kBFloat16, "dpo_kernels: ", name,
@@ -214,6 +231,9 @@ void matmul_bfloat16_(const at::Tensor& a, const at::Tensor& b, const at::Tensor
 
 TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) { m.impl("matmul_bfloat16_", &matmul_bfloat16_); }
 
-TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) { m.def("has_bfloat16_matmul() -> bool", &has_bfloat16_matmul); }
+TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
+    m.def("has_bfloat16_matmul() -> bool", &has_bfloat16_matmul);
+    m.def("bfloat16_product() -> str", &bfloat16_product);
+}
 
 }  // namespace dpo_kernels

@@ -30,7 +30,7 @@ Isa isa() {
         }
 #endif
         const char* asked = std::getenv("DPO_KERNELS_ISA");
-        if (asked == nullptr) return best;
+        if (asked == nullptr || *asked == '\0') return best;
         const std::string name(asked);
         TORCH_CHECK(name == "base" || name == "avx2" || name == "avx512",
                     "dpo_kernels: DPO_KERNELS_ISA must be base, avx2 or avx512, got ", name);
@@ -258,6 +258,14 @@ TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) {
     m.impl("narrow_", &narrow_);
     m.impl("segment_sum", &segment_sum);
     m.impl("sigmoid_tail", &sigmoid_tail);
+}
+
+// The instruction set of the row passes in this process.
+TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
+    m.def("row_instruction_set() -> str", [] {
+        const Isa chosen = isa();
+        return std::string(chosen == Isa::avx512 ? "avx512" : chosen == Isa::avx2 ? "avx2" : "base");
+    });
 }
 
 }  // namespace dpo_kernels

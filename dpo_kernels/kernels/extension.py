@@ -26,6 +26,8 @@ OPERATORS = (
     "new_huge",
     "empty_cache",
     "has_bfloat16_matmul",
+    "bfloat16_product",
+    "row_instruction_set",
     "cuda_architectures",
     "extension_built_for",
 )

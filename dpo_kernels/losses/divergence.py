@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGEST_EXPONENT = 80.0  # a loss of exp(80) is still finite in float32
+from dpo_kernels.losses.bounds import LARGEST_EXPONENT, at_most
 
 
 def reverse_kl(ratio: Tensor, alpha: float) -> Tensor:
@@ -17,7 +17,7 @@ def reverse_kl(ratio: Tensor, alpha: float) -> Tensor:
 
 def forward_kl(ratio: Tensor, alpha: float) -> Tensor:
     """``1 - exp(-x)``, the exponent held at 80."""
-    return -torch.expm1((-ratio).clamp(max=LARGEST_EXPONENT))
+    return -torch.expm1(at_most(-ratio, LARGEST_EXPONENT))
 
 
 def js(ratio: Tensor, alpha: float) -> Tensor:
@@ -30,7 +30,7 @@ def alpha_divergence(ratio: Tensor, alpha: float) -> Tensor:
     power = alpha - 1.0
     if power == 0.0:
         return ratio
-    return torch.expm1((power * ratio).clamp(max=LARGEST_EXPONENT)) / power
+    return torch.expm1(at_most(power * ratio, LARGEST_EXPONENT)) / power
 
 
 DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {

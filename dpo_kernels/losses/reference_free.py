@@ -4,12 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_kernels.losses.bounds import LARGEST_EXPONENT, at_least, at_most
 from dpo_kernels.losses.pairwise import SMOOTHING, averages, smoothed
 from dpo_kernels.losses.registry import register
 from dpo_kernels.types import LossInputs
 
 LEAST_SURPRISE = 1e-12  # nats a token; an average log-prob above minus this counts as this
-LARGEST_EXPONENT = 80.0  # a loss of exp(80) is still finite in float32
+HALF = -0.6931471805599453  # the log-prob of 1/2, where the two forms of log(1 - p) meet
 SMALL_ALPHA = 1e-8
 
 
@@ -34,7 +35,7 @@ def alphapo(x: LossInputs, *, alpha: float = 0.25, gamma: float = 0.5) -> Tensor
     def shaped(average: Tensor) -> Tensor:
         if abs(alpha) < SMALL_ALPHA:
             return average
-        return -torch.expm1((-alpha * average).clamp(max=LARGEST_EXPONENT)) / alpha
+        return -torch.expm1(at_most(-alpha * average, LARGEST_EXPONENT)) / alpha
 
     chosen, rejected = _average_logps(x)
     return -F.logsigmoid(x.beta * (shaped(chosen) - shaped(rejected)) - gamma)
@@ -58,11 +59,11 @@ def orpo(x: LossInputs) -> Tensor:
 
 
 def _log_odds(average: Tensor) -> Tensor:
-    held = average.clamp(max=-LEAST_SURPRISE)
+    held = at_most(average, -LEAST_SURPRISE)
     # log(1 - exp(a)): whichever of the two forms keeps its digits.
-    near = torch.log(-torch.expm1(held.clamp(min=-0.6931471805599453)))
-    far = torch.log1p(-torch.exp(held.clamp(max=-0.6931471805599453)))
-    return held - torch.where(held > -0.6931471805599453, near, far)
+    near = torch.log(-torch.expm1(at_least(held, HALF)))
+    far = torch.log1p(-torch.exp(at_most(held, HALF)))
+    return held - torch.where(held > HALF, near, far)
 
 
 @register(needs_reference=False, from_engine=("token_factor",))

@@ -1,0 +1,62 @@
+"""What a reader of a test report needs to know of the machine that wrote it, and the CPU paths that a run can take."""
+
+import functools
+import os
+import platform
+from pathlib import Path
+
+import numpy
+import torch
+
+from dpo_kernels.kernels import extension, installed
+
+SEED = 0  # of torch's generator before every test
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+INSTRUCTION_SETS = ("base", "avx2", "avx512")  # from the least to the best, as csrc/cpu/ops_cpu.cpp orders them
+
+
+@functools.cache
+def processor() -> tuple[str, tuple[str, ...]]:
+    """Name of the CPU, and those of its features that decide which code runs."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    fields = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return name, tuple(flag for flag in CPU_FLAGS if flag in flags)
+
+
+def row_instruction_set() -> str | None:
+    """The instruction set of the C++ row passes in this process; None without the extension."""
+    return None if extension.why_not("cpu") is not None else str(torch.ops.dpo_kernels.row_instruction_set())
+
+
+def bfloat16_product() -> str | None:
+    """How the C++ backend multiplies bfloat16: "brgemm" (instructions of this CPU), "portable" or "float32"."""
+    return None if extension.why_not("cpu") is not None else str(torch.ops.dpo_kernels.bfloat16_product())
+
+
+def lesser_instruction_sets() -> list[str]:
+    """Those that the extension can be held to and that this process does not use already."""
+    here = row_instruction_set()
+    return [] if here is None else list(INSTRUCTION_SETS[: INSTRUCTION_SETS.index(here)])
+
+
+def description() -> list[str]:
+    """Lines for the head of a run and for the report of every test that fails."""
+    name, flags = processor()
+    if (missing := extension.why_not("cpu")) is not None:
+        rows = f"no C++ extension: {missing}"
+    else:
+        product = bfloat16_product()
+        how = "by this CPU's instructions" if product == "brgemm" else f"as {product!r}, no bfloat16 instructions used"
+        rows = f"C++ rows for {row_instruction_set()}; bfloat16 matrices are multiplied {how}"
+    asked = {key: os.environ[key] for key in ("DPO_KERNELS_ISA", "DPO_KERNELS_BF16") if os.environ.get(key)}
+    triton = installed.triton_version() or "none"
+    return [
+        f"cpu: {name}, {os.cpu_count()} cores ({' '.join(flags) or 'none of the features that are looked for'})",
+        f"paths: {rows}" + (f"; asked for {asked}" if asked else ""),
+        f"torch {torch.__version__} ({torch.get_num_threads()} threads, OMP_NUM_THREADS="
+        f"{os.environ.get('OMP_NUM_THREADS', 'unset')}, CUDA {'is there' if torch.cuda.is_available() else 'is not'}), "
+        f"triton {triton}, numpy {numpy.__version__}, Python {platform.python_version()}, seed {SEED}",
+    ]

@@ -1,0 +1,87 @@
+"""Every path of the C++ backend that this CPU can be told to take, not only the one that it takes by itself.
+
+Which instruction set the row passes use, and how bfloat16 is multiplied, is chosen once a process (``DPO_KERNELS_ISA``,
+``DPO_KERNELS_BF16``). So the tests that depend on it run again in processes that are told to take the other paths; the
+header of a run says which one this process takes. Only a CPU with bfloat16 instructions can run those for real.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+# By function; of parametrised ones those on the C++ backend.
+TESTS = (
+    "tests/test_extension.py",
+    "tests/test_lent.py",
+    "tests/test_memory.py::test_the_last_backward_gives_the_bits_of_a_retained_one",
+    "tests/test_memory.py::test_floats_narrowed_in_place",
+    "tests/test_units.py::test_units_and_largest_allocation",
+    "tests/test_equivalence.py::test_equivalence",
+    "tests/test_equivalence.py::test_upstream",
+    "tests/test_equivalence.py::test_reduction_none_with_strided_upstream",
+    "tests/test_main_grad.py::test_it_gains_what_autograd_would_have_got",
+    "tests/test_beyond_pairs.py::test_equivalence",
+    "tests/test_autograd.py::test_autocast",
+)
+CPP = "cpp or test_extension or test_lent or test_memory or test_units"
+
+
+def other_paths() -> list[dict[str, str]]:
+    """Environments that together bring each lesser instruction set and each other product of bfloat16, once."""
+    here = machine.bfloat16_product()
+    if here is None:
+        return []
+    products = [value for value, name in (("portable", "portable"), ("0", "float32")) if name != here]
+    pairs = itertools.zip_longest(machine.lesser_instruction_sets(), products)
+    both = [{"DPO_KERNELS_ISA": isa, "DPO_KERNELS_BF16": product} for isa, product in pairs]
+    return [{name: value for name, value in path.items() if value is not None} for path in both]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(machine.bfloat16_product() is None, reason="the extension was not built")
+@pytest.mark.parametrize("path", other_paths(), ids=lambda path: " ".join(f"{k}={v}" for k, v in path.items()))
+def test_the_same_tests_on_another_path(path):
+    """Nothing may be skipped there that this CPU can run, and the child must take the path that it was told to take."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *TESTS, "-k", CPP],
+        cwd=ROOT,
+        env=os.environ | path | {"PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    isa = path.get("DPO_KERNELS_ISA", machine.row_instruction_set())
+    assert f"C++ rows for {isa};" in done.stdout, done.stdout
+    if path.get("DPO_KERNELS_BF16") == "portable":
+        assert "multiplied as 'portable'" in done.stdout
+        assert "this CPU multiplies no bfloat16" not in done.stdout
+
+
+def test_a_path_that_does_not_exist_is_named():
+    code = """if True:
+        import torch
+        from dpo_kernels.kernels import extension
+        assert extension.why_not("cpu") is None
+        for operator in (torch.ops.dpo_kernels.row_instruction_set, torch.ops.dpo_kernels.bfloat16_product):
+            try:
+                print(operator())
+            except RuntimeError as error:
+                print(str(error).splitlines()[0])
+    """
+    if machine.bfloat16_product() is None:
+        pytest.skip("the extension was not built")
+    wrong = {"DPO_KERNELS_ISA": "sse", "DPO_KERNELS_BF16": "1"}
+    run = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    said = subprocess.run([sys.executable, "-c", code], env=os.environ | wrong, **run).stdout.splitlines()
+    assert said == [
+        "dpo_kernels: DPO_KERNELS_ISA must be base, avx2 or avx512, got sse",
+        "dpo_kernels: DPO_KERNELS_BF16 must be 0 or portable, got 1",
+    ]
