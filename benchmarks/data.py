@@ -97,7 +97,7 @@ def statistics(data: Data) -> dict[str, float]:
         scored = data.labels.view(-1) != IGNORE
         rows = data.hidden.detach().view(-1, data.case.hidden)[scored][:SAMPLE_ROWS]
         labels = data.labels.view(-1)[scored][:SAMPLE_ROWS]
-        totals = torch.zeros(4, dtype=torch.float64)
+        totals = torch.zeros(4, dtype=torch.float64, device="cpu")
         for x, y in zip(rows.split(32), labels.split(32), strict=True):
             logits = truth.logits(x, data.weight.detach(), torch.float32)
             logp = logits.log_softmax(-1)

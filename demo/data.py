@@ -121,12 +121,12 @@ def rows(texts: Sequence[str], encode: Callable[[str], list[int]], prompt: list[
     """
     completions = [[*encode(" " + text), end] for text in texts]
     width = len(prompt) + max(len(completion) for completion in completions)
-    input_ids = torch.full((len(texts), width), end)
-    labels = torch.full((len(texts), width), IGNORED)
+    input_ids = torch.full((len(texts), width), end, device="cpu")
+    labels = torch.full((len(texts), width), IGNORED, device="cpu")
     for row, completion in enumerate(completions):
         stop = len(prompt) + len(completion)
-        input_ids[row, :stop] = torch.tensor(prompt + completion)
-        labels[row, len(prompt) : stop] = torch.tensor(completion)
+        input_ids[row, :stop] = torch.tensor(prompt + completion, device="cpu")
+        labels[row, len(prompt) : stop] = torch.tensor(completion, device="cpu")
     return Batch(input_ids, labels)
 
 

@@ -61,12 +61,12 @@ def _measure(problem: Problem) -> int:
     torch.set_num_threads(problem.threads)
 
     def step(scored: list[int], vocabulary: int) -> int:
-        labels = torch.full((len(scored), problem.prompt + max(scored)), IGNORED)
+        labels = torch.full((len(scored), problem.prompt + max(scored)), IGNORED, device="cpu")
         for row, count in enumerate(scored):
             labels[row, problem.prompt : problem.prompt + count] = 1
-        hidden = torch.randn(*labels.shape, problem.hidden_size, requires_grad=True)
-        weight = torch.full((vocabulary, problem.hidden_size), 0.01, requires_grad=True)
-        ref_logps = torch.zeros(len(labels))
+        hidden = torch.randn(*labels.shape, problem.hidden_size, device="cpu", requires_grad=True)
+        weight = torch.full((vocabulary, problem.hidden_size), 0.01, device="cpu", requires_grad=True)
+        ref_logps = torch.zeros(len(labels), device="cpu")
         before = _resident_bytes()
         METHODS[problem.method](hidden, weight, labels, ref_logps, **problem.loss).backward()
         return _peak_resident_bytes() - before

@@ -49,8 +49,9 @@ def _check(options: Options) -> None:
     """Let the package judge the loss options before anything is downloaded."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here")
-    hidden, head, labels = torch.zeros(2, 1, 2), torch.zeros(3, 2), torch.zeros(2, 1, dtype=torch.int64)
-    fused_dpo_loss(hidden, head, labels, ref_logps=torch.zeros(2), **options.loss_settings())
+    hidden, head = torch.zeros(2, 1, 2, device="cpu"), torch.zeros(3, 2, device="cpu")
+    labels = torch.zeros(2, 1, dtype=torch.int64, device="cpu")
+    fused_dpo_loss(hidden, head, labels, ref_logps=torch.zeros(2, device="cpu"), **options.loss_settings())
 
 
 class _Demo:

@@ -86,12 +86,13 @@ def pair_loss(lm: LanguageModel, scored: Scored, options: Options) -> DPOLossOut
 def evaluate(lm: LanguageModel, held_out: Scored, options: Options, step: int) -> Metrics:
     """Return the model's metrics on `held_out`."""
     count = len(held_out.pairs)
-    total = torch.zeros(3, dtype=torch.float64)
+    total = torch.zeros(3, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for start in range(0, count, EVALUATION_PAIRS):
             part = held_out.take(list(range(start, min(start + EVALUATION_PAIRS, count))))
             metrics = metrics_of(pair_loss(lm, part, options), options, step)
-            total += metrics.pairs * torch.tensor([metrics.loss, metrics.margin, metrics.accuracy]).double()
+            means = torch.tensor([metrics.loss, metrics.margin, metrics.accuracy], dtype=torch.float64, device="cpu")
+            total += metrics.pairs * means
     loss, margin, accuracy = (total / count).tolist()
     return Metrics(step, loss, margin, accuracy, count)
 

@@ -161,7 +161,7 @@ def _check_beta(beta: float) -> float:
 
 def _zero_dimensional(name: str, value: float | Tensor) -> Tensor:
     if not isinstance(value, Tensor):
-        return torch.tensor(checks.check_number(name, value), dtype=torch.float64)  # on the CPU
+        return torch.tensor(checks.check_number(name, value), dtype=torch.float64, device="cpu")
     if value.dim() != 0:
         raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
     if not value.is_floating_point():

@@ -68,9 +68,9 @@ def bradley_terry_strengths(wins: Tensor) -> Tensor:
     counts.fill_diagonal_(0.0)
     _check_connected(counts)
     if counts.shape[0] == 1:
-        return torch.zeros(1, dtype=torch.float64)
+        return torch.zeros(1, dtype=torch.float64, device="cpu")
     games, won = counts + counts.t(), counts.sum(dim=1)
-    strength = torch.ones(counts.shape[0], dtype=torch.float64)
+    strength = torch.ones(counts.shape[0], dtype=torch.float64, device="cpu")
     for _ in range(MOST_STEPS):
         before = strength
         strength = won / (games / (before[:, None] + before[None, :])).sum(dim=1)

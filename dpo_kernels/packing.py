@@ -51,7 +51,7 @@ def pack(
     order_S = _internal_order(sequences, stacked, device)
     slot_R, counts_S = _slots(scored_R, sequence_R, cu_seqlens, order_S)
     if static:
-        counts_host = torch.full((sequences,), -1, dtype=torch.int64)
+        counts_host = torch.full((sequences,), -1, dtype=torch.int64, device="cpu")
     else:
         host = torch.cat([counts_S, cu_seqlens]).to("cpu", copy=True)  # one transfer for both
         counts_host = host[:sequences].clone()

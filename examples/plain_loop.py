@@ -89,14 +89,14 @@ def stacked(rows: Sequence[dict[str, Any]], pad: int, max_length: int) -> dict[s
     completions = [row[("chosen_ids", "rejected_ids")[side]] for row, side in sides]
     prompts = [row["prompt_ids"] for row, _ in sides]
     both = [(p + c)[:max_length] for p, c in zip(prompts, completions, strict=True)]
-    input_ids = torch.full((len(both), max(map(len, both))), pad)
+    input_ids = torch.full((len(both), max(map(len, both))), pad, device="cpu")
     mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, -100)
     for number, (prompt, sequence) in enumerate(zip(prompts, both, strict=True)):
-        input_ids[number, : len(sequence)] = torch.tensor(sequence)
+        input_ids[number, : len(sequence)] = torch.tensor(sequence, device="cpu")
         mask[number, : len(sequence)] = 1
-        labels[number, len(prompt) : len(sequence)] = torch.tensor(sequence[len(prompt) :])
-    reference = torch.tensor([row["ref_logps"][side] for row, side in sides])
+        labels[number, len(prompt) : len(sequence)] = torch.tensor(sequence[len(prompt) :], device="cpu")
+    reference = torch.tensor([row["ref_logps"][side] for row, side in sides], device="cpu")
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "ref_logps": reference}
 
 

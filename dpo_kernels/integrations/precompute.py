@@ -83,7 +83,7 @@ def precompute_reference_logps(
         "options": json.dumps({"max_length": max_length}),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    logps = torch.full((2 * len(dataset),), torch.nan)
+    logps = torch.full((2 * len(dataset),), torch.nan, dtype=torch.float32, device="cpu")
     parts = _read(folder, key, logps, overwrite)
     left = [index for index in rows.longest_first if torch.isnan(logps[index])]
     if left:
@@ -145,10 +145,10 @@ class _Rows:
         sequences = [self._ids(index // 2, SIDES[index % 2]) for index in indices]
         longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
         width = max(1, longest if self.max_length is None else min(longest, self.max_length))
-        ids = torch.full((len(sequences), width), pad_token_id)
+        ids = torch.full((len(sequences), width), pad_token_id, device="cpu")
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
         for row, (prompt, completion) in enumerate(sequences):
-            both = torch.tensor(prompt + completion, dtype=torch.int64)[:width]
+            both = torch.tensor(prompt + completion, dtype=torch.int64, device="cpu")[:width]
             ids[row, : len(both)] = both
             mask[row, : len(both)] = 1
             labels[row, len(prompt) : len(both)] = both[len(prompt) :]
@@ -233,7 +233,7 @@ def _other(file: Path, key: dict[str, str]) -> str:
 
 
 def _save_part(folder: Path, number: int, indices: Iterable[int], logps: Tensor, key: dict[str, str]) -> int:
-    sequences = torch.tensor(list(indices))
+    sequences = torch.tensor(list(indices), device="cpu")
     _write(folder / f"part-{number:06d}.safetensors", {"sequences": sequences, "logps": logps[sequences]}, key)
     return number + 1
 

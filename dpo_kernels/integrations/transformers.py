@@ -176,7 +176,8 @@ class FusedLMHead:
             raise RuntimeError(f"{type(self.model).__name__} computes logits without calling its backbone")
         kept = min(logits.shape[1], POSITIONS)
         hidden, weight, options = self.operands(seen["hidden"][:, -kept:])
-        columns = torch.linspace(0, logits.shape[-1] - 1, min(COLUMNS, logits.shape[-1])).round().long()
+        last = logits.shape[-1] - 1
+        columns = torch.linspace(0, last, min(COLUMNS, last + 1), dtype=torch.float64, device="cpu").round().long()
         columns = columns.to(weight.device)
         ours = self._logits(hidden, weight, options["bias"], columns)
         model = logits[:, -kept:].to(ours.device).index_select(-1, columns).to(ours.dtype)

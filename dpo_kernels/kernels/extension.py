@@ -209,7 +209,8 @@ class CppRows(ExtensionRows):
 
     def buffer(self, device: torch.device, *shape: int) -> Tensor:
         """See ``types.RowKernels``; in pages that the step before has left, see ``empty_cache``."""
-        memory: Tensor = torch.ops.dpo_kernels.new_huge(torch.empty(0, dtype=accumulation_dtype(self.dtype)), shape)
+        like = torch.empty(0, dtype=accumulation_dtype(self.dtype), device=device)
+        memory: Tensor = torch.ops.dpo_kernels.new_huge(like, shape)
         return memory
 
     @staticmethod

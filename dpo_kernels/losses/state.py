@@ -24,7 +24,7 @@ class RunningDelta:
         if not 0.0 <= check_number("decay", decay) < 1.0:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.decay = decay
-        self.value = torch.zeros((), dtype=torch.float64)
+        self.value = torch.zeros((), dtype=torch.float64, device="cpu")
         self.updates = 0
 
     def update(self, chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class RunningDelta:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """The inverse of ``state_dict``."""
         self.decay, self.updates = float(state["decay"]), int(state["updates"])
-        self.value = torch.tensor(float(state["value"]), dtype=torch.float64)
+        self.value = torch.tensor(float(state["value"]), dtype=torch.float64, device="cpu")
 
 
 def kto_kl(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
