@@ -109,7 +109,7 @@ def fused_dpo_loss(
         ValueError: shapes, values and combinations, with the argument's name. A label out of range is one on the CPU;
             on other devices it makes loss and gradients NaN instead, since looking would be a sync.
         TypeError: dtypes and types.
-        RuntimeError: when a gradient is differentiated again.
+        RuntimeError: when a gradient is differentiated again, under vmap, in forward mode, and for batched gradients.
 
     """
     options = {

@@ -146,6 +146,7 @@ def _pair_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _pair_loss_backward(ctx: Any, grad_total: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_total is None:
         return (None,) * ctx.inputs
+    inputs.refuse_batched("the upstream of a fused loss", grad_total)
     slot, dx, dw, db = ctx.saved_tensors
     with torch.no_grad():
         if ctx.upstream is not None:
@@ -185,6 +186,7 @@ def _logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _logps_backward(ctx: Any, grad_out: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * ctx.inputs
+    inputs.refuse_batched("the upstream of fused log-probs", grad_out)
     call = _logps_grad_op if traced(grad_out) else passes.logps_grad
     with torch.no_grad():
         grads = call(grad_out, *ctx.saved_tensors, *ctx.dtypes, *ctx.options)
@@ -227,16 +229,27 @@ class _RefuseSecondDerivative(torch.autograd.Function):
         raise RuntimeError(SECOND_DERIVATIVE)
 
 
+def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> None:
+    """Where a transform around another one has hidden from the door what it does."""
+    raise RuntimeError(f"this is {inputs.UNDER_VMAP}")
+
+
+def _refuse_forward_mode(ctx: Any, *tangents: Tensor | None) -> None:
+    raise RuntimeError(f"this is {inputs.IN_FORWARD_MODE}")
+
+
 class _PairLoss(torch.autograd.Function):
     forward = staticmethod(passes.pair_loss)
     setup_context = staticmethod(_pair_loss_setup)
     backward = staticmethod(_pair_loss_backward)
+    vmap, jvp = staticmethod(_refuse_vmap), staticmethod(_refuse_forward_mode)
 
 
 class _Logps(torch.autograd.Function):
     forward = staticmethod(passes.logps)
     setup_context = staticmethod(_logps_setup)
     backward = staticmethod(_logps_backward)
+    vmap, jvp = staticmethod(_refuse_vmap), staticmethod(_refuse_forward_mode)
 
 
 # --- the same as operators --------------------------------------------------------------------------------------------

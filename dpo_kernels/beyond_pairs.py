@@ -71,6 +71,8 @@ def fused_kto_loss(
 
     """
     checks.check_choice("loss_type", loss_type, KTO_LOSSES)
+    for given in (("desirable", desirable), ("kl", kl), ("delta", delta)):
+        checks.refuse_batched(*given)
     checks.check_tensor("desirable", desirable)
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable must be of bool, got {desirable.dtype}")
@@ -85,8 +87,9 @@ def fused_kto_loss(
             raise ValueError(
                 f"desirable has shape {tuple(desirable.shape)}, expected ({batch.sequences},): one for each sequence"
             )
-        if desirable.device != batch.hidden.device:
-            raise ValueError(f"desirable is on {desirable.device} but hidden is on {batch.hidden.device}")
+        checks.check_device("desirable", desirable, "hidden", batch.hidden)
+        if shift.is_meta:
+            checks.check_device("kl" if loss_type == "kto" else "delta", shift, "hidden", batch.hidden)
         real = sum_dtype(desirable.device)
         liked, disliked = (torch.full((), f, dtype=real, device=desirable.device) for f in factors)
         weights = torch.where(desirable, liked, disliked)
@@ -162,8 +165,7 @@ def _check_beta(beta: float) -> float:
 def _zero_dimensional(name: str, value: float | Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.tensor(checks.check_number(name, value), dtype=torch.float64, device="cpu")
+    checks.check_floating(name, value)
     if value.dim() != 0:
         raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {value.dtype}")
     return value.detach().to(sum_dtype(value.device))

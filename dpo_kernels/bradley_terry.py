@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_kernels.checks import check_tensor
+from dpo_kernels.checks import check_device, check_floating, check_number, check_real, check_tensor
 
 LARGEST_STEP = 1e-12
 MOST_STEPS = 100_000
@@ -24,15 +24,22 @@ def bradley_terry_loss(
         reduction: "mean", "sum" or "none".
 
     """
-    check_tensor("chosen_rewards", chosen_rewards)
-    check_tensor("rejected_rewards", rejected_rewards)
+    check_floating("chosen_rewards", chosen_rewards)
+    check_floating("rejected_rewards", rejected_rewards)
+    check_device("rejected_rewards", rejected_rewards, "chosen_rewards", chosen_rewards)
     if chosen_rewards.shape != rejected_rewards.shape or chosen_rewards.dim() != 1:
         raise ValueError(
             f"chosen_rewards {tuple(chosen_rewards.shape)} and rejected_rewards {tuple(rejected_rewards.shape)} must "
             "both have the shape (P,)"
         )
-    if isinstance(margin, Tensor) and margin.shape not in ((), chosen_rewards.shape):
-        raise ValueError(f"margin has shape {tuple(margin.shape)}, expected () or {tuple(chosen_rewards.shape)}")
+    if not isinstance(margin, Tensor):
+        margin = check_number("margin", margin)
+    else:
+        check_real("margin", margin)
+        if margin.shape not in ((), chosen_rewards.shape):
+            raise ValueError(f"margin has shape {tuple(margin.shape)}, expected () or {tuple(chosen_rewards.shape)}")
+        if margin.dim() or margin.device.type != "cpu":
+            check_device("margin", margin, "chosen_rewards", chosen_rewards)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards - margin)
     if reduction == "none":
         return losses
@@ -60,6 +67,10 @@ def bradley_terry_strengths(wins: Tensor) -> Tensor:
 
     """
     check_tensor("wins", wins)
+    if wins.dtype != torch.bool:
+        check_real("wins", wins)
+    if wins.is_meta:
+        raise ValueError("wins is on meta and has no values, which must be looked at")
     if wins.dim() != 2 or wins.shape[0] != wins.shape[1] or not wins.shape[0]:
         raise ValueError(f"wins must have the shape (K, K), got {tuple(wins.shape)}")
     counts = wins.detach().double().cpu().clone()

@@ -91,7 +91,6 @@ class Call:
 def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]) -> Call:
     """Check and pack the arguments of ``fused_dpo_loss`` and choose how to run them."""
     loss = losses.bind(options["loss_type"], options["beta"], options["label_smoothing"], options["loss_options"])
-    inputs.check_divisor("token_denominator", options["token_denominator"], hidden)
     checks.check_choice("pairs", options["pairs"], PAIRS)
 
     def fitted(batch: inputs.Batch, rows: Rows) -> losses.BoundLoss:
@@ -158,6 +157,8 @@ def _prepare(
     paired: bool,
 ) -> Call:
     checks.check_flag("reference_free", options["reference_free"])
+    for name, value in (options | options.get("loss_options", {})).items():
+        checks.refuse_batched(name, value)
     batch = inputs.check_batch(
         hidden,
         weight,
@@ -180,6 +181,7 @@ def _prepare(
         **facts,
     )
     inputs.check_reduction(options["reduction"], options["denominator"], batch)
+    inputs.check_divisor("token_denominator", options.get("token_denominator"), batch.hidden)
     stats = inputs.check_stats(options["stats"])
     inputs.check_main_grad(options["main_grad"], options["main_grad_scale"], batch)
     run = Run(

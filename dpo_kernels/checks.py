@@ -5,6 +5,23 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+WITHOUT_VALUES = ("FakeTensor", "FunctionalTensor")  # what torch's tracers put in the place of tensors
+# torch wraps what a collective will have filled at its first use; every operation on it waits.
+WRAPPERS_THAT_UNWRAP = ("AsyncCollectiveTensor",)
+INSTEAD = "use dpo_kernels.reference, which is plain torch"
+UNDER_VMAP = (
+    "batched by vmap, under which jacrev, jacfwd, is_grads_batched=True and vectorize=True run too: the fused losses "
+    f"and log-probs have no rule for it. Run them one after the other, or {INSTEAD}"
+)
+IN_FORWARD_MODE = (
+    "part of a forward-mode differentiation (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad), which the "
+    f"fused losses and log-probs do not have: differentiate backward, or {INSTEAD}"
+)
 
 
 def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -30,9 +47,75 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a tensor."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    """Raise unless ``value`` is a tensor whose numbers lie in memory of its own: dense, not nested, no wrapper."""
+    kind = type(value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {kind.__name__}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one: pad it, or pack it: its values(), with its offsets() as "
+            "cu_seqlens"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if hasattr(kind, "__tensor_flatten__") and kind.__name__ not in WRAPPERS_THAT_UNWRAP:
+        raise TypeError(
+            f"{name} is a {kind.__name__}, which wraps other tensors: give the plain tensor that it stands for (of a "
+            "quantised weight, dequantize())"
+        )
+
+
+def check_floating(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a tensor of floating-point numbers."""
+    check_tensor(name, value)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be floating point, of 16, 32 or 64 bits, got {value.dtype}")
+
+
+def check_real(name: str, value: Any, noun: str = "of real numbers") -> None:
+    """Raise unless ``value`` is a tensor of real numbers, integers or floating point; ``noun`` says so."""
+    check_tensor(name, value)
+    if value.dtype not in (*FLOAT_DTYPES, *INTEGER_DTYPES):
+        raise TypeError(f"{name} must be {noun}, got {value.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, beside: str, like: Tensor) -> None:
+    """Raise unless a tensor is on the device of ``like``, which the caller knows as ``beside``."""
+    if tensor.device == like.device:
+        return
+    advice = "move one of them"
+    if tensor.is_meta or like.is_meta:
+        advice = (
+            f"{name if tensor.is_meta else beside} has no values. An offloaded weight is loaded only while its own "
+            "module runs: call this within the model's forward, or load the model without offloading"
+        )
+    raise ValueError(f"{name} is on {tensor.device} but {beside} is on {like.device}: {advice}")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are numbers to look at: not on meta, nor where a tracer or fake tensors are at work."""
+    return not (tensor.is_meta or type(tensor).__name__ in WITHOUT_VALUES or torch.compiler.is_compiling())
+
+
+def refuse_batched(name: str, value: Any) -> None:
+    """Raise where ``value`` is a tensor that ``vmap`` has batched, in whichever of torch's two ways."""
+    if not isinstance(value, Tensor) or torch.compiler.is_compiling():
+        return
+    inner = value
+    batched = torch._C._functorch.is_legacy_batchedtensor(inner)
+    while not batched and torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        batched = torch._C._functorch.is_batchedtensor(inner)
+        inner = torch._C._functorch.get_unwrapped(inner)
+    if batched:
+        raise RuntimeError(f"{name} is {UNDER_VMAP}")
+
+
+def refuse_forward_mode(name: str, value: Any) -> None:
+    """Raise where ``value`` is a tensor that carries a tangent of forward-mode differentiation."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or torch.compiler.is_compiling():
+        return
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(f"{name} is {IN_FORWARD_MODE}")
 
 
 def check_integer(name: str, value: Any) -> None:

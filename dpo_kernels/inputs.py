@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.checks import check_choice, check_number, check_tensor
+from dpo_kernels import checks
+from dpo_kernels.checks import FLOAT_DTYPES, check_choice, check_device, check_number
+from dpo_kernels.checks import IN_FORWARD_MODE as IN_FORWARD_MODE
+from dpo_kernels.checks import UNDER_VMAP as UNDER_VMAP
+from dpo_kernels.checks import refuse_batched as refuse_batched
 from dpo_kernels.types import STATS, TOKEN_LOGPS, Head, accumulation_dtype
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 INDEX_DTYPES = (torch.int32, torch.int64)
 _warned: set[str] = set()
@@ -50,20 +53,25 @@ def check_batch(
     paired: bool,
 ) -> Batch:
     """Check the policy's tensors and flatten them. ``ValueError`` for shapes, ``TypeError`` for dtypes."""
+    differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
+    for name, tensor in (differentiable | {"labels": labels, "cu_seqlens": cu_seqlens}).items():
+        refuse_batched(name, tensor)
+    refuse_batched("token_weights", token_weights)
+    for name, tensor in differentiable.items():
+        checks.refuse_forward_mode(name, tensor)
     _check_float_tensor("hidden", hidden)
     _check_layout(hidden, cu_seqlens)
     head = check_head(hidden, weight, bias, logit_scale, softcap, names=("hidden", "weight", "bias"))
     _check_labels(labels, hidden)
     if token_weights is not None:
-        _check_tensor("token_weights", token_weights)
-        if not token_weights.is_floating_point():
-            raise TypeError(f"token_weights must be floating point, got {token_weights.dtype}")
+        _check_floating("token_weights", token_weights)
         if token_weights.shape != labels.shape:
             raise ValueError(
                 f"token_weights has shape {_shape(token_weights)}, expected the shape of labels {_shape(labels)}"
             )
     for name, tensor in (("labels", labels), ("token_weights", token_weights), ("cu_seqlens", cu_seqlens)):
-        _check_device(name, tensor, hidden)
+        if tensor is not None:
+            check_device(name, tensor, "hidden", hidden)
     if cu_seqlens is None:
         sequences, width = hidden.shape[0], hidden.shape[1]
         cu_seqlens = torch.arange(sequences + 1, device=hidden.device) * width
@@ -109,7 +117,7 @@ def check_head(
             f"{weight_name} has H = {weight.shape[1]} (shape {_shape(weight)}) but {hidden_name} has "
             f"H = {hidden.shape[-1]} (shape {_shape(hidden)})"
         )
-    _check_device(weight_name, weight, hidden)
+    check_device(weight_name, weight, hidden_name, hidden)
     compute_dtype(hidden, weight, names[:2])
     if bias is not None:
         _check_float_tensor(bias_name, bias)
@@ -118,7 +126,7 @@ def check_head(
                 f"{bias_name} has shape {_shape(bias)}, expected ({weight.shape[0]},) for {weight_name} "
                 f"{_shape(weight)}"
             )
-        _check_device(bias_name, bias, hidden)
+        check_device(bias_name, bias, hidden_name, hidden)
         compute_dtype(hidden, bias, (hidden_name, bias_name))
     return Head(weight, bias, *check_scaling(logit_scale, softcap))
 
@@ -158,15 +166,13 @@ def check_reference(
         if tensor is not None and ref_hidden is None:
             raise ValueError(f"{name} is given without ref_hidden")
     if ref_logps is not None:
-        _check_tensor("ref_logps", ref_logps)
-        if not ref_logps.is_floating_point():
-            raise TypeError(f"ref_logps must be floating point, got {ref_logps.dtype}")
+        _check_floating("ref_logps", ref_logps)
         if ref_logps.shape != (batch.sequences,):
             raise ValueError(
                 f"ref_logps has shape {_shape(ref_logps)}, expected ({batch.sequences},): one per sequence, "
                 "in the order of the input"
             )
-        _check_device("ref_logps", ref_logps, batch.hidden)
+        check_device("ref_logps", ref_logps, "hidden", batch.hidden)
         _warn_of_16_bits("ref_logps", ref_logps)
         return None
     if ref_hidden is None:
@@ -181,7 +187,7 @@ def check_reference(
         raise ValueError(
             f"ref_hidden has shape {_shape(ref_hidden)}, expected that of hidden {_shape(hidden)} but for H"
         )
-    _check_device("ref_hidden", ref_hidden, batch.hidden)
+    check_device("ref_hidden", ref_hidden, "hidden", batch.hidden)
     return _reference_batch(batch, ref_hidden, ref_weight, ref_bias)
 
 
@@ -250,14 +256,13 @@ def check_main_grad(main_grad: Any, scale: Any, batch: Batch) -> None:
         if scale != 1.0:
             raise ValueError("main_grad_scale goes with main_grad only")
         return
-    check_tensor("main_grad", main_grad)
+    _check_tensor("main_grad", main_grad)
     weight, dtype = batch.head.weight, accumulation_dtype(batch.compute_dtype)
     if main_grad.dtype != dtype:
         raise TypeError(f"main_grad must be {dtype}, in which gradients are added up, got {main_grad.dtype}")
     if main_grad.shape != weight.shape:
         raise ValueError(f"main_grad must have the shape of weight, {_shape(weight)}, got {_shape(main_grad)}")
-    if main_grad.device != weight.device:
-        raise ValueError(f"main_grad is on {main_grad.device} but weight is on {weight.device}")
+    check_device("main_grad", main_grad, "weight", weight)
     if not main_grad.is_contiguous():
         raise ValueError(f"main_grad must be contiguous, got strides {main_grad.stride()}")
     if main_grad.requires_grad:
@@ -274,15 +279,13 @@ def check_divisor(name: str, value: Any, hidden: Tensor) -> None:
         if check_number(name, value) <= 0:
             raise ValueError(f"{name} must be > 0, got {value}")
         return
+    checks.check_real(name, value, "a real number")
     if value.dim() != 0:
         raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {_shape(value)}")
-    if value.dtype == torch.bool or value.is_complex():
-        raise TypeError(f"{name} must be a real number, got {value.dtype}")
-    if value.device not in (hidden.device, torch.device("cpu")):
-        raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}")
-    readable = value.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and type(value) is Tensor and not value > 0:
-        raise ValueError(f"{name} must be > 0, got {float(value)}")
+    if value.device.type != "cpu":
+        check_device(name, value, "hidden", hidden)
+    elif checks.has_values(value) and not value > 0:
+        raise ValueError(f"{name} must be > 0, got {float(value.detach())}")
 
 
 def check_logps(
@@ -323,13 +326,10 @@ def check_logps(
 
 
 def _check_by_pair(name: str, tensor: Any, like: Tensor, *, floating: bool = True) -> None:
-    _check_tensor(name, tensor)
-    if floating and not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    _check_floating(name, tensor) if floating else checks.check_real(name, tensor)
     if tensor.dim() != 1 or tensor.shape != like.shape:
         raise ValueError(f"{name} has shape {_shape(tensor)}, expected (P,) as policy_chosen_logps {_shape(like)}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device} but policy_chosen_logps is on {like.device}: move one of them")
+    check_device(name, tensor, "policy_chosen_logps", like)
 
 
 def check_stats(stats: Any) -> tuple[str, ...]:
@@ -366,20 +366,22 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _check_tensor(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor of shape {_shape(tensor)}: how it is sharded cannot be told from it. Call this where "
             "FSDP holds it whole, inside its module's forward (register_fsdp_forward_method), or gather it so that its "
             "gradient is the mean over ranks: full_tensor(grad_placements=[Partial('avg')])"
         )
+    checks.check_tensor(name, tensor)
+
+
+def _check_floating(name: str, tensor: Any) -> None:
+    _check_tensor(name, tensor)
+    checks.check_floating(name, tensor)
 
 
 def _check_float_tensor(name: str, tensor: Any) -> None:
     _check_tensor(name, tensor)
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
@@ -408,11 +410,6 @@ def _check_labels(labels: Any, hidden: Tensor) -> None:
         raise ValueError(
             f"labels has shape {_shape(labels)}, expected {tuple(hidden.shape[:-1])} to match hidden {_shape(hidden)}"
         )
-
-
-def _check_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
-    if tensor is not None and tensor.device != hidden.device:
-        raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}: move one of them")
 
 
 def _warn_of_16_bits(name: str, logps: Tensor) -> None:

@@ -336,6 +336,158 @@ def test_torch_func_grad(strategy):
         assert torch.equal(a, b)
 
 
+# --- what there is no rule for: vmap and forward mode -----------------------------------------------------------------
+
+# From torch 2.14 on the decompositions of forward mode warn of torch's own use of torch.jit.
+forward_mode = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.")
+VMAP = r"is batched by vmap.*use dpo_kernels\.reference"
+FORWARD = r"is part of a forward-mode differentiation.*use dpo_kernels\.reference"
+
+
+def of_hidden(function):
+    """A transform tried on the hidden states alone."""
+    return lambda call, hidden, weight: function(lambda x: call(x, weight), hidden)
+
+
+def batched_gradients(call, hidden, weight):
+    for leaf in (hidden, weight):  # each has a gradient of its own to batch
+        leaf = leaf.clone().requires_grad_()
+        out = call(*((leaf, weight) if leaf.shape == hidden.shape else (hidden, leaf)))
+        upstreams = torch.ones(3, *out.shape, dtype=out.dtype)
+        with pytest.raises(RuntimeError, match=f"the upstream of .*{VMAP}"):
+            torch.autograd.grad(out, leaf, upstreams, is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(out, leaf, upstreams, is_grads_batched=True)
+
+
+def dual_numbers(call, hidden, weight):
+    with torch.autograd.forward_ad.dual_level():
+        call(torch.autograd.forward_ad.make_dual(hidden, torch.ones_like(hidden)), weight)
+
+
+def forward_over_reverse(call, hidden, weight):
+    gradient = torch.func.grad(lambda x: call(x, weight).sum())
+    torch.func.jvp(gradient, (hidden,), (hidden,))
+
+
+def batched_pullback(call, hidden, weight):
+    out, pullback = torch.func.vjp(lambda x: call(x, weight), hidden)
+    torch.func.vmap(pullback)(torch.ones(3, *out.shape, dtype=out.dtype))
+
+
+TRANSFORMS = {
+    "vmap": (VMAP, of_hidden(lambda f, x: torch.func.vmap(f)(torch.stack([x, x])))),
+    "vmap of the head": (VMAP, lambda f, x, w: torch.func.vmap(lambda w: f(x, w))(torch.stack([w, w]))),
+    "vmap of grad": (VMAP, of_hidden(lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(x[None]))),
+    "vmap of a pullback": (VMAP, batched_pullback),
+    "jacrev": (VMAP, of_hidden(lambda f, x: torch.func.jacrev(f)(x))),
+    "is_grads_batched": (VMAP, batched_gradients),
+    "vectorize": (VMAP, of_hidden(lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True))),
+    "jvp": (FORWARD, of_hidden(lambda f, x: torch.func.jvp(f, (x,), (x,)))),
+    "jvp of the head": (FORWARD, lambda f, x, w: torch.func.jvp(lambda w: f(x, w), (w,), (w,))),
+    "jvp of grad": (FORWARD, forward_over_reverse),
+    "jacfwd": (f"({VMAP}|{FORWARD})", of_hidden(lambda f, x: torch.func.jacfwd(f)(x))),
+    "hessian": (f"({VMAP}|{FORWARD})", of_hidden(lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x))),
+    "linearize": (FORWARD, of_hidden(lambda f, x: torch.func.linearize(f, x))),
+    "dual numbers": (FORWARD, dual_numbers),
+}
+FUSED = {
+    "loss": lambda hidden, weight, labels, **how: (
+        dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, **how).loss
+    ),
+    "by pair": lambda hidden, weight, labels, **how: (
+        dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, reduction="none", **how).loss
+    ),
+    "sequences": dk.fused_sequence_logps,
+    "tokens": dk.fused_token_logps,
+}
+
+
+@forward_mode
+@pytest.mark.parametrize("function", FUSED)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_without_a_rule_are_refused(transform, function):
+    words, run = TRANSFORMS[transform]
+    inputs = small(bias=False)
+    hidden, weight = (leaf.detach() for leaf in differentiable(inputs))
+
+    def call(hidden, weight):
+        return FUSED[function](hidden, weight, inputs["labels"])
+
+    with pytest.raises(RuntimeError, match=words):
+        run(call, hidden, weight)
+
+
+# is_grads_batched asks for the words of a refusal itself; linearize's own tracing warns.
+@forward_mode
+@pytest.mark.parametrize("transform", [name for name in TRANSFORMS if name not in ("is_grads_batched", "linearize")])
+def test_the_reference_has_the_rules_that_the_fused_ones_have_not(transform):
+    inputs = small(bias=False)
+    leaves = (leaf.detach() for leaf in differentiable(inputs))
+    TRANSFORMS[transform][1](
+        lambda hidden, weight: dpo_loss_reference(hidden, weight, inputs["labels"], reference_free=True).loss, *leaves
+    )
+
+
+ONE_BATCHED = {
+    "labels": lambda x: {"labels": x["labels"].expand(2, -1, -1)},
+    "bias": lambda x: {"bias": x["bias"].expand(2, -1)},
+    "token_weights": lambda x: {"token_weights": torch.ones(2, *x["labels"].shape)},
+    "ref_logps": lambda x: {"ref_logps": torch.zeros(2, 4)},
+    "ref_hidden": lambda x: {"ref_hidden": x["hidden"].expand(2, -1, -1, -1)},
+    "denominator": lambda x: {"denominator": torch.ones(2)},
+    "margin": lambda x: {"margin": torch.ones(2, 2), "loss_type": "odpo"},
+    "pair_weights": lambda x: {"pair_weights": torch.ones(2, 2)},
+}
+
+
+@pytest.mark.parametrize("name", ONE_BATCHED)
+def test_the_argument_that_is_batched_is_named(name):
+    inputs = {name: value.detach() for name, value in small().items()} | {"ref_logps": torch.zeros(4)}
+    options = ONE_BATCHED[name](inputs)
+    batched = options.pop(name)
+    if name == "ref_hidden":
+        del inputs["ref_logps"]
+    with pytest.raises(RuntimeError, match=f"{name} {VMAP}"):
+        torch.func.vmap(lambda one: dk.fused_dpo_loss(**inputs | options | {name: one}).loss)(batched)
+
+
+@pytest.mark.parametrize("name", ["desirable", "kl", "delta"])
+def test_what_is_batched_of_single_sequences_is_named(name):
+    inputs = {name: value.detach() for name, value in small().items()} | {"desirable": torch.ones(4) > 0}
+    batched = inputs["desirable"].expand(2, -1) if name == "desirable" else torch.ones(2)
+    with pytest.raises(RuntimeError, match=f"{name} {VMAP}"):
+        torch.func.vmap(lambda one: dk.fused_kto_loss(**inputs | {name: one}, reference_free=True).loss)(batched)
+
+
+@forward_mode
+def test_a_margin_with_a_tangent_is_refused_like_one_with_a_gradient():
+    inputs = {name: value.detach() for name, value in small().items()}
+
+    def loss(margin):
+        return dk.fused_dpo_loss(**inputs, ref_logps=torch.zeros(4), loss_type="odpo", margin=margin).loss
+
+    with pytest.raises(ValueError, match="margin requires a gradient"):
+        loss(torch.ones(2, requires_grad=True))
+    with pytest.raises(RuntimeError, match=f"margin {FORWARD}"):
+        torch.func.jvp(loss, (torch.ones(2),), (torch.ones(2),))
+
+
+@forward_mode
+def test_losses_of_log_probs_are_plain_torch_and_have_every_rule():
+    policy = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(2), dtype=F64)
+    ref = torch.full((4,), -2.0, dtype=F64)
+
+    def loss(both):
+        return dk.dpo_loss(both[0], both[1], ref, ref)[0]
+
+    together = torch.func.vmap(loss)(policy)
+    torch.testing.assert_close(together, torch.stack([loss(one) for one in policy]))
+    one = policy[0]
+    forward, backward = torch.func.jacfwd(loss)(one), torch.func.jacrev(loss)(one)
+    assert forward.abs().max() > 0
+    torch.testing.assert_close(forward, backward)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_export():

@@ -226,7 +226,7 @@ def test_every_public_function_is_among_them():
     assert set(dispatch.BACKENDS) - set(BACKENDS) <= {"triton", "cuda", "cpp"}
 
 
-# --- the source ---------------------------------------------------------------------------------------------------------
+# --- the source -------------------------------------------------------------------------------------------------------
 
 # What torch itself moves to the default device, by the last part of its name: read from torch, so that none is missing.
 FACTORIES = {function.__name__ for function in _device_constructors()}

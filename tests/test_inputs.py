@@ -103,8 +103,9 @@ VALUE_ERRORS = {
     "bias 2-D": ({"bias": rand(V, 1)}, "bias has shape (7, 1) ... expected (7,)"),
     # devices
     "hidden elsewhere": ({"hidden": rand(S, T, H, **META)},
-        "weight is on cpu but hidden is on meta ... move one of them"),
-    "weight elsewhere": ({"weight": rand(V, H, **META)}, "weight is on meta but hidden is on cpu"),
+        "weight is on cpu but hidden is on meta: hidden has no values"),
+    "weight elsewhere": ({"weight": rand(V, H, **META)}, "weight is on meta but hidden is on cpu: weight has no values"
+        " ... offloaded ... within the model's forward, or load the model without offloading"),
     "bias elsewhere": ({"bias": rand(V, **META)}, "bias is on meta but hidden is on cpu"),
     "labels elsewhere": ({"labels": whole(*LABELS, **META)}, "labels is on meta but hidden is on cpu"),
     "cu_seqlens elsewhere": (packed(cu_seqlens=whole(0, 3, 6, 9, 12, **META)), "cu_seqlens is on meta"),

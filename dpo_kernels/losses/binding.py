@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.checks import check_choice, check_number
+from dpo_kernels.checks import check_choice, check_number, check_real, refuse_forward_mode
 from dpo_kernels.losses.divergence import DIVERGENCES
 from dpo_kernels.losses.registry import LOSSES, LossFunction, LossSpec
 from dpo_kernels.types import LossInputs, sum_dtype
@@ -300,12 +300,12 @@ def _check_tensor(name: str, value: Any, specs: Sequence[LossSpec]) -> Tensor:
         raise TypeError(f"{name} must be a tensor (P,), got {type(value).__name__}")
     if name != "pair_weights" and not any(name in spec.by_pair for spec in specs):
         raise TypeError(f"{name} must be a real number, got a tensor")
-    if value.dtype == torch.bool or value.is_complex():
-        raise TypeError(f"{name} must be of real numbers, got {value.dtype}")
+    check_real(name, value)
     if value.dim() > 1:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected (P,) or ()")
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, which the loss does not give; detach it")
+    refuse_forward_mode(name, value)
     return value
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dpo_kernels.checks import check_number, check_tensor
+from dpo_kernels.checks import check_device, check_floating, check_number
 
 
 class RunningDelta:
@@ -28,7 +28,13 @@ class RunningDelta:
         self.updates = 0
 
     def update(self, chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-        """Fold in the rewards of a step, ``(n,)`` each (not necessarily as many); returns the new value, 0-d."""
+        """Fold in the rewards of a step, ``(n,)`` each (not necessarily as many); returns the new value, 0-d.
+
+        A side without rewards is left out; with none on either side the value stays what it is.
+        """
+        check_floating("chosen_rewards", chosen_rewards)
+        check_floating("rejected_rewards", rejected_rewards)
+        check_device("rejected_rewards", rejected_rewards, "chosen_rewards", chosen_rewards)
         sides = [side.detach().double() for side in (chosen_rewards, rejected_rewards) if side.numel()]
         if not sides:
             return self.value
@@ -54,8 +60,11 @@ def kto_kl(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
     The mean log-ratio of completions ``(n,)`` that belong to other prompts of the batch (Ethayarajh et al.,
     arXiv 2402.01306, section 4.2): score the shifted batch with ``fused_sequence_logps``.
     """
-    check_tensor("policy_logps", policy_logps)
-    check_tensor("ref_logps", ref_logps)
+    check_floating("policy_logps", policy_logps)
+    check_floating("ref_logps", ref_logps)
+    check_device("ref_logps", ref_logps, "policy_logps", policy_logps)
     if policy_logps.shape != ref_logps.shape:
         raise ValueError(f"policy_logps {tuple(policy_logps.shape)} and ref_logps {tuple(ref_logps.shape)} differ")
+    if not policy_logps.numel():
+        raise ValueError("policy_logps holds no log-probs: the mean of none is undefined; keep the last step's kl")
     return (policy_logps.detach().double() - ref_logps.detach().double()).mean().clamp(min=0)
