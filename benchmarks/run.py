@@ -30,6 +30,7 @@ from benchmarks.measure import Effort, Measurement
 from benchmarks.providers import Provider
 from benchmarks.store import RESULTS, Event, Store
 from benchmarks.worker import BROKEN
+from demo.options import at_least
 
 PIECE_SECONDS = 450.0  # nothing that is measured in one go may take longer
 WORKER = [sys.executable, "-m", "benchmarks.worker"]
@@ -45,9 +46,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--providers", action="append", default=[], metavar="GLOB", help="only these (and the floor)")
     parser.add_argument("--quick", action="store_true", help="a few small cases, few rounds: a minute or two")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=_cores(), help="torch's threads (default: all cores)")
-    parser.add_argument("--rounds", type=int, help="exactly so many rounds per case, whatever they take")
-    parser.add_argument("--seconds", type=float, help="budget for the timed rounds of a case (at least 3 are run)")
+    parser.add_argument("--threads", type=at_least(1), default=_cores(), help="torch's threads (default: all cores)")
+    parser.add_argument("--rounds", type=at_least(1), help="exactly so many rounds per case, whatever they take")
+    budget = "budget for the timed rounds of a case (at least 3 are run)"
+    parser.add_argument("--seconds", type=at_least(0.0, float), help=budget)
     parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/<machine>.json)")
     parser.add_argument("--resume", action="store_true", help="keep what is measured already, and go on")
     parser.add_argument("--in-process", action="store_true", help="no process per case: for debugging a provider")

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.demo_table import between_marks, processor
+from demo.options import at_least
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "trainer-cpu.json"
@@ -87,10 +88,10 @@ def with_section(text: str, results: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> None:
     """Measure unless there are no rounds, and rewrite the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer_table", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=4, help="pairs in a step")
-    parser.add_argument("--held-out", type=int, default=8, help="pairs to evaluate on")
+    parser.add_argument("--rounds", type=at_least(0), default=3)
+    parser.add_argument("--steps", type=at_least(1), default=8)
+    parser.add_argument("--batch", type=at_least(1), default=4, help="pairs in a step")
+    parser.add_argument("--held-out", type=at_least(1), default=8, help="pairs to evaluate on")
     parser.add_argument("--cache", type=Path, default=Path(".demo_cache"), help="where the demo keeps its downloads")
     asked = parser.parse_args(arguments)
     if asked.rounds:

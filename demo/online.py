@@ -21,6 +21,7 @@ from demo.data import Pair, fetch_ratings, read_ratings
 from demo.download import NotAvailable
 from demo.judge import sample
 from demo.model import LanguageModel, load_smollm2
+from demo.options import at_least
 from demo.scratch import build_scratch, supervise
 from dpo_kernels import fused_dpo_loss, fused_sequence_logps
 
@@ -97,19 +98,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run it from the command line; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m demo.online", description="Online DPO towards positive reviews.")
     parser.add_argument("--model", choices=("smollm2", "scratch"), default="smollm2", help="default: smollm2")
-    parser.add_argument("--steps", type=int, default=20, help="default: 20")
-    parser.add_argument("--pairs", type=int, default=8, help="sampled at each step; default: 8")
-    parser.add_argument("--tokens", type=int, default=24, help="of a sample at most; default: 24")
-    parser.add_argument("--lr", type=float, default=None, help="default: 1e-6 for smollm2, 3e-4 from scratch")
-    parser.add_argument("--beta", type=float, default=0.1, help="default: 0.1")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="default: 20")
+    parser.add_argument("--pairs", type=at_least(1), default=8, help="sampled at each step; default: 8")
+    parser.add_argument("--tokens", type=at_least(1), default=24, help="of a sample at most; default: 24")
+    learning_rate = "default: 1e-6 for smollm2, 3e-4 from scratch"
+    parser.add_argument("--lr", type=at_least(0.0, float), default=None, help=learning_rate)
+    parser.add_argument("--beta", type=at_least(0.0, float), default=0.1, help="default: 0.1")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
     parser.add_argument("--cache", type=Path, default=Path(".demo_cache"), help="downloads; default: .demo_cache")
     parser.add_argument("--ratings", type=Path, default=None, help="sentences that a model from scratch learns from")
-    parser.add_argument("--sft-steps", type=int, default=200, help="of the model from scratch; default: 200")
+    parser.add_argument("--sft-steps", type=at_least(0), default=200, help="of the model from scratch; default: 200")
     options = parser.parse_args(arguments)
-    for name in ("steps", "pairs", "tokens"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
     try:
         lm = _model(options)
     except NotAvailable as error:

@@ -1,6 +1,7 @@
 """What the demo can be told on its command line, and its defaults."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         other = SCRATCH_DEFAULTS.get(attribute)
         shown = f"{default:g}" if other is None else f"{default:g}, scratch: {other:g}"
         metavar = "N" if kind is int else "X"
-        add(name, type=_at_least(kind, low), metavar=metavar, help=f"{text} (default {shown})")
+        add(name, type=at_least(low, kind), metavar=metavar, help=f"{text} (default {shown})")
 
     add(
         "--model",
@@ -110,8 +111,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _at_least(kind: type, low: float):
-    def convert(text: str):
+def at_least(low: float, kind: type = int) -> Callable[[str], Any]:
+    """Return what argparse converts a finite number of at least `low` with."""
+
+    def convert(text: str) -> Any:
         value = kind(text)
         if not low <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least {low:g}")

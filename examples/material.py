@@ -16,6 +16,8 @@ Rows = list[dict[str, str]]
 def load(real: bool, pairs: int, held_out: int, cache: Path) -> tuple[Any, Any, Rows, Rows]:
     """(model, tokenizer, rows to train on, rows held out); rows have ``prompt``, ``chosen`` and ``rejected``."""
     model, tokenizer, rows = _real(cache) if real else _tiny(pairs + held_out)
+    if len(rows) < pairs + held_out:
+        raise SystemExit(f"there are {len(rows)} pairs, not the {pairs + held_out} that are asked for")
     return model, tokenizer, rows[held_out : held_out + pairs], rows[:held_out]
 
 

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from demo.options import at_least
 from dpo_kernels import DPOLossOutput, fused_dpo_loss
 from dpo_kernels.integrations.precompute import precompute_reference_logps
 from dpo_kernels.integrations.transformers import fused_lm_head
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     accelerator = Accelerator(gradient_accumulation_steps=options.accumulate)
     model, tokenizer, texts, _ = material.load(options.real, options.pairs, 0, options.cache)
     rows = [tokenised(row, tokenizer) for row in texts]
+    refuse_to_train_nothing(options, rows, accelerator.num_processes)
     model.to(accelerator.device)
     # The first process computes, on the device and in the precision of the training, and the others read.
     with accelerator.main_process_first(), accelerator.autocast():
@@ -62,6 +64,18 @@ def main(argv: list[str] | None = None) -> list[float]:
             margins = accelerator.gather(out.chosen_rewards - out.rejected_rewards)
             accelerator.print(json.dumps({"loss": losses[-1], "margin": float(margins.mean())}))
     return losses
+
+
+def refuse_to_train_nothing(options: argparse.Namespace, rows: Sequence[dict[str, Any]], processes: int) -> None:
+    """End with the reason where no step would be taken, or none would have anything to learn from."""
+    if len(rows) // options.batch < processes:
+        raise SystemExit(
+            f"--pairs: of {len(rows)} pairs not every process ({processes} of them) gets a micro-batch of --batch "
+            f"{options.batch}, so that nothing would be trained"
+        )
+    shortest = min(len(row["prompt_ids"]) for row in rows)
+    if shortest >= options.max_length:
+        raise SystemExit(f"--max-length {options.max_length} leaves no completion: every prompt has {shortest} or more")
 
 
 def loss(
@@ -104,13 +118,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; small by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", action="store_true", help="SmolLM2-135M and movie reviews, as in make demo")
-    parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4, help="pairs in a micro-batch")
-    parser.add_argument("--accumulate", type=int, default=2, help="micro-batches in a step")
-    parser.add_argument("--max-length", type=int, default=128)
-    parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--learning-rate", type=float, default=None)
+    parser.add_argument("--pairs", type=at_least(1), default=32)
+    parser.add_argument("--epochs", type=at_least(1), default=2)
+    parser.add_argument("--batch", type=at_least(1), default=4, help="pairs in a micro-batch")
+    parser.add_argument("--accumulate", type=at_least(1), default=2, help="micro-batches in a step")
+    parser.add_argument("--max-length", type=at_least(1), default=128)
+    parser.add_argument("--beta", type=at_least(0.0, float), default=0.1)
+    parser.add_argument("--learning-rate", type=at_least(0.0, float), default=None)
     parser.add_argument("--out", type=Path, default=Path("demo_out/plain_loop"))
     parser.add_argument("--cache", type=Path, default=Path(".demo_cache"))
     options = parser.parse_args(argv)

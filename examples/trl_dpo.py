@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
+from demo.options import at_least
 from dpo_kernels.integrations.trl import FusedDPOTrainer
 from examples import material
 
@@ -73,10 +74,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stock", action="store_true", help="train with TRL's own DPOTrainer")
     parser.add_argument("--real", action="store_true", help="SmolLM2-135M and movie reviews, as in make demo")
     parser.add_argument("--precompute", action="store_true", help="score the reference once, before training")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=4, help="pairs in a step")
-    parser.add_argument("--held-out", type=int, default=8, help="pairs to evaluate on")
-    parser.add_argument("--learning-rate", type=float, default=None)
+    parser.add_argument("--steps", type=at_least(1), default=10)
+    parser.add_argument("--batch", type=at_least(1), default=4, help="pairs in a step")
+    parser.add_argument("--held-out", type=at_least(1), default=8, help="pairs to evaluate on")
+    parser.add_argument("--learning-rate", type=at_least(0.0, float), default=None)
     parser.add_argument("--out", type=Path, default=Path("demo_out/trl_dpo"))
     parser.add_argument("--cache", type=Path, default=Path(".demo_cache"))
     options = parser.parse_args(argv)
