@@ -155,6 +155,54 @@ def test_compiled():
         close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+# 6, 7, 1, 0, 3 and 5 scored tokens; in whole units two chunks or more.
+CHUNKS = {
+    "kto": {"desirable": torch.tensor([True, False, False, True, False, True]), "undesirable_weight": 3.0},
+    "bco": {"desirable": torch.tensor([True, False, False, True, False, True]), "loss_type": "bco", "delta": 0.4},
+    "plackett_luce": {"group_sizes": [2, 1, 3]},
+    "infonce": {"group_sizes": [2, 3, 1], "loss_type": "infonce"},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", CHUNKS)
+def test_every_chunk_has_units_of_its_own(kind, backend, monkeypatch):
+    """Labels, weights and sizes of a later chunk are those of its sequences, not of the first ones."""
+    plans, choose = [], dk.dispatch.choose
+    monkeypatch.setattr("dpo_kernels.dispatch.choose", lambda *given: plans.append(choose(*given)) or plans[-1])
+    function = dk.fused_group_loss if "group_sizes" in CHUNKS[kind] else dk.fused_kto_loss
+    inputs = Case(F64).tensors()
+    leaves = (inputs["hidden"], inputs["weight"])
+    results = []
+    for rows in (22, 13):
+        scratch = (4 * rows * inputs["weight"].shape[0] * 8 + 2) // 3
+        loss = function(
+            **inputs, beta=0.5, backend=backend, strategy="chunked", scratch_bytes=scratch, **CHUNKS[kind]
+        ).loss
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    assert plans[0].chunks == 1
+    assert plans[1].chunks > 1
+    for one, many in zip(*results, strict=True):
+        close(many, one, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "recompute"])
+@pytest.mark.parametrize(("loss_type", "name"), [("kto", "kl"), ("bco", "delta")])
+def test_estimates_are_never_differentiated(loss_type, name, strategy):
+    inputs = Case(F64).tensors()
+    estimate = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    desirable = torch.tensor([True, False, True, True, False, False])
+    how = {"loss_type": loss_type, "strategy": strategy, "beta": 0.5}
+    out = dk.fused_kto_loss(**inputs, desirable=desirable, **{name: estimate}, **how)
+    leaves = (inputs["hidden"], inputs["weight"], estimate)
+    *ours, none = torch.autograd.grad(out.loss, leaves, allow_unused=True)
+    assert none is None
+    plain = dk.fused_kto_loss(**inputs, desirable=desirable, **{name: 0.7}, **how)
+    for got, want in zip(ours, torch.autograd.grad(plain.loss, leaves[:2]), strict=True):
+        assert torch.equal(got, want)
+    assert not out.rewards.requires_grad
+
+
 BAD = {
     "desirable must be of bool": lambda i: dk.fused_kto_loss(**i, desirable=torch.ones(6)),
     "desirable has shape": lambda i: dk.fused_kto_loss(**i, desirable=torch.ones(5, dtype=torch.bool)),

@@ -20,6 +20,7 @@ from tests.small import (
     COUNTS,
     CPU_BACKEND,
     F64,
+    H_REF,
     STRATEGIES,
     TRAINED,
     H,
@@ -28,11 +29,14 @@ from tests.small import (
     T,
     V,
     agree,
+    close,
     gradients,
     pack,
     problem,
     same,
 )
+
+BACKENDS = sorted({"torch", CPU_BACKEND})
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +142,106 @@ def test_an_overflowing_capacity_is_nan_and_never_a_number(frozen, loss_type, st
         assert function(**plain, max_scored_tokens=sum(COUNTS) - 1).isnan().any()
 
 
+@pytest.mark.parametrize("more", [{}, {"token_weights": True}], ids=["", "weights"])
+def test_capacity_that_is_not_used_adds_nothing(more, strategy):
+    """Rows that stand for nothing have the bias for their logits, and must not pull it: 25 of 40 here."""
+    data = problem(*TRAINED, **more)
+    agree(data, strategy=strategy, max_scored_tokens=40)
+    plain = {name: value for name, value in data.items() if name not in ("ref_logps", "token_weights")}
+    for function in (fused_sequence_logps, fused_token_logps):
+        if strategy != "chunked":  # which has no pass for log-probs of a trained head
+            ours = gradients(function(**plain, strategy=strategy, max_scored_tokens=40), plain)
+            theirs = gradients(function(**plain, strategy=strategy), plain)
+            assert all(torch.equal(ours[name], theirs[name]) for name in TRAINED)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"max_scored_tokens": 40}, {"scratch_bytes": 5 * V * 8}]
+)
+def test_a_frozen_weight_costs_nothing_where_the_bias_is_trained(monkeypatch, options, backend):
+    """No GEMM for its gradient and no memory of its size."""
+    kernels, seen = dispatch.BACKENDS[backend].load(), []
+    buffer, grad_weight = kernels.buffer, kernels.grad_weight
+
+    def watched_buffer(self, device, *shape):
+        seen.extend(["memory"] * (shape == (V, H)))
+        return buffer(self, device, *shape)
+
+    def watched_product(self, *given, **more):
+        seen.append("product")
+        return grad_weight(self, *given, **more)
+
+    monkeypatch.setattr(kernels, "buffer", watched_buffer)
+    monkeypatch.setattr(kernels, "grad_weight", watched_product)
+    for strategy in STRATEGIES:
+        if (strategy, *options) == ("chunked", "reduction"):
+            continue  # refused
+        grads = []
+        for need in (("hidden", "bias"), TRAINED):
+            seen.clear()
+            data = problem(*need)
+            out = fused_dpo_loss(**data, strategy=strategy, backend=backend, loss_type=SEPARABLE, **options)
+            grads.append(gradients(out.loss, data))
+            assert set(seen) == ({"memory", "product"} if need == TRAINED else set())
+        assert torch.equal(grads[0]["hidden"], grads[1]["hidden"])
+        assert torch.equal(grads[0]["bias"], grads[1]["bias"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["whole rows", "lent"])
+def test_a_reference_is_scored_in_whatever_scratch_the_policy_runs_in(form, backend):
+    """The strategy that was asked for is the policy's: the reference may need more for a row, or have no lender."""
+    data = problem(*TRAINED, dtype=torch.float32, ref_hidden=True, ref_weight=True)
+    scratch = 2 * V * 4
+    if form == "whole rows":
+        for name in ("ref_hidden", "ref_weight"):
+            data[name] = data[name].double()
+        scratch = 4 * (V + 3) * 4 // 3  # a row of float32, and none of float64
+    elif dispatch.BACKENDS[backend].load().lends_gradient:
+        g = torch.Generator().manual_seed(1)
+        wide = sum(COUNTS) + 1  # no more rows than the head is wide
+        data["hidden"] = torch.randn(S, T, wide, generator=g, requires_grad=True)
+        vocab = 1200  # a block of 528 columns beside another
+        data["weight"] = torch.randn(vocab, wide, generator=g, requires_grad=True)
+        data["bias"] = torch.randn(vocab, generator=g, requires_grad=True)
+        data["ref_weight"] = torch.randn(vocab, H_REF, generator=g)
+        scratch = 4 * (sum(COUNTS) * 544 * 4) // 3
+    how = {"strategy": "chunked", "scratch_bytes": scratch, "backend": backend}
+    got = fused_dpo_loss(**data, ref_bias=torch.zeros_like(data["ref_weight"][:, 0]), **how)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in data.items()}
+    want = dpo_loss_reference(**wide, ref_bias=torch.zeros_like(wide["ref_weight"][:, 0]))
+    close(got.ref_chosen_logps.double(), want.ref_chosen_logps, rtol=1e-5, atol=1e-5)
+    close(got.loss.detach().double(), want.loss.detach(), rtol=1e-5, atol=1e-5)
+
+
+ALL_OF_THEM = ("entropy", "mean_logits", "top1", "log_sum_p2", "token_logps")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cap", [{}, {"softcap": 3.0, "logit_scale": 0.8}], ids=["", "capped"])
+def test_under_autocast_only_the_operands_are_rounded(cap, backend, strategy):
+    """Bit by bit what a model of that dtype gets: neither statistics nor any product within is rounded as well."""
+    data = problem(*TRAINED, dtype=torch.float32)
+    rounded = {name: value.detach().bfloat16().requires_grad_() for name, value in data.items() if name in TRAINED}
+    for more in ({}, {"reduction": "none"}):
+        if more and strategy == "chunked":
+            continue  # refused
+        options = {"strategy": strategy, "backend": backend, "stats": ALL_OF_THEM, **cap, **more}
+        with torch.autocast("cpu", torch.bfloat16):
+            got = fused_dpo_loss(**data, **options)
+            ours = gradients(got.loss, data)
+        want = fused_dpo_loss(**data | rounded, **options)
+        theirs = gradients(want.loss, rounded)
+        for name in ("loss", *BY_PAIR):
+            assert torch.equal(getattr(got, name), getattr(want, name)), name
+        for name in (*ALL_OF_THEM, "tokens"):
+            assert torch.equal(got.stats[name], want.stats[name]), name
+        for name in TRAINED:
+            assert ours[name].dtype == torch.float32
+            assert torch.equal(ours[name].bfloat16(), theirs[name]), name
+
+
 @pytest.mark.parametrize("need", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_for_what_requires_them_and_nothing_else(need, reduction):
@@ -197,6 +301,15 @@ def test_auto_takes_whatever_scratch_there_is(scratch):
         data = problem(*need, token_weights=True)
         for options in ({}, {"loss_type": "ipo", "beta": 0.4}, {"reduction": "none"}):
             agree(data, scratch_bytes=scratch, **options)
+
+
+@pytest.mark.parametrize("scratch", [5 * V * 8, 8 * V * 8, 14 * V * 8])
+def test_what_differs_by_pair_goes_with_its_pair(scratch):
+    """Pairs of 9, 5 and 1 tokens, in chunks and in tiles of their own."""
+    by_pair = {"margin": torch.tensor([0.5, -1.0, 2.0]), "pair_weights": torch.tensor([1.0, 3.0, 0.25])}
+    data = problem(*TRAINED)
+    assert explain(**data, scratch_bytes=scratch).chunks > 1
+    agree(data, loss_type="odpo", beta=0.7, nll_weight=0.5, scratch_bytes=scratch, **by_pair)
 
 
 COUPLED = lambda x: x.policy_chosen_logps.mean() - x.policy_rejected_logps  # noqa: E731

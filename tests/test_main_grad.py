@@ -131,6 +131,20 @@ def test_another_upstream_and_a_second_backward_are_refused():
         (value / 2).backward()
 
 
+@pytest.mark.parametrize("off", [1e-5, 1e-3, 1e-2, -1e-5, -1e-3])
+@pytest.mark.parametrize("scale", [1.0, 65536.0, 1 / 3])
+def test_an_upstream_that_is_nearly_the_one_announced_is_another(scale, off):
+    """Only what float32 makes of the same number is the same: a thousandth off is a wrong gradient of the head."""
+    hidden, weight, labels = problem(pairs=1)
+    given = {"main_grad": torch.zeros_like(weight, requires_grad=False), "main_grad_scale": scale}
+    loss = dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, **given).loss
+    with pytest.raises(RuntimeError, match="but the loss was differentiated with"):
+        loss.backward(torch.tensor(scale * (1 + off)), retain_graph=True)
+    assert hidden.grad is None
+    value = dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, **given).loss
+    value.backward(torch.tensor(scale))  # in float32
+
+
 def one(weight, **changes):
     return torch.zeros(**{"size": weight.shape, "dtype": torch.float32} | changes)
 

@@ -1,15 +1,20 @@
 """Memory of the C++ backend: blocks that are kept for the next step, and a gradient handed over in its own memory."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import dpo_kernels as dk
+from dpo_kernels import dispatch, fused_dpo_loss
 from dpo_kernels.kernels import extension
 from dpo_kernels.kernels.extension import CppRows
+from tests.small import CPU_BACKEND, STRATEGIES, TRAINED, V, problem
 
 MISSING = extension.why_not("cpu")
 built = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -126,6 +131,41 @@ def test_a_limit_that_is_no_number_is_named(limit):
 def test_without_the_extension_there_is_nothing_to_empty(monkeypatch):
     monkeypatch.setattr(extension, "why_not", lambda device_type: "it was not built")
     assert dk.empty_cache() == 0
+
+
+# --- scratch dies with the call ---
+
+
+SCRATCHES = [(strategy, need) for strategy in STRATEGIES for need in ((), ("hidden",), TRAINED)]
+
+
+@pytest.mark.parametrize("backend", sorted({"torch", CPU_BACKEND}))
+@pytest.mark.parametrize(("strategy", "need"), SCRATCHES)
+def test_no_scratch_outlives_its_call(monkeypatch, strategy, need, backend):
+    """Neither the result nor its graph holds a tile, nor does anything that only a collection of cycles would free."""
+    kernels, seen = dispatch.BACKENDS[backend].load(), []
+    scratch = kernels.scratch
+
+    def watched(self, *given):
+        memory = scratch(self, *given)
+        seen.append((weakref.ref(memory), StorageWeakRef(memory.untyped_storage()), memory.numel()))
+        return memory
+
+    monkeypatch.setattr(kernels, "scratch", watched)
+    options = {"strategy": strategy, "backend": backend, "stats": ("entropy", "token_logps")}
+    data = problem(*need)
+    gc.disable()
+    try:
+        for more in ({}, {"scratch_bytes": 5 * V * 8}, {"reduction": "none"} if strategy != "chunked" else {}):
+            out = fused_dpo_loss(**data, **options, **more)
+            if need:
+                out.loss.sum().backward(retain_graph=True)
+            assert len(seen) >= 1 + (strategy != "chunked" and need == TRAINED)
+            assert [size for alive, _, size in seen if alive() is not None] == []
+            assert [size for _, memory, size in seen if not memory.expired()] == []
+            seen.clear()
+    finally:
+        gc.enable()
 
 
 # --- a gradient in its own memory -------------------------------------------------------------------------------------
