@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -12,8 +13,11 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from dpo_kernels.kernels.triton import configs, tuning
+from dpo_kernels import losses
+from dpo_kernels.kernels.triton import backend, configs, dpo_tail, linear_logprob, tuning
+from dpo_kernels.kernels.triton import rows as row_kernels
 from dpo_kernels.kernels.triton.configs import MatrixLaunch
+from dpo_kernels.types import Head, Rows, Tile
 
 FAMILY = (MatrixLaunch(128, 128, 64, 8, 3), MatrixLaunch(64, 256, 32, 8, 4), MatrixLaunch(128, 256, 64, 8, 3, tma=True))
 SLOW, FAST, MIDDLE = FAMILY
@@ -228,3 +232,90 @@ def test_targets_of_devices(monkeypatch, capability, target):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert configs.target_of(torch.device("cuda", 0)) == target
+
+
+# --- what a call hands to the tuner, and to a launch ------------------------------------------------------------------
+
+
+def kind_of(monkeypatch, kernel="linear_logprob", rows=100, vocab=500, width=24, dtype=torch.bfloat16, **more):
+    """What a call is told apart by: the kernel's name and the facts."""
+    stats = more.pop("stats", False)
+    head = Head(torch.empty(vocab, width, dtype=dtype), **more)
+    monkeypatch.setattr(tuning, "best", lambda kernel, family, facts, like, run: (kernel, *facts))
+    return backend._best(kernel, torch.empty(rows, width, dtype=dtype), head.weight, head, stats, lambda launch: None)
+
+
+CHANGES = {
+    "kernel": "linear_dlogits",
+    "rows": 300,
+    "vocab": 5000,
+    "width": 32,
+    "dtype": torch.float16,
+    "bias": torch.empty(500),
+    "softcap": 30.0,
+    "stats": True,
+}
+
+
+def test_calls_that_differ_in_their_work_are_timed_apart(monkeypatch):
+    kinds = [kind_of(monkeypatch), *(kind_of(monkeypatch, **{name: value}) for name, value in CHANGES.items())]
+    assert len(set(kinds)) == len(CHANGES) + 1, kinds
+    # Sizes between two powers of two are one kind, and so is what is a number to the kernel.
+    assert kind_of(monkeypatch, rows=65, vocab=257, logit_scale=0.5) == kinds[0]
+
+
+def test_the_device_of_a_launch_is_that_of_its_tensors():
+    """Triton launches on the current device: on a machine of two GPUs, tensors of the second would be out of reach."""
+    second = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    guard = backend._on(second)
+    assert isinstance(guard, torch.cuda.device)
+    assert guard.idx == 1
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels as they are launched, each with the device guard's tensor, or None; nothing runs."""
+    seen, guarding = {}, []
+
+    @contextmanager
+    def on(tensor):
+        guarding.append(tensor)
+        yield
+        guarding.pop()
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: seen.setdefault(self.name, guarding[-1] if guarding else None)
+
+    monkeypatch.setattr(backend, "_on", on)
+    for module, names in (
+        (row_kernels, ("finish_rows", "reduce_rows", "dlogits_rows", "exp_rows")),
+        (dpo_tail, ("dpo_tail",)),
+        (linear_logprob, ("linear_logprob", "linear_dlogits")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Kernel(name))
+    return seen
+
+
+def test_every_launch_is_guarded(launched):
+    kernels = backend.TritonRows(torch.bfloat16, 2**20)
+    x, labels = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
+    head = Head(torch.zeros(64, 8, dtype=torch.bfloat16), logit_scale=0.5)
+    tile, state = torch.zeros(4, 64), kernels.new_state(4, torch.device("cpu"), ())
+    counts, zero = torch.tensor([2, 2]), torch.zeros((), dtype=torch.float64)
+    kernels.project(x, head, 0, tile)
+    kernels.reduce(state, tile, labels, 0)
+    kernels.dlogits_(tile, labels, 0, state.max, state.sumexp, head, None)
+    kernels.reduced_dlogits(state, tile, labels, head)
+    kernels.recomputed_dlogits(x, head, 0, tile, labels, state.max, state.sumexp, None)
+    kernels.tail(state.max, None, counts, zero.expand(2), zero, losses.bind("sigmoid", 0.1, 0.0, {}))
+    index, segments = torch.arange(4), torch.tensor([0, 0, 1, 1])
+    rows = Rows(index, labels, None, segments, index, counts, counts, zero)
+    kernels.stream_logprob(x, head, rows, Tile(4, 64), ())
+    names = {"finish_rows", "reduce_rows", "dlogits_rows", "exp_rows", "dpo_tail", "linear_logprob", "linear_dlogits"}
+    assert launched.keys() == names
+    assert [name for name, tensor in launched.items() if tensor is None] == []

@@ -205,9 +205,14 @@ def measure(pairs, length, scratch_mib):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pairs", "length"), [(2, 1024), (32, 64)], ids=["oversized pairs", "many pairs"])
-def test_peak_memory(pairs, length):
-    """N = 4096, H = 512, V = 49152: full logits would take 805 MB for each copy."""
+@pytest.mark.parametrize(("pairs", "length", "accumulators"), [(2, 1024, 1), (32, 64, 0)], ids=["oversized", "many"])
+def test_peak_memory(pairs, length, accumulators):
+    """N = 4096, H = 512, V = 49152: full logits would take 805 MB for each copy.
+
+    There is the scratch, the gradients, and one more of the head's size where a pair is longer than the scratch. 32 MB
+    beside them are half of the scratch and a third of the head's gradient: no second one of either has room.
+    """
     measured = measure(pairs, length, scratch_mib=64)
     assert measured["finite"]
-    assert measured["extra"] <= 64 * MIB + 2 * measured["gradients"] + 128e6, measured
+    planned = 64 * MIB + measured["gradients"] + accumulators * 49152 * 512 * 4
+    assert measured["extra"] <= planned + 32e6, measured

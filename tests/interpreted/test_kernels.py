@@ -16,11 +16,13 @@ from tests.cases import HIDDEN, LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, bro
 from tests.small import tail_of_an_impossible_rejected
 from tests.test_equivalence import COUPLED, FAMILY, LOSSES, case_of, coupled
 from tests.test_numerics import assert_same_bits, extreme, masked
+from tests.test_sums import assert_summed_in_float64
 from tests.triton_tools.interpreter import sanitize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BY_DESCRIPTORS = replace(INTERPRETED, tma=True)
 SHARES = backend.shares
+COUNTS = (40_000, 0, 3_000, 255)  # of the tail's blocks of 256, a hundred to a lane and more
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +206,11 @@ def test_margins_of_thousands(shift, strategy):
 
 def test_tail_of_an_impossible_rejected_sequence():
     assert tail_of_an_impossible_rejected(TritonRows(torch.float32, 0)) == ([0.0], [0.0, 0.0])
+
+
+@pytest.mark.parametrize("weights_dtype", [None, torch.float32], ids=str)
+def test_long_sums_are_float64(weights_dtype):
+    assert_summed_in_float64(TritonRows(torch.float32, 2**20), COUNTS, weights_dtype)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -1,0 +1,13 @@
+"""Edits of the project's own source, each of which a test must notice: ``make mutants``, or ``python -m tests.mutants``.
+
+An entry is one ``Mutant`` in ``core.py``, ``kernels.py`` or ``around.py``. To add one, plant the edit by hand, see that
+the suite stays green, write the test that goes red, and enter both. ``records.py`` says what an entry is, ``runner.py``
+how it is tried.
+"""
+
+from tests.mutants.around import AROUND
+from tests.mutants.core import CORE
+from tests.mutants.kernels import KERNELS
+from tests.mutants.records import Mutant
+
+MUTANTS: tuple[Mutant, ...] = (*CORE, *KERNELS, *AROUND)
