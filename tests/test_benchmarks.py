@@ -263,6 +263,55 @@ def test_the_gate_refuses_a_wrong_provider(tmp_path, fault):
     assert "wrong: " in tables.terminal(found)
 
 
+SLIGHT = 1e-3  # of a gradient, or absolutely: ten times and more what the gate allows in float32 at this size
+
+
+def _slightly(name):
+    """A fault in one of the numbers, small enough for a wide gate."""
+
+    def change(drawn, outputs):
+        loss, logps = outputs.loss.detach(), outputs.logps.detach().clone()
+        if name == "loss":
+            return Outputs(loss + SLIGHT, logps)
+        if name == "logps":
+            logps[0] += SLIGHT  # of one sequence: a mean over all would hide half of it and more
+        else:
+            {"dX": drawn.hidden, "dW": drawn.weight}[name].grad.mul_(1 + SLIGHT)
+        return Outputs(loss, logps)
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["loss", "logps", "dX", "dW"])
+def test_the_gate_is_narrow(name):
+    drawn = data.make(TINY, torch.device("cpu"))
+    reduced = truth.Reduced(drawn)
+    allowed = truth.allowed(reduced.plain, drawn, drawn, "dpo")
+    assert allowed[name] < SLIGHT / 5, "or the fault below shows nothing"
+    for change, wrong in ((lambda drawn, outputs: outputs, set()), (_slightly(name), {name})):
+        drawn.clear()
+        outputs = planted(change).build(drawn, {})()
+        errors = reduced.errors("dpo", outputs.loss, outputs.logps)
+        assert {key for key, error in errors.items() if not error <= allowed[key]} == wrong
+        assert truth.is_green(errors, allowed) == (not wrong)
+
+
+def test_errors_are_the_largest_and_not_the_mean():
+    drawn = data.make(TINY, torch.device("cpu"))
+    reduced = truth.Reduced(drawn)
+    right = providers.registry()["full logits"].build(drawn, {})()
+    logps, tokens = right.logps.detach().clone(), reduced.oracle("dpo")[1]
+    logps[1] = tokens[1] + 0.5
+    assert reduced.errors("dpo", right.loss, logps)["logps"] == pytest.approx(0.5, rel=1e-6)
+    hidden, weight = drawn.hidden.detach().double(), drawn.weight.detach().double()
+    exact = (hidden @ weight.t()).log_softmax(-1).gather(-1, drawn.labels.clamp(min=0)[..., None])[..., 0]
+    by_token = exact[drawn.labels != data.IGNORE]
+    by_token[3] -= 0.25
+    assert reduced.token_error(by_token) == pytest.approx(0.25, rel=1e-6)
+    verdict = bars._judge("x", 1.0, {"a": 0.1, "b": 1.5, "c": 0.1}, 3, applies=True)
+    assert (verdict.value, verdict.verdict) == ("1.50 (b; 3 of 3 cases)", "missed")
+
+
 def test_what_is_wrong_at_full_size_only_is_refused_too(tmp_path):
     """A fault that begins after 64 tokens is not on the reduced copy."""
 
@@ -323,6 +372,84 @@ def test_liger_tries_chunk_sizes_and_shows_its_best(tmp_path):
     assert {tried["variant"]["chunk_size"] for tried in row["sweep"]} == {1, 2}
     best = min(row["sweep"], key=lambda tried: tried["seconds"])
     assert row["variant"] == best["variant"]
+
+
+# --- what is timed ----------------------------------------------------------------------------------------------------
+
+
+class Clock(devices.Cpu):
+    """A call takes what its step says, else a second; ``log`` holds the names of the steps that were timed."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken, self.log = ("", 1.0), []
+
+    def seconds(self, call):
+        self.taken = ("", 1.0)
+        call()
+        self.log.append(self.taken[0])
+        return self.taken[1]
+
+    def provider(self, name, seconds, **options):
+        """Full logits by another name, for so many seconds by variant."""
+        right = providers.registry()["full logits"]
+
+        def build(drawn, variant):
+            step, number = right.build(drawn, {}), variant.get("number", 0)
+
+            def timed():
+                outputs = step()
+                self.taken = (name, seconds[number])
+                return outputs
+
+            return timed
+
+        variants = [{"number": number} for number in range(len(seconds))]
+        return Provider(name, name, "of a known duration", build, variants=lambda case: variants, **options)
+
+
+def test_the_fastest_variant_is_the_one_that_is_timed(tmp_path):
+    clock = Clock()
+    known = few(varied=clock.provider("varied", [3.0, 1.0, 2.0]))
+    _, found = measured(tmp_path / "results.json", known, device=clock)
+    row = found["rows"]["varied"]
+    assert row["variant"] == {"number": 1}
+    assert [tried["seconds"] for tried in row["sweep"]] == [3.0, 1.0, 2.0]
+    assert row["rounds"] == [[0, [1.0]], [1, [1.0]]]
+
+
+def test_each_round_begins_with_another_provider(tmp_path):
+    """Whoever comes first finds other caches and clocks than whoever comes last: everybody does, in turn."""
+    clock = Clock()
+    known = {name: clock.provider(name, [1.0]) for name in ("a", "b", "c")}
+    measured(tmp_path / "results.json", known, "--rounds", "4", device=clock)
+    assert [clock.log[at : at + 3] for at in range(0, 12, 3)] == [list("abc"), list("bca"), list("cab"), list("abc")]
+    assert len(clock.log) == 12
+
+
+@pytest.mark.parametrize("name", [TINY.name, GPU_TINY.name])
+def test_no_call_finds_the_gradients_of_another(tmp_path, monkeypatch, name):
+    """Adding to a gradient that is there costs more than writing one."""
+    fresh = []
+
+    def build(drawn, variant):
+        step = providers.registry()["full logits"].build(drawn, variant)
+
+        def seen():
+            fresh.append(drawn.hidden.grad is None and drawn.weight.grad is None)
+            return step()
+
+        return seen
+
+    device = None
+    if name == GPU_TINY.name:
+        monkeypatch.setattr(devices, "L2_FLUSH_BYTES", 4096)
+        device = devices.Cuda(FakeCuda(), torch.device("cpu"))
+    watched = Provider("watched", "watched", "looks", build, variants=lambda case: [{}, {}], compiles=("cpu", "cuda"))
+    _, found = measured(tmp_path / "results.json", few(watched=watched), device=device, name=name)
+    assert len(found["rows"]["watched"]["rounds"]) == 2
+    assert len(fresh) >= 9  # checked, two variants of two calls each, two for the memory, and two rounds
+    assert all(fresh)
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
