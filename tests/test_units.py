@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import dpo_kernels as dk
+from dpo_kernels import tiles
 from tests.test_equivalence import coupled
 
 ROWS, HIDDEN, VOCAB = 64, 32, 2048  # per sequence
@@ -154,6 +156,15 @@ def test_oversized_pairs_cost_no_fourth_gemm():
     assert plan.extra_bytes == VOCAB * HIDDEN * 4
     flops, _ = costs(lambda: dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, scratch_bytes=scratch).loss)
     assert flops == 3 * 2 * labels.numel() * HIDDEN * VOCAB
+
+
+@pytest.mark.parametrize(("gigabytes", "mebibytes"), [(141, 2048), (79.2, 2048), (40, 1024), (8, 204.8)])
+def test_the_default_scratch_of_gpus(monkeypatch, gigabytes, mebibytes):
+    """2 GiB on cards that are sold as 80 GB or more, a fortieth of smaller ones."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = SimpleNamespace(total_memory=int(gigabytes * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert tiles.default_scratch_bytes(torch.device("cuda", 0)) == int(mebibytes * MIB)
 
 
 # --- memory, as the system sees it ------------------------------------------------------------------------------------
