@@ -24,7 +24,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test test-gpu kernels-check sanitize bench bench-quick report demo lint format clean
+.PHONY: help venv test test-gpu mutants kernels-check sanitize bench bench-quick report demo lint format clean
 
 help: ## show this list
 	@echo 'usage: make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]'
@@ -38,6 +38,9 @@ test-gpu: $(VENV)/.test $(VENV)/.extension ## the gpu-marked tests; fails where 
 	@$(PY) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
 	    { echo 'make: torch finds no CUDA device; test-gpu proves nothing here' >&2; exit 1; }
 	$(PY) -m pytest -m gpu
+
+mutants: $(VENV)/.test $(VENV)/.extension ## plant edits in copies of the source: a test must notice each; ARGS='--only losses', ARGS=--list
+	$(PY) -m tests.mutants $(ARGS)
 
 bench: $(VENV)/.bench $(VENV)/.extension ## measure this machine against every peer; ARGS='--only cpu --resume', ARGS=--list
 	$(PY) -m benchmarks.run $(ARGS)

@@ -1,4 +1,4 @@
-"""Edits of the project's own source, each of which a test must notice: ``make mutants``, or ``python -m tests.mutants``.
+"""Edits of the project's own source, each of which a test must notice: ``make mutants``.
 
 An entry is one ``Mutant`` in ``core.py``, ``kernels.py`` or ``around.py``. To add one, plant the edit by hand, see that
 the suite stays green, write the test that goes red, and enter both. ``records.py`` says what an entry is, ``runner.py``

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=package.__doc__)
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="a part of FILE: WORDS, or a glob")
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="a part of FILE: WHY, or a glob")
     parser.add_argument("--list", action="store_true", help="show the edits, and try none")
     parser.add_argument("--check", action="store_true", help="only look whether every edit still applies exactly once")
     parser.add_argument("--jobs", type=int, default=2, help="edits tried at a time (default: 2)")

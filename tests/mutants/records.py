@@ -1,8 +1,9 @@
 """What an entry of the table is, and whether the table still fits the source."""
 
 import ast
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,40 +60,64 @@ class Mutant:
 
 def problems(mutants: Iterable[Mutant], root: Path) -> list[str]:
     """What is wrong with a table for the source under ``root``, a line for each; nothing is run."""
-    found, names = [], set()
+    found: list[str] = []
+    names: set[str] = set()
+    fitting: dict[str, list[Mutant]] = {}
+    read = functools.cache(lambda path: path.read_text(encoding="utf-8"))
     for mutant in mutants:
         if mutant.name in names:
             found.append(f"{mutant.name}: another entry has the same file and words")
         names.add(mutant.name)
         if len({test.startswith(INTERPRETED) for test in mutant.ids}) != 1:
             found.append(f"{mutant.name}: tests inside and outside of {INTERPRETED} cannot share a process")
-        found += _problems_of_the_edit(mutant, root / mutant.file)
-        found += [f"{mutant.name}: there is no {test}" for test in mutant.ids if not _is_written(test, root)]
+        found += [f"{mutant.name}: there is no {test}" for test in mutant.ids if not _is_written(test, root, read)]
+        path = root / mutant.file
+        if not path.is_file():
+            found.append(f"{mutant.name}: there is no such file")
+        elif mutant.old == mutant.new:
+            found.append(f"{mutant.name}: the edit changes nothing")
+        else:
+            try:
+                mutant.applied(read(path))
+                fitting.setdefault(mutant.file, []).append(mutant)
+            except ValueError as error:
+                found.append(str(error))
+    for file, edits in fitting.items():
+        if file.endswith(".py"):
+            found += _no_python(edits, read(root / file))
     return found
 
 
-def _problems_of_the_edit(mutant: Mutant, path: Path) -> list[str]:
-    if not path.is_file():
-        return [f"{mutant.name}: there is no such file"]
-    if mutant.old == mutant.new:
-        return [f"{mutant.name}: the edit changes nothing"]
+def _no_python(edits: list[Mutant], text: str) -> list[str]:
+    """Edits that leave a file which is no Python: all that can be are planted together, to read the file but once."""
+    together, alone = text, []
+    for mutant in edits:
+        if together.count(mutant.old) == 1:
+            together = mutant.applied(together)
+        else:
+            alone.append(mutant)
+    if _syntax_error(together):
+        alone = edits
+    return [
+        f"{mutant.name}: the edited file is no Python ({error})"
+        for mutant in alone
+        if (error := _syntax_error(mutant.applied(text)))
+    ]
+
+
+def _syntax_error(text: str) -> str:
     try:
-        edited = mutant.applied(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        return [str(error)]
-    if path.suffix == ".py":
-        try:
-            ast.parse(edited)
-        except SyntaxError as error:
-            return [f"{mutant.name}: the edited file is no Python ({error})"]
-    return []
+        ast.parse(text)
+    except SyntaxError as error:
+        return str(error)
+    return ""
 
 
-def _is_written(test: str, root: Path) -> bool:
+def _is_written(test: str, root: Path, read: Callable[[Path], str]) -> bool:
     """Whether the file of a test's id exists and defines a test of that name; parameters are not looked at."""
     file, _, rest = test.partition("::")
     path = root / file
     if not path.is_file():
         return False
     name = rest.partition("[")[0].rpartition("::")[2]
-    return not name or bool(re.search(rf"^\s*def {re.escape(name)}\(", path.read_text(encoding="utf-8"), re.MULTILINE))
+    return not name or bool(re.search(rf"^\s*def {re.escape(name)}\(", read(path), re.MULTILINE))

@@ -1,7 +1,7 @@
 """Plants each edit in a copy of the tree, runs its tests there, and says which edits no test noticed.
 
-The tree itself is only read. Killed means that tests failed: pytest's exit status 1. A collection that breaks (2), wrong
-ids (4, 5), a time limit or a crash show nothing about a test, and count as survival.
+The tree itself is only read. Killed means that tests failed: pytest's exit status 1. A collection that breaks (2, 4),
+no tests (5), a time limit or a crash show nothing about a test, and count as survival.
 """
 
 import os
@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,8 +94,10 @@ class Copies:
         except subprocess.TimeoutExpired:
             return None, ""
         finally:
-            end(process)
-            self.running.discard(process)
+            kill(process)
+            process.communicate()
+            with self.lock:
+                self.running.discard(process)
 
     def pytest(self, copy: Path, ids: Sequence[str], seconds: float) -> tuple[int | None, str]:
         """Tests in a copy, in a process of their own, until the first failure."""
@@ -107,17 +109,14 @@ class Copies:
         """End every process, and start no other."""
         with self.lock:
             self.stopped = True
-            for process in list(self.running):
-                end(process)
+            for process in self.running:
+                kill(process)
 
 
-def end(process: "subprocess.Popen[str]") -> None:
-    """Kill a process with what it has started, and wait for it."""
-    try:
+def kill(process: "subprocess.Popen[str]") -> None:
+    """End a process and what it has started: it leads a session of its own."""
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
-    process.communicate()
 
 
 @contextmanager
@@ -192,7 +191,11 @@ def red_as_it_is(mutants: Sequence[Mutant], copies: Copies, jobs: int) -> str:
         return "" if status == 0 else f"pytest ended with {status}:\n{said[-TAIL:]}"
 
     with ThreadPoolExecutor(jobs) as pool:
-        return "\n".join(filter(None, pool.map(run, filter(None, shares))))
+        try:
+            return "\n".join(filter(None, pool.map(run, filter(None, shares))))
+        except BaseException:  # Ctrl-C above all: leaving the pool waits for what runs in it
+            copies.stop()
+            raise
 
 
 def wrong_place(copy: Path, copies: Copies) -> str:
