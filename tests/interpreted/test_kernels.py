@@ -213,6 +213,15 @@ def test_long_sums_are_float64(weights_dtype):
     assert_summed_in_float64(TritonRows(torch.float32, 2**20), COUNTS, weights_dtype)
 
 
+def test_each_tile_adds_its_own_bias():
+    x_CH, head = torch.randn(3, 8), Head(torch.randn(300, 8), torch.randn(300))
+    rows = TritonRows(torch.float32, 2**20)
+    for start, stop in ((0, 100), (100, 300)):
+        tile = torch.empty(3, stop - start)
+        rows.project(x_CH, head, start, tile)
+        torch.testing.assert_close(tile, (x_CH @ head.weight.t() + head.bias)[:, start:stop])
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_repeated_runs_are_equal(strategy):
     case = Case(torch.bfloat16, bias=True, weights=True, reference="hidden")

@@ -3,7 +3,6 @@
 from tests.mutants.records import Mutant
 
 _EQUIVALENCE = "tests/test_equivalence.py::test_equivalence[padded-torch."
-_INTERPRETED = "tests/interpreted/test_kernels.py::test_equivalence[padded-torch."
 
 _TORCH = [
     Mutant(
@@ -176,21 +175,21 @@ _TRITON = [
         _BACKEND,
         "pad(head.bias[start : start + cols]",
         "pad(head.bias[:cols]",
-        f"{_INTERPRETED}float32-recompute-tiles]",
+        "tests/interpreted/test_kernels.py::test_each_tile_adds_its_own_bias",
         "each tile adds the first tile's bias",
     ),
     Mutant(
         _BACKEND,
         "(highest - kept[0]) * kept[1], torch",
         "torch.zeros_like(kept[1]), torch",
-        f"{_INTERPRETED}float32-streaming]",
+        "tests/interpreted/test_kernels.py::test_equivalence_by_descriptors",
         "entropies of shares are added up as if they had one maximum",
     ),
     Mutant(
         _BACKEND,
         ".to(torch.int8).argmax(dim=0)",
         ".to(torch.int8).argmin(dim=0)",
-        f"{_INTERPRETED}float32-streaming]",
+        "tests/interpreted/test_kernels.py::test_equivalence_by_descriptors",
         "the most likely token is looked up in another share of the vocabulary",
     ),
     Mutant(

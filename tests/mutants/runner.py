@@ -99,9 +99,9 @@ class Copies:
             with self.lock:
                 self.running.discard(process)
 
-    def pytest(self, copy: Path, ids: Sequence[str], seconds: float) -> tuple[int | None, str]:
-        """Tests in a copy, in a process of their own, until the first failure."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *ids]
+    def pytest(self, copy: Path, ids: Sequence[str], seconds: float, *options: str) -> tuple[int | None, str]:
+        """Tests in a copy, in a process of their own."""
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *ids]
         interpret = "1" if ids[0].startswith(INTERPRETED) else "0"
         return self.run(copy, command, seconds, TRITON_INTERPRET=interpret)
 
@@ -146,7 +146,7 @@ def verdict_of(mutant: Mutant, status: int | None, said: str, seconds: float) ->
 def tried(mutant: Mutant, copies: Copies) -> Outcome:
     """Plant an edit of Python, run its tests."""
     with copies.borrowed() as copy, planted(mutant, copy):
-        return verdict_of(mutant, *copies.pytest(copy, mutant.ids, copies.seconds), copies.seconds)
+        return verdict_of(mutant, *copies.pytest(copy, mutant.ids, copies.seconds, "-x"), copies.seconds)
 
 
 def build(copy: Path, copies: Copies) -> str:
@@ -174,7 +174,7 @@ def tried_compiled(mutants: Sequence[Mutant], copies: Copies) -> Iterator[Outcom
             if said := build(copy, copies):
                 yield Outcome(mutant, "the edited extension does not build", said[-TAIL:])
                 continue
-            yield verdict_of(mutant, *copies.pytest(copy, mutant.ids, copies.seconds), copies.seconds)
+            yield verdict_of(mutant, *copies.pytest(copy, mutant.ids, copies.seconds, "-x"), copies.seconds)
 
 
 def red_as_it_is(mutants: Sequence[Mutant], copies: Copies, jobs: int) -> str:
@@ -187,7 +187,7 @@ def red_as_it_is(mutants: Sequence[Mutant], copies: Copies, jobs: int) -> str:
 
     def run(ids: list[str]) -> str:
         with copies.borrowed() as copy:
-            status, said = copies.pytest(copy, ids, copies.seconds * max(1, len(mutants)))
+            status, said = copies.pytest(copy, ids, copies.seconds * len(mutants), "--tb=short")
         return "" if status == 0 else f"pytest ended with {status}:\n{said[-TAIL:]}"
 
     with ThreadPoolExecutor(jobs) as pool:
