@@ -90,6 +90,32 @@ def test_a_second_adapter_is_followed(batch):
     assert widths == 32 + 3
 
 
+def second_adapter(model, **options):
+    """Another LoRA on the head beside the first, both active."""
+    torch.manual_seed(3)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=7, target_modules=["lm_head"], **options)
+    model.add_adapter("second", config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and ".second." in name:
+                parameter.normal_(std=0.3)
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+@pytest.mark.parametrize(("name", "bias"), [("llama", False), ("phi", True)])
+def test_two_active_adapters_on_the_head_are_both_used(batch, name, bias):
+    model = second_adapter(adapted(name, target_modules=["lm_head"], lora_bias=bias), lora_bias=bias)
+    plain, fused = both(model, batch)
+    assert_same(plain, fused)
+    assert sum("lora_" in name for name in fused[1]) == (6 if bias else 4)
+    hidden, weight, options = fused_lm_head(model, check=False)(**batch[0])
+    logits = torch.nn.functional.linear(hidden, weight, options["bias"])
+    torch.testing.assert_close(logits, model(**batch[0]).logits, rtol=1e-5, atol=1e-5)
+    model.set_adapter("default")
+    assert (logits - model(**batch[0]).logits).abs().max() > 0.1
+
+
 def test_a_saved_head_follows_the_adapter(batch):
     model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
     with torch.no_grad():
@@ -108,13 +134,16 @@ def test_a_small_update_is_not_lost_in_sixteen_bits(batch):
     assert torch.equal(weight[:, 32:], model.get_output_embeddings().lora_B["default"].weight)
 
 
-def test_dropout_and_dora_on_the_head_are_refused(batch):
+def test_dropout_and_what_is_not_plain_lora_on_the_head_are_refused(batch):
     model = adapted(target_modules=["lm_head"], lora_dropout=0.1).train()
     with pytest.raises(ValueError, match=r"lora_dropout=0\.1"):
         fused_lm_head(model, check=False)(**batch[0])
     fused_lm_head(model.eval())(**batch[0])
     with pytest.raises(ValueError, match=r"DoRA|Dora"):
         fused_lm_head(adapted(target_modules=["lm_head"], use_dora=True))(**batch[0])
+    adalora = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], total_step=9)
+    with pytest.raises(ValueError, match="'default' is not a plain LoRA: SVDLinear"):
+        fused_lm_head(peft.get_peft_model(tiny("llama"), adalora))(**batch[0])
     ia3 = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["lm_head"], feedforward_modules=[])
     with pytest.raises(ValueError, match="not a plain LoRA"):
         fused_lm_head(peft.get_peft_model(tiny("llama"), ia3))(**batch[0])

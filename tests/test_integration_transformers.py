@@ -46,7 +46,19 @@ CONFIGS = {
     "falcon_h1": lambda t: t.FalconH1Config(
         **SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, lm_head_multiplier=0.3
     ),
-}
+    "opt": lambda t: t.OPTConfig(  # its forward calls a part of its backbone, which narrows the hidden states
+        **without("intermediate_size", "num_key_value_heads", "head_dim"), ffn_dim=48, word_embed_proj_dim=16,
+        enable_bias=False,
+    ),
+    "bart": lambda t: t.BartConfig(
+        vocab_size=V, d_model=H, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=48, is_decoder=True,
+        max_position_embeddings=64,
+    ),
+    "inkling": lambda t: t.InklingTextConfig(
+        **without("intermediate_size"), moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+        logits_mup_width_multiplier=1.5,
+    ),
+}  # fmt: skip
 
 
 def tiny(name, seed=0):
@@ -169,10 +181,19 @@ def test_the_check_leaves_modes_and_random_numbers_alone(batch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", ["BertConfig", "RobertaConfig", "ModernBertDecoderConfig"])
-def test_a_transform_before_the_head_is_refused_with_the_reason(name):
+BEFORE_THE_HEAD = [
+    ("BertConfig", {}),
+    ("RobertaConfig", {}),
+    ("ModernBertDecoderConfig", {}),
+    ("ElectraConfig", {"embedding_size": 16}),
+    ("ElectraConfig", {"embedding_size": H}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), BEFORE_THE_HEAD)
+def test_a_transform_before_the_head_is_refused_with_the_reason(name, options):
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": H, "intermediate_size": 48}
-    config = getattr(transformers, name)(**sizes, vocab_size=V, is_decoder=True, pad_token_id=0)
+    config = getattr(transformers, name)(**sizes, vocab_size=V, is_decoder=True, pad_token_id=0, **options)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=r"not linear in the hidden states: .*Linear"):
         fused_lm_head(model)
@@ -297,3 +318,10 @@ def test_autocast(batch):
     model = copy.deepcopy(model).to(torch.bfloat16)
     hidden, weight, _ = fused_lm_head(model)(**inputs)
     assert hidden.dtype == weight.dtype == torch.bfloat16
+
+
+def test_a_head_that_is_not_loaded_is_refused_with_the_reason():
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"](transformers))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: the head's weight is on the meta device"):
+        fused_lm_head(model)

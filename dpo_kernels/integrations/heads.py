@@ -31,15 +31,20 @@ def why_not_linear(module: nn.Module | None) -> str:
         return f"the head is a {name} without a weight (V, H)"
     if not weight.is_floating_point():
         return f"the head is quantised: its weight is {weight.dtype}; keep the head out of quantisation"
+    if weight.device.type == "meta":
+        return (
+            "the head's weight is on the meta device: it is offloaded or was never loaded, and the fused losses read "
+            "it outside the head's own forward; keep the head on a device (device_map={..., 'lm_head': 0})"
+        )
     if not isinstance(layer, nn.Linear):
         return f"the head is a {name}, not torch.nn.Linear"
     return ""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module at the core of PEFT's wrappers."""
+    """The module at the core of what PEFT and ``torch.compile`` have put around it."""
     while True:
-        for attribute in ("base_layer", "original_module"):
+        for attribute in ("_orig_mod", "base_layer", "original_module"):
             if isinstance(inner := getattr(module, attribute, None), nn.Module):
                 module = inner
                 break
@@ -58,6 +63,8 @@ def operands(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor 
     Differentiable with respect to the hidden states and to whatever is trainable in the head. Raises ``ValueError``
     for an adapter that is not linear in the hidden states, or whose sort is not known.
     """
+    if isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
+        return operands(compiled, hidden)
     if hasattr(module, "modules_to_save"):
         return operands(_saved_module(module), hidden)
     if hasattr(module, "token_adapter"):
@@ -106,7 +113,9 @@ def _lora(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     for name in layer.active_adapters:
         if name not in getattr(layer, "lora_A", {}):
             if any(name in part for part in _adapter_parts(layer)):
-                raise ValueError(f"the head's adapter {name!r} is not a plain LoRA: {type(layer).__name__}")
+                raise ValueError(
+                    f"the head's adapter {name!r} is not a plain LoRA: {type(layer).__name__}; use plain LoRA"
+                )
             continue
         _check_plain(layer, name)
         down, up = layer.lora_A[name], layer.lora_B[name]
@@ -126,6 +135,9 @@ def _adapter_parts(layer: Any) -> list[Any]:
 
 
 def _check_plain(layer: Any, name: str) -> None:
+    if not all(isinstance(factors[name], nn.Linear) for factors in (layer.lora_A, layer.lora_B)):
+        # AdaLoRA's factors are bare parameters, with singular values of their own between them.
+        raise ValueError(f"the head's adapter {name!r} is not a plain LoRA: {type(layer).__name__}; use plain LoRA")
     variant = getattr(layer, "lora_variant", {}).get(name)
     if variant is not None or getattr(layer, "use_dora", {}).get(name, False):
         kind = "DoRA" if variant is None else getattr(variant, "__name__", type(variant).__name__)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dpo_kernels import fused_sequence_logps
-from dpo_kernels.integrations.transformers import FusedLMHead, evaluating, fused_lm_head
+from dpo_kernels.integrations.head_check import evaluating
+from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
 
 FINAL = "reference_logps.safetensors"
 PART = "part-*.safetensors"

@@ -12,29 +12,23 @@ own forward instead: ``head.attach()`` once before wrapping, then ``wrapped(**in
 import copy
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from dpo_kernels.integrations import heads
+from dpo_kernels.integrations import head_check, heads
 
 # What the configurations call them. The self-check tells whether a name still means what it did.
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-DIVIDER = "logits_scaling"
+DIVIDERS = ("logits_scaling", "logits_mup_width_multiplier")
 MULTIPLIES_BY_DIVIDER = ("hyperclovax",)
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
-# The self-check: this many positions and columns of the vocabulary, natural and stretched to this largest logit, at
-# which a soft cap of any model shows.
-POSITIONS, COLUMNS, STRETCHED = 8, 1024, 100.0
-# Largest difference at a position by its largest logit: float32 with TF32 off and on loses 1e-6 to 1e-3, 16-bit logits
-# 2^-8. Logits all below 1 are compared as if one were 1.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-LEAST_LARGEST = 1.0
+# Layers beside backbone and output embedding that are named so stand between the two. What is named otherwise (a vision
+# tower, a value head) may stand anywhere, and the self-check tells.
+BEFORE_THE_HEAD = re.compile("Head|Prediction|Transform")
 
 CALL = "fused_call"
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
@@ -80,11 +74,10 @@ class FusedLMHead:
                 "synchronised: call fused_lm_head(model).attach() before wrapping, then "
                 f"wrapped(**inputs, {CALL}=...)"
             )
-        outer: Any = model
-        inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
+        inner = innermost(model)
         if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "config"):
             raise TypeError(f"model must be a transformers model with an LM head, got {type(model).__name__}")
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        if any(_learns_a_prompt(layer) for layer in _layers(model)):
             raise ValueError("prompt-learning adapters put virtual tokens before the labels' positions: not supported")
         self.model: Any = inner
         if reason := heads.why_not_linear(inner.get_output_embeddings()) or _why_not_direct(inner):
@@ -93,12 +86,17 @@ class FusedLMHead:
         self.checked = not check
         # The forward before attach(), a function of the model first. What wraps the model later is not entered twice:
         # accelerate's is one autocast object, which, entered inside itself, would never switch autocast off again.
-        self._forward: Callable[..., Any] = nn.Module.__call__
+        self.model_forward: Callable[..., Any] = nn.Module.__call__
 
     @property
     def output_embedding(self) -> nn.Module:
         """The head's module, PEFT's wrapper included."""
         return self.model.get_output_embeddings()
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The part of the model that returns hidden states."""
+        return backbone(self.model)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -114,8 +112,12 @@ class FusedLMHead:
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if not self.checked:
             self.check(**inputs)
-        outputs = backbone(self.model)(**inputs | {"use_cache": False})
+        outputs = self.hidden_states(inputs)
         return outputs, self.operands(outputs[0])
+
+    def hidden_states(self, inputs: dict[str, Any]) -> Any:
+        """The backbone's outputs, the last hidden states first."""
+        return self.backbone(**inputs | {"use_cache": False})
 
     def operands(self, hidden: Tensor) -> HeadInputs:
         """The head as applied to hidden states ``(..., H)``: LoRA makes H larger."""
@@ -132,7 +134,7 @@ class FusedLMHead:
         attached = getattr(self.model.forward, CALL, None)
         if attached is not None and attached.model is self.model:
             return self
-        self._forward = original = _unbound(self.model)
+        self.model_forward = original = _unbound(self.model)
 
         @functools.wraps(type(self.model).forward)  # generate() reads the signature
         def forward(model: Any, *args: Any, fused_call: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
@@ -141,8 +143,10 @@ class FusedLMHead:
             if args:
                 kwargs |= dict(zip(_parameters(type(model).forward), args, strict=False))
             head = self.of(model)
+            if not head.checked:  # before there are tensors with a history, of which torch warns where a graph breaks
+                head.check(**kwargs)
+                self.checked = True  # a copy has the same class and configuration
             outputs, given = head.run(kwargs)
-            self.checked = head.checked  # a copy has the same class and configuration
             return fused_call(outputs, *given)
 
         setattr(forward, CALL, self)
@@ -157,53 +161,36 @@ class FusedLMHead:
         head.model = model
         return head
 
-    @torch.no_grad()
     def check(self, **inputs: Any) -> None:
-        """Compare logits at a few positions of these inputs with the model's own, as they are and stretched.
+        """Compare hidden states and logits of these inputs with the model's own, as they are and stretched.
 
-        One forward of at most two sequences. Raises ``RuntimeError`` with the size of the mismatch.
+        One forward of two sequences, or of all where not every input has a row for each sequence (images, say); two
+        where the model calls a part of its backbone, or with other inputs. Raises ``RuntimeError`` with the size of
+        the mismatch.
         """
-        few = {name: _first_rows(value) for name, value in inputs.items() if name != "labels"}
-        few["use_cache"] = False
-        parameters = _parameters(type(self.model).forward)
-        if "logits_to_keep" in parameters:
-            few["logits_to_keep"] = POSITIONS
-        with evaluating(self.model), _stretching(self) as seen:
-            logits = self._forward(self.model, **few).logits
-            if "hidden" not in seen:  # TRL's wrapper of a forward, deep-copied, still runs the model it was made for
-                logits = type(self.model).forward(self.model, **few).logits
-        if "hidden" not in seen:
-            raise RuntimeError(f"{type(self.model).__name__} computes logits without calling its backbone")
-        kept = min(logits.shape[1], POSITIONS)
-        hidden, weight, options = self.operands(seen["hidden"][:, -kept:])
-        last = logits.shape[-1] - 1
-        columns = torch.linspace(0, last, min(COLUMNS, last + 1), dtype=torch.float64, device="cpu").round().long()
-        columns = columns.to(weight.device)
-        ours = self._logits(hidden, weight, options["bias"], columns)
-        model = logits[:, -kept:].to(ours.device).index_select(-1, columns).to(ours.dtype)
-        largest = model.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST_LARGEST)
-        error = float(((ours - model).abs() / largest).amax())
-        tolerance = max(TOLERANCE[dtype] for dtype in (logits.dtype, _operand_dtype(weight)))
-        if not error <= tolerance:
-            raise RuntimeError(
-                f"the fused head does not reproduce the logits of {type(self.model).__name__}: with "
-                f"logit_scale={self.logit_scale}, softcap={self.softcap} and "
-                f"{'a' if options['bias'] is not None else 'no'} bias they differ by {error:.1e} of the largest logit "
-                f"at a position (allowed: {tolerance:.0e}). The model does something between its hidden states and its "
-                "logits that this version does not know; set head.logit_scale and head.softcap, or use the model's own "
-                "logits."
-            )
+        head_check.check(self, inputs)
         self.checked = True
 
-    def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor) -> Tensor:
-        # Rounded as the model rounds them: where a cap squeezes large logits, their errors show beside small ones.
-        narrow, wide = _operand_dtype(weight), torch.promote_types(weight.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = hidden.to(narrow).to(wide) @ weight[columns].to(narrow).to(wide).t()
-            if bias is not None:
-                logits = logits + bias[columns].to(wide)
-            logits = logits * self.logit_scale
-            return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+def innermost(model: Any) -> Any:
+    """The causal model inside what PEFT and ``torch.compile`` have put around it, in whatever order."""
+    return list(_layers(model))[-1]
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    yield model
+    while True:
+        if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return
+        yield model
+
+
+def _learns_a_prompt(model: Any) -> bool:
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def backbone(model: Any) -> nn.Module:
@@ -218,22 +205,27 @@ def backbone(model: Any) -> nn.Module:
 
 
 def _scaling(config: Any) -> tuple[float, float | None]:
-    scale = next((getattr(config, name) for name in MULTIPLIERS if getattr(config, name, None) is not None), None)
-    if scale is None and (divider := getattr(config, DIVIDER, None)) is not None:
+    def first(names: tuple[str, ...]) -> Any:
+        return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+
+    scale, softcap = first(MULTIPLIERS), first(SOFTCAPS)
+    if scale is None and (divider := first(DIVIDERS)) is not None:
         scale = divider if config.model_type in MULTIPLIES_BY_DIVIDER else 1.0 / divider
-    softcap = next((getattr(config, name) for name in SOFTCAPS if getattr(config, name, None) is not None), None)
     return 1.0 if scale is None else float(scale), None if softcap is None else float(softcap)
 
 
 def _why_not_direct(model: Any) -> str:
     """Whether layers of their own stand between the backbone and the output embedding."""
     embedding, body = model.get_output_embeddings(), backbone(model)
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    linear: Any = heads.unwrapped(embedding)
+    narrower = width is not None and linear.weight.shape[1] != width
     for name, child in model.named_children():
         if child is body or child is embedding:
             continue
         others = {id(p) for p in child.parameters()} - {id(p) for p in (*embedding.parameters(), *body.parameters())}
         holds = any(module is embedding for module in child.modules())
-        if others and (holds or "Head" in type(child).__name__):
+        if others and (holds or narrower or BEFORE_THE_HEAD.search(type(child).__name__)):
             holders = [m for m in child.modules() if m is not embedding and m._parameters]
             layers = sorted({type(module).__name__ for module in holders})
             return (
@@ -262,53 +254,3 @@ def _unbound(model: Any) -> Callable[..., Any]:
 
 def _parameters(function: Callable[..., Any]) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
-
-
-# --- the self-check ---------------------------------------------------------------------------------------------------
-
-
-def _operand_dtype(weight: Tensor) -> torch.dtype:
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
-def _first_rows(value: Any) -> Any:
-    return value[:2] if isinstance(value, Tensor) and value.dim() >= 2 else value
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, no checkpointing, and afterwards every module as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _stretching(head: FusedLMHead) -> Iterator[dict[str, Tensor]]:
-    """Stretch the hidden states at every other position on their way to the head; yields what the head then got."""
-    seen: dict[str, Tensor] = {}
-
-    def hook(module: nn.Module, args: Any, outputs: Any) -> Any:
-        hidden = outputs[0]
-        given, weight, _ = head.operands(hidden[:, -POSITIONS:])
-        columns = torch.arange(min(COLUMNS, weight.shape[0]), device=weight.device)
-        plain = (given.float() @ weight[columns].float().t()).abs().amax() * abs(head.logit_scale)
-        # Hidden states of 16 bits must stay in their range.
-        factor = float((STRETCHED / plain.clamp(min=1e-6)).clamp(max=1e4 / float(hidden.abs().amax().clamp(min=1e-6))))
-        odd = torch.arange(hidden.shape[1], device=hidden.device) % 2 == 1
-        seen["hidden"] = torch.where(odd[:, None], hidden * factor, hidden)
-        if isinstance(outputs, tuple):
-            return (seen["hidden"], *outputs[1:])
-        outputs["last_hidden_state"] = seen["hidden"]
-        return outputs
-
-    handle = backbone(head.model).register_forward_hook(hook)
-    try:
-        yield seen
-    finally:
-        handle.remove()

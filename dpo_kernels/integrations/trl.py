@@ -21,7 +21,8 @@ from trl.trainer import dpo_trainer as trl_module
 
 from dpo_kernels import DPOLossOutput, fused_dpo_loss, fused_sequence_logps
 from dpo_kernels.integrations import heads, trl_loss, trl_metrics
-from dpo_kernels.integrations.transformers import CALL, FusedLMHead, evaluating, fused_lm_head
+from dpo_kernels.integrations.head_check import evaluating
+from dpo_kernels.integrations.transformers import CALL, FusedLMHead, fused_lm_head, innermost
 from dpo_kernels.integrations.trl_batch import REFERENCE, PairBatch, check_packing, pair_batch
 from dpo_kernels.integrations.trl_patch import patch_trl, unpatch_trl
 
@@ -47,10 +48,13 @@ class FusedDPOTrainer(DPOTrainer):
         check_reference: compare precomputed log-probs with the reference's own at the first training batch, where a
             ``ref_model`` or an adapter to switch off makes that possible. False afterwards; set it to False where the
             log-probs are meant to be another reference's.
+        check_head: compare the fused head with the model's own logits at the first batch. A subclass that sets it to
+            False leaves that out.
 
     """
 
     check_reference = True
+    check_head = True
 
     # Set at their first use: TRL's constructor already scores the reference when it precomputes log-probs.
     _loss_options: trl_loss.LossOptions | None = None
@@ -78,7 +82,7 @@ class FusedDPOTrainer(DPOTrainer):
         """Why TRL's own loss is used, or an empty string. Says so in the log the first time."""
         if self._reason is None:
             self._reason = self._why_not_fused()
-            if self._reason and heads.has_adapter(_inner(self.model).get_output_embeddings()):
+            if self._reason and heads.has_adapter(innermost(self.model).get_output_embeddings()):
                 raise ValueError(f"an adapter on the LM head needs the fused loss, but: {self._reason}")
             said = f"TRL's own loss is used: {self._reason}" if self._reason else ""
             if self._loss_options is not None and not said:
@@ -97,7 +101,7 @@ class FusedDPOTrainer(DPOTrainer):
         try:
             for model in (self.model, self.ref_model):
                 if model is not None:
-                    fused_lm_head(self.accelerator.unwrap_model(model))
+                    fused_lm_head(self.accelerator.unwrap_model(model), check=self.check_head)
         except (TypeError, ValueError) as error:
             return str(error)
         return ""
@@ -105,8 +109,8 @@ class FusedDPOTrainer(DPOTrainer):
     def _head(self, model: Any) -> FusedLMHead:
         """The head attached to a model; attaches one where there is none."""
         model = self.accelerator.unwrap_model(model)
-        attached = getattr(_inner(model).forward, CALL, None)
-        return attached.of(_inner(model)) if attached is not None else fused_lm_head(model)
+        attached = getattr(innermost(model).forward, CALL, None)
+        return attached.of(innermost(model)) if attached is not None else fused_lm_head(model, check=self.check_head)
 
     # --- the loss ---
 
@@ -211,7 +215,7 @@ class FusedDPOTrainer(DPOTrainer):
         assert self._loss_options is not None, "set when it was decided to come here"
         aux_loss = None
         if getattr(self, "aux_loss_enabled", False):
-            aux_loss = _router_loss(_inner(self.model), outputs, batch.inputs.get("attention_mask"))
+            aux_loss = _router_loss(innermost(self.model), outputs, batch.inputs.get("attention_mask"))
         hidden, layout = batch.arguments(hidden)
         labels = batch.labels.to(hidden.device)
         call = partial(fused_dpo_loss, hidden, weight, labels, **layout, **options)
@@ -239,10 +243,6 @@ class FusedDPOTrainer(DPOTrainer):
         few = {name: inputs[name][:: max(1, len(inputs[name]) - 1)] for name in ("input_ids", "attention_mask")}
         with self.accelerator.autocast():
             check_packing(self._head(self.model), few)
-
-
-def _inner(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _wpo_weights(call: Any) -> Tensor:

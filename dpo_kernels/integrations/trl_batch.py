@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.integrations.transformers import FusedLMHead, evaluating
+from dpo_kernels.integrations.head_check import evaluating
+from dpo_kernels.integrations.transformers import FusedLMHead
 
 IGNORED = -100
 PACKING_TOLERANCE = 5e-2  # hidden states with and without padding, in 16 bits by different attention kernels

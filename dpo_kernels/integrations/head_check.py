@@ -1,0 +1,208 @@
+"""The self-check of a fused head: it must give the logits that the model itself gives.
+
+What the output embedding receives in the model's own forward is compared with what the backbone returns, and the logits
+which the model makes of it with those of the fused head. A hook on the output embedding sees both, whatever part of the
+backbone the model calls and whatever its inputs are.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The logits are compared for this many sequences, positions and columns of the vocabulary, natural and stretched to
+# this largest logit, at which a soft cap of any model shows.
+ROWS, POSITIONS, COLUMNS, STRETCHED = 2, 8, 1024, 100.0
+# Largest difference at a position by its largest logit: float32 with TF32 off and on loses 1e-6 to 1e-3, 16-bit logits
+# 2^-8. Logits all below 1 are compared as if one were 1.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+LEAST_LARGEST = 1.0
+
+BETWEEN = " (what its output embedding receives is not what its backbone returns)"
+NOT_FOR_THE_CHECK = ("labels", "output_router_logits", "logits_to_keep")  # no loss is wanted, and every position
+SWITCH_OFF = "check=False leaves this check out (check_head = False on FusedDPOTrainer)"
+
+
+# Never traced: the hooks and the numbers that are read here would break a graph, or the tracer.
+@torch.compiler.disable
+@torch.no_grad()
+def check(head: Any, inputs: dict[str, Any]) -> None:
+    """Raise ``RuntimeError`` where a ``FusedLMHead`` does not give the logits of its model for these inputs."""
+    name, few = type(head.model).__name__, _few(inputs)
+    with torch.compiler.set_stance("force_eager"), evaluating(head.model):
+        with _stretching(head) as seen, _watching(head.backbone) as returned:
+            logits = _logits(head.model_forward(head.model, **few))
+            if not seen:  # TRL's wrapper of a forward, deep-copied, still runs the model it was made for
+                logits = _logits(type(head.model).forward(head.model, **few))
+        if not seen:
+            raise RuntimeError(
+                f"{name} computes logits without calling its output embedding, so that nothing tells whether they are "
+                f"linear in its hidden states: use the model's own logits. {SWITCH_OFF}."
+            )
+        hidden = _hidden_states(head, few, returned)
+    received = seen["natural"]
+    if hidden.shape != received.shape:
+        raise RuntimeError(
+            f"the backbone of {name} returns hidden states {tuple(hidden.shape)}, but its output embedding receives "
+            f"{tuple(received.shape)}: the model does something between the two that the fused head does not know. Use "
+            f"the model's own logits. {SWITCH_OFF}."
+        )
+    hidden = _compared(hidden).to(received.device)
+    mask = few.get("attention_mask")
+    if mask is None or mask.shape != received.shape[:2]:
+        mask = torch.ones(received.shape[:-1], device=received.device)
+    # What stands at padding may be anything, NaN included.
+    kept = _compared(mask[..., None])[..., 0].to(received.device) != 0
+    between = "" if torch.allclose(hidden[kept].to(received.dtype), _compared(received)[kept], 1e-2, 1e-3) else BETWEEN
+    _compare(head, logits, torch.where(seen["odd"][:, None], hidden * seen["factor"], hidden), kept, between)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout, no checkpointing, and afterwards every module as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _few(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The first sequences where every input certainly has one row for each sequence; otherwise all of them."""
+    inputs = {n: value for n, value in inputs.items() if value is not None and n not in NOT_FOR_THE_CHECK}
+    ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if not isinstance(ids, Tensor):
+        return inputs | {"use_cache": False}
+
+    # Image patches, position ids (3, B, T) and the like do not begin with the batch, or only by chance.
+    by_row = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == ids.shape[:2]}
+    by_row.add("input_ids" if "input_ids" in inputs else "inputs_embeds")
+    rest = (value for name, value in inputs.items() if name not in by_row)
+    if all(isinstance(value, bool | int | float | str) for value in rest):
+        inputs |= {name: inputs[name][:ROWS] for name in by_row}
+    return inputs | {"use_cache": False}
+
+
+def _compared(hidden: Tensor) -> Tensor:
+    """The few positions whose logits are compared, of hidden states ``(B, T, H)`` or ``(T, H)``."""
+    last = hidden[..., -POSITIONS:, :]
+    return last[:ROWS] if last.dim() > 2 else last
+
+
+@contextmanager
+def _stretching(head: Any) -> Iterator[dict[str, Any]]:
+    """Let the output embedding see a few positions only, every other one stretched.
+
+    Yields what it was to receive (``natural``), and by what ``factor`` which positions (``odd``) were stretched, once
+    the model has run.
+    """
+    seen: dict[str, Any] = {}
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if seen or not args or not isinstance(args[0], Tensor):
+            return None
+        hidden = _compared(args[0])
+        given, weight, _ = head.operands(hidden)
+        columns = torch.arange(min(COLUMNS, weight.shape[0]), device=weight.device)
+        plain = (given.float() @ weight[columns].float().t()).abs().amax() * abs(head.logit_scale)
+        # Hidden states of 16 bits must stay in their range.
+        most = 1e4 / float(hidden.abs().amax().clamp(min=1e-6))
+        factor = float((STRETCHED / plain.clamp(min=1e-6)).clamp(max=most))
+        odd = torch.arange(hidden.shape[-2], device=hidden.device) % 2 == 1
+        seen.update(natural=args[0], factor=factor, odd=odd)
+        return (torch.where(odd[:, None], hidden * factor, hidden), *args[1:])
+
+    handle = head.output_embedding.register_forward_pre_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _watching(backbone: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yields what a backbone was called with and what it returned, once the model has run."""
+    seen: dict[str, Any] = {}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+        names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+        seen.update(inputs=kwargs | dict(zip(names, args, strict=False)), hidden=outputs[0])
+
+    handle = backbone.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _hidden_states(head: Any, inputs: dict[str, Any], seen: dict[str, Any]) -> Tensor:
+    """What the backbone returns for these inputs; called again only if the model has not called it with just them."""
+    if seen and _same_tensors(seen["inputs"], inputs):
+        hidden: Tensor = seen["hidden"]
+        return hidden
+    try:
+        hidden = head.hidden_states(inputs)[0]
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(
+            f"the backbone of {type(head.model).__name__} does not take the model's inputs ({error}): use the model's "
+            f"own logits. {SWITCH_OFF}."
+        ) from error
+    return hidden
+
+
+def _same_tensors(some: dict[str, Any], others: dict[str, Any]) -> bool:
+    first, second = ({name: v for name, v in inputs.items() if isinstance(v, Tensor)} for inputs in (some, others))
+    if first.keys() != second.keys():
+        return False
+    return all(first[name] is second[name] or _equal(first[name], second[name]) for name in first)
+
+
+def _equal(some: Tensor, other: Tensor) -> bool:
+    return some.device == other.device and some.dtype == other.dtype and torch.equal(some, other)
+
+
+def _logits(outputs: Any) -> Tensor:
+    logits: Tensor = outputs.logits if hasattr(outputs, "logits") else outputs[0]
+    return logits
+
+
+def _compare(head: Any, logits: Tensor, hidden: Tensor, kept: Tensor, between: str) -> None:
+    hidden, weight, options = head.operands(hidden)
+    columns = torch.linspace(0, logits.shape[-1] - 1, min(COLUMNS, logits.shape[-1])).round().long()
+    columns = columns.to(weight.device)
+    ours = _fused_logits(head, hidden, weight, options["bias"], columns)
+    model = logits.to(ours.device).index_select(-1, columns).to(ours.dtype)
+    largest = model.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST_LARGEST)
+    difference = ((ours - model).abs() / largest)[kept.to(ours.device)]
+    error = float(difference.amax()) if difference.numel() else 0.0
+    tolerance = max(TOLERANCE[dtype] for dtype in (logits.dtype, _operand_dtype(weight)))
+    if not error <= tolerance:
+        raise RuntimeError(
+            f"the fused head does not reproduce the logits of {type(head.model).__name__}: with "
+            f"logit_scale={head.logit_scale}, softcap={head.softcap} and "
+            f"{'a' if options['bias'] is not None else 'no'} bias they differ by {error:.1e} of the largest logit "
+            f"at a position (allowed: {tolerance:.0e}). The model does something between its hidden states and its "
+            f"logits that this version does not know{between}; set head.logit_scale and head.softcap, or use the "
+            f"model's own logits. {SWITCH_OFF}."
+        )
+
+
+def _fused_logits(head: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor) -> Tensor:
+    # Rounded as the model rounds them: where a cap squeezes large logits, their errors show beside small ones.
+    narrow, wide = _operand_dtype(weight), torch.promote_types(weight.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.to(narrow).to(wide) @ weight[columns].to(narrow).to(wide).t()
+        if bias is not None:
+            logits = logits + bias[columns].to(wide)
+        logits = logits * head.logit_scale
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def _operand_dtype(weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
