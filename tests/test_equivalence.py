@@ -56,7 +56,7 @@ FAMILY |= {
 def case_of(loss, dtype, **facts):
     """A case for a row of the family; losses without a reference get none."""
     reference = "cached" if loss not in ROWS or referenced(loss) else "none"
-    return Case(dtype, options={**FAMILY, **COUPLED}[loss], reference=reference, weights=True, **facts)
+    return Case(dtype, options={**LOSSES, **FAMILY, **COUPLED}[loss], reference=reference, weights=True, **facts)
 
 
 @pytest.fixture(autouse=True)

@@ -39,19 +39,24 @@ def pytest_in_its_own_process(*arguments: str, **variables: str) -> subprocess.C
     )
 
 
+# Two processes, about as long as one another: each has to import torch and triton first.
+ALONE = "test_kernels.py"
+FILES = sorted(path.name for path in INTERPRETED.glob("test_*.py"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted(path.name for path in INTERPRETED.glob("test_*.py")))
-def test_in_the_sanitized_interpreter(tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize("files", [[ALONE], [file for file in FILES if file != ALONE]], ids=["kernels", "the rest"])
+def test_in_the_sanitized_interpreter(tmp_path: Path, files: list[str]) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     report = tmp_path / "report.xml"
-    done = pytest_in_its_own_process(f"tests/interpreted/{file}", f"--junitxml={report}")
+    done = pytest_in_its_own_process(*(f"tests/interpreted/{file}" for file in files), f"--junitxml={report}")
     if done.returncode != 0:
-        pytest.fail(f"pytest {file} ended with {done.returncode}:\n{done.stdout}", pytrace=False)
+        pytest.fail(f"pytest {' '.join(files)} ended with {done.returncode}:\n{done.stdout}", pytrace=False)
     (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
     counts = {what: int(suite.attrib[what]) for what in ("tests", "failures", "errors", "skipped")}
     assert counts["failures"] == counts["errors"] == counts["skipped"] == 0, f"{counts}\n{done.stdout}"
-    assert counts["tests"] >= written_tests(INTERPRETED / file) > 0, f"{counts}\n{done.stdout}"
+    assert counts["tests"] >= sum(written_tests(INTERPRETED / file) for file in files) > 0, f"{counts}\n{done.stdout}"
 
 
 def test_they_are_collected_nowhere_else() -> None:

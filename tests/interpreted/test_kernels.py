@@ -1,18 +1,20 @@
 """Every equivalence case of the core through the Triton kernels, in the sanitized interpreter."""
 
-import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 import dpo_kernels as dk
-from dpo_kernels.kernels.triton import backend, tuning
+from dpo_kernels.kernels.triton import backend, dpo_tail, linear_logprob, tuning
+from dpo_kernels.kernels.triton import rows as row_kernels
 from dpo_kernels.kernels.triton.backend import TritonRows
 from dpo_kernels.kernels.triton.configs import INTERPRETED
 from dpo_kernels.types import STATS, Head
 from tests.cases import HIDDEN, LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
+from tests.covers import cover
 from tests.small import tail_of_an_impossible_rejected
 from tests.test_equivalence import COUPLED, FAMILY, LOSSES, case_of, coupled
 from tests.test_numerics import assert_same_bits, extreme, masked
@@ -34,40 +36,120 @@ def _sanitized(monkeypatch):
         yield
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of the row kernels: a row of a few hundred columns has several of them, with a rest."""
+    monkeypatch.setattr(backend, "ROW_BLOCK", 128)
+    return 128
+
+
 def fused(inputs, strategy, **keywords):
     name, scratch = STRATEGIES[strategy]
     return run(dk.fused_dpo_loss, inputs, strategy=name, scratch_bytes=scratch, backend="triton", **keywords)
 
 
+# --- a cover of all cases: every pair of their factors meets, and every launch occurs ---
+
+FACTORS = {
+    "strategy": tuple(STRATEGIES),
+    "dtype": DTYPES,
+    "layout": tuple(LAYOUTS),
+    "reference": REFERENCES,
+    "frozen": (False, True),
+    "rich": (False, True),
+}
+
+
+def case_with(dtype, layout, rich, **facts):
+    return Case(dtype, bias=rich, weights=rich, options=RICH if rich else {}, **facts, **LAYOUTS[layout])
+
+
+@pytest.fixture(scope="module")
+def launches():
+    """Of a row of factors: kernels, what their code is specialised for, and whether one program runs or several.
+
+    Nothing is computed: which kernels are launched, and how, does not depend on what they find.
+    """
+
+    def launches_of(strategy, **facts):
+        found, case = set(), case_with(**facts)
+
+        def launched(kernel, *arguments, grid, warmup=False, **options):
+            given = {**dict(zip(kernel.arg_names, arguments, strict=False)), **options}
+            dtypes = tuple((name, value.dtype) for name, value in given.items() if isinstance(value, torch.Tensor))
+            constants = tuple((name, value) for name, value in given.items() if name.isupper())
+            found.add((kernel.__name__, dtypes, constants, tuple(side > 1 for side in grid)))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("triton.runtime.interpreter.InterpretedFunction.run", launched)
+            patch.setattr(backend, "shares", lambda *_: 2)
+            patch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
+            fused(case.tensors(), strategy, **case.keywords())
+        return found
+
+    return launches_of
+
+
+@pytest.fixture(scope="module")
+def rows(launches):
+    """The cover of all pairs, and a row for each launch that those are without."""
+    chosen = cover(FACTORS)
+    seen = set().union(*(launches(**row) for row in chosen))
+    # In one layout: it decides where rows lie, and the kernels are given them packed.
+    for row in cover({**FACTORS, "layout": ("packed",)}, tuple(FACTORS)):
+        if not (found := launches(**row)) <= seen:
+            chosen.append(row)
+            seen |= found
+    return chosen
+
+
+def test_every_kernel_is_launched(rows, launches):
+    names = {name for row in rows for name, *_ in launches(**row)}
+    ours = {name for module in MODULES for name, kernel in vars(module).items() if _is_kernel(kernel, module)}
+    assert names == ours
+    assert len(rows) < 60, "a cover, not the product"
+
+
+MODULES = (row_kernels, dpo_tail, linear_logprob)
+
+
+def _is_kernel(value, module):
+    public = isinstance(value, InterpretedFunction) and not value.__name__.startswith("_")
+    return public and value.fn.__module__ == module.__name__
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_equivalence(layout, dtype, strategy):
-    broken = {}
-    for (reference, frozen), extras in itertools.product(
-        zip(REFERENCES, (False, True, False, True), strict=True), (False, True)
-    ):
-        options = RICH if extras else {}
-        case = Case(
-            dtype, reference=reference, frozen=frozen, bias=extras, weights=extras, options=options, **LAYOUTS[layout]
-        )
-        broken[reference, frozen, extras] = broken_rules(case, strategy, "triton")
-    assert not {key: value for key, value in broken.items() if value}
+def test_equivalence(rows, strategy):
+    chosen = [row for row in rows if row["strategy"] == strategy]
+    broken = []
+    for row in chosen:
+        facts = {name: value for name, value in row.items() if name != "strategy"}
+        if rules := broken_rules(case_with(**facts), strategy, "triton"):
+            broken.append((row, rules))
+    assert not broken
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_equivalence_by_descriptors(monkeypatch, layout, dtype):
+def test_equivalence_by_descriptors(monkeypatch, dtype):
     """The same with operands as Hopper's copy engine takes them, whole blocks with 0 for what lies outside."""
     monkeypatch.setattr("dpo_kernels.kernels.triton.backend.INTERPRETED", BY_DESCRIPTORS)
-    for options in ({}, RICH):
-        case = Case(dtype, bias=bool(options), weights=bool(options), options=options, **LAYOUTS[layout])
-        assert not broken_rules(case, "streaming", "triton")
+    for row in cover({"layout": tuple(LAYOUTS), "rich": (False, True)}):
+        assert not broken_rules(case_with(dtype, **row), "streaming", "triton"), row
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("strategy", ["recompute", "recompute-tiles", "streaming"])
-def test_tiles_of_a_wide_model_are_recomputed_by_the_library(monkeypatch, strategy, dtype):
+@pytest.mark.parametrize(
+    "row",
+    cover(
+        {
+            "strategy": ("recompute", "recompute-tiles", "streaming"),
+            "dtype": (torch.bfloat16, torch.float16),
+            "wide": (False, True),
+            "rich": (False, True),
+        }
+    ),
+    ids=lambda row: "-".join(map(str, row.values())),
+)
+def test_tiles_of_a_wide_model_are_recomputed_by_the_library(monkeypatch, row):
     """Where a GPU is predicted to lose by a kernel of its own; the forward pass of the streaming strategy keeps its."""
     launched = []
     best = backend._best
@@ -77,13 +159,10 @@ def test_tiles_of_a_wide_model_are_recomputed_by_the_library(monkeypatch, strate
         return best(kernel, *arguments)
 
     monkeypatch.setattr(backend, "_best", seen)
-    for width, kernels in ((HIDDEN - 1, set()), (HIDDEN, {"linear_dlogits"})):
-        monkeypatch.setattr(backend, "gpu_at", lambda device, width=width: SimpleNamespace(streaming_width=width))
-        launched.clear()
-        for options in ({}, RICH):
-            case = Case(dtype, bias=bool(options), weights=bool(options), options=options)
-            assert not broken_rules(case, strategy, "triton")
-        assert set(launched) - {"linear_logprob"} == kernels
+    gpu = SimpleNamespace(streaming_width=HIDDEN - 1 if row["wide"] else HIDDEN)
+    monkeypatch.setattr(backend, "gpu_at", lambda device: gpu)
+    assert not broken_rules(case_with(row["dtype"], "padded", row["rich"]), row["strategy"], "triton")
+    assert set(launched) - {"linear_logprob"} == (set() if row["wide"] else {"linear_dlogits"})
 
 
 def test_parts_of_the_vocabulary_fill_the_gpu():
@@ -127,24 +206,35 @@ def test_timing_changes_nothing_but_the_launch(monkeypatch, tmp_path, fastest):
     tuning.forget()
 
 
+# Those of the first line have a tail in the kernels; what the others do with log-probs is torch's, whoever made them.
+IN_KERNELS = ("sigmoid", "cdpo")
+AROUND = [name for name in (*LOSSES, *FAMILY) if name not in IN_KERNELS]
+UPSTREAMS = (1 / 3, 65536.0)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_losses(loss, strategy):
-    for frozen, upstream in ((False, 1 / 3), (True, 65536.0)):
+@pytest.mark.parametrize("loss", IN_KERNELS)
+def test_losses_in_kernels(loss, strategy):
+    for frozen, upstream in zip((False, True), UPSTREAMS, strict=True):
         case = Case(torch.bfloat16, frozen=frozen, weights=True, options=LOSSES[loss])
         assert not broken_rules(case, strategy, "triton", upstream)
 
 
-@pytest.mark.parametrize("loss", FAMILY)
-def test_family(loss):
-    for strategy in STRATEGIES:
-        assert not broken_rules(case_of(loss, torch.bfloat16, frozen=strategy == "chunked"), strategy, "triton")
+@pytest.mark.parametrize(
+    ("loss", "strategy", "frozen"),
+    [(loss, list(STRATEGIES)[at % 5], at // 5 % 2 == 1) for at, loss in enumerate(AROUND)],
+)
+def test_every_other_loss(loss, strategy, frozen):
+    """By one strategy each, in turn; test_equivalence.py has them all by all."""
+    case = case_of(loss, torch.bfloat16, frozen=frozen)
+    assert not broken_rules(case, strategy, "triton", UPSTREAMS[frozen])
 
 
-@pytest.mark.parametrize("loss", COUPLED)
-def test_coupled_family(loss):
-    for strategy in ("recompute", "recompute-tiles", "streaming"):
-        assert not broken_rules(case_of(loss, torch.bfloat16), strategy, "triton")
+@pytest.mark.parametrize(
+    ("loss", "strategy"), [(loss, ("recompute-tiles", "streaming")[at % 2]) for at, loss in enumerate(COUPLED)]
+)
+def test_coupled_family(loss, strategy):
+    assert not broken_rules(case_of(loss, torch.bfloat16), strategy, "triton")
 
 
 def test_coupled_callable():
@@ -162,15 +252,21 @@ def test_a_vocabulary_of_one_is_certain(strategy):
     assert float(out["dweight"].abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("vocab", "strategy"),
-    [(v, s) for v in (2, 3, 5000) for s in STRATEGIES if (v, s) != (5000, "chunked-tiny")],
-)
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("vocab", [2, 3, 300])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_vocabularies(vocab, strategy):
-    """5000 columns are more than one block of the row kernels."""
     inputs = extreme(labels=torch.randint(0, vocab, (4, 5)))
     inputs["weight"] = torch.randn(vocab, 8).requires_grad_()
     assert not broken_by(inputs, {"stats": ("entropy", "top1", "log_sum_p2")}, torch.float32, strategy, "triton")
+
+
+def test_a_vocabulary_of_more_than_a_block():
+    """As launched: a block of the row kernels holds fewer columns."""
+    assert backend.ROW_BLOCK < 5000
+    inputs = extreme(labels=torch.randint(0, 5000, (4, 5)))
+    inputs["weight"] = torch.randn(5000, 8).requires_grad_()
+    assert not broken_by(inputs, {"stats": ("entropy",)}, torch.float32, "chunked", "triton")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -260,7 +356,8 @@ def test_strided_and_misaligned_inputs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cols", [65, 211, 1000, 4099])
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("cols", [65, 127, 211, 259])
 def test_what_the_padding_of_rows_holds_is_not_used(cols, dtype):
     """Rows of an odd vocabulary are read to the next multiple of 16; NaN there changes no bit."""
     rows, labels = TritonRows(dtype, 2**20), torch.tensor([0, cols - 1, cols // 2])
@@ -283,27 +380,28 @@ def test_what_the_padding_of_rows_holds_is_not_used(cols, dtype):
 
 def _blocks(first=0.0, rest=0.0):
     """Adds to the first block of a row's logits and to the others."""
-    return lambda z: torch.cat([z[:, :4096] + first, z[:, 4096:] + rest], 1)
+    return lambda z, block: torch.cat([z[:, :block] + first, z[:, block:] + rest], 1)
 
 
 ROWS_OF_LOGITS = {
     "the first block is near": _blocks(),
     "the maximum is far above the first block": _blocks(rest=70.0),
     "far below it": _blocks(rest=-70.0),
-    "just within reach": lambda z: _blocks(rest=39.9)(z.clamp(max=0)),
+    "just within reach": lambda z, block: _blocks(rest=39.9)(z.clamp(max=0), block),
     "the first block is unreachable": _blocks(first=-torch.inf),
     "and the rest far from 0, where it would start": _blocks(first=-torch.inf, rest=-300.0),
-    "logits of hundreds": lambda z: z * 100,
-    "all alike": lambda z: z * 0 - 1e4,
+    "logits of hundreds": lambda z, _: z * 100,
+    "all alike": lambda z, _: z * 0 - 1e4,
 }
 
 
-@pytest.mark.parametrize("cols", [4200, 9000])
+@pytest.mark.parametrize("blocks", [2, 3])
 @pytest.mark.parametrize("change", ROWS_OF_LOGITS)
-def test_one_reading_for_log_sum_exp_and_gradient(change, cols):
+def test_one_reading_for_log_sum_exp_and_gradient(small_blocks, change, blocks):
     """``exp_rows`` against float64: log-probs, and the gradient's rows once scale and residual are applied."""
-    z = ROWS_OF_LOGITS[change](torch.randn(4, cols) * 3)
-    labels = torch.tensor([4150, cols - 1, 4096, 5 if z[3, 5].isfinite() else 4199])
+    first, cols = small_blocks, blocks * small_blocks - 23
+    z = ROWS_OF_LOGITS[change](torch.randn(4, cols) * 3, first)
+    labels = torch.tensor([first + 54, cols - 1, first, 5 if z[3, 5].isfinite() else cols - 2])
     kernels = TritonRows(torch.bfloat16, 2**20)
     tile = kernels.tile_in(kernels.scratch(z.device, 4, cols).fill_(float("nan")), 4, cols).copy_(z)
     state = kernels.new_state(4, z.device, ())
@@ -319,13 +417,14 @@ def test_one_reading_for_log_sum_exp_and_gradient(change, cols):
     assert bool(((got - (exact.exp() - own)).abs() <= 2.0**-8 * exact.exp() + 1e-6).all())  # one rounding each
 
 
-def test_a_row_without_any_reachable_token_or_with_nan_stays_nan():
-    kernels, z = TritonRows(torch.bfloat16, 2**20), torch.randn(3, 4200)
-    z[0], z[1, 4190] = -torch.inf, torch.nan
+def test_a_row_without_any_reachable_token_or_with_nan_stays_nan(small_blocks):
+    cols = small_blocks + 104
+    kernels, z = TritonRows(torch.bfloat16, 2**20), torch.randn(3, cols)
+    z[0], z[1, cols - 10] = -torch.inf, torch.nan
     state = kernels.new_state(3, z.device, ())
-    tile = kernels.tile_in(kernels.scratch(z.device, 3, 4200), 3, 4200).copy_(z)
+    tile = kernels.tile_in(kernels.scratch(z.device, 3, cols), 3, cols).copy_(z)
     kernels.reduced_dlogits(state, tile, torch.tensor([1, 2, 3]), Head(z))
-    logp = kernels.finish(state, torch.tensor([1, 2, 3]), 4200).logp
+    logp = kernels.finish(state, torch.tensor([1, 2, 3]), cols).logp
     assert logp.isnan().tolist() == [True, True, False]
 
 

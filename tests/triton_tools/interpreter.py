@@ -71,7 +71,7 @@ __all__ = [
 # Private names of triton that are patched or used; where one is gone, install() says so.
 NEEDED = {
     "": "GridExecutor InterpreterBuilder InterpreterOptions ReduceOps ScanOps TensorHandle interpreter_builder "
-    "_get_np_dtype _implicit_cvt _interpreter _ir _patch_lang_tensor _unwrap_tensor",
+    "_get_np_dtype _implicit_cvt _interpreter _ir _patch_lang _patch_lang_tensor _unwrap_tensor",
     "GridExecutor": "__call__",
     "InterpreterBuilder": "binary_op unary_op cast_impl set_grid_idx create_and create_assert create_assume "
     "create_atomic_cas create_atomic_rmw create_clampf create_dot create_erf create_fma create_fp_to_fp "
@@ -86,6 +86,7 @@ NEEDED = {
 
 _active: "_Sanitizer | None" = None
 _installed = False
+_patched: set[int] = set()  # modules, by their globals, for which the launch in progress has patched the language
 
 
 def install() -> None:
@@ -108,6 +109,8 @@ def install() -> None:
     builder.create_assert = _assert
     builder.create_assume = lambda self, condition: _assert(self, condition, "tl.assume does not hold")
     stock._patch_lang_tensor = _patch_tensor(stock._patch_lang_tensor)
+    stock._patch_lang = _patch_once(stock._patch_lang)
+    stock._get_np_dtype = _by_name(stock._get_np_dtype)
     stock.GridExecutor.__call__ = _launch(stock.GridExecutor.__call__)
 
 
@@ -340,10 +343,40 @@ def _patch_tensor(method: Callable) -> Callable:
     return _patch_lang_tensor
 
 
+def _by_name(method: Callable) -> Callable:
+    """The answer of the first time: the stock interpreter makes a table of every dtype for each value."""
+    known: dict[str, np.dtype] = {}
+
+    def _get_np_dtype(kind):
+        name = kind.scalar.name
+        if name not in known:
+            known[name] = method(kind)
+        return known[name]
+
+    return _get_np_dtype
+
+
+def _patch_once(method: Callable) -> Callable:
+    """Once for each module in a launch: the stock interpreter does it again at every call of a device function.
+
+    That takes half the time of our kernels, and nothing undoes what such a call has patched.
+    """
+
+    def _patch_lang(fn):
+        module = id(fn.__globals__)
+        if module in _patched:
+            return None  # only a launch, which begins with none, uses the result
+        _patched.add(module)
+        return method(fn)
+
+    return _patch_lang
+
+
 def _launch(method: Callable) -> Callable:
     """Without numpy's warnings, which no GPU gives, and with a finding as itself instead of triton's wrapping of it."""
 
     def __call__(executor, *args, **kwargs):
+        _patched.clear()
         try:
             with np.errstate(all="ignore"):
                 return method(executor, *args, **kwargs)
