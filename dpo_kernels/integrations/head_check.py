@@ -173,7 +173,8 @@ def _logits(outputs: Any) -> Tensor:
 
 def _compare(head: Any, logits: Tensor, hidden: Tensor, kept: Tensor, between: str) -> None:
     hidden, weight, options = head.operands(hidden)
-    columns = torch.linspace(0, logits.shape[-1] - 1, min(COLUMNS, logits.shape[-1])).round().long()
+    last = logits.shape[-1] - 1
+    columns = torch.linspace(0, last, min(COLUMNS, last + 1), dtype=torch.float64, device="cpu").round().long()
     columns = columns.to(weight.device)
     ours = _fused_logits(head, hidden, weight, options["bias"], columns)
     model = logits.to(ours.device).index_select(-1, columns).to(ours.dtype)
