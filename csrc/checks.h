@@ -72,13 +72,13 @@ inline void check_softcap(std::optional<double> softcap) {
 
 // What the row operators but finish_logits_ take.
 inline TileShape check_rows(const at::Tensor& tile, const at::Tensor& labels, int64_t start, const at::Tensor& max,
-                            const at::Tensor& sumexp) {
+                            const at::Tensor& others) {
     const TileShape shape = check_matrix("tile", tile);
     check_wide("tile", tile);
     TORCH_CHECK(start >= 0, "dpo_kernels: start must be >= 0, got ", start);
     check_vector("labels", labels, shape.rows, at::kLong, tile.device());
     check_vector("max", max, shape.rows, tile.scalar_type(), tile.device());
-    check_vector("sumexp", sumexp, shape.rows, tile.scalar_type(), tile.device());
+    check_vector("others", others, shape.rows, tile.scalar_type(), tile.device());
     return shape;
 }
 
@@ -92,12 +92,12 @@ inline TileShape check_finish_logits(const at::Tensor& tile, const std::optional
 }
 
 inline TileShape check_reduce_rows(const at::Tensor& tile, const at::Tensor& labels, int64_t start,
-                                   const at::Tensor& max, const at::Tensor& sumexp, const at::Tensor& target,
+                                   const at::Tensor& max, const at::Tensor& others, const at::Tensor& target,
                                    const std::optional<at::Tensor>& entropy,
                                    const std::optional<at::Tensor>& logit_sum,
                                    const std::optional<at::Tensor>& argmax,
                                    const std::optional<at::Tensor>& square_sum) {
-    const TileShape shape = check_rows(tile, labels, start, max, sumexp);
+    const TileShape shape = check_rows(tile, labels, start, max, others);
     const at::ScalarType dtype = tile.scalar_type();
     const at::Device device = tile.device();
     check_vector("target", target, shape.rows, dtype, device);
@@ -121,10 +121,10 @@ inline bool share_bytes(const at::Tensor& a, const at::Tensor& b) {
 // `out` is absent (the tile is overwritten) or another tensor; softcap and exponentiated exclude each other.
 inline TileShape check_dlogits_rows(const at::Tensor& tile, const std::optional<at::Tensor>& out,
                                     const at::Tensor& labels, int64_t start, const at::Tensor& max,
-                                    const at::Tensor& sumexp, const std::optional<at::Tensor>& scale,
+                                    const at::Tensor& others, const std::optional<at::Tensor>& scale,
                                     const std::optional<at::Tensor>& residual, std::optional<double> softcap,
                                     bool exponentiated) {
-    const TileShape shape = check_rows(tile, labels, start, max, sumexp);
+    const TileShape shape = check_rows(tile, labels, start, max, others);
     const at::ScalarType dtype = tile.scalar_type();
     const at::Device device = tile.device();
     check_vector("scale", scale, shape.rows, dtype, device);

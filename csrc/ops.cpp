@@ -13,16 +13,16 @@
 #endif
 
 TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
-    // Fold a (C, Vt) tile of final logits, columns start..start+Vt-1, into the running state (C,) of its rows. Without
-    // keep_logits the tile may be left holding exp(z - max).
+    // Fold a (C, Vt) tile of final logits, columns start..start+Vt-1, into the running state (C,) of its rows, whose sums
+    // of exponentials leave the label's own out. Without keep_logits the tile may be left holding exp(z - max).
     m.def(
-        "reduce_rows_(Tensor(a!) tile, Tensor labels, int start, bool keep_logits, Tensor(b!) max, Tensor(c!) sumexp, "
+        "reduce_rows_(Tensor(a!) tile, Tensor labels, int start, bool keep_logits, Tensor(b!) max, Tensor(c!) others, "
         "Tensor(d!) target, Tensor(e!)? entropy, Tensor(f!)? logit_sum, Tensor(g!)? argmax, Tensor(h!)? square_sum) "
         "-> ()");
-    // sumexp * (softmax - onehot) * (1 - (z / softcap)^2) * scale, in place or into `out`; `residual` receives what
-    // rounding took from the label's own value.
+    // sumexp * (softmax - onehot) * (1 - (z / softcap)^2) * scale, in place or into `out`: exp(z - max), and -others for
+    // the label; `residual` receives what rounding took from the label's own value.
     m.def(
-        "dlogits_rows_(Tensor(a!) tile, Tensor(b!)? out, Tensor labels, int start, Tensor max, Tensor sumexp, "
+        "dlogits_rows_(Tensor(a!) tile, Tensor(b!)? out, Tensor labels, int start, Tensor max, Tensor others, "
         "Tensor? scale, Tensor(c!)? residual, float? softcap, bool exponentiated) -> ()");
     // Raw products into final logits: cap(scale * (z + bias)).
     m.def("finish_logits_(Tensor(a!) tile, Tensor? bias, float scale, float? softcap) -> ()");

@@ -97,7 +97,7 @@ def logps(
     """Differentiable log-probs, (S,) float64 or by token (R,) at the labels' places, statistics (k, S), tokens (R,)."""
     call = _logps_op if traced(batch.hidden) else _Logps.apply
     done = call(*_tensors(batch, rows), per_token, shift, *_options(batch, plan, stats), *need)
-    return done[0], done[1], _tokens(done[5], rows, stats, shift)
+    return done[0], done[1], _tokens(done[6], rows, stats, shift)
 
 
 def _tokens(logp_N: Tensor, rows: Rows, stats: tuple[str, ...], shift: bool) -> Tensor:
@@ -180,7 +180,7 @@ def _logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     model, packed = inputs[:3], inputs[3:LOGPS_OPTIONS]
     if passes.keeps_direction(inputs[LOGPS_STRATEGY], ctx.need):
         model = (None, None, None)
-    ctx.save_for_backward(*model, *packed, *output[2:5])
+    ctx.save_for_backward(*model, *packed, *output[2:6])
 
 
 def _logps_backward(ctx: Any, grad_out: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -393,9 +393,9 @@ def _fake_logps(
     out = kept.new_empty(slot.shape[0]) if per_token else poison.new_empty(counts.shape[0])
     if passes.keeps_direction(strategy, (need_hidden, need_weight, need_bias)):
         direction = kept.new_empty(index.shape[0] + 1, hidden.shape[1])
-        saved = (kept.new_empty(0), kept.new_empty(0), direction)
+        saved = (kept.new_empty(0), kept.new_empty(0), kept.new_empty(0), direction)
     else:
-        saved = (kept.new_empty(index.shape[0]), kept.new_empty(index.shape[0]), kept.new_empty(0))
+        saved = (*(kept.new_empty(index.shape[0]) for _ in range(3)), kept.new_empty(0))
     return out, _fake_stats(counts, stats), *saved, _fake_tokens(kept, index, stats)
 
 
@@ -415,6 +415,7 @@ def _fake_logps_grad(
     poison: Tensor,
     row_max: Tensor,
     sumexp: Tensor,
+    others: Tensor,
     direction: Tensor,
     hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype,

@@ -196,7 +196,7 @@ def logps(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs by sequence (S,) or label (R,), statistics (k, S), what the backward pass needs, token log-probs.
 
     The last (N,), empty unless asked for.
@@ -218,8 +218,8 @@ def logps(
     nothing = done.logp.new_zeros(0)
     tokens = done.logp + poison.to(done.logp.dtype) if _wants_tokens(stats) else nothing.clone()
     if direction is not None:  # the direction is all that the backward pass needs
-        return out, means, nothing, nothing.clone(), direction, tokens
-    return out, means, done.max, done.sumexp, nothing, tokens
+        return out, means, nothing, nothing.clone(), nothing.clone(), direction, tokens
+    return out, means, done.max, done.sumexp, done.others, nothing, tokens
 
 
 def logps_grad(
@@ -237,6 +237,7 @@ def logps_grad(
     poison: Tensor,
     row_max: Tensor,
     sumexp: Tensor,
+    others: Tensor,
     direction: Tensor,
     hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype,
@@ -268,7 +269,7 @@ def logps_grad(
         head = _operand_head(weight, bias, logit_scale, softcap, dtype)
         kernels, tile = _kernels_and_tile(rows, head, dtype, strategy, backend, scratch_bytes, hidden.device)
         run = streaming.backward if strategy == "streaming" else recompute.backward
-        dx, dw, db = run(kernels, hidden, head, rows, (row_max, sumexp), grad_N, tile, need)
+        dx, dw, db = run(kernels, hidden, head, rows, (row_max, sumexp, others), grad_N, tile, need)
         one = row_max.new_ones(())
         return (
             nothing if dx is None else _to_input_rows(dx, slot, one, hidden_dtype),

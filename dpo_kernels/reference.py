@@ -223,7 +223,7 @@ def _kl_to_preference(x: Any) -> Tensor:
 
 def _odds_ratio(x: Any) -> Tensor:
     a, b = x.p_c / x.n_c, x.p_r / x.n_r
-    odds = [torch.exp(v) / -torch.expm1(v) for v in (_at_most(a, -1e-12), _at_most(b, -1e-12))]
+    odds = [torch.exp(v) / -torch.expm1(v) for v in (_at_most(a, -1e-30), _at_most(b, -1e-30))]
     return -a + x.b * torch.log1p(odds[1] / odds[0])
 
 

@@ -174,16 +174,25 @@ class Rows:
 
 @dataclass
 class RowState:
-    """Running reduction of rows over tiles of the vocabulary; what an online softmax keeps."""
+    """Running reduction of rows over tiles of the vocabulary; what an online softmax keeps.
+
+    Sums of exponentials leave the label's own out: of a token that is nearly certain it is 1, beside which the others
+    would lose their digits, and they are what its log-prob and its gradient are made of.
+    """
 
     max: Tensor  # (C,) largest logit so far
-    sumexp: Tensor  # (C,) sum of exp(z - max)
-    target: Tensor  # (C,) logit of the label
-    entropy: Tensor | None = None  # (C,) -sum of exp(z - max) * (z - max)
-    logit_sum: Tensor | None = None  # (C,)
+    others: Tensor  # (C,) sum of exp(z - max) over the tokens that are not the label
+    target: Tensor  # (C,) logit of the label, -inf before its column was seen
+    entropy: Tensor | None = None  # (C,) -sum of exp(z - max) * (z - max) over the same
+    logit_sum: Tensor | None = None  # (C,) of all tokens
     argmax: Tensor | None = None  # (C,) int64, first column of the largest logit
-    square_sum: Tensor | None = None  # (C,) sum of exp(z - max)^2
+    square_sum: Tensor | None = None  # (C,) sum of exp(z - max)^2 over the tokens that are not the label
     exponentiated: bool = False  # the tile that was reduced last now holds exp(z - max)
+
+    @property
+    def sumexp(self) -> Tensor:
+        """The sum of ``exp(z - max)`` over all tokens, ``(C,)``; ``others`` cannot be had back from it."""
+        return self.others + (self.target - self.max).exp()
 
 
 def rescale(before: Tensor, after: Tensor) -> Tensor:
@@ -207,7 +216,8 @@ class RowResult:
 
     logp: Tensor  # (N,)
     max: Tensor  # (N,)
-    sumexp: Tensor  # (N,)
+    sumexp: Tensor  # (N,) sum of exp(z - max)
+    others: Tensor  # (N,) the same without the label's own
     stats: dict[str, Tensor] = field(default_factory=dict)  # name -> (N,)
 
 
@@ -301,7 +311,7 @@ class RowKernels(Protocol):
         """Write the final logits of ``x_CH`` for the tile's columns into ``tile``."""
 
     def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
-        """Fold the tile into the state: log-sum-exp, target gather, statistics.
+        """Fold the tile into the state: the sums without the label, target gather, statistics.
 
         Without ``keep_logits`` a tile of whole rows may be left holding ``exp(z - max)``, and where the gradient's
         buffer is lent a tile of any columns, with the maximum so far; the state then says so.
@@ -316,12 +326,12 @@ class RowKernels(Protocol):
         labels_C: Tensor,
         start: int,
         max_C: Tensor,
-        sumexp_C: Tensor,
+        others_C: Tensor,
         head: Head,
         scale_C: Tensor | None,
         exponentiated: bool = False,
     ) -> LogitsGradient:
-        """``sumexp * (softmax - onehot)``, times the softcap's derivative.
+        """``sumexp * (softmax - onehot)``, times the softcap's derivative: ``exp(z - max)``, and for the label -others.
 
         The tile is overwritten, or given up where the result is another tensor. A backend that rounds the result
         multiplies it by ``scale_C`` first, so that there is one rounding; otherwise the scale comes back.
@@ -344,7 +354,7 @@ class RowKernels(Protocol):
         tile: Tensor,
         labels_C: Tensor,
         max_C: Tensor,
-        sumexp_C: Tensor,
+        others_C: Tensor,
         scale_C: Tensor | None,
     ) -> LogitsGradient:
         """``project`` and ``dlogits_`` in one."""
@@ -389,12 +399,12 @@ class RowKernels(Protocol):
         hidden_RH: Tensor,
         head: Head,
         rows: Rows,
-        saved: tuple[Tensor, Tensor],
+        saved: tuple[Tensor, Tensor, Tensor],
         grad_N: Tensor,
         tile: Tile,
         need: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients (hidden rows ``(N + 1, H)`` with a zero last row, weight, bias) from recomputed tiles.
 
-        ``saved`` is (max, sumexp) of the forward pass; ``grad_N`` the upstream of each row's log-prob.
+        ``saved`` is (max, sumexp, others) of the forward pass; ``grad_N`` the upstream of each row's log-prob.
         """

@@ -146,14 +146,14 @@ def test_nothing_to_do(operators: Emulated) -> None:
 
 
 def good_rows() -> dict[str, object]:
-    names = ("max", "sumexp", "target", "entropy", "logit_sum", "square_sum")
+    names = ("max", "others", "target", "entropy", "logit_sum", "square_sum")
     state = {name: torch.zeros(3) for name in names}
     return {"tile": torch.zeros(3, 8), "labels": torch.zeros(3, dtype=torch.int64), "start": 0, "keep_logits": True,
             **state, "argmax": torch.zeros(3, dtype=torch.int64)}  # fmt: skip
 
 
 def good_dlogits() -> dict[str, object]:
-    rows = {name: torch.zeros(3) for name in ("max", "sumexp", "scale", "residual")}
+    rows = {name: torch.zeros(3) for name in ("max", "others", "scale", "residual")}
     return {"tile": torch.zeros(3, 8), "out": torch.zeros(3, 8, dtype=torch.bfloat16), "start": 0, "softcap": 30.0,
             "labels": torch.zeros(3, dtype=torch.int64), **rows, "exponentiated": False}  # fmt: skip
 
@@ -177,7 +177,7 @@ REFUSED = [
     ("reduce_rows_", good_rows, {"start": -1}, "start must be >= 0, got -1"),
     ("reduce_rows_", good_rows, {"labels": torch.zeros(3, dtype=torch.int32)}, "labels must be Long, got Int"),
     ("reduce_rows_", good_rows, {"max": torch.zeros(4)}, r"max must have the shape \[3\], got \[4\]"),
-    ("reduce_rows_", good_rows, {"sumexp": torch.zeros(3).double()}, "sumexp must be Float, got Double"),
+    ("reduce_rows_", good_rows, {"others": torch.zeros(3).double()}, "others must be Float, got Double"),
     ("reduce_rows_", good_rows, {"target": torch.zeros(6)[::2]}, "target must be contiguous"),
     ("reduce_rows_", good_rows, {"entropy": torch.zeros(3, 1)}, "entropy must have the shape"),
     ("reduce_rows_", good_rows, {"argmax": torch.zeros(3)}, "argmax must be Long, got Float"),

@@ -95,6 +95,10 @@ def test_the_order_of_threads_changes_no_bit(kernels: Emulated, dtype: torch.dty
     equivalence.check_orders(kernels, dtype)
 
 
+def test_nearly_certain_tokens(kernels: Emulated) -> None:
+    equivalence.check_certain(kernels)
+
+
 def test_labels_of_other_tiles(kernels: Emulated) -> None:
     equivalence.check_foreign_labels(kernels)
 
@@ -153,9 +157,9 @@ def check_offsets_beyond_int32(kernels: Emulated) -> None:
     kernels.reduce_rows(tile, labels, 0, state)
     assert torch.equal(state.max, z.amax(dim=1))
     assert torch.equal(state.target, z[[0, 1, 2], [0, 1, 2]])
-    kernels.dlogits_rows(tile, None, labels, 0, state.max, state.sumexp, None, None, None)
+    kernels.dlogits_rows(tile, None, labels, 0, state.max, state.others, None, None, None)
     expected = (z - state.max[:, None]).exp()
-    expected[[0, 1, 2], [0, 1, 2]] -= state.sumexp
+    expected[[0, 1, 2], [0, 1, 2]] = -state.others
     torch.testing.assert_close(tile, expected)
 
 
@@ -224,11 +228,16 @@ MISALIGNED = r"type_mismatch_v1 at .*device\.cuh"
 # what: (file, text of it, text instead of its first occurrence, the checks that must see it)
 Check = Callable[[Emulated], None]
 MUTATIONS: dict[str, tuple[str, str, str, Check]] = {
-    "no rescale of the sum": ("rows.cuh", "running.sumexp *= kept;", "", reduce_checks),
+    "no rescale of the sum": ("rows.cuh", "running.others *= kept;", "", reduce_checks),
+    "the label among the others": ("rows.cuh", "moved[at] -= static_cast<T>(INFINITY)", "continue", reduce_checks),
+    "a broken label's own taken for 0": ("rows.cuh", "moved[at] -= static", "moved[at] = -static", broken_logits),
+    "a neighbour left out": ("rows.cuh", "at % GROUP == label)", "at % GROUP == label + 1)", reduce_checks),
+    "digits of the others": ("rows.cuh", "total.others + part.others;", "total.others + part.others + T(1) - T(1);",
+                             equivalence.check_certain),
     "no rescale of the squares": ("rows.cuh", "square_sum *= kept * kept", "square_sum *= kept", reduce_checks),
     "entropy without the moved shift": ("rows.cuh", "entropy + drop)", "entropy)", reduce_checks),
     "rows of -inf not shifted by 0": ("rows.cuh", "? T(0) : max;", "? max : max;", reduce_checks),
-    "target off by one": ("rows.cuh", "= z[column];", "= z[column ? column - 1 : 1];", reduce_checks),
+    "target off by one": ("rows.cuh", "= z[label];", "= z[label ? label - 1 : 1];", reduce_checks),
     "last of equal logits": ("rows.cuh", "if (z[at] == highest) r", "if (running.first = 0, true) r", reduce_checks),
     "columns before the first vector": ("rows.cuh", "= threadIdx.x; column < head;", "= 0; false;", reduce_checks),
     "columns after the last vector": ("rows.cuh", "+ threadIdx.x; column < cols;", "; false;", reduce_checks),

@@ -52,7 +52,7 @@ def reduced(rows, tiles, labels, stats=STATS, keep=True):
         start += tile.shape[1]
         left.append(tile)
     done = rows.finish(state, labels, start)
-    return {"logp": done.logp, "max": done.max, "sumexp": done.sumexp, **done.stats}, state, left
+    return {"logp": done.logp, "max": done.max, "sumexp": done.sumexp, "others": done.others, **done.stats}, state, left
 
 
 def agree(got, wanted, dtype):
@@ -99,9 +99,23 @@ def test_infinite_and_missing_logits(dtype, keep):
     wanted, _, _ = reduced(plain, [first, second], labels)
     assert got["logp"][2].isnan()
     assert got["logp"][4].isnan()
-    for name in ("logp", "max", "sumexp", *names):
+    for name in ("logp", "max", "sumexp", "others", *names):
         torch.testing.assert_close(got[name][:2], wanted[name][:2], rtol=1e-6, atol=1e-6, msg=name)
     torch.testing.assert_close(got["logp"][3], wanted["logp"][3])
+
+
+@built
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_broken_label_stays_broken(dtype, value, keep):
+    """Its exponential is left out of the sums, but not what is wrong with it."""
+    tile, labels = tile_like(3, 1500, dtype), torch.tensor([3, 1499, 7])
+    tile[[0, 1], [3, 1499]] = value
+    for rows in kernels(dtype):
+        got, _, _ = reduced(rows, [tile, tile_like(3, 40, dtype)], labels, keep=keep)
+        for name in ("logp", "others", "entropy", "log_sum_p2"):
+            assert got[name].isnan().tolist() == [True, True, False], name
 
 
 @built
@@ -139,7 +153,7 @@ def test_gradient_in_bfloat16_with_its_residual(exponentiated):
     out, residual = torch.empty(3, 1010, dtype=torch.bfloat16)[:, :1003], torch.zeros(3)
     torch.ops.dpo_kernels.dlogits_rows_(data, out, labels, 0, maxima, sums, scale, residual, None, exponentiated)
     exact = (tile - maxima[:, None]).exp()
-    exact[[0, 1], [0, 1002]] -= sums[:2]
+    exact[[0, 1], [0, 1002]] = -sums[:2]
     exact *= scale[:, None]
     assert float((out - exact).abs().max() / exact.abs().max()) < 2**-8
     own = exact[[0, 1], [0, 1002]]
@@ -362,7 +376,7 @@ def test_rows_that_threads_share(dtype):
         z = raw.clone(memory_format=torch.preserve_format)
         torch.ops.dpo_kernels.finish_logits_(z, bias, 0.7, 30.0)
         done, state, (left,) = reduced(cpp, [z], labels, keep=False)
-        d = cpp.dlogits_(z.clone(), labels, 0, state.max, state.sumexp, head, None)
+        d = cpp.dlogits_(z.clone(), labels, 0, state.max, state.others, head, None)
         sums = cpp.segment_sum(done["logp"], None, torch.full((30,), 10))
         return (*done.values(), left, d.values, sums)
 
@@ -371,7 +385,7 @@ def test_rows_that_threads_share(dtype):
     wanted, state, _ = reduced(TorchRows(torch.float64, 2**20), [z], labels)
     agree(dict(zip(wanted, done, strict=True)), {name: value.to(dtype) for name, value in wanted.items()}, dtype)
     agree({"exp": left}, {"exp": (z - state.max[:, None]).exp().to(dtype)}, dtype)
-    gradient = TorchRows(torch.float64, 2**20).dlogits_(z, labels, 0, state.max, state.sumexp, head, None).values
+    gradient = TorchRows(torch.float64, 2**20).dlogits_(z, labels, 0, state.max, state.others, head, None).values
     assert float((d.double() - gradient).norm() / gradient.norm()) < (1e-5 if dtype == torch.float32 else 1e-12)
     torch.testing.assert_close(sums, plain.segment_sum(done[0], None, torch.full((30,), 10)))
 
@@ -401,7 +415,7 @@ def test_offsets_beyond_two_to_the_31():
     for tile in (near, far):
         state = cpp.new_state(3, tile.device, STATS)
         cpp.reduce(state, tile, labels, 0)
-        cpp.dlogits_(tile, labels, 0, state.max, state.sumexp, head, None)
+        cpp.dlogits_(tile, labels, 0, state.max, state.others, head, None)
         results.append((cpp.finish(state, labels, 1000).logp, tile))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(near, far)

@@ -78,15 +78,15 @@ T* data_or_null(const std::optional<at::Tensor>& tensor) {
 }
 
 void reduce_rows_(const at::Tensor& tile, const at::Tensor& labels, int64_t start, bool keep_logits,
-                  const at::Tensor& max, const at::Tensor& sumexp, const at::Tensor& target,
+                  const at::Tensor& max, const at::Tensor& others, const at::Tensor& target,
                   const std::optional<at::Tensor>& entropy, const std::optional<at::Tensor>& logit_sum,
                   const std::optional<at::Tensor>& argmax, const std::optional<at::Tensor>& square_sum) {
-    const TileShape shape = check_reduce_rows(tile, labels, start, max, sumexp, target, entropy, logit_sum, argmax,
+    const TileShape shape = check_reduce_rows(tile, labels, start, max, others, target, entropy, logit_sum, argmax,
                                               square_sum);
     if (shape.cols == 0) return;
     AT_DISPATCH_FLOATING_TYPES(tile.scalar_type(), "reduce_rows_", [&] {
         using T = scalar_t;
-        const RowState<T> state{max.mutable_data_ptr<T>(), sumexp.mutable_data_ptr<T>(), target.mutable_data_ptr<T>(),
+        const RowState<T> state{max.mutable_data_ptr<T>(), others.mutable_data_ptr<T>(), target.mutable_data_ptr<T>(),
                                 data_or_null<T>(entropy),  data_or_null<T>(logit_sum),   data_or_null<int64_t>(argmax),
                                 data_or_null<T>(square_sum)};
         const Tile<T> logits = tile_of<T>(tile, shape, start);
@@ -98,11 +98,11 @@ void reduce_rows_(const at::Tensor& tile, const at::Tensor& labels, int64_t star
 }
 
 void dlogits_rows_(const at::Tensor& tile, const std::optional<at::Tensor>& out, const at::Tensor& labels,
-                   int64_t start, const at::Tensor& max, const at::Tensor& sumexp,
+                   int64_t start, const at::Tensor& max, const at::Tensor& others,
                    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& residual,
                    std::optional<double> softcap, bool exponentiated) {
     const TileShape shape =
-        check_dlogits_rows(tile, out, labels, start, max, sumexp, scale, residual, softcap, exponentiated);
+        check_dlogits_rows(tile, out, labels, start, max, others, scale, residual, softcap, exponentiated);
     TORCH_CHECK(!out.has_value() || out->scalar_type() == at::kBFloat16,
                 "dpo_kernels: out must be absent or bfloat16 on the CPU, got ", out->scalar_type());
     TORCH_CHECK(out.has_value() || !residual.has_value(), "dpo_kernels: residual needs an out of 16 bits");
@@ -111,7 +111,7 @@ void dlogits_rows_(const at::Tensor& tile, const std::optional<at::Tensor>& out,
         Gradient<T> how{};
         how.labels = labels.const_data_ptr<int64_t>();
         how.max = max.const_data_ptr<T>();
-        how.sumexp = sumexp.const_data_ptr<T>();
+        how.others = others.const_data_ptr<T>();
         how.scale = data_or_null<T>(scale);
         how.residual = data_or_null<T>(residual);
         how.softcap = static_cast<T>(softcap.value_or(0.0));

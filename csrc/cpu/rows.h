@@ -5,16 +5,17 @@
 
 namespace dpo_kernels {
 
-// Running reduction of rows; pointers that are null stand for statistics nobody asked for.
+// Running reduction of rows; pointers that are null stand for statistics nobody asked for. Sums of exponentials leave
+// the label's own out, beside which the others would lose their digits in a row that is sure.
 template <typename T>
 struct RowState {
     T* max;
-    T* sumexp;
-    T* target;
-    T* entropy;      // -sum of exp(z - max) * (z - max)
-    T* logit_sum;
+    T* others;        // sum of exp(z - max) without the label's
+    T* target;        // the label's logit
+    T* entropy;       // -sum of exp(z - max) * (z - max) without the label's
+    T* logit_sum;     // of all columns
     int64_t* argmax;  // first column of the largest logit
-    T* square_sum;   // sum of exp(z - max)^2
+    T* square_sum;    // sum of exp(z - max)^2 without the label's
 };
 
 // Columns start..start+cols-1 of the vocabulary; row r begins at data + r * stride.
@@ -31,7 +32,7 @@ template <typename T>
 struct Gradient {
     const int64_t* labels;
     const T* max;
-    const T* sumexp;
+    const T* others;
     const T* scale;      // or null
     uint16_t* bfloat16;  // where the result goes in bfloat16, row by row with its own stride; null: in place
     int64_t bfloat16_stride;
@@ -43,9 +44,9 @@ struct Gradient {
 // The passes, for rows first..last-1.
 template <typename T>
 struct Passes {
-    // Fold the tile into the state. With overwrite it is left holding exp(z - max).
+    // Fold the tile into the state. With overwrite it is left holding exp(z - max), otherwise as it was.
     void (*reduce)(Tile<T>, const int64_t* labels, RowState<T>, bool overwrite, int64_t first, int64_t last);
-    // sumexp * (softmax - onehot), times the softcap's derivative, times the row's scale.
+    // sumexp * (softmax - onehot), which is -others for the label, times the softcap's derivative and the row's scale.
     void (*dlogits)(Tile<T>, Gradient<T>, int64_t first, int64_t last);
     // Raw products of hidden states and head into final logits: cap(scale * (z + bias)).
     void (*finish_logits)(Tile<T>, const T* bias, T scale, T softcap, int64_t first, int64_t last);

@@ -136,7 +136,7 @@ static int64_t first_of(const T* z, int64_t count, T value) {
 template <typename T>
 struct Running {
     T max;
-    double sumexp;
+    double others;
     double entropy;
     double square_sum;
 
@@ -145,9 +145,9 @@ struct Running {
         if (highest == max) return;
         const T factor = max == Limits<T>::lowest ? T(0) : exponential(max - highest);
         // Moving the shift by d adds d * exp to every -e * log e.
-        const double drop = sumexp > 0 ? (double(highest) - double(max)) * sumexp : 0.0;
+        const double drop = others > 0 ? (double(highest) - double(max)) * others : 0.0;
         entropy = (entropy + drop) * factor;
-        sumexp *= factor;
+        others *= factor;
         square_sum *= double(factor) * factor;
         max = highest;
     }
@@ -182,10 +182,12 @@ static void add_spread(const T* z, int64_t count, T shift, Running<T>& row) {
 template <typename T, bool kOverwrite>
 static void reduce_row(T* z, const Tile<T>& tile, int64_t label, const RowState<T>& state, int64_t r) {
     const bool spread = state.entropy || state.square_sum;
-    Running<T> row{state.max[r], double(state.sumexp[r]), 0.0, 0.0};
+    Running<T> row{state.max[r], double(state.others[r]), 0.0, 0.0};
     if (state.entropy) row.entropy = state.entropy[r];
     if (state.square_sum) row.square_sum = state.square_sum[r];
-    if (label >= 0 && label < tile.cols) state.target[r] = z[label];
+    const bool here = label >= 0 && label < tile.cols;
+    const T target = here ? z[label] : T(0);
+    if (here) state.target[r] = target;
     // A row that is overwritten needs its last maximum at once.
     const int64_t step = kOverwrite ? tile.cols : kBlock;
     double logits = 0;
@@ -201,12 +203,16 @@ static void reduce_row(T* z, const Tile<T>& tile, int64_t label, const RowState<
         for (int64_t at = left; at < left + width; at += kBlock) {
             const int64_t count = left + width - at < kBlock ? left + width - at : kBlock;
             if (state.logit_sum) logits += sum(z + at, count);
+            // For the sums the label's own logit is -inf, whose exponential is 0; of a broken row it is NaN.
+            const bool own = here && label >= at && label < at + count;
+            if (own) z[label] = target + Limits<T>::lowest;
             if (spread) add_spread(z + at, count, shift, row);
-            row.sumexp += exponentials<T, kOverwrite>(z + at, count, shift);
+            row.others += exponentials<T, kOverwrite>(z + at, count, shift);
+            if (own) z[label] = kOverwrite ? exponential(target - shift) : target;
         }
     }
     state.max[r] = row.max;
-    state.sumexp[r] = T(row.sumexp);
+    state.others[r] = T(row.others);
     if (state.entropy) state.entropy[r] = T(row.entropy);
     if (state.square_sum) state.square_sum[r] = T(row.square_sum);
     if (state.logit_sum) state.logit_sum[r] += T(logits);
@@ -274,10 +280,10 @@ static void dlogits(Tile<T> tile, Gradient<T> how, int64_t first, int64_t last) 
         const int64_t label = how.labels[r] - tile.start;
         const bool here = label >= 0 && label < tile.cols;
         const T scale = how.scale ? how.scale[r] : T(1);
-        // The label's own value is formed in one piece: its two terms nearly cancel in a row that is sure.
+        // The label's own value: exp(z - max) minus the sum of all is minus the sum of the others.
         T own = 0;
         if (here) {
-            own = (how.exponentiated ? z[label] : exponential(z[label] - how.max[r])) - how.sumexp[r];
+            own = -how.others[r];
             if (how.softcap != T(0)) own *= slope(z[label], how.softcap);
             own *= scale;
         }

@@ -33,17 +33,17 @@ int reduce_rows_of(const void* tile, int64_t rows, int64_t cols, int64_t stride,
                    const RowStatePointers& state, void* stream) {
     const auto typed = [](void* pointer) { return static_cast<T*>(pointer); };
     return launch(reduce_rows<T, STATS>, dim3(blocks(rows)), row_threads<T>(), stream, static_cast<const T*>(tile),
-                  labels, typed(state.max), typed(state.sumexp), typed(state.target), typed(state.entropy),
+                  labels, typed(state.max), typed(state.others), typed(state.target), typed(state.entropy),
                   typed(state.logit_sum), state.argmax, typed(state.square_sum), rows, cols, stride, start);
 }
 
 template <class T, class Out>
 int dlogits_rows_of(const void* tile, int64_t tile_stride, void* out, int64_t out_stride, int64_t rows, int64_t cols,
-                    int64_t start, const int64_t* labels, const void* max, const void* sumexp, const void* scale,
+                    int64_t start, const int64_t* labels, const void* max, const void* others, const void* scale,
                     void* residual, double softcap, void* stream) {
     const auto typed = [](const void* pointer) { return static_cast<const T*>(pointer); };
     return launch(dlogits_rows<T, Out>, mapping_grid<T>(rows, cols), row_threads<T>(), stream, typed(tile),
-                  static_cast<Out*>(out), labels, typed(max), typed(sumexp), typed(scale), static_cast<T*>(residual),
+                  static_cast<Out*>(out), labels, typed(max), typed(others), typed(scale), static_cast<T*>(residual),
                   rows, cols, tile_stride, out_stride, start, static_cast<T>(softcap));
 }
 
@@ -107,11 +107,11 @@ int reduce_rows(DType dtype, const void* tile, int64_t rows, int64_t cols, int64
 }
 
 int dlogits_rows(DType dtype, const void* tile, int64_t tile_stride, DType out_dtype, void* out, int64_t out_stride,
-                 int64_t rows, int64_t cols, int64_t start, const int64_t* labels, const void* max, const void* sumexp,
+                 int64_t rows, int64_t cols, int64_t start, const int64_t* labels, const void* max, const void* others,
                  const void* scale, void* residual, double softcap, void* stream) {
     if (rows == 0 || cols == 0) return 0;
     const auto go = [&](auto kernel) {
-        return kernel(tile, tile_stride, out, out_stride, rows, cols, start, labels, max, sumexp, scale, residual,
+        return kernel(tile, tile_stride, out, out_stride, rows, cols, start, labels, max, others, scale, residual,
                       softcap, stream);
     };
     if (dtype == DType::float64 && out_dtype == DType::float64) return go(dlogits_rows_of<double, double>);

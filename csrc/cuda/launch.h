@@ -11,10 +11,11 @@ namespace dpo_kernels::cuda {
 
 enum class DType { float32, float64, bfloat16, float16 };
 
-// Running state of rows, read and written; of the tile's dtype, null where a statistic is not wanted.
+// Running state of rows, read and written; of the tile's dtype, null where a statistic is not wanted. Sums of
+// exponentials leave the label's own out.
 struct RowStatePointers {
     void* max;
-    void* sumexp;
+    void* others;
     void* target;
     void* entropy;
     void* logit_sum;
@@ -43,7 +44,7 @@ int reduce_rows(DType dtype, const void* tile, int64_t rows, int64_t cols, int64
 // The gradient of a tile of logits, into `out` of the tile's dtype (perhaps the tile itself) or, for float32 tiles, of
 // 16 bits. `scale` and `residual` may be null; softcap 0 is none.
 int dlogits_rows(DType dtype, const void* tile, int64_t tile_stride, DType out_dtype, void* out, int64_t out_stride,
-                 int64_t rows, int64_t cols, int64_t start, const int64_t* labels, const void* max, const void* sumexp,
+                 int64_t rows, int64_t cols, int64_t start, const int64_t* labels, const void* max, const void* others,
                  const void* scale, void* residual, double softcap, void* stream);
 
 int segment_sum(const SegmentPointers& tokens, int64_t segments, double* sums, void* stream);

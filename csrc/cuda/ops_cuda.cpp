@@ -78,14 +78,14 @@ void finish_logits_(const at::Tensor& tile, const OptionalTensor& bias, double s
 }
 
 void reduce_rows_(const at::Tensor& tile, const at::Tensor& labels, int64_t start, bool keep_logits,
-                  const at::Tensor& max, const at::Tensor& sumexp, const at::Tensor& target,
+                  const at::Tensor& max, const at::Tensor& others, const at::Tensor& target,
                   const OptionalTensor& entropy, const OptionalTensor& logit_sum, const OptionalTensor& argmax,
                   const OptionalTensor& square_sum) {
     TORCH_CHECK(keep_logits, "dpo_kernels: keep_logits must be True on CUDA, whose kernels leave the tile as it is");
     const TileShape shape =
-        check_reduce_rows(tile, labels, start, max, sumexp, target, entropy, logit_sum, argmax, square_sum);
+        check_reduce_rows(tile, labels, start, max, others, target, entropy, logit_sum, argmax, square_sum);
     const cuda::RowStatePointers state{
-        pointer(max),       pointer(sumexp),
+        pointer(max),       pointer(others),
         pointer(target),    pointer(entropy),
         pointer(logit_sum), argmax.has_value() ? argmax->mutable_data_ptr<int64_t>() : nullptr,
         pointer(square_sum)};
@@ -96,16 +96,16 @@ void reduce_rows_(const at::Tensor& tile, const at::Tensor& labels, int64_t star
 }
 
 void dlogits_rows_(const at::Tensor& tile, const OptionalTensor& out, const at::Tensor& labels, int64_t start,
-                   const at::Tensor& max, const at::Tensor& sumexp, const OptionalTensor& scale,
+                   const at::Tensor& max, const at::Tensor& others, const OptionalTensor& scale,
                    const OptionalTensor& residual, std::optional<double> softcap, bool exponentiated) {
     TORCH_CHECK(!exponentiated, "dpo_kernels: exponentiated must be False on CUDA, whose tiles hold logits");
     const TileShape shape =
-        check_dlogits_rows(tile, out, labels, start, max, sumexp, scale, residual, softcap, exponentiated);
+        check_dlogits_rows(tile, out, labels, start, max, others, scale, residual, softcap, exponentiated);
     const at::Tensor& to = out.has_value() ? *out : tile;
     const OnDevice device(tile);
     check_launch(cuda::dlogits_rows(code(tile), tile.const_data_ptr(), shape.stride, code(to), pointer(to),
                                     to.stride(0), shape.rows, shape.cols, start, labels.const_data_ptr<int64_t>(),
-                                    max.const_data_ptr(), sumexp.const_data_ptr(), const_pointer(scale),
+                                    max.const_data_ptr(), others.const_data_ptr(), const_pointer(scale),
                                     pointer(residual), softcap.value_or(0.0), device.stream()),
                  "dlogits_rows");
 }

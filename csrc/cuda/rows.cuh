@@ -93,11 +93,12 @@ __global__ void __launch_bounds__(row_threads<T>())
 
 constexpr int64_t kNowhere = INT64_MAX;
 
-// What an online softmax keeps of the logits that it has seen; the sums are relative to `max`.
+// What an online softmax keeps of the logits that it has seen; the sums are relative to `max`, and those of exponentials
+// leave the label's own out, beside which the others would lose their digits in a row that is sure.
 template <class T>
 struct Running {
     T max;
-    T sumexp;                  // of exp(z - max)
+    T others;                  // of exp(z - max)
     T entropy = 0;             // -sum of exp(z - max) * (z - max)
     T logit_sum = 0;           // of z
     T square_sum = 0;          // of exp(z - max)^2
@@ -117,17 +118,20 @@ __device__ inline void rebase(Running<T>& running, T highest) {
     const T kept = running.max == highest ? T(1) : exponential(running.max - shift_of(highest));
     if (STATS) {
         // Moving the shift by d adds d * exp to every -exp * log exp.
-        const T drop = running.sumexp == 0 ? T(0) : (highest - running.max) * running.sumexp;
+        const T drop = running.others == 0 ? T(0) : (highest - running.max) * running.others;
         running.entropy = (running.entropy + drop) * kept;
         running.square_sum *= kept * kept;
     }
-    running.sumexp *= kept;
+    running.others *= kept;
     running.max = highest;
 }
 
-// Folds in COUNT logits: groups of GROUP consecutive ones, STRIDE columns from one group to the next.
+// Folds in COUNT logits: groups of GROUP consecutive ones, STRIDE columns from one group to the next. `label` is the
+// label's column in the tile, -1 for none.
 template <bool STATS, int GROUP, int64_t STRIDE, int COUNT, class T>
-__device__ inline void fold(Running<T>& running, const T (&z)[COUNT], int64_t column) {
+__device__ inline void fold(Running<T>& running, const T (&z)[COUNT], int64_t column, int64_t label) {
+    static_assert(COUNT % GROUP == 0, "whole groups");
+    constexpr int64_t span = (COUNT / GROUP - 1) * STRIDE + GROUP;
     T highest = z[0];
 #pragma unroll
     for (int at = 1; at < COUNT; ++at) highest = larger(highest, z[at]);
@@ -141,19 +145,28 @@ __device__ inline void fold(Running<T>& running, const T (&z)[COUNT], int64_t co
         rebase<STATS>(running, larger(running.max, highest));
     }
     const T shift = shift_of(running.max);
-    T sumexp = 0, entropy = 0, logit_sum = 0, square_sum = 0;
+    T moved[COUNT];
+#pragma unroll
+    for (int at = 0; at < COUNT; ++at) moved[at] = z[at] - shift;
+    if (label >= column && label - column < span) {  // in one batch of a row, for a few of its threads
+#pragma unroll
+        for (int at = 0; at < COUNT; ++at) {
+            // Its exponential is then 0, unless the row is broken: NaN stays NaN.
+            if (column + at / GROUP * STRIDE + at % GROUP == label) moved[at] -= static_cast<T>(INFINITY);
+        }
+    }
+    T others = 0, entropy = 0, logit_sum = 0, square_sum = 0;
 #pragma unroll
     for (int at = 0; at < COUNT; ++at) {
-        const T moved = z[at] - shift;
-        const T e = exponential(moved);
-        sumexp += e;
+        const T e = exponential(moved[at]);
+        others += e;
         if (STATS) {
-            entropy -= e == 0 ? T(0) : e * moved;  // 0 * -inf is 0 here
+            entropy -= e == 0 ? T(0) : e * moved[at];  // 0 * -inf is 0 here
             logit_sum += z[at];
             square_sum += e * e;
         }
     }
-    running.sumexp += sumexp;
+    running.others += others;
     running.entropy += entropy;
     running.logit_sum += logit_sum;
     running.square_sum += square_sum;
@@ -161,14 +174,14 @@ __device__ inline void fold(Running<T>& running, const T (&z)[COUNT], int64_t co
 
 // This thread's share of a row, in ascending order of columns.
 template <bool STATS, class T>
-__device__ inline void fold_share(Running<T>& running, const T* row, int64_t cols) {
+__device__ inline void fold_share(Running<T>& running, const T* row, int64_t cols, int64_t label) {
     constexpr int size = vector_size<T>();
     constexpr int unrolled = batch_size<T>() / size;
     constexpr int64_t threads = row_threads<T>();
     const int64_t head = elements_to_alignment(row) < cols ? elements_to_alignment(row) : cols;
     const int64_t vectors = (cols - head) / size;
     for (int64_t column = threadIdx.x; column < head; column += threads) {
-        fold<STATS, 1, 1>(running, load<1>(row + column).values, column);
+        fold<STATS, 1, 1>(running, load<1>(row + column).values, column, label);
     }
     int64_t at = threadIdx.x;
     for (; at + (unrolled - 1) * threads < vectors; at += unrolled * threads) {
@@ -179,14 +192,14 @@ __device__ inline void fold_share(Running<T>& running, const T* row, int64_t col
 #pragma unroll
             for (int lane = 0; lane < size; ++lane) z[step * size + lane] = vector.values[lane];
         }
-        fold<STATS, size, threads * size>(running, z, head + at * size);
+        fold<STATS, size, threads * size>(running, z, head + at * size, label);
     }
     for (; at < vectors; at += threads) {
         const int64_t column = head + at * size;
-        fold<STATS, size, size>(running, load<size>(row + column).values, column);
+        fold<STATS, size, size>(running, load<size>(row + column).values, column, label);
     }
     for (int64_t column = head + vectors * size + threadIdx.x; column < cols; column += threads) {
-        fold<STATS, 1, 1>(running, load<1>(row + column).values, column);
+        fold<STATS, 1, 1>(running, load<1>(row + column).values, column, label);
     }
 }
 
@@ -197,7 +210,7 @@ __global__ void __launch_bounds__(row_threads<T>())
     reduce_rows(const T* __restrict__ tile,          // (rows, cols), final logits
                 const int64_t* __restrict__ labels,  // (rows,)
                 T* __restrict__ max,                 // (rows,), as all that follow; read and written
-                T* __restrict__ sumexp, T* __restrict__ target, T* __restrict__ entropy, T* __restrict__ logit_sum,
+                T* __restrict__ others, T* __restrict__ target, T* __restrict__ entropy, T* __restrict__ logit_sum,
                 int64_t* __restrict__ argmax, T* __restrict__ square_sum, int64_t rows, int64_t cols, int64_t stride,
                 int64_t start) {
     constexpr int threads = row_threads<T>();
@@ -206,11 +219,12 @@ __global__ void __launch_bounds__(row_threads<T>())
         const T before = max[row];
         // Starting from the row's maximum, a thread notes a column only where that is exceeded.
         Running<T> part{before, T(0)};
-        fold_share<STATS>(part, z, cols);
+        const int64_t label = column_of(labels[row], start, cols);
+        fold_share<STATS>(part, z, cols, label);
         const T highest = block_reduce<threads>(part.max, Larger());
         const int64_t own = part.max == highest ? part.first : kNowhere;
         rebase<STATS>(part, highest);
-        part.sumexp = block_reduce<threads>(part.sumexp, Sum());
+        part.others = block_reduce<threads>(part.others, Sum());
         if (STATS) {
             part.entropy = block_reduce<threads>(part.entropy, Sum());
             part.logit_sum = block_reduce<threads>(part.logit_sum, Sum());
@@ -218,14 +232,13 @@ __global__ void __launch_bounds__(row_threads<T>())
             part.first = block_reduce<threads>(own, Smaller());
         }
         if (threadIdx.x != 0) continue;
-        Running<T> total{before, sumexp[row]};
+        Running<T> total{before, others[row]};
         if (STATS && entropy != nullptr) total.entropy = entropy[row];
         if (STATS && square_sum != nullptr) total.square_sum = square_sum[row];
         rebase<STATS>(total, highest);
         max[row] = highest;
-        sumexp[row] = total.sumexp + part.sumexp;
-        const int64_t column = column_of(labels[row], start, cols);
-        if (column >= 0) target[row] = z[column];
+        others[row] = total.others + part.others;
+        if (label >= 0) target[row] = z[label];
         if (STATS && entropy != nullptr) entropy[row] = total.entropy + part.entropy;
         if (STATS && logit_sum != nullptr) logit_sum[row] += part.logit_sum;
         if (STATS && square_sum != nullptr) square_sum[row] = total.square_sum + part.square_sum;
@@ -239,18 +252,19 @@ __global__ void __launch_bounds__(row_threads<T>())
 template <class T>
 struct GradientRow {
     T max;
-    T sumexp;
+    T others;
     T scale;
     T softcap;       // 0: none
     int64_t target;  // the label's column; -1: in another tile
     T* residual;     // where to write what rounding to 16 bits took from the label's own value; null: nowhere
 };
 
-// sumexp * (softmax - onehot), times the softcap's derivative and the row's scale.
+// sumexp * (softmax - onehot), which is minus the others' sum for the label, times the softcap's derivative and the row's
+// scale.
 template <class T>
 __device__ inline T dlogit(const GradientRow<T>& row, T z, int64_t column) {
     T d = exponential(z - row.max);
-    if (column == row.target) d -= row.sumexp;
+    if (column == row.target) d = -row.others;
     if (row.softcap != 0) {
         const T capped = z / row.softcap;  // a reciprocal would miss the exact 0 of a saturated logit
         d *= T(1) - capped * capped;
@@ -288,14 +302,14 @@ __global__ void __launch_bounds__(row_threads<T>())
                  Out* out,                            // (rows, cols)
                  const int64_t* __restrict__ labels,  // (rows,)
                  const T* __restrict__ max,           // (rows,)
-                 const T* __restrict__ sumexp,        // (rows,)
+                 const T* __restrict__ others,        // (rows,)
                  const T* __restrict__ scale,         // (rows,) or null
                  T* __restrict__ residual,            // (rows,) of 0, written by who rounds the label's own; or null
                  int64_t rows, int64_t cols, int64_t tile_stride, int64_t out_stride, int64_t start, T softcap) {
     for (int64_t index = blockIdx.y; index < rows; index += gridDim.y) {
         Out* const to = out + index * out_stride;
         const GradientRow<T> row{max[index],
-                                 sumexp[index],
+                                 others[index],
                                  scale == nullptr ? T(1) : scale[index],
                                  softcap,
                                  column_of(labels[index], start, cols),

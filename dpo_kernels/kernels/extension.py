@@ -155,7 +155,7 @@ class ExtensionRows(TorchRows):
         labels_C: Tensor,
         start: int,
         max_C: Tensor,
-        sumexp_C: Tensor,
+        others_C: Tensor,
         head: Head,
         scale_C: Tensor | None,
         exponentiated: bool = False,
@@ -166,7 +166,16 @@ class ExtensionRows(TorchRows):
             out, applied, scale_C = self.narrow_like(tile), scale_C, None
             residual = torch.zeros_like(max_C)
         torch.ops.dpo_kernels.dlogits_rows_(
-            tile, out, labels_C, start, max_C, sumexp_C, applied, residual, head.softcap, exponentiated
+            tile,
+            out,
+            labels_C,
+            start,
+            max_C,
+            others=others_C,  # by its name: an extension from before it was that is refused
+            scale=applied,
+            residual=residual,
+            softcap=head.softcap,
+            exponentiated=exponentiated,
         )
         return LogitsGradient(tile if out is None else out, scale_C, labels_C, residual)
 
@@ -281,10 +290,10 @@ def _reduce_rows(state: RowState, tile: Tensor, labels_C: Tensor, start: int, ke
         start,
         keep_logits,
         state.max,
-        state.sumexp,
-        state.target,
-        state.entropy,
-        state.logit_sum,
-        state.argmax,
-        state.square_sum,
+        others=state.others,  # by its name: an extension from before it was that is refused
+        target=state.target,
+        entropy=state.entropy,
+        logit_sum=state.logit_sum,
+        argmax=state.argmax,
+        square_sum=state.square_sum,
     )

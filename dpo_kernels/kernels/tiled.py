@@ -107,17 +107,17 @@ class TiledPasses(RowKernels):
         tile: Tensor,
         labels_C: Tensor,
         max_C: Tensor,
-        sumexp_C: Tensor,
+        others_C: Tensor,
         scale_C: Tensor | None,
     ) -> LogitsGradient:
         """See ``types.RowKernels``."""
         self.project(x_CH, head, start, tile)
-        return self.dlogits_(tile, labels_C, start, max_C, sumexp_C, head, scale_C)
+        return self.dlogits_(tile, labels_C, start, max_C, others_C, head, scale_C)
 
     def reduced_dlogits(self, state: RowState, tile: Tensor, labels_C: Tensor, head: Head) -> LogitsGradient:
         """See ``types.RowKernels``."""
         self.reduce(state, tile, labels_C, 0, keep_logits=head.softcap is not None)
-        return self.dlogits_(tile, labels_C, 0, state.max, state.sumexp, head, None, state.exponentiated)
+        return self.dlogits_(tile, labels_C, 0, state.max, state.others, head, None, state.exponentiated)
 
     def linear_direction(
         self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
@@ -148,7 +148,7 @@ class TiledPasses(RowKernels):
     def _cut_direction(
         self, state: RowState, x_CH: Tensor, head: Head, labels_C: Tensor, scratch: Tensor, cols: int, out_CH: Tensor
     ) -> None:
-        no_label = torch.full_like(labels_C, -1)  # the label's own term is added once the sum of exp is known
+        nothing_yet = torch.zeros_like(state.others)  # the label's own term is added once the sum is known
         for left, right in spans(head.vocab, cols):
             z = self.tile_in(scratch, x_CH.shape[0], right - left)
             self.project(x_CH, head, left, z)
@@ -156,23 +156,23 @@ class TiledPasses(RowKernels):
             self.reduce(state, z, labels_C, left)
             if left:
                 out_CH.mul_(rescale(before, state.max)[:, None])
-            d = self.dlogits_(z, no_label, left, state.max, state.sumexp, head, None, state.exponentiated)
+            d = self.dlogits_(z, labels_C, left, state.max, nothing_yet, head, None, state.exponentiated)
             self.grad_hidden(d, head, left, out_CH, accumulate=left > 0)
+        out_CH.addcmul_(_label_rows(head, labels_C, state.target, self.dtype), state.others[:, None], value=-1)
         out_CH.mul_((head.logit_scale / state.sumexp)[:, None])
-        out_CH.sub_(_label_rows(head, labels_C, state.target, self.dtype))
 
     def linear_logprob_backward(
         self,
         hidden_RH: Tensor,
         head: Head,
         rows: Rows,
-        saved: tuple[Tensor, Tensor],
+        saved: tuple[Tensor, Tensor, Tensor],
         grad_N: Tensor,
         tile: Tile,
         need: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See ``types.RowKernels``."""
-        max_N, sumexp_N = saved
+        max_N, sumexp_N, others_N = saved
         scratch = self.scratch(hidden_RH.device, tile.rows, tile.cols)
         grads = self._new_gradients(hidden_RH, head, rows, need)
         dx, dw, db = grads
@@ -181,7 +181,7 @@ class TiledPasses(RowKernels):
             x_CH = rows.gather(hidden_RH, start, stop, self.dtype)
             for left, right in spans(head.vocab, tile.cols):
                 z = self.tile_in(scratch, stop - start, right - left)
-                here = (rows.labels[start:stop], max_N[start:stop], sumexp_N[start:stop])
+                here = (rows.labels[start:stop], max_N[start:stop], others_N[start:stop])
                 d = self.recomputed_dlogits(x_CH, head, left, z, *here, scale_N[start:stop])
                 if dx is not None:
                     self.grad_hidden(d, head, left, dx[start:stop], accumulate=left > 0)
@@ -211,11 +211,11 @@ class TiledPasses(RowKernels):
 
 
 def _label_rows(head: Head, labels_C: Tensor, target_C: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head's rows of the labels, times the softcap's derivative at their logits."""
     rows_CH = head.weight.index_select(0, labels_C).to(dtype).to(target_C.dtype)
-    slope_C = torch.full_like(target_C, head.logit_scale)
-    if head.softcap is not None:
-        slope_C = slope_C * (1.0 - (target_C / head.softcap).square())
-    return rows_CH * slope_C[:, None]
+    if head.softcap is None:
+        return rows_CH
+    return rows_CH * (1.0 - (target_C / head.softcap).square())[:, None]
 
 
 class _Collected:
@@ -223,11 +223,18 @@ class _Collected:
 
     def __init__(self, rows: Rows, like: Tensor, stats: Sequence[str]) -> None:
         zeros, ones = like.new_zeros(rows.capacity), like.new_ones(rows.capacity)
-        self.result = RowResult(zeros, torch.zeros_like(zeros), ones, {name: torch.zeros_like(zeros) for name in stats})
+        self.result = RowResult(
+            zeros,
+            torch.zeros_like(zeros),
+            ones,
+            torch.zeros_like(zeros),
+            {name: torch.zeros_like(zeros) for name in stats},
+        )
 
     def put(self, start: int, stop: int, part: RowResult) -> None:
         self.result.logp[start:stop] = part.logp
         self.result.max[start:stop] = part.max
         self.result.sumexp[start:stop] = part.sumexp
+        self.result.others[start:stop] = part.others
         for name, value in part.stats.items():
             self.result.stats[name][start:stop] = value

@@ -46,7 +46,7 @@ class TorchRows(TiledPasses):
 
         return RowState(
             max=full(-torch.inf),
-            sumexp=full(0.0),
+            others=full(0.0),
             target=full(-torch.inf),
             entropy=full(0.0) if "entropy" in stats else None,
             logit_sum=full(0.0) if "mean_logits" in stats else None,
@@ -84,7 +84,8 @@ class TorchRows(TiledPasses):
     def _reduce_block(self, state: RowState, z: Tensor, labels_C: Tensor, start: int, overwrite: bool) -> None:
         column = labels_C - start
         here = (column >= 0) & (column < z.shape[1])
-        label_logit = z.gather(1, column.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+        label = column.clamp(0, z.shape[1] - 1)[:, None]
+        label_logit = z.gather(1, label)[:, 0]
         block_max = z.amax(dim=1)
         highest = torch.maximum(state.max, block_max)
         # A row of -inf so far (unreachable tokens) is shifted by 0, or -inf - -inf would be NaN.
@@ -96,29 +97,41 @@ class TorchRows(TiledPasses):
             first = z.argmax(dim=1) + start
             state.argmax = torch.where(block_max > state.max, first, state.argmax)
         e = (z.sub_(shift[:, None]) if overwrite else z - shift[:, None]).exp_()
+        own = e.gather(1, label)
+        e.scatter_(1, label, torch.where(here[:, None], own - own, own))  # 0, but NaN of a broken row
         if state.entropy is not None:
             # Moving the shift by d adds d * exp to every -e * log e.
-            drop = torch.where(state.sumexp > 0, (highest - state.max) * state.sumexp, state.sumexp)
+            drop = torch.where(state.others > 0, (highest - state.max) * state.others, state.others)
             state.entropy = (state.entropy + drop) * kept + torch.special.entr(e).sum(dim=1)
         if state.square_sum is not None:
             state.square_sum = state.square_sum * kept.square() + torch.linalg.vecdot(e, e)
-        state.sumexp = state.sumexp * kept + e.sum(dim=1)
+        state.others = state.others * kept + e.sum(dim=1)
+        if overwrite:
+            e.scatter_(1, label, own)
         state.max = highest
         state.target = torch.where(here, label_logit, state.target)
 
     def finish(self, state: RowState, labels_C: Tensor, vocab: int) -> RowResult:
-        """See ``types.RowKernels``; ``(z_y - max) - log sumexp`` keeps the digits that ``z_y - lse`` would lose."""
-        log_sumexp = state.sumexp.log()
+        """See ``types.RowKernels``; ``(z_y - max) - log sumexp`` keeps the digits that ``z_y - lse`` would lose.
+
+        Where the label's logit is the largest, ``expm1`` gives exactly 0, and ``log1p`` the digits of the others' mass.
+        Where it is not, the others hold a 1.
+        """
+        below = state.target - state.max
+        log_sumexp = (state.others + below.expm1()).log1p()
+        sumexp = state.sumexp
         stats = {}
         if state.entropy is not None:
-            stats["entropy"] = log_sumexp + state.entropy / state.sumexp
+            # 0 * -inf of an impossible label would be NaN.
+            own = torch.where(below == -torch.inf, torch.zeros_like(below), below.exp() * below)
+            stats["entropy"] = log_sumexp + (state.entropy - own) / sumexp
         if state.logit_sum is not None:
             stats["mean_logits"] = state.logit_sum / vocab
         if state.argmax is not None:
             stats["top1"] = (state.argmax == labels_C).to(state.max.dtype)
         if state.square_sum is not None:
-            stats["log_sum_p2"] = state.square_sum.log() - 2.0 * log_sumexp
-        return RowResult((state.target - state.max) - log_sumexp, state.max, state.sumexp, stats)
+            stats["log_sum_p2"] = (state.square_sum + (2.0 * below).expm1()).log1p() - 2.0 * log_sumexp
+        return RowResult(below - log_sumexp, state.max, sumexp, state.others, stats)
 
     def dlogits_(
         self,
@@ -126,7 +139,7 @@ class TorchRows(TiledPasses):
         labels_C: Tensor,
         start: int,
         max_C: Tensor,
-        sumexp_C: Tensor,
+        others_C: Tensor,
         head: Head,
         scale_C: Tensor | None,
         exponentiated: bool = False,
@@ -134,12 +147,11 @@ class TorchRows(TiledPasses):
         """See ``types.RowKernels``; float32 tiles need no scaling of their own."""
         column = labels_C - start
         here = (column >= 0) & (column < tile.shape[1])
-        removed = torch.where(here, -sumexp_C, torch.zeros_like(sumexp_C))[:, None]
-        label = column.clamp(0, tile.shape[1] - 1)[:, None]
+        label, own = column.clamp(0, tile.shape[1] - 1)[:, None], -others_C[:, None]
         if head.softcap is not None:
             assert not exponentiated, "the softcap's derivative needs the logits"
             # d z / d raw = scale * (1 - (z / softcap)^2); the label's own is taken before the logits are gone.
-            removed = removed * tile.gather(1, label).div_(head.softcap).square_().neg_().add_(1.0)
+            own = own * tile.gather(1, label).div_(head.softcap).square_().neg_().add_(1.0)
         if not exponentiated:
             for rows, cols in self._blocks(tile):
                 z = tile[rows, cols]
@@ -147,7 +159,7 @@ class TorchRows(TiledPasses):
                 z.sub_(max_C[rows, None]).exp_()
                 if slope is not None:
                     z.mul_(slope)
-        tile.scatter_(1, label, tile.gather(1, label) + removed)
+        tile.scatter_(1, label, torch.where(here[:, None], own, tile.gather(1, label)))
         if not tile.is_cuda or self.dtype != torch.bfloat16:
             return LogitsGradient(tile, scale_C, labels_C)
         if scale_C is not None:

@@ -9,7 +9,7 @@ from dpo_kernels.losses.pairwise import SMOOTHING, averages, smoothed
 from dpo_kernels.losses.registry import register
 from dpo_kernels.types import LossInputs
 
-LEAST_SURPRISE = 1e-12  # nats a token; an average log-prob above minus this counts as this
+LEAST_SURPRISE = 1e-30  # nats a token; an average log-prob above minus this counts as this: 1 over it fits float32
 HALF = -0.6931471805599453  # the log-prob of 1/2, where the two forms of log(1 - p) meet
 SMALL_ALPHA = 1e-8
 

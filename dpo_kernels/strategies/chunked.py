@@ -166,7 +166,7 @@ class _Pass:
                 torch.mul(z, rescale(shift_C, state.max)[:, None], out=tile)
             else:
                 tile.copy_(z)
-            d = kernels.dlogits_(tile, labels_C, left, state.max, state.sumexp, head, scale_C, state.exponentiated)
+            d = kernels.dlogits_(tile, labels_C, left, state.max, state.others, head, scale_C, state.exponentiated)
             if scaled_CH is None:
                 scaled_CH = x_CH if d.scale is None else x_CH * d.scale[:, None]
             right = left + z.shape[1]
@@ -260,7 +260,7 @@ class _Pass:
         if stop == start:
             return
         kernels, labels_C = self.kernels, self.rows.labels[start:stop]
-        d = kernels.dlogits_(tile, labels_C, 0, state.max, state.sumexp, self.head, scale_C, state.exponentiated)
+        d = kernels.dlogits_(tile, labels_C, 0, state.max, state.others, self.head, scale_C, state.exponentiated)
         if self.dx is not None:
             kernels.grad_hidden(d, self.head, 0, self.dx[start:stop], accumulate=False)
             if d.scale is not None:

@@ -32,7 +32,7 @@ def backward(
     hidden_RH: Tensor,
     head: Head,
     rows: Rows,
-    saved: tuple[Tensor, Tensor],
+    saved: tuple[Tensor, Tensor, Tensor],
     grad_N: Tensor,
     tile: Tile,
     need: tuple[bool, bool, bool],

@@ -41,19 +41,19 @@ const char* emulated_finish_logits(int dtype, void* tile, int64_t rows, int64_t 
 }
 
 const char* emulated_reduce_rows(int dtype, const void* tile, int64_t rows, int64_t cols, int64_t stride, int64_t start,
-                                 const int64_t* labels, void* max, void* sumexp, void* target, void* entropy,
+                                 const int64_t* labels, void* max, void* others, void* target, void* entropy,
                                  void* logit_sum, int64_t* argmax, void* square_sum) {
-    const RowStatePointers state{max, sumexp, target, entropy, logit_sum, argmax, square_sum};
+    const RowStatePointers state{max, others, target, entropy, logit_sum, argmax, square_sum};
     return outcome(
         reduce_rows(static_cast<DType>(dtype), tile, rows, cols, stride, start, labels, state, nullptr));
 }
 
 const char* emulated_dlogits_rows(int dtype, const void* tile, int64_t tile_stride, int out_dtype, void* out,
                                   int64_t out_stride, int64_t rows, int64_t cols, int64_t start, const int64_t* labels,
-                                  const void* max, const void* sumexp, const void* scale, void* residual,
+                                  const void* max, const void* others, const void* scale, void* residual,
                                   double softcap) {
     return outcome(dlogits_rows(static_cast<DType>(dtype), tile, tile_stride, static_cast<DType>(out_dtype), out,
-                                out_stride, rows, cols, start, labels, max, sumexp, scale, residual, softcap, nullptr));
+                                out_stride, rows, cols, start, labels, max, others, scale, residual, softcap, nullptr));
 }
 
 const char* emulated_segment_sum(int dtype, const void* values, int weights_dtype, const void* weights, int64_t count,

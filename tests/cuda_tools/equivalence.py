@@ -16,7 +16,7 @@ from dpo_kernels.kernels.torch_rows import TorchRows
 from dpo_kernels.losses import bind
 from dpo_kernels.sequence import segment_sum
 from dpo_kernels.types import STATS, Head, RowState
-from tests import tolerance
+from tests import certain, tolerance
 from tests.cuda_tools.emulation import Emulated
 
 ROWS = 6
@@ -136,7 +136,7 @@ def check_reduce(
         left += width
     # Logits far from 0 have sums, and so tolerances, of their own.
     far = z.isfinite().logical_and(z > 100).any(dim=1)
-    for name in ("max", "sumexp", "target", "entropy", "logit_sum", "square_sum"):
+    for name in ("max", "others", "target", "entropy", "logit_sum", "square_sum"):
         parts = [getattr(each, name) for each in (state, truth, plain)]
         if parts[0] is not None:
             close(name, *(part[~far] for part in parts), dtype)
@@ -149,6 +149,27 @@ def check_reduce(
     for name in stats:
         close(name, got.stats[name], expected.stats[name], theirs.stats[name], dtype)
     return state
+
+
+def check_certain(kernels: Emulated) -> None:
+    """Log-probs and gradients of nearly certain tokens keep their digits, wherever the label stands."""
+    for widths in ([211], [1, 100, 110], [5003], [2000, 3003]):
+        problem = certain.certain(sum(widths))
+        z, labels = problem.weight.detach().t(), problem.labels[problem.labels >= 0]
+        rows = TorchRows(torch.float32, 2**20)
+        state, left = rows.new_state(z.shape[0], z.device, ()), 0
+        tiles = [tile.contiguous() for tile in z.split(widths, dim=1)]
+        for tile in tiles:
+            kernels.reduce_rows(tile, labels, left, state)
+            left += tile.shape[1]
+        wanted, logp = certain.truth(problem), rows.finish(state, labels, left).logp
+        assert certain.relative_error(logp, wanted.logp) < certain.RELATIVE, "logp"
+        left = 0
+        for tile in tiles:
+            kernels.dlogits_rows(tile, None, labels, left, state.max, state.others, None, None, None)
+            left += tile.shape[1]
+        slopes = torch.cat(tiles, dim=1) / -state.sumexp[:, None]
+        assert certain.relative_error(slopes, wanted.slope) < certain.RELATIVE, "gradient"
 
 
 def check_orders(kernels: Emulated, dtype: torch.dtype) -> None:
@@ -195,7 +216,7 @@ def check_foreign_labels(kernels: Emulated) -> None:
     kernels.reduce_rows(guards.around(z), labels, 100, state)
     assert target.tolist() == [7.0] * 5 + [float(z[5, 50])]
     residual, narrow = guards.around(torch.zeros(ROWS)), torch.empty(ROWS, 100, dtype=torch.bfloat16)
-    kernels.dlogits_rows(z, narrow, labels, 100, state.max, state.sumexp, None, residual, None)
+    kernels.dlogits_rows(z, narrow, labels, 100, state.max, state.others, None, residual, None)
     guards.check()
     assert (narrow < 0).sum(dim=1).tolist() == [0] * 5 + [1]
     assert residual[:5].eq(0).all()
@@ -220,19 +241,20 @@ def check_dlogits(
     labels[2], labels[3] = cols - 1, cols
     start, out_dtype = 40, narrow or dtype
     backend, oracle = TorchRows(dtype, 2**20), TorchRows(torch.float64, 2**20)
-    max_C, sumexp_C = z.amax(dim=1), (z - z.amax(dim=1, keepdim=True)).exp().sum(dim=1)
+    own = torch.nn.functional.one_hot(labels, cols + 1)[:, :cols].bool()
+    max_C, others_C = z.amax(dim=1), (z - z.amax(dim=1, keepdim=True)).exp().masked_fill(own, 0.0).sum(dim=1)
     scale_C = torch.randn(ROWS, dtype=dtype) if scaled else None
     guards, head = Guards(), Head(z.new_empty(0, 1), softcap=softcap)
     tile = guards.around(z, layouts[0])
     out = None if narrow is None else guards.around(torch.full((ROWS, cols), torch.nan, dtype=narrow), layouts[1])
     residual = None if narrow is None else guards.around(torch.zeros(ROWS, dtype=dtype))
-    rest = [guards.around(part) for part in (labels + start, max_C, sumexp_C)]
+    rest = [guards.around(part) for part in (labels + start, max_C, others_C)]
     scale = None if scale_C is None else guards.around(scale_C)
     kernels.dlogits_rows(tile, out, rest[0], start, rest[1], rest[2], scale, residual, softcap)
     guards.check(*rest, scale, *([] if out is None else [tile]))
 
     def theirs(backend: TorchRows, wide: torch.dtype) -> Tensor:
-        parts = [part.to(wide) for part in (z, max_C, sumexp_C)]
+        parts = [part.to(wide) for part in (z, max_C, others_C)]
         values = backend.dlogits_(parts[0].clone(), labels, 0, *parts[1:], head, None).values
         return values if scale_C is None else values * scale_C[:, None].to(wide)
 
@@ -245,7 +267,7 @@ def check_dlogits(
             assert residual[row] == 0, f"residual of row {row}"
             continue
         lost = float(truth[row, label] - out[row, label].double())
-        allowed = 4e-7 * float(sumexp_C[row] * (1 if scale_C is None else scale_C[row].abs()))
+        allowed = 4e-7 * float(others_C[row] * (1 if scale_C is None else scale_C[row].abs()))
         assert abs(float(residual[row]) - lost) <= allowed, f"residual of row {row}"
 
 

@@ -58,7 +58,7 @@ class Operators:
 
     def reduce_rows(self, tile: Tensor, labels: Tensor, start: int, state: RowState) -> None:
         """As ``Emulated``."""
-        parts = (state.max, state.sumexp, state.target, state.entropy, state.logit_sum, state.argmax, state.square_sum)
+        parts = (state.max, state.others, state.target, state.entropy, state.logit_sum, state.argmax, state.square_sum)
         self._through(self.ops.reduce_rows_, tile, labels, start, True, *parts)
 
     def dlogits_rows(

@@ -51,20 +51,20 @@ void rows_of(DType out_dtype, int64_t cols, int64_t extra, int64_t offset, int64
     std::vector<int64_t> argmax(rows, 0);
     state[0].assign(rows, -static_cast<T>(INFINITY));
     T* const max = state[0].data();
-    T* const sumexp = state[1].data();
+    T* const others = state[1].data();
     for (const bool stats : {false, true}) {
         const auto wanted = [&](int which) { return stats ? state[which].data() : nullptr; };
-        expect_no(emulated_reduce_rows(code<T>(), tile.data(), rows, cols, tile.stride, 0, labels.data(), max, sumexp,
+        expect_no(emulated_reduce_rows(code<T>(), tile.data(), rows, cols, tile.stride, 0, labels.data(), max, others,
                                        state[2].data(), wanted(3), wanted(4), stats ? argmax.data() : nullptr,
                                        wanted(5)));
     }
     const std::vector<T> scale = filled<T>(rows, 0.5);
     std::vector<T> residual = filled<T>(rows, 0);
     expect_no(emulated_dlogits_rows(code<T>(), tile.data(), tile.stride, static_cast<int>(out_dtype), out.data(),
-                                    out.stride, rows, cols, 0, labels.data(), max, sumexp, scale.data(),
+                                    out.stride, rows, cols, 0, labels.data(), max, others, scale.data(),
                                     residual.data(), 30.0));
     expect_no(emulated_dlogits_rows(code<T>(), tile.data(), tile.stride, code<T>(), tile.data(), tile.stride, rows,
-                                    cols, 0, labels.data(), max, sumexp, nullptr, nullptr, 0.0));
+                                    cols, 0, labels.data(), max, others, nullptr, nullptr, 0.0));
 }
 
 template <class T, class Weight>

@@ -14,6 +14,7 @@ from dpo_kernels.kernels.triton.backend import TritonRows
 from dpo_kernels.kernels.triton.configs import INTERPRETED
 from dpo_kernels.types import STATS, Head
 from tests.cases import HIDDEN, LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
+from tests.certain import broken, certain, off_log_probs, off_orpo
 from tests.covers import cover
 from tests.small import tail_of_an_impossible_rejected
 from tests.test_equivalence import COUPLED, FAMILY, LOSSES, case_of, coupled
@@ -270,6 +271,16 @@ def test_a_vocabulary_of_more_than_a_block():
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nearly_certain_tokens(strategy):
+    """The digits of what is left of 1, in float32 and through the one reading of a frozen bfloat16 head."""
+    for dtype in (torch.float32, torch.bfloat16):
+        problem = certain(211, dtype)
+        assert not broken(off_orpo(problem, strategy, "triton"))
+        if not strategy.startswith("chunked"):
+            assert not broken(off_log_probs(problem, strategy, "triton"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("rows", [(0, 1, 2, 3), (0, 1), (3,)], ids=str)
 def test_masked_sequences(rows, strategy):
     assert not broken_by(extreme(labels=masked(*rows)), {}, torch.float32, strategy, "triton")
@@ -370,7 +381,7 @@ def test_what_the_padding_of_rows_holds_is_not_used(cols, dtype):
         tile.copy_(z)
         state = rows.new_state(3, z.device, STATS)
         rows.reduce(state, tile, labels, 0)
-        d = rows.dlogits_(tile, labels, 0, state.max, state.sumexp, Head(z), torch.ones(3))
+        d = rows.dlogits_(tile, labels, 0, state.max, state.others, Head(z), torch.ones(3))
         done = rows.finish(state, labels, cols)
         found.append([done.logp, *done.stats.values(), d.values, *([] if d.residual is None else [d.residual])])
     assert all(value.isfinite().all() for value in found[0])
@@ -426,6 +437,21 @@ def test_a_row_without_any_reachable_token_or_with_nan_stays_nan(small_blocks):
     kernels.reduced_dlogits(state, tile, torch.tensor([1, 2, 3]), Head(z))
     logp = kernels.finish(state, torch.tensor([1, 2, 3]), cols).logp
     assert logp.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("strategy", ["recompute", "recompute-tiles", "streaming"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_label_stays_broken(value, strategy):
+    """Its exponential is left out of the sums, but not what is wrong with it."""
+    problem = certain(211)
+    weight = problem.weight.detach().clone()
+    weight[problem.labels[2, 0], 4] = (
+        value  # the logit of that label's own row, the fifth; of the others 0 * value, NaN
+    )
+    name, scratch = STRATEGIES[strategy]
+    how = {"strategy": name, "scratch_bytes": scratch, "backend": "triton"}
+    logp = dk.fused_token_logps(problem.hidden, weight, problem.labels, **how)
+    assert logp[problem.labels >= 0].isnan().all()
 
 
 def test_a_head_of_odd_width_is_padded_once():

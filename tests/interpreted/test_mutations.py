@@ -10,6 +10,7 @@ import torch
 from dpo_kernels.kernels.triton import backend, dpo_tail, linear_logprob, rows
 from dpo_kernels.types import Head
 from tests.cases import Case, broken_rules
+from tests.certain import broken, certain, off_log_probs
 from tests.triton_tools.interpreter import IntegerOverflow, sanitize
 
 MODULES = {"rows": rows, "dpo_tail": dpo_tail, "linear_logprob": linear_logprob}
@@ -19,16 +20,41 @@ NAMES = {"rows": "row_kernels", "dpo_tail": "dpo_tail", "linear_logprob": "linea
 MUTATIONS = {
     "a masked lane is a logit of 0": ("rows", 'tl.where(inside, z, -float("inf"))', "tl.where(inside, z, 0.0)"),
     "no mask at all": ("rows", 'base + at, mask=at < reach, other=-float("inf")', "base + at"),
-    "no rescale of the running sum": ("rows", "sumexp = sumexp * kept + tl.sum", "sumexp = sumexp + tl.sum"),
+    "no rescale of the running sum": ("rows", "others = others * kept + tl.sum", "others = others + tl.sum"),
+    "the label among the others": ("rows", "tl.where(at == column, e - e, e)", "e"),
+    "the label among the others of one reading": (
+        "rows",
+        "tl.where(at == column, e - e, e)\n        tl.store",
+        "e\n        tl.store",
+    ),
+    "digits of the others": (
+        "rows",
+        "others * kept + tl.sum(e, axis=0)",
+        "others * kept + tl.sum(e, axis=0) + 1.0 - 1.0",
+    ),
+    "digits of the others while streaming": (
+        "linear_logprob",
+        "others * kept + tl.sum(e, axis=1)",
+        "others * kept + tl.sum(e, axis=1) + 1.0 - 1.0",
+    ),
+    "the label among the streamed others": (
+        "linear_logprob",
+        "tl.where(hit, e - e, e)",
+        "e",
+    ),
     "target off by one": ("rows", "tl.load(base + column)", "tl.load(base + tl.maximum(column - 1, 0))"),
     "entropy without the moved shift": ("rows", "(entropy + drop) * kept", "entropy * kept"),
     "last maximum wins ties": ("rows", "block_max > running", "block_max >= running"),
-    "onehot with the wrong sign": ("rows", "d - tl.load(sumexp_ptr + row)", "d + tl.load(sumexp_ptr + row)"),
+    "onehot with the wrong sign": ("rows", "-tl.load(others_ptr + row)", "tl.load(others_ptr + row)"),
     "no derivative of the softcap": ("rows", "d = d * (1.0 - capped * capped)", "d = d"),
     "the scale of another row": ("rows", "tl.load(scale_ptr + row)", "tl.load(scale_ptr)"),
     "a row far from its first block is not done again": ("rows", "shift = highest\n", "shift = shift\n"),
     "the sum stays under the first block's shift": ("rows", "total * factor", "total"),
-    "nothing is taken from the label's own value": ("rows", ".to(tl.float32)) - total)", ".to(tl.float32)))"),
+    "nothing is taken from the label's own value": (
+        "rows",
+        "residual_ptr + row, -total",
+        "residual_ptr + row, 0.0 * total",
+    ),
     "bias of the first columns only": ("rows", "tl.load(b_ptr + at, ", "tl.load(b_ptr + at % 16, "),
     "a cap that forgets the sign": ("rows", "tl.where(y < 0, -size, size)", "size"),
     "a cap that is none near 0": ("rows", "near = small * (1.0", "near = small + 0.0 * (1.0"),
@@ -47,7 +73,7 @@ MUTATIONS = {
         'z = tl.where(col_inside[None, :], z, -float("inf"))',
         "z = z",
     ),
-    "no rescale while streaming": ("linear_logprob", "sumexp = sumexp * kept + tl.sum", "sumexp = sumexp + tl.sum"),
+    "no rescale while streaming": ("linear_logprob", "others = others * kept + tl.sum", "others = others + tl.sum"),
     "streamed target off by one": (
         "linear_logprob",
         "hit = tl.arange(0, BLOCK_V)[None, :] == (labels",
@@ -89,7 +115,7 @@ def _caught(module: str = "") -> bool:
                     case = Case(dtype, bias=extras, weights=extras, options=options)
                     if broken_rules(case, strategy, "triton"):
                         return True
-            return not of_rows and (_ties_are_broken() or _one_reading_differs())
+            return (not of_rows and (_ties_are_broken() or _one_reading_differs())) or _digits_are_lost()
     except Exception:  # noqa: BLE001 - any report of the sanitizer counts
         return True
 
@@ -103,6 +129,12 @@ def _ties_are_broken() -> bool:
     from tests.cases import broken_by
 
     return bool(broken_by(inputs, case.keywords(), torch.float32, "recompute-tiles", "triton"))
+
+
+def _digits_are_lost() -> bool:
+    """Nearly certain tokens: what is left of 1 for the others, by the row kernels and by the streaming one."""
+    problem = certain(150)
+    return any(broken(off_log_probs(problem, strategy, "triton")) for strategy in ("recompute", "streaming"))
 
 
 def _one_reading_differs() -> bool:
@@ -146,7 +178,7 @@ def _reduced(place):
     kernels, _, _, logits, labels, _ = _operands()
     state = kernels.new_state(3, logits.device, ("entropy", "top1"))
     kernels.reduce(state, place(logits), labels, 0)
-    return [state.max, state.sumexp, state.target, state.entropy, state.argmax]
+    return [state.max, state.others, state.target, state.entropy, state.argmax]
 
 
 def _finished(place):
@@ -166,7 +198,7 @@ def _streamed(x_at=torch.clone, w_at=torch.clone):
     kernels, x, weight, _, labels, _ = _operands()
     packed = SimpleNamespace(gather=lambda hidden, *_: hidden, used=3, capacity=3, labels=labels)
     done = kernels.stream_logprob(x_at(x), Head(w_at(weight)), packed, None, ())
-    return [done.logp, done.max, done.sumexp]
+    return [done.logp, done.max, done.others]
 
 
 def _recomputed(x_at=torch.clone, w_at=torch.clone, out_at=torch.clone):

@@ -104,7 +104,7 @@ CONFIGURATIONS = [
         "odd rows without padding",
         rows.dlogits_rows,
         {
-            **dict.fromkeys(("tile_ptr", "max_ptr", "sumexp_ptr", "scale_ptr", "residual_ptr"), torch.float32),
+            **dict.fromkeys(("tile_ptr", "max_ptr", "others_ptr", "scale_ptr", "residual_ptr"), torch.float32),
             "out_ptr": torch.bfloat16,
             "labels_ptr": torch.int64,
             **dict.fromkeys(("cols", "row_stride", "out_stride"), 50257),

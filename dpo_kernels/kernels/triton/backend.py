@@ -94,7 +94,7 @@ class TritonRows(TorchRows):
                 whole,
                 labels_C,
                 state.max,
-                state.sumexp,
+                state.others,
                 state.target,
                 nothing if state.entropy is None else state.entropy,
                 nothing if state.logit_sum is None else state.logit_sum,
@@ -118,7 +118,7 @@ class TritonRows(TorchRows):
         labels_C: Tensor,
         start: int,
         max_C: Tensor,
-        sumexp_C: Tensor,
+        others_C: Tensor,
         head: Head,
         scale_C: Tensor | None,
         exponentiated: bool = False,
@@ -138,7 +138,7 @@ class TritonRows(TorchRows):
                 written if padded else out,
                 labels_C,
                 max_C,
-                sumexp_C,
+                others_C,
                 max_C if applied is None else applied,
                 max_C if residual is None else residual,
                 cols,
@@ -173,7 +173,7 @@ class TritonRows(TorchRows):
                 written if padded else out,
                 labels_C,
                 state.max,
-                state.sumexp,
+                state.others,
                 state.target,
                 factor,
                 residual,
@@ -277,7 +277,7 @@ class TritonRows(TorchRows):
         tile: Tensor,
         labels_C: Tensor,
         max_C: Tensor,
-        sumexp_C: Tensor,
+        others_C: Tensor,
         scale_C: Tensor | None,
     ) -> LogitsGradient:
         """See ``types.RowKernels``: one kernel from hidden states to the operand, no float32 logits between.
@@ -286,7 +286,7 @@ class TritonRows(TorchRows):
         """
         gpu = gpu_at(x_CH.device)
         if gpu is not None and self.dtype != torch.float32 and x_CH.shape[1] > gpu.streaming_width:
-            return super().recomputed_dlogits(x_CH, head, start, tile, labels_C, max_C, sumexp_C, scale_C)
+            return super().recomputed_dlogits(x_CH, head, start, tile, labels_C, max_C, others_C, scale_C)
         x_CH = _aligned(x_CH)
         out, applied, residual = tile, None, None
         if self.dtype == torch.bfloat16:  # in the scratch's own memory, of which it takes half
@@ -306,7 +306,7 @@ class TritonRows(TorchRows):
                     weight if head.bias is None else head.bias,
                     labels_C,
                     max_C,
-                    sumexp_C,
+                    others_C,
                     max_C if applied is None else applied,
                     max_C if residual is None else residual,
                     out,
@@ -432,4 +432,6 @@ def _to_capacity(done: RowResult, capacity: int) -> RowResult:
         return torch.cat([value, value.new_full((capacity - value.shape[0],), fill)])
 
     stats = {name: padded(value, 0.0) for name, value in done.stats.items()}
-    return RowResult(padded(done.logp, 0.0), padded(done.max, 0.0), padded(done.sumexp, 1.0), stats)
+    return RowResult(
+        padded(done.logp, 0.0), padded(done.max, 0.0), padded(done.sumexp, 1.0), padded(done.others, 0.0), stats
+    )

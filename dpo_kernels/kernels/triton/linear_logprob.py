@@ -78,7 +78,7 @@ def linear_logprob(
     b_ptr,  # (V,)
     labels_ptr,  # (N,) int64
     max_ptr,  # (splits, N) float32, written, as all that follow
-    sumexp_ptr,
+    others_ptr,  # sum of exp(z - max) without the label's, which the sums that follow leave out as well
     target_ptr,
     entropy_ptr,
     logit_sum_ptr,
@@ -108,7 +108,7 @@ def linear_logprob(
     labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1)
     running = tl.full([BLOCK_N], -float("inf"), tl.float32)
     target = tl.full([BLOCK_N], -float("inf"), tl.float32)
-    sumexp = tl.zeros([BLOCK_N], tl.float32)
+    others = tl.zeros([BLOCK_N], tl.float32)
     entropy = tl.zeros([BLOCK_N], tl.float32)
     logit_sum = tl.zeros([BLOCK_N], tl.float32)
     square_sum = tl.zeros([BLOCK_N], tl.float32)
@@ -129,21 +129,22 @@ def linear_logprob(
         highest = tl.maximum(running, block_max)
         shift = tl.where(highest == -float("inf"), 0.0, highest)
         kept = tl.where(running == highest, 1.0, tl.exp(running - shift))
+        hit = tl.arange(0, BLOCK_V)[None, :] == (labels - left).to(tl.int32)[:, None]
+        target = tl.maximum(target, tl.max(tl.where(hit, z, -float("inf")), axis=1))
         e = tl.exp(z - shift[:, None])
+        e = tl.where(hit, e - e, e)  # 0, but NaN of a broken row, of which the maximum knows nothing
         if HAS_STATS:
-            drop = tl.where(sumexp > 0, (highest - running) * sumexp, 0.0)
+            drop = tl.where(others > 0, (highest - running) * others, 0.0)
             own = tl.where(e > 0, e * (z - shift[:, None]), 0.0)
             entropy = (entropy + drop) * kept - tl.sum(own, axis=1)
             place = tl.argmax(z, axis=1, tie_break_left=True).to(tl.int64) + left
             first = tl.where(block_max > running, place, first)
             square_sum = square_sum * kept * kept + tl.sum(e * e, axis=1)
-        sumexp = sumexp * kept + tl.sum(e, axis=1)
-        hit = tl.arange(0, BLOCK_V)[None, :] == (labels - left).to(tl.int32)[:, None]
-        target = tl.maximum(target, tl.max(tl.where(hit, z, -float("inf")), axis=1))
+        others = others * kept + tl.sum(e, axis=1)
         running = highest
     at = tl.program_id(0).to(tl.int64) * total_rows + rows
     tl.store(max_ptr + at, running, mask=row_inside)
-    tl.store(sumexp_ptr + at, sumexp, mask=row_inside)
+    tl.store(others_ptr + at, others, mask=row_inside)
     tl.store(target_ptr + at, target, mask=row_inside)
     if HAS_STATS:
         tl.store(entropy_ptr + at, entropy, mask=row_inside)
@@ -154,7 +155,7 @@ def linear_logprob(
 
 @triton.jit(
     do_not_specialize=["total_rows"],
-    do_not_specialize_on_alignment=["labels_ptr", "max_ptr", "sumexp_ptr", "scale_ptr", "residual_ptr"],
+    do_not_specialize_on_alignment=["labels_ptr", "max_ptr", "others_ptr", "scale_ptr", "residual_ptr"],
 )
 def linear_dlogits(
     x_ptr,  # (C, H), with TMA its descriptor
@@ -162,7 +163,7 @@ def linear_dlogits(
     b_ptr,  # (V,)
     labels_ptr,  # (C,) int64
     max_ptr,  # (C,) float32
-    sumexp_ptr,  # (C,) float32
+    others_ptr,  # (C,) float32
     scale_ptr,  # (C,) float32
     residual_ptr,  # (C,) float32, 0; written by the program that has the label
     out_ptr,  # (C, Vt), columns start..start+Vt-1, written
@@ -199,11 +200,11 @@ def linear_dlogits(
     )  # fmt: skip
     labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1)
     row_max = tl.load(max_ptr + rows, mask=row_inside, other=0.0)
-    sumexp = tl.load(sumexp_ptr + rows, mask=row_inside, other=1.0)
+    others = tl.load(others_ptr + rows, mask=row_inside, other=0.0)
     d = tl.exp(z - row_max[:, None])
     own = (labels - start - first_col).to(tl.int32)
     hit = (tl.arange(0, BLOCK_V)[None, :] == own[:, None]) & col_inside[None, :]
-    d = tl.where(hit, d - sumexp[:, None], d)
+    d = tl.where(hit, -others[:, None], d)
     if HAS_SOFTCAP:
         capped = z / softcap
         d = d * (1.0 - capped * capped)
@@ -227,7 +228,7 @@ def _common(
         **(matrices if launch.tma else dict.fromkeys(matrices, dtype)),
         "b_ptr": dtype,
         "labels_ptr": torch.int64,
-        **dict.fromkeys(("max_ptr", "sumexp_ptr"), torch.float32),
+        **dict.fromkeys(("max_ptr", "others_ptr"), torch.float32),
         "width": width,
         "x_stride": width,
         "w_stride": width,

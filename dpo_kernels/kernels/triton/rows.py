@@ -78,7 +78,7 @@ def reduce_rows(
     tile_ptr,  # (C, Vt) float32, final logits of columns start..start+Vt-1
     labels_ptr,  # (C,) int64
     max_ptr,  # (C,) float32, as all that follow; read and written
-    sumexp_ptr,
+    others_ptr,  # sum of exp(z - max) without the label's, which the sums that follow leave out as well
     target_ptr,
     entropy_ptr,
     logit_sum_ptr,
@@ -100,7 +100,7 @@ def reduce_rows(
     reach = _reach(cols, PADDED)
     column = tl.load(labels_ptr + row) - start
     running = tl.load(max_ptr + row)
-    sumexp = tl.load(sumexp_ptr + row)
+    others = tl.load(others_ptr + row)
     entropy = tl.load(entropy_ptr + row) if HAS_ENTROPY else 0.0
     logit_sum = tl.load(logit_sum_ptr + row) if HAS_LOGIT_SUM else 0.0
     first = tl.load(argmax_ptr + row) if HAS_ARGMAX else column
@@ -116,9 +116,10 @@ def reduce_rows(
         shift = tl.where(highest == -float("inf"), 0.0, highest)
         kept = tl.where(running == highest, 1.0, tl.exp(running - shift))
         e = tl.exp(z - shift)
+        e = tl.where(at == column, e - e, e)  # 0, but NaN of a broken row
         if HAS_ENTROPY:
             # Moving the shift by d adds d * exp to every -e * log e.
-            drop = tl.where(sumexp > 0, (highest - running) * sumexp, 0.0)
+            drop = tl.where(others > 0, (highest - running) * others, 0.0)
             own = tl.where(e > 0, e * (z - shift), 0.0)
             entropy = (entropy + drop) * kept - tl.sum(own, axis=0)
         if HAS_LOGIT_SUM:
@@ -128,10 +129,10 @@ def reduce_rows(
             first = tl.where(block_max > running, place, first)
         if HAS_SQUARE_SUM:
             square_sum = square_sum * kept * kept + tl.sum(e * e, axis=0)
-        sumexp = sumexp * kept + tl.sum(e, axis=0)
+        others = others * kept + tl.sum(e, axis=0)
         running = highest
     tl.store(max_ptr + row, running)
-    tl.store(sumexp_ptr + row, sumexp)
+    tl.store(others_ptr + row, others)
     if (column >= 0) & (column < cols):
         tl.store(target_ptr + row, tl.load(base + column))
     if HAS_ENTROPY:
@@ -145,8 +146,8 @@ def reduce_rows(
 
 
 @triton.jit
-def _exp_row(base, out, reach, cols, shift, BLOCK: tl.constexpr):
-    """Write the row's ``exp(z - shift)``; returns their sum and the largest logit."""
+def _exp_row(base, out, reach, cols, column, shift, BLOCK: tl.constexpr):
+    """Write the row's ``exp(z - shift)``, 0 for the label's column; returns their sum and the largest logit."""
     highest = -float("inf")
     total = 0.0
     for left in range(0, cols, BLOCK):
@@ -154,6 +155,7 @@ def _exp_row(base, out, reach, cols, shift, BLOCK: tl.constexpr):
         z = tl.load(base + at, mask=at < reach, other=-float("inf"))
         z = tl.where(at < cols, z, -float("inf"))
         e = tl.exp(z - shift)
+        e = tl.where(at == column, e - e, e)
         tl.store(out + at, e.to(out.dtype.element_ty), mask=at < reach)
         highest = tl.maximum(highest, tl.max(z, axis=0))
         total += tl.sum(e, axis=0)
@@ -163,13 +165,13 @@ def _exp_row(base, out, reach, cols, shift, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize_on_alignment=["labels_ptr"])
 def exp_rows(
     tile_ptr,  # (C, V) float32, final logits of whole rows
-    out_ptr,  # (C, V) bfloat16, written: exp(z - shift)
+    out_ptr,  # (C, V) bfloat16, written: exp(z - shift), 0 for the label
     labels_ptr,  # (C,) int64
     max_ptr,  # (C,) float32, as all that follow; written
-    sumexp_ptr,
+    others_ptr,
     target_ptr,
     factor_ptr,  # exp(shift - max), what turns the row into the gradient under its maximum
-    residual_ptr,  # what is missing in the label's own value: minus the sum, and what rounding took
+    residual_ptr,  # the label's own value: minus the sum of the others
     cols,
     row_stride,
     out_stride,
@@ -190,28 +192,26 @@ def exp_rows(
     z = tl.load(base + at, mask=at < reach, other=-float("inf"))
     shift = tl.max(tl.where(at < cols, z, -float("inf")), axis=0)
     shift = tl.where(shift == -float("inf"), 0.0, shift)
-    total, highest = _exp_row(base, out, reach, cols, shift, BLOCK)
+    column = tl.load(labels_ptr + row)
+    total, highest = _exp_row(base, out, reach, cols, column, shift, BLOCK)
     if (highest > shift + SAFE) | ((highest < shift - SAFE) & (highest > -float("inf"))):
         shift = highest
-        total, highest = _exp_row(base, out, reach, cols, shift, BLOCK)
+        total, highest = _exp_row(base, out, reach, cols, column, shift, BLOCK)
     factor = tl.where(highest == -float("inf"), 1.0, tl.exp(shift - highest))
-    column = tl.load(labels_ptr + row)
-    target = tl.load(base + column)
-    e = tl.exp(target - shift)
     tl.store(max_ptr + row, highest)
-    tl.store(sumexp_ptr + row, total * factor)
-    tl.store(target_ptr + row, target)
+    tl.store(others_ptr + row, total * factor)
+    tl.store(target_ptr + row, tl.load(base + column))
     tl.store(factor_ptr + row, factor)
-    tl.store(residual_ptr + row, (e - e.to(out_ptr.dtype.element_ty).to(tl.float32)) - total)
+    tl.store(residual_ptr + row, -total)
 
 
-@triton.jit(do_not_specialize_on_alignment=["labels_ptr", "max_ptr", "sumexp_ptr", "scale_ptr", "residual_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["labels_ptr", "max_ptr", "others_ptr", "scale_ptr", "residual_ptr"])
 def dlogits_rows(
     tile_ptr,  # (C, Vt) float32, final logits; overwritten unless out_ptr is another tensor
     out_ptr,  # (C, Vt) float32 (the tile itself) or the dtype of the GEMM operands
     labels_ptr,  # (C,) int64
     max_ptr,  # (C,) float32
-    sumexp_ptr,  # (C,) float32
+    others_ptr,  # (C,) float32
     scale_ptr,  # (C,) float32
     residual_ptr,  # (C,) float32, 0; written by the program that has the label
     cols,
@@ -225,7 +225,10 @@ def dlogits_rows(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``sumexp * (softmax - onehot) * (1 - (z / softcap)^2) * scale``; grid (C, ceil(Vt / BLOCK))."""
+    """``sumexp * (softmax - onehot) * (1 - (z / softcap)^2) * scale``; grid (C, ceil(Vt / BLOCK)).
+
+    Of the label the first two factors are minus the sum of the others.
+    """
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
     at = first + tl.arange(0, BLOCK)
@@ -233,7 +236,7 @@ def dlogits_rows(
     z = tl.load(tile_ptr + row * row_stride + at, mask=at < reach, other=0.0)
     d = tl.exp(z - tl.load(max_ptr + row))
     column = tl.load(labels_ptr + row) - start
-    d = tl.where(at == column, d - tl.load(sumexp_ptr + row), d)
+    d = tl.where(at == column, -tl.load(others_ptr + row), d)
     if HAS_SOFTCAP:
         capped = z / softcap
         d = d * (1.0 - capped * capped)
@@ -270,7 +273,7 @@ def _finish(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
 
 def _reduce(cols: int, stats: bool) -> Configuration:
     f32, i64 = torch.float32, torch.int64
-    kept = dict.fromkeys(("max_ptr", "sumexp_ptr", "target_ptr", "entropy_ptr", "logit_sum_ptr"), f32)
+    kept = dict.fromkeys(("max_ptr", "others_ptr", "target_ptr", "entropy_ptr", "logit_sum_ptr"), f32)
     flags = dict.fromkeys(("HAS_ENTROPY", "HAS_LOGIT_SUM", "HAS_ARGMAX", "HAS_SQUARE_SUM"), stats)
     arguments: dict[str, Any] = {
         "tile_ptr": f32,
@@ -290,7 +293,7 @@ def _reduce(cols: int, stats: bool) -> Configuration:
 
 
 def _exp(cols: int) -> Configuration:
-    written = ("max_ptr", "sumexp_ptr", "target_ptr", "factor_ptr", "residual_ptr")
+    written = ("max_ptr", "others_ptr", "target_ptr", "factor_ptr", "residual_ptr")
     arguments: dict[str, Any] = {
         "tile_ptr": torch.float32,
         "out_ptr": torch.bfloat16,
@@ -315,7 +318,7 @@ def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
         "out_ptr": dtype if narrow else f32,  # float16 is rounded afterwards
         "labels_ptr": i64,
         "max_ptr": f32,
-        "sumexp_ptr": f32,
+        "others_ptr": f32,
         "scale_ptr": f32,
         "residual_ptr": f32,
     }
