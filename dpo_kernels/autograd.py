@@ -395,7 +395,8 @@ def _fake_logps(
         direction = kept.new_empty(index.shape[0] + 1, hidden.shape[1])
         saved = (kept.new_empty(0), kept.new_empty(0), kept.new_empty(0), direction)
     else:
-        saved = (*(kept.new_empty(index.shape[0]) for _ in range(3)), kept.new_empty(0))
+        row_max, sumexp, others = (kept.new_empty(index.shape[0]) for _ in range(3))
+        saved = (row_max, sumexp, others, kept.new_empty(0))
     return out, _fake_stats(counts, stats), *saved, _fake_tokens(kept, index, stats)
 
 
