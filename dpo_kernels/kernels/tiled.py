@@ -156,7 +156,9 @@ class TiledPasses(RowKernels):
             self.reduce(state, z, labels_C, left)
             if left:
                 out_CH.mul_(rescale(before, state.max)[:, None])
-            d = self.dlogits_(z, labels_C, left, state.max, nothing_yet, head, None, state.exponentiated)
+            # A row of -inf so far (unreachable tokens) is shifted by 0, or -inf - -inf would be NaN.
+            shift_C = state.max.masked_fill(state.max == -torch.inf, 0.0)
+            d = self.dlogits_(z, labels_C, left, shift_C, nothing_yet, head, None, state.exponentiated)
             self.grad_hidden(d, head, left, out_CH, accumulate=left > 0)
         out_CH.addcmul_(_label_rows(head, labels_C, state.target, self.dtype), state.others[:, None], value=-1)
         out_CH.mul_((head.logit_scale / state.sumexp)[:, None])
