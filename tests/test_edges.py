@@ -71,7 +71,7 @@ def test_chunk_after_chunk_is_one_batch(reference, loss):
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 def test_a_divergence_scores_what_has_not_changed_as_nothing(alpha, name):
-    """0 at a log-ratio of 0, with a slope of 1, JS of a half. A constant beside it cancels in most losses, not in all."""
+    """0 at a log-ratio of 0, with a slope of 1, JS of a half: a constant cancels in most losses, not in all."""
     ratio = torch.zeros((), dtype=torch.float64, requires_grad=True)
     score = DIVERGENCES[name](ratio, alpha)
     (slope,) = torch.autograd.grad(score, ratio)
