@@ -6,7 +6,7 @@ import torch
 import dpo_kernels as dk
 from dpo_kernels.losses.divergence import DIVERGENCES
 from dpo_kernels.reference import dpo_loss_reference
-from tests.cases import Case, run, widened
+from tests.cases import RICH, Case, run, widened
 from tests.test_numerics import extreme
 
 
@@ -66,6 +66,23 @@ def test_chunk_after_chunk_is_one_batch(reference, loss):
     oracle = run(dpo_loss_reference, widened(inputs), **case.keywords())
     for name, value in run(dk.fused_dpo_loss, inputs, **how, scratch_bytes=one_pair).items():
         torch.testing.assert_close(value.double(), oracle[name].double(), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["recompute", "streaming"])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_tiles_of_a_few_rows_and_columns_are_one_batch(frozen, backend, strategy):
+    """Both are cut: each tile adds to what the rows before it and the columns before it have left."""
+    case = Case(torch.float64, bias=True, weights=True, frozen=frozen, options=RICH)
+    inputs = case.tensors()
+    how = {"strategy": strategy, "backend": backend, "scratch_bytes": 1400, **case.keywords()}
+    given = {name: value for name, value in inputs.items() if name not in ("hidden", "weight", "labels")}
+    tile = dk.explain(inputs["hidden"], inputs["weight"], inputs["labels"], **given, **how).tile
+    assert (tile.rows, tile.cols) == (11, 11)  # of 22 and 211
+    oracle = run(dpo_loss_reference, widened(inputs), **case.keywords())
+    for name, value in run(dk.fused_dpo_loss, inputs, **how).items():
+        rounding = 1e-6 if name.startswith("stats.") else 1e-11
+        torch.testing.assert_close(value.double(), oracle[name].double(), rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

@@ -125,6 +125,21 @@ def test_the_median_of_rounds_that_meet_the_same_clock(monkeypatch):
     assert order == list(FAMILY) * tuning.ROUNDS
 
 
+@pytest.mark.parametrize("disturbed", [0, tuning.ROUNDS - 1])
+def test_one_round_does_not_decide(monkeypatch, disturbed):
+    """Somebody else's work, in the first round or the last, makes one launch seem the fastest or the slowest."""
+    calls = []
+
+    def milliseconds(call, like):
+        launch, round_number = call(), len(calls) // len(FAMILY)
+        calls.append(launch)
+        usual = {SLOW: 3.0, FAST: 1.0, MIDDLE: 2.0}[launch]
+        return 4.0 - usual if round_number == disturbed else usual
+
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    assert best("H=8") == FAST
+
+
 def test_an_error_of_the_kernel_is_not_hidden():
     def run(launch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -59,4 +60,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends, as with Ctrl-C
     sys.exit(main())
