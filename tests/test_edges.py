@@ -94,3 +94,30 @@ def test_a_divergence_scores_what_has_not_changed_as_nothing(alpha, name):
     (slope,) = torch.autograd.grad(score, ratio)
     assert float(score.detach()) == pytest.approx(0.0, abs=1e-15)
     assert float(slope) == pytest.approx(0.5 if name == "js" else 1.0)
+
+
+def test_a_run_that_is_stopped_twice_loses_nothing(tmp_path):
+    """What the second run has written stands beside what the first one has, not in its place."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from dpo_kernels.integrations.precompute import PART, precompute_reference_logps
+    from tests.test_integration_precompute import rows
+    from tests.test_integration_transformers import tiny
+
+    model, data, calls = tiny("llama"), rows(8), []
+    how = {"batch_size": 4, "save_every": 1, "progress": False}  # four batches of sequences, each written by itself
+    whole = precompute_reference_logps(model, data, tmp_path / "whole", **how)
+
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == 3:  # after the head's self-check and one batch
+            raise KeyboardInterrupt
+
+    handle = model.model.register_forward_pre_hook(stop)
+    for parts in (1, 2):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            precompute_reference_logps(model, data, tmp_path / "cut", **how)
+        assert len(list((tmp_path / "cut").glob(PART))) == parts
+    handle.remove()
+    last = precompute_reference_logps(model, data, tmp_path / "cut", **how)
+    assert all(torch.equal(last[name], value) for name, value in whole.items())

@@ -77,7 +77,7 @@ _INTEGRATIONS = [
         "dpo_kernels/integrations/precompute.py",
         "max(numbers, default=-1) + 1",
         "0",
-        "tests/test_integration_precompute.py::test_a_run_that_stopped_goes_on_where_it_was",
+        "tests/test_edges.py::test_a_run_that_is_stopped_twice_loses_nothing",
         "a run that goes on overwrites what it found",
     ),
     Mutant(

@@ -149,13 +149,17 @@ def tried(mutant: Mutant, copies: Copies) -> Outcome:
         return verdict_of(mutant, *copies.pytest(copy, mutant.ids, copies.seconds, "-x"), copies.seconds)
 
 
-def build(copy: Path, copies: Copies) -> str:
-    """Build what has changed of the extension in a copy; what the compiler said where it failed."""
-    for library in (copy / "dpo_kernels").glob("_C*"):
+def build(copy: Path, copies: Copies) -> bytes:
+    """Build what has changed of the extension; its bytes. Raises ``RuntimeError`` with what the compiler said."""
+    # One that is newer than its sources is not linked again, and a header is no source.
+    for library in [*(copy / "dpo_kernels").glob("_C*.so"), *(copy / "build").rglob("_C*.so")]:
         library.unlink()
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     status, said = copies.run(copy, command, 3 * copies.seconds, DPO_KERNELS_BUILD="cpu")
-    return "" if status == 0 and list((copy / "dpo_kernels").glob("_C*")) else said or "took too long"
+    built = list((copy / "dpo_kernels").glob("_C*.so"))
+    if status != 0 or not built:
+        raise RuntimeError(said[-TAIL:] or "building took too long")
+    return built[0].read_bytes()
 
 
 def tried_compiled(mutants: Sequence[Mutant], copies: Copies) -> Iterator[Outcome]:
@@ -165,14 +169,16 @@ def tried_compiled(mutants: Sequence[Mutant], copies: Copies) -> Iterator[Outcom
     text = script.read_text(encoding="utf-8")
     assert text.count(FORCED) == 1, "setup.py builds everything each time, and says so in these words"
     script.write_text(text.replace(FORCED, INCREMENTAL), encoding="utf-8")
-    if said := build(copy, copies):
-        for mutant in mutants:
-            yield Outcome(mutant, "the extension does not build as it is", said[-TAIL:])
-        return
+    plain = build(copy, copies)
     for mutant in mutants:
         with planted(mutant, copy):
-            if said := build(copy, copies):
-                yield Outcome(mutant, "the edited extension does not build", said[-TAIL:])
+            try:
+                same = build(copy, copies) == plain
+            except RuntimeError as error:
+                yield Outcome(mutant, "the edited extension does not build", str(error))
+                continue
+            if same and not mutant.equivalent:
+                yield Outcome(mutant, "the edited extension has the bytes of the other")
                 continue
             yield verdict_of(mutant, *copies.pytest(copy, mutant.ids, copies.seconds, "-x"), copies.seconds)
 
