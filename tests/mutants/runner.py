@@ -27,6 +27,7 @@ NOT_COPIED = (
 )
 TESTS_FAILED = 1  # of pytest's exit statuses
 FORCED, INCREMENTAL = "self.force = True", "self.force = False"  # in setup.py: an object is built where it changed
+GRACE_SECONDS = 2.0  # for a process that is asked to end
 TAIL = 4000  # characters of a child's output that are shown
 
 
@@ -114,9 +115,15 @@ class Copies:
 
 
 def kill(process: "subprocess.Popen[str]") -> None:
-    """End a process and what it has started: it leads a session of its own."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """End a process and what it has started: it leads a session of its own.
+
+    Asked first: ninja puts compilers into groups of their own, and ends them where it is asked to end.
+    """
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE_SECONDS)
 
 
 @contextmanager
