@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._inductor.config
 from torch.utils.checkpoint import checkpoint
 
 import dpo_kernels as dk
@@ -141,18 +142,31 @@ def _interleaved_packed(hidden, weight, labels, ref_logps):
 @pytest.fixture
 def _fresh_compiler():
     torch._dynamo.reset()
+    # Or inductor starts a pool of processes for Triton's kernels, of which there are none on a CPU; each imports torch.
+    with torch._inductor.config.patch(compile_threads=1):
+        yield
 
 
+# Inductor compiles each operator once, here and in test_compile_once_for_all_lengths: its compiler is all of the time.
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("function", [_named, _with_callable, _with_separable_callable, _by_pair, _interleaved_packed])
-def test_compile_fullgraph(function):
+@pytest.mark.parametrize(
+    ("function", "backend"),
+    [
+        (_named, "aot_eager"),
+        (_with_callable, "inductor"),
+        (_with_separable_callable, "aot_eager"),
+        (_by_pair, "inductor"),
+        (_interleaved_packed, "aot_eager"),
+    ],
+)
+def test_compile_fullgraph(function, backend):
     inputs = Case().tensors()
     leaves = [inputs["hidden"], inputs["weight"]]
     eager = function(**inputs)
     upstream = torch.randn_like(eager.loss)
     eager_grads = torch.autograd.grad(eager.loss, leaves, upstream)
-    compiled = torch.compile(function, fullgraph=True)(**inputs)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)(**inputs)
     compiled_grads = torch.autograd.grad(compiled.loss, leaves, upstream)
     for name in eager._fields[:-1]:
         torch.testing.assert_close(getattr(compiled, name), getattr(eager, name), rtol=1e-6, atol=1e-6)

@@ -23,6 +23,7 @@ from tests.cuda_tools.emulation import (
     mutated,
 )
 from tests.cuda_tools.equivalence import Layout
+from tests.shared import made_once
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
 
@@ -39,13 +40,18 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def fibers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_fibers(tmp_path_factory.mktemp("fibers"))
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(tmp_path_factory, "emulated", lambda folder: Emulated(folder, compile_fibers(folder)))
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory, fibers: Path) -> Emulated:
-    return Emulated(tmp_path_factory.mktemp("emulated"), fibers)
+def fibers(compiled: Path) -> Path:
+    return compiled / "fibers.o"
+
+
+@pytest.fixture(scope="module")
+def kernels(compiled: Path, fibers: Path) -> Emulated:
+    return Emulated(compiled, fibers)
 
 
 # --- equivalence --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import dpo_kernels
+from tests.shared import made_once
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "demo_out")
@@ -44,19 +45,27 @@ def metadata_of(wheel: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout: setuptools builds inside the tree it reads."""
-    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("tree") / "source", ignore=NOT_SOURCE))
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source archive of a copy of the checkout: setuptools builds inside the tree."""
+
+    def make(folder: Path) -> None:
+        tree = Path(shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE))
+        for kind in ("wheel", "sdist"):
+            build(kind, tree, folder)
+
+    return made_once(tmp_path_factory, "packages", make)
 
 
 @pytest.fixture(scope="module")
-def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("wheel", tree, tmp_path_factory.mktemp("wheel"))
+def wheel(built: Path) -> Path:
+    (wheel,) = built.glob("*.whl")
+    return wheel
 
 
 @pytest.fixture(scope="module")
-def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("sdist", tree, tmp_path_factory.mktemp("sdist"))
+def sdist(built: Path) -> Path:
+    (sdist,) = built.glob("*.tar.gz")
+    return sdist
 
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:

@@ -59,14 +59,15 @@ def compile_fibers(folder: Path) -> Path:
 class Emulated:
     """The launchers of ``launch.h`` on CPU tensors; raises EmulationError where a thread does what it must not.
 
-    ``fibers`` is what ``compile_fibers`` made.
+    ``fibers`` is what ``compile_fibers`` made. A library that lies in ``folder`` already is used as it is.
     """
 
     def __init__(self, folder: Path, fibers: Path, kernels: Path = KERNELS, options: Sequence[str] = CHECKED) -> None:
         source, library = TOOLS / "emulated.cpp", folder / "emulated.so"
-        compile_object(source, folder / "emulated.o", *options, *includes(kernels))
-        # Without -fsanitize: fibers.cpp has handlers of its own.
-        subprocess.run(["g++", "-shared", folder / "emulated.o", fibers, "-o", library], check=True, timeout=300)
+        if not library.exists():
+            compile_object(source, folder / "emulated.o", *options, *includes(kernels))
+            # Without -fsanitize: fibers.cpp has handlers of its own.
+            subprocess.run(["g++", "-shared", folder / "emulated.o", fibers, "-o", library], check=True, timeout=300)
         self._library = ctypes.CDLL(str(library))
 
     def order(self, order: int) -> None:

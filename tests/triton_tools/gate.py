@@ -4,6 +4,10 @@
 target, and exits with 1 and the reasons where a rule of ``broken_rules`` is broken or a kernel has no configuration.
 What was measured is kept in ``.kernels_check_cache`` (another folder: ``DPO_KERNELS_CHECK_CACHE``), so that a run
 without news takes seconds; a kernel that does not compile is compiled again each time.
+
+``--keep`` writes ``measured.json``: what was measured, which is the bar for later runs, and of what. With ``--known``,
+as the tests run the gate, that is taken for what it is wherever source, launch and triton are the same still; one
+configuration for each target is compiled all the same.
 """
 
 import argparse
@@ -24,6 +28,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -139,23 +144,28 @@ def _configuration(job: Job) -> "Configuration":
 # --- measuring, in other processes --------------------------------------------------------------------------
 
 
-def measured_or_why(jobs: list[Job], cache: Path) -> Iterator["Measured | str"]:
-    """For each job what was measured, or why it does not compile."""
-    results = [_recall(cache / f"{_key(job)}.json") for job in jobs]
+def measured_or_why(
+    jobs: list[Job], cache: Path, known: dict[str, "Measured"] | None = None
+) -> Iterator["Measured | str"]:
+    """For each job what was measured, or why it does not compile; ``known`` are results by key."""
+    samples = {job.target: job for job in reversed(jobs)}.values()  # the first of each target
+    results: list[Measured | str | None] = []
+    for job in jobs:
+        key = _key(job)
+        trusted = None if known is None or job in samples else known.get(key)
+        results.append(trusted or _recall(cache / f"{key}.json"))
     missing = [number for number, result in enumerate(results) if result is None]
     if missing:
         print(f"compiling {len(missing)} of {len(jobs)}, the rest is known", flush=True)
         compiled = _compile_all([jobs[number] for number in missing], cache)
         for number, result in zip(missing, compiled, strict=True):
             results[number] = result
-    yield from results
+    yield from (result for result in results if result is not None)
 
 
 def _compile_all(jobs: list[Job], cache: Path) -> list["Measured | str"]:
     results: dict[int, Measured | str] = {}
     with tempfile.TemporaryDirectory(prefix="kernels-check-") as scratch:
-        # Not Triton's usual cache: intermediate code of targets that nobody launches on would only fill it.
-        os.environ["TRITON_CACHE_DIR"] = str(Path(scratch, "triton"))
         logs = [Path(scratch, f"{number}.log") for number in range(len(jobs))]
         run = partial(_run, jobs, logs, cache)
         while waiting := [number for number in range(len(jobs)) if number not in results]:
@@ -171,12 +181,20 @@ def _said(log: Path) -> str:
     return (log.exists() and shortened(log.read_text(errors="replace"))) or "the compiler's process died without a word"
 
 
+def _workers() -> BaseContext:
+    """Processes forked from one that has imported torch and triton, where the system can; each would take seconds."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.triton_tools.aot", *kernel_modules()])
+    return context
+
+
 def _run(
     jobs: list[Job], logs: list[Path], cache: Path, numbers: list[int], processes: int
 ) -> dict[int, "Measured | str"]:
     """Results of those jobs that came to an end."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(numbers)), mp_context=spawn) as pool:
+    with ProcessPoolExecutor(min(processes, len(numbers)), mp_context=_workers()) as pool:
         futures: dict[int, Future[Measured | str]] = {}
         with contextlib.suppress(BrokenProcessPool):
             for number in numbers:
@@ -191,6 +209,8 @@ def _run(
 def _compile(job: Job, log: Path, cache: Path) -> "Measured | str":
     from tests.triton_tools import aot
 
+    # Not Triton's usual cache: intermediate code of targets that nobody launches on would only fill it.
+    os.environ["TRITON_CACHE_DIR"] = str(log.with_name("triton"))
     configuration = _configuration(job)
     try:
         with _output_to(log):
@@ -310,20 +330,35 @@ def regressions(verdicts: list[Verdict], kept: dict[str, object], version: str) 
     return found
 
 
-def keep_measured(verdicts: list[Verdict], version: str) -> None:
-    """Make what was measured the bar for the next run."""
+def known_results(kept: dict[str, object]) -> dict[str, "Measured"]:
+    """What was kept, by the keys of what it was measured from."""
+    from tests.triton_tools.aot import Measured
+
+    keys, kernels = kept["keys"], kept["kernels"]
+    assert isinstance(keys, dict)
+    assert isinstance(kernels, dict)
+    return {keys[name]: Measured(**facts) for name, facts in kernels.items()}
+
+
+def keep_measured(verdicts: list[Verdict], keys: list[str], version: str) -> None:
+    """Make what was measured the bar for the next run; ``keys`` say what each verdict is about."""
     kernels = {
         f"{verdict.name} @ {verdict.target}": dataclasses.asdict(verdict.measured)
         for verdict in verdicts
         if verdict.measured is not None
     }
-    lines = [f"  {json.dumps(name)}: {json.dumps(facts)}" for name, facts in sorted(kernels.items())]
-    text = ",\n".join(lines)
-    KEPT.write_text(f'{{"triton": {json.dumps(version)}, "kernels": {{\n{text}\n}}}}\n', encoding="utf-8")
+    of = {f"{verdict.name} @ {verdict.target}": key for verdict, key in zip(verdicts, keys, strict=True)}
+    parts = []
+    for entries in (kernels, {name: of[name] for name in kernels}):
+        lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items())]
+        parts.append(",\n".join(lines))
+    text = f'{{"triton": {json.dumps(version)}, "kernels": {{\n{parts[0]}\n}}, "keys": {{\n{parts[1]}\n}}}}\n'
+    KEPT.write_text(text, encoding="utf-8")
 
 
 # --- the command --------------------------------------------------------------------------------------------
 
+_began = False  # a run of the gate in this process: it is the gate that has imported triton
 COLUMNS = "{:<8}{:>9}{:>7}{:>9}  {:<12}{:<14}{:>6}{:>8}  {:<9}{}"
 HEADER = ("target", "registers", "stack", "shared", "local", "matrix", "async", "widest", "verdict", "configuration")
 
@@ -346,13 +381,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", help="default: all that the configurations name")
     parser.add_argument("--only", default="", metavar="TEXT", help="configurations with this in their names")
     parser.add_argument("--json", type=Path, help="write the table there as well")
+    parser.add_argument("--known", action="store_true", help=f"compile only what {KEPT.name} does not know already")
     parser.add_argument("--keep", action="store_true", help=f"make this the bar of the next run, in {KEPT.name}")
     options = parser.parse_args(arguments)
 
     os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported, or there is nothing to compile
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.10 changes the default
-    if "triton" in sys.modules:
+    global _began
+    if "triton" in sys.modules and not _began:
         raise RuntimeError("the gate needs a process of its own: triton was imported before it")
+    _began = True
     import triton
 
     started = time.perf_counter()
@@ -364,8 +402,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not jobs:
         print(f"no configuration to compile in {', '.join(modules)}")
         return 1
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))
+    known = known_results(kept) if options.known else None
     verdicts = []
-    for job, result in zip(jobs, measured_or_why(jobs, _cache_folder()), strict=True):
+    for job, result in zip(jobs, measured_or_why(jobs, _cache_folder(), known), strict=True):
         configuration = _configuration(job)
         if isinstance(result, str):
             verdicts.append(Verdict(configuration.name, job.target, None, [result]))
@@ -379,9 +419,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(*uncovered, sep="\n", end="\n" if uncovered else "")
     worse = []
     if options.keep:
-        keep_measured(verdicts, triton.__version__)
-    elif not options.modules and KEPT.exists():
-        worse = regressions(verdicts, json.loads(KEPT.read_text(encoding="utf-8")), triton.__version__)
+        keep_measured(verdicts, [_key(job) for job in jobs], triton.__version__)
+    elif not options.modules:
+        worse = regressions(verdicts, kept, triton.__version__)
         print(*[f"worse than before: {reason}" for reason in worse], sep="\n", end="\n" if worse else "")
     took = time.perf_counter() - started
     print(f"triton {triton.__version__}: {len(verdicts)} compiled or known, {len(refused)} refused, {took:.1f} s")
