@@ -56,16 +56,15 @@ def demo_command(tmp_path: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "demo", *folders, *arguments]
 
 
-def environment() -> dict[str, str]:
-    # A package index that refuses at once: no run of these tests may reach for the network.
-    return os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+# A package index that refuses at once: no run of these tests may reach for the network.
+NO_INDEX = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
 
 
 def run_demo(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         demo_command(tmp_path, *arguments),
         cwd=REPOSITORY,
-        env=environment(),
+        env=os.environ | NO_INDEX,
         capture_output=True,
         text=True,
         timeout=300,
@@ -130,7 +129,7 @@ def test_ctrl_c_while_training(tmp_path, ratings_file):
         process = subprocess.Popen(
             demo_command(tmp_path, *TINY, "--steps", "100000", "--ratings", str(ratings_file)),
             cwd=REPOSITORY,
-            env=environment(),
+            env=os.environ | NO_INDEX,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -161,7 +160,7 @@ def test_ctrl_c_before_training(tmp_path, ratings_file):
         process = subprocess.Popen(
             demo_command(tmp_path, *TINY, "--sft-steps", "100000", "--ratings", str(ratings_file)),
             cwd=REPOSITORY,
-            env=environment(),
+            env=os.environ | NO_INDEX,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
         )
@@ -186,16 +185,15 @@ def wait_for(log: Path, words: str, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_says_so_where_the_model_cannot_be_had(tmp_path, ratings_file):
+def test_says_so_where_the_model_cannot_be_had(tmp_path, ratings_file, monkeypatch, capsys):
     """Without --model scratch and without a package index: the stand-in, its own defaults, and stop early."""
+    for name, value in NO_INDEX.items():
+        monkeypatch.setenv(name, value)
     arguments = [argument for argument in TINY if argument not in ("--model", "scratch")]
-    done = run_demo(
-        tmp_path,
-        *arguments,
-        "--steps", "30", "--eval-every", "1", "--patience", "1", "--lr", "0", "--ratings", str(ratings_file),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "SmolLM2 cannot be had" in done.stdout
+    folders = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    quick = ["--steps", "30", "--eval-every", "1", "--patience", "1", "--lr", "0", "--ratings", str(ratings_file)]
+    assert run.run(options.parse_options([*arguments, *folders, *quick])) == 0
+    assert "SmolLM2 cannot be had" in capsys.readouterr().out
     summary = summary_of(tmp_path)
     assert "from scratch" in summary["model"]
     assert summary["options"]["model"] == "scratch"

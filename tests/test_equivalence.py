@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.cases import LAYOUTS, STRATEGIES, Case, broken_over_forms, broken_rules
+from tests.cases import LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_rules
+from tests.covers import cover
 from tests.small import BACKENDS
 from tests.test_losses import OPTIONS, parts_of, referenced
 
@@ -65,60 +66,89 @@ def _quiet_shared_reference(monkeypatch):
     monkeypatch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
 
 
+HOW = {"strategy": tuple(STRATEGIES), "backend": BACKENDS}
+SWITCHES = {name: (False, True) for name in ("frozen", "bias", "weights", "rich")}
+# Any three of them meet, and four where a path of its own may begin.
+FORMS = cover(
+    {**HOW, "dtype": DTYPES, "layout": tuple(LAYOUTS), "reference": REFERENCES, **SWITCHES},
+    ("strategy", "backend", "dtype", "frozen"),
+    ("strategy", "backend", "dtype", "rich"),
+    together=3,
+)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_equivalence(layout, dtype, strategy, backend):
-    assert not broken_over_forms(dtype, layout, strategy, backend)
+def test_equivalence(dtype, strategy, backend):
+    of_these = {"dtype": dtype, "strategy": strategy, "backend": backend}
+    rows = [row for row in FORMS if of_these.items() <= row.items()]
+    assert {row["frozen"] for row in rows} == {row["rich"] for row in rows} == {False, True}
+    broken = []
+    for row in rows:
+        facts = {name: row[name] for name in ("reference", "frozen", "bias", "weights")}
+        case = Case(dtype, options=RICH if row["rich"] else {}, **facts, **LAYOUTS[row["layout"]])
+        if rules := broken_rules(case, strategy, backend):
+            broken.append((row, rules))
+    assert not broken
+
+
+def rows_of_a_loss(strategies=tuple(STRATEGIES), dtypes=(torch.float64, torch.bfloat16)):
+    """Strategy, dtype and whether the head is frozen: any two of them meet."""
+    return cover({"strategy": strategies, "dtype": dtypes, "frozen": (False, True)})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_losses(loss, frozen, strategy, backend):
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        case = Case(dtype, frozen=frozen, weights=True, options=LOSSES[loss])
-        assert not broken_rules(case, strategy, backend)
+def test_losses(loss, backend):
+    for row in rows_of_a_loss(dtypes=(torch.float64, torch.float32, torch.bfloat16)):
+        case = Case(row["dtype"], frozen=row["frozen"], weights=True, options=LOSSES[loss])
+        assert not broken_rules(case, row["strategy"], backend), row
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("loss", FAMILY)
-def test_family(loss, strategy, backend):
-    for frozen in (False, True):
-        for dtype in (torch.float64, torch.bfloat16):
-            assert not broken_rules(case_of(loss, dtype, frozen=frozen), strategy, backend)
+def test_family(loss, backend):
+    for row in rows_of_a_loss():
+        assert not broken_rules(case_of(loss, row["dtype"], frozen=row["frozen"]), row["strategy"], backend), row
+
+
+UNCUT = tuple(name for name in STRATEGIES if not name.startswith("chunked"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if not name.startswith("chunked")])
 @pytest.mark.parametrize("loss", COUPLED)
-def test_coupled_family(loss, strategy, backend):
-    for frozen in (False, True):
-        for dtype in (torch.float64, torch.bfloat16):
-            assert not broken_rules(case_of(loss, dtype, frozen=frozen), strategy, backend)
+def test_coupled_family(loss, backend):
+    for row in rows_of_a_loss(UNCUT):
+        assert not broken_rules(case_of(loss, row["dtype"], frozen=row["frozen"]), row["strategy"], backend), row
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if not name.startswith("chunked")])
-@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-def test_coupled_callable(frozen, strategy, backend):
-    for dtype in (torch.float64, torch.bfloat16):
-        assert not broken_rules(Case(dtype, frozen=frozen, options={"loss_type": coupled}), strategy, backend)
+def test_coupled_callable(backend):
+    for row in rows_of_a_loss(UNCUT):
+        case = Case(row["dtype"], frozen=row["frozen"], options={"loss_type": coupled})
+        assert not broken_rules(case, row["strategy"], backend), row
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("upstream", [1 / 3, 65536.0, -2.5e-3])
-def test_upstream(upstream, dtype, strategy, backend):
+UPSTREAM = cover(
+    {
+        **HOW,
+        "dtype": DTYPES,
+        "upstream": (1 / 3, 65536.0, -2.5e-3),
+        "frozen": (False, True),
+        "reduction": ("mean", "sum"),
+    },
+    ("strategy", "backend", "dtype"),
+    ("strategy", "backend", "upstream"),
+    ("strategy", "frozen", "reduction"),
+)
+
+
+@pytest.mark.parametrize("row", UPSTREAM, ids=lambda row: "-".join(map(str, row.values())))
+def test_upstream(row):
     """Upstream gradients multiply what was kept before the one rounding to the parameter's dtype."""
-    for frozen in (False, True):
-        for reduction in ("mean", "sum"):
-            case = Case(dtype, frozen=frozen, bias=True, options={"reduction": reduction})
-            assert not broken_rules(case, strategy, backend, upstream)
+    case = Case(row["dtype"], frozen=row["frozen"], bias=True, options={"reduction": row["reduction"]})
+    assert not broken_rules(case, row["strategy"], row["backend"], row["upstream"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
