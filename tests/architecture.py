@@ -17,11 +17,11 @@ PACKAGE = "dpo_kernels"
 # The layers of ours that each layer may import, beside its own. Whatever is not here is forbidden.
 MAY_IMPORT = {
     "public": {"api", "beyond_pairs", "bradley_terry", "weighting", "dispatch", "losses", "reference", "types"},
-    "integrations": {"public", "distributed", "api", "losses", "types"},
+    "integrations": {"public", "distributed", "api", "checks", "losses", "types"},
     "distributed": {"api", "autograd", "dispatch", "inputs", "losses", "sequence", "strategies", "types"},
     "api": {"calls", "checks", "dispatch", "inputs", "losses", "types"},
     "bradley_terry": {"checks"},
-    "weighting": {"checks", "types"},
+    "weighting": {"checks", "inputs", "types"},
     "beyond_pairs": {"calls", "checks", "inputs", "losses", "types"},
     "calls": {"autograd", "checks", "dispatch", "inputs", "losses", "sequence", "tiles", "types"},
     "autograd": {"dispatch", "inputs", "losses", "passes", "sequence", "types"},

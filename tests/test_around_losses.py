@@ -145,6 +145,34 @@ def test_ld_weights_make_ld_dpo():
         dk.ld_token_weights(inputs["labels"], 1.5)
     with pytest.raises(ValueError, match="odd number"):
         dk.ld_token_weights(inputs["labels"][:3], 0.5)
+    assert dk.ld_token_weights(inputs["labels"][:0], 0.5).shape == inputs["labels"][:0].shape
+
+
+LABELS = torch.arange(8)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "error", "words"),
+    [
+        (LABELS.float().view(2, 4), {}, TypeError, "labels must be int32 or int64, got torch.float32"),
+        (LABELS.view(2, 4) > 3, {}, TypeError, "labels must be int32 or int64, got torch.bool"),
+        (LABELS, {}, ValueError, r"labels has shape \(8,\), expected \(2B, T\)"),
+        (torch.tensor(3), {}, ValueError, r"labels has shape \(\), expected \(2B, T\)"),
+        (LABELS.view(2, 4), {"cu_seqlens": torch.tensor([0, 4, 8])}, ValueError, r"expected \(N,\) when cu_seqlens"),
+        (LABELS, {"cu_seqlens": [0, 4, 8]}, TypeError, "cu_seqlens must be a tensor, got list"),
+        (LABELS, {"cu_seqlens": torch.tensor([0.0, 4, 8])}, TypeError, "cu_seqlens must be int32 or int64"),
+        (LABELS, {"cu_seqlens": torch.tensor([[0, 4, 8]])}, ValueError, r"cu_seqlens must have shape \(2B \+ 1,\)"),
+        (LABELS, {"cu_seqlens": torch.tensor([0, 4, 7])}, ValueError, r"from 0 to N = 8 .* got \[0, 4, 7\]"),
+        (LABELS, {"cu_seqlens": torch.tensor([1, 4, 8])}, ValueError, r"from 0 to N = 8 .* got \[1, 4, 8\]"),
+        (LABELS, {"cu_seqlens": torch.tensor([0, 9, 8])}, ValueError, r"from 0 to N = 8 .* got \[0, 9, 8\]"),
+        (LABELS, {"cu_seqlens": torch.tensor([0, 8], device="meta")}, ValueError, "cu_seqlens is on meta but labels"),
+        (LABELS.view(2, 4), {"shift": 1}, TypeError, "shift must be a bool"),
+        (LABELS.view(2, 4), {"ignore_index": None}, TypeError, "ignore_index must be an integer"),
+    ],
+)
+def test_what_ld_weights_cannot_be_made_of_is_named(labels, options, error, words):
+    with pytest.raises(error, match=words):
+        dk.ld_token_weights(labels, 0.5, **options)
 
 
 @pytest.mark.parametrize("pairs", ["stacked", "interleaved"])
@@ -155,7 +183,7 @@ def test_wpo_weights(pairs):
     scored = data["labels"] >= 0
     picked = logp.gather(-1, data["labels"].clamp(min=0)[..., None])[..., 0]
     adjusted = (picked - (2 * logp).logsumexp(-1)) * scored
-    by_sequence = torch.exp(adjusted.sum(1) / scored.sum(1).clamp(min=1)).clamp(max=1)
+    by_sequence = torch.exp(adjusted.sum(1) / scored.sum(1).clamp(min=1))
     chosen, rejected = by_sequence.chunk(2) if pairs == "stacked" else (by_sequence[0::2], by_sequence[1::2])
     weights = dk.wpo_pair_weights(out, pairs)
     close(weights, chosen * rejected, rtol=1e-6, atol=0)
@@ -165,6 +193,31 @@ def test_wpo_weights(pairs):
         dk.wpo_pair_weights(dk.fused_dpo_loss(**data))
 
 
+def test_wpo_weights_by_hand():
+    """Tokens of probability p among p, (1 - p)/2, (1 - p)/2: p / sum of squares is 4/3 for 1/2 and 2/3 for 1/4.
+
+    Sides of 4/3 and 4/3, of 4/3 and 2/3, of 2/3 and sqrt(4/3 * 2/3), and of 4/3 and nothing.
+    """
+    half = torch.tensor([2.0, 1.0, 1.0], dtype=F64).log()  # 1/2, 1/4, 1/4: squares add up to 3/8
+    hidden = half.expand(8, 2, 3).contiguous()
+    x, likely, unlikely = -100, 0, 1
+    chosen = [[likely, x], [likely, likely], [unlikely, x], [x, likely]]
+    rejected = [[likely, likely], [x, unlikely], [likely, unlikely], [x, x]]
+    labels = torch.tensor([*chosen, *rejected])
+    out = dk.fused_dpo_loss(hidden, torch.eye(3, dtype=F64), labels, reference_free=True, stats=("log_sum_p2",))
+    weights = torch.tensor([16 / 9, 8 / 9, (2 / 3) * math.sqrt(8 / 9), 4 / 3], dtype=F64)
+    close(dk.wpo_pair_weights(out), weights, rtol=1e-6, atol=0)  # two of them above 1: eq. 2 has no bound
+    # The authors' code bounds the product, not each side: 4/3 * 2/3 stays 8/9, which would else be 2/3.
+    bounded = torch.tensor([1.0, 8 / 9, (2 / 3) * math.sqrt(8 / 9), 1.0], dtype=F64)
+    close(dk.wpo_pair_weights(out, largest=1), bounded, rtol=1e-6, atol=0)
+    close(dk.wpo_pair_weights(out, largest=1.5), weights.clamp(max=1.5), rtol=1e-6, atol=0)
+    for bad, error in ((0.0, ValueError), (math.inf, ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="largest must be"):
+            dk.wpo_pair_weights(out, largest=bad)
+    with pytest.raises(TypeError, match="out must be the result of fused_dpo_loss, got dict"):
+        dk.wpo_pair_weights(out._asdict())
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -172,6 +225,7 @@ def test_wpo_weights(pairs):
         lambda: dk.bradley_terry_loss(torch.zeros(1), [1.0]),
         lambda: dk.bradley_terry_strengths([[0, 1], [1, 0]]),
         lambda: dk.ld_token_weights([[1, 2]], 0.5),
+        lambda: dk.ld_token_weights(torch.arange(2), 0.5, cu_seqlens=[0, 1, 2]),
         lambda: dk.kto_kl([0.0], torch.zeros(1)),
         lambda: dk.kto_kl(torch.zeros(1), 0.0),
     ],

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import LossInputs, fused_dpo_loss
+from dpo_kernels.checks import check_choice, check_number, check_tensor
 
 STATS = {"entropy": "entropy", "log_sum_sq_probs": "log_sum_p2", "mean_logits": "mean_logits", "is_top1": "top1"}
 ENTROPY_TILE = 1 << 26  # numbers in one tile of logits while an entropy is differentiated: 256 MiB of float32
@@ -25,13 +26,25 @@ def token_logps(
 
     Each is ``(N,)``, or None where not among ``outputs``. Logits are ``cap(logit_scale (W h + b)) / temperature``.
     Log-probs and entropy are differentiable; an entropy costs its own pass over the head only where it is in fact
-    differentiated. Errors as in ``fused_dpo_loss``.
+    differentiated. Errors as in ``fused_dpo_loss``; a ``temperature`` that is not > 0 is one too.
     """
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        check_tensor(name, tensor)
+    if targets.dim() != 1:
+        raise ValueError(f"targets must have shape (N,), got {tuple(targets.shape)}")
+    for name in outputs:
+        check_choice("outputs", name, ("log_probs", *STATS))
+    if check_number("temperature", temperature) <= 0:
+        raise ValueError(
+            f"temperature must be > 0, got {temperature}: logits are divided by it (greedy decoding has no log-probs)"
+        )
+    scale = check_number("logit_scale", logit_scale)
+    cap = None if softcap is None else check_number("softcap", softcap)
     wanted = tuple(stat for name, stat in STATS.items() if name in outputs)
     # cap(z) / t = (c / t) tanh((s / t) z / (c / t)): the temperature is a matter of scale and cap.
     head: dict[str, Any] = {
-        "logit_scale": logit_scale / temperature,
-        "softcap": None if softcap is None else softcap / temperature,
+        "logit_scale": scale / temperature,
+        "softcap": None if cap is None else cap / temperature,
     }
     hidden, weight, bias = _same_dtype(hidden, weight, bias)
     rows = targets.shape[0]

@@ -19,7 +19,7 @@ from torch import Tensor
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer as trl_module
 
-from dpo_kernels import DPOLossOutput, fused_dpo_loss, fused_sequence_logps
+from dpo_kernels import fused_dpo_loss, fused_sequence_logps, wpo_pair_weights
 from dpo_kernels.integrations import heads, trl_loss, trl_metrics
 from dpo_kernels.integrations.head_check import evaluating
 from dpo_kernels.integrations.transformers import CALL, FusedLMHead, fused_lm_head, innermost
@@ -246,13 +246,9 @@ class FusedDPOTrainer(DPOTrainer):
 
 
 def _wpo_weights(call: Any) -> Tensor:
-    """Weights of pairs, eq. 2 of WPO (Zhou et al., arXiv 2406.11827): one more pass over the head, no gradient."""
+    """Weights of pairs as TRL takes them, not bounded: one more pass over the head, no gradient."""
     with torch.no_grad():
-        out: DPOLossOutput = call(reference_free=True, stats=("log_sum_p2",))
-    tokens = out.stats["tokens"].clamp(min=1)
-    aligned = torch.cat([out.chosen_logps, out.rejected_logps]) / tokens - out.stats["log_sum_p2"]
-    chosen, rejected = aligned.exp().chunk(2)
-    return chosen * rejected
+        return wpo_pair_weights(call(reference_free=True, stats=("log_sum_p2",)))
 
 
 def _router_loss(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:

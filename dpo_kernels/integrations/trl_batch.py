@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_kernels import ld_token_weights
 from dpo_kernels.integrations.head_check import evaluating
 from dpo_kernels.integrations.transformers import FusedLMHead
 
 IGNORED = -100
 PACKING_TOLERANCE = 5e-2  # hidden states with and without padding, in 16 bits by different attention kernels
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+COLLATED = ("input_ids", "attention_mask", "completion_mask")
 NOT_FOR_THE_MODEL = ("completion_mask", *REFERENCE)
 
 
@@ -52,9 +54,14 @@ def pair_batch(inputs: dict[str, Any], ld_alpha: float | None, padding_free: boo
     ``ld_alpha`` weighs the tokens of the longer completion beyond the length of the shorter one (LD-DPO, Liu et al.,
     arXiv 2409.06411); with ``padding_free`` the sequences stand end to end, their positions counted from 0 each.
     """
+    if missing := [name for name in COLLATED if name not in inputs]:
+        raise ValueError(
+            f"the data collator gives no {', '.join(missing)}: the fused loss takes batches as those of TRL's "
+            "DataCollatorForPreference, all chosen sequences first"
+        )
     model_inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
-    weights = None if ld_alpha is None else _shared_length_weights(labels, ld_alpha)
+    weights = None if ld_alpha is None else ld_token_weights(labels, ld_alpha, shift=True)
     mask = inputs["attention_mask"]
     if not padding_free:
         return PairBatch(model_inputs, labels, weights, None, mask.sum())
@@ -107,13 +114,3 @@ def check_packing(head: FusedLMHead, inputs: dict[str, Tensor]) -> None:
         f"padding_free=True: {type(head.model).__name__} does not keep packed sequences apart (one changes the other's "
         f"hidden states by {leak:.1e}; they differ from those with padding by {error:.1e}): use padding_free=False"
     )
-
-
-def _shared_length_weights(labels: Tensor, ld_alpha: float) -> Tensor:
-    """1 for as many scored tokens as both sides of a pair have, ``ld_alpha`` beyond; ``(2B, T)``."""
-    scored = labels != IGNORED
-    scored[:, 0] = False  # nothing predicts a first token
-    place = scored.cumsum(dim=1)
-    lengths = scored.sum(dim=1).view(2, -1)
-    shared = lengths.amin(dim=0).repeat(2)
-    return torch.where(place <= shared[:, None], 1.0, ld_alpha)
