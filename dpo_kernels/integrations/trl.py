@@ -22,6 +22,7 @@ from trl.trainer import dpo_trainer as trl_module
 from dpo_kernels import fused_dpo_loss, fused_sequence_logps, wpo_pair_weights
 from dpo_kernels.integrations import heads, trl_loss, trl_metrics
 from dpo_kernels.integrations.head_check import evaluating
+from dpo_kernels.integrations.routers import router_loss, why_no_router_loss
 from dpo_kernels.integrations.transformers import CALL, FusedLMHead, fused_lm_head, innermost
 from dpo_kernels.integrations.trl_batch import REFERENCE, PairBatch, check_packing, pair_batch
 from dpo_kernels.integrations.trl_patch import patch_trl, unpatch_trl
@@ -75,6 +76,7 @@ class FusedDPOTrainer(DPOTrainer):
             if self.not_fused:
                 raise ValueError(f"padding_free=True needs the fused loss, which cannot be used: {self.not_fused}")
         if not self.not_fused:
+            self._settle_router_loss()
             self._head(self.model).attach()
 
     @property
@@ -105,6 +107,18 @@ class FusedDPOTrainer(DPOTrainer):
         except (TypeError, ValueError) as error:
             return str(error)
         return ""
+
+    def _settle_router_loss(self) -> None:
+        """No router loss, and one line in the log, where the model's configuration has a coefficient but it no loss."""
+        if not getattr(self, "aux_loss_enabled", False) or not (reason := why_no_router_loss(innermost(self.model))):
+            return
+        if coefficient := getattr(self.args, "router_aux_loss_coef", None):
+            raise ValueError(
+                f"router_aux_loss_coef={coefficient} weighs a router loss that is not to be had: {reason}; leave it out"
+            )
+        self.aux_loss_enabled = False
+        if self.accelerator.is_main_process:
+            logger.warning("FusedDPOTrainer: there is no router loss: %s", reason)
 
     def _head(self, model: Any) -> FusedLMHead:
         """The head attached to a model; attaches one where there is none."""
@@ -215,7 +229,7 @@ class FusedDPOTrainer(DPOTrainer):
         assert self._loss_options is not None, "set when it was decided to come here"
         aux_loss = None
         if getattr(self, "aux_loss_enabled", False):
-            aux_loss = _router_loss(innermost(self.model), outputs, batch.inputs.get("attention_mask"))
+            aux_loss = router_loss(innermost(self.model), outputs, batch.inputs.get("attention_mask"))
         hidden, layout = batch.arguments(hidden)
         labels = batch.labels.to(hidden.device)
         call = partial(fused_dpo_loss, hidden, weight, labels, **layout, **options)
@@ -249,16 +263,6 @@ def _wpo_weights(call: Any) -> Tensor:
     """Weights of pairs as TRL takes them, not bounded: one more pass over the head, no gradient."""
     with torch.no_grad():
         return wpo_pair_weights(call(reference_free=True, stats=("log_sum_p2",)))
-
-
-def _router_loss(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
-    """The load-balancing loss of a mixture of experts, as every such model of transformers computes it."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    config = model.config.get_text_config()
-    experts = getattr(config, "num_experts", None) or getattr(model, "num_experts", None)
-    loss: Tensor = load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok, attention_mask)
-    return loss
 
 
 def _why_not_this_setup(trainer: Any) -> str:
