@@ -74,6 +74,7 @@ class Copies:
             "PYTHONDONTWRITEBYTECODE": "1",  # two edits of one second and one size would share a file of bytecode
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
+            "DPO_KERNELS_BF16": "portable",  # products of bfloat16 are tried on every CPU, by the same code
         }
         with self.lock:
             if self.stopped:
