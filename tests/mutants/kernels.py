@@ -70,6 +70,13 @@ _TORCH = [
     ),
     Mutant(
         "dpo_kernels/kernels/tiled.py",
+        "shift_C = state.max.masked_fill(state.max == -torch.inf, 0.0)",
+        "shift_C = state.max",
+        "tests/test_edges.py::test_tiles_of_which_no_token_can_be_reached",
+        "a frozen head's direction is NaN where the first tile has no reachable token",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/tiled.py",
         "self.grad_weight(d, x_CH, dw[left:right], accumulate=start > 0)",
         "self.grad_weight(d, x_CH, dw[left:right], accumulate=False)",
         "tests/test_edges.py::test_tiles_of_a_few_rows_and_columns_are_one_batch",
@@ -98,8 +105,8 @@ _TORCH = [
     ),
     Mutant(
         "dpo_kernels/kernels/tiled.py",
-        "return rows_CH * (1.0 - (target_C / head.softcap).square())[:, None]",
-        "return rows_CH",
+        "(target_C / head.softcap).square()",
+        "(target_C * 0.0).square()",
         f"{_EQUIVALENCE}float64-recompute-tiles-torch]",
         "the label's own term forgets the slope of the cap",
     ),
