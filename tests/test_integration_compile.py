@@ -72,10 +72,14 @@ def test_a_compiled_step_is_the_step_and_serves_every_length(name):
     step = step_of(checked_head(model))
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    every = name == MODELS[0]  # every size is a symbol, which takes twice as long; in the others the length alone
+    compiled = torch.compile(step, fullgraph=True, dynamic=True if every else None, backend=counter)
     compiles = []
     for length in (9, 12, 17, 33):
-        assert_alike(trained(model, compiled, *batch_of(length)), trained(model, step, *batch_of(length)))
+        batch = batch_of(length)
+        for tensor in () if every else batch[:2]:
+            torch._dynamo.mark_dynamic(tensor, 1)
+        assert_alike(trained(model, compiled, *batch), trained(model, step, *batch_of(length)))
         compiles.append(counter.frame_count)
     assert compiles[0] >= 1
     assert compiles == compiles[:1] * 4  # the first compiles, the others do not
