@@ -175,6 +175,16 @@ def test_what_ld_weights_cannot_be_made_of_is_named(labels, options, error, word
         dk.ld_token_weights(labels, 0.5, **options)
 
 
+@pytest.mark.parametrize("bounds", [[0, 4, 7], [1, 4, 8], [0, 9, 8], [0, 4, 99], [-3, 4, 8]])
+def test_bounds_that_are_not_looked_at_make_nan(bounds, monkeypatch):
+    """As on a GPU, where a look would be a sync: no index out of bounds, which there would end the context."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    weights = dk.ld_token_weights(LABELS, 0.5, cu_seqlens=torch.tensor(bounds))
+    assert weights.shape == LABELS.shape
+    assert weights.isnan().all()
+    assert not dk.ld_token_weights(LABELS, 0.5, cu_seqlens=torch.tensor([0, 4, 8])).isnan().any()
+
+
 @pytest.mark.parametrize("pairs", ["stacked", "interleaved"])
 def test_wpo_weights(pairs):
     data = problem(*TRAINED)

@@ -14,10 +14,19 @@ from trl.trainer import utils  # noqa: E402
 from dpo_kernels.integrations import trl_patch  # noqa: E402
 from dpo_kernels.integrations.token_logps import token_logps  # noqa: E402
 from dpo_kernels.integrations.trl import patch_trl, unpatch_trl  # noqa: E402
-from tests.test_integration_transformers import tiny  # noqa: E402
-from tests.test_integration_trl import NOT_LOGGED_TWICE, pytestmark, ratings, run, tokenizer  # noqa: E402
+from tests.test_integration_trl import (  # noqa: E402
+    LARGEST,
+    NOT_LOGGED_TWICE,
+    calm,
+    frozen,
+    pytestmark,
+    ratings,
+    run,
+    tokenizer,
+)
 
 assert pytestmark  # the same warnings of the same packages
+assert frozen  # and the same fixture
 
 H, V, N = 6, 13, 9
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -85,6 +94,28 @@ def test_a_head_in_another_dtype_follows_the_hidden_states():
     assert torch.equal(logps, exact)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"temperature": 0}, ValueError, "temperature must be > 0, got 0"),
+        ({"temperature": -0.7}, ValueError, "temperature must be > 0, got -0.7"),
+        ({"temperature": float("nan")}, ValueError, "temperature must be finite"),
+        ({"temperature": None}, TypeError, "temperature must be a real number, got NoneType"),
+        ({"softcap": 0.0}, ValueError, "softcap must be > 0"),
+        ({"softcap": "30"}, TypeError, "softcap must be a real number, got str"),
+        ({"logit_scale": None}, TypeError, "logit_scale must be a real number, got NoneType"),
+        ({"outputs": ("entropies",)}, ValueError, "unknown outputs 'entropies'; known: log_probs, entropy"),
+        ({"targets": [1, 2]}, TypeError, "targets must be a tensor, got list"),
+        ({"targets": torch.tensor(1)}, ValueError, r"targets must have shape \(N,\), got \(\)"),
+        ({"hidden": [[1.0]]}, TypeError, "hidden must be a tensor, got list"),
+    ],
+)
+def test_what_cannot_be_scored_is_named(options, error, words):
+    (hidden, weight, bias), targets = tensors()
+    with pytest.raises(error, match=words):
+        token_logps(**{"hidden": hidden, "weight": weight, "bias": bias, "targets": targets} | options)
+
+
 # --- the patch --------------------------------------------------------------------------------------------------------
 
 needs_the_fused_head = pytest.mark.skipif(
@@ -101,6 +132,13 @@ def test_the_patch_is_put_on_and_taken_off():
     assert utils._ChunkedLogProbFunction is stock
     unpatch_trl()
     assert utils._ChunkedLogProbFunction is stock
+
+
+@needs_the_fused_head
+def test_a_temperature_of_zero_is_named_through_the_patch_too():
+    given, targets = tensors(torch.float32)
+    with patch_trl(), pytest.raises(ValueError, match="temperature must be > 0, got 0"):
+        utils._ChunkedLogProbFunction.apply(*given, targets, 0.0, 256)
 
 
 @needs_the_fused_head
@@ -163,7 +201,8 @@ def train(name, tmp_path, model="gemma2"):
         max_steps=3,
         logging_steps=1,
         per_device_train_batch_size=4,
-        learning_rate=1e-3,
+        learning_rate=1e-2,
+        optim="sgd",
         bf16=False,
         gradient_checkpointing=False,
         save_strategy="no",
@@ -173,7 +212,7 @@ def train(name, tmp_path, model="gemma2"):
         disable_tqdm=True,
         **options,
     )
-    policy = tiny(model)
+    policy = calm(model)
     policy.save_pretrained(tmp_path / "model")  # where trainers with a reference load it from
     policy = type(policy).from_pretrained(tmp_path / "model")
     columns = data()
@@ -201,6 +240,7 @@ def test_every_trainer_logs_the_same_with_the_patch(name, tmp_path, monkeypatch)
         for key, value in theirs.items():
             if not any(word in key for word in (*NOT_LOGGED_TWICE, "step_time")):
                 assert mine[key] == pytest.approx(value, rel=1e-5, abs=1e-5, nan_ok=True), key
+            assert abs(value) <= LARGEST.get(key, float("inf")), f"{key} is {value}: a wild run"
 
 
 @needs_the_fused_head
@@ -213,3 +253,4 @@ def test_dpo_logs_the_same_with_the_patch(model, tmp_path):
         for key, value in theirs.items():
             if not any(word in key for word in NOT_LOGGED_TWICE):
                 assert mine[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+            assert abs(value) <= LARGEST.get(key, float("inf")), f"{key} is {value}: a wild run"
