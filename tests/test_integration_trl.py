@@ -74,12 +74,12 @@ def tokenizer():
 
 
 @functools.cache
-def ratings(pairs, seed):
+def ratings(pairs, seed, different=60):
     g = torch.Generator().manual_seed(seed)
 
     def words(least, most):
         count = int(torch.randint(least, most, (), generator=g))
-        return " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (count,), generator=g))
+        return " ".join(WORDS[i] for i in torch.randint(0, different, (count,), generator=g))
 
     rows = [{"prompt": words(2, 6) + " ", "chosen": words(2, 9), "rejected": words(2, 9)} for _ in range(pairs)]
     return Dataset.from_list(rows)
@@ -264,6 +264,17 @@ def test_every_option_means_what_it_means_in_trl(name):
         plain = log_of(FusedDPOTrainer, OPTIONS[name].get("model", "llama"), "full")
         changed = [abs(mine["loss"] - theirs["loss"]) for mine, theirs in zip(ours[:STEPS], plain, strict=False)]
         assert max(changed) > 1e-3  # a hundred times what is taken to be the same
+
+
+def test_pairs_that_the_policy_prefers_weigh_more_than_1_as_in_trl(tmp_path):
+    model = calm("phi")
+    with torch.no_grad():
+        model.get_output_embeddings().bias.zero_()[2:8] = 3.0  # <eos> and the five words of these data
+    trainer = assert_same_logs(
+        tmp_path, model=model, data=(ratings(24, 0, 5), ratings(7, 1, 5)), use_weighting=True, beta=0.1
+    )
+    losses = [entry["loss"] for entry in trainer.state.log_history[:STEPS]]
+    assert max(losses) > 1.0, losses  # 0.7 without weights
 
 
 def test_a_divergence_is_fused_only_where_trl_takes_it_too():
