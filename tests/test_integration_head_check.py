@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -223,3 +224,65 @@ def test_a_compiled_model(compiled, attached, batch):
     wrong.logit_scale = 1.02
     with pytest.raises(RuntimeError, match="does not reproduce the logits"):
         wrong(**inputs)
+
+
+# --- in TRL's trainer -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Two steps of TRL's trainer and of the fused one; the log, by entry."""
+    tests = pytest.importorskip("tests.test_integration_trl", reason="trl, peft or datasets is not installed")
+
+    def run(stock=False, check_head=True, **options):
+        changes = {"check_head": check_head, "evaluate": lambda *args, **options: {}}
+        kind = type("Trainer", (tests.FusedDPOTrainer,), changes)
+        kind = tests.trl.DPOTrainer if stock else kind
+        log, trainer = tests.run(kind, tmp_path, precompute_ref_log_probs=True, **{"steps": 2} | options)
+        assert stock or trainer.not_fused == ""
+        return [entry["loss"] for entry in log if "loss" in entry]
+
+    return run
+
+
+TRAINED_ON_THE_DAY = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+class TestTrainer:
+    """Each loss is compared with that of TRL's own trainer."""
+
+    pytestmark = TRAINED_ON_THE_DAY
+
+    def test_a_model_whose_forward_calls_a_part_of_its_backbone(self, train):
+        assert train(model="opt") == pytest.approx(train(stock=True, model="opt"), rel=1e-5)
+
+    @pytest.mark.slow
+    @pytest.mark.usefixtures("_forgotten")
+    def test_a_compiled_model_which_is_not_compiled_anew_for_every_batch(self, train):
+        from tests.test_integration_trl import ratings, with_columns
+
+        def one_layer(model):
+            model.model.layers = model.model.layers[:1]
+            return model
+
+        compiler = CompileCounterWithBackend("eager")
+        rows = ratings(24, 0)
+        data = (with_columns(rows, [-20.0] * 24, [-21.0] * 24),) * 2
+        compiled = train(
+            wrap=lambda model: torch.compile(one_layer(model), backend=compiler), data=data, steps=6, check_head=False
+        )
+        assert compiled == pytest.approx(train(wrap=one_layer, data=data, steps=6), rel=1e-5)
+        assert compiler.frame_count <= 2  # of one length and of any
+
+    def test_the_check_can_be_left_out(self, train):
+        def shifted(model):
+            model.lm_head.register_forward_hook(lambda module, args, logits: logits + torch.arange(float(V)))
+            return model
+
+        with pytest.raises(RuntimeError, match=r"does not reproduce the logits.*check_head = False"):
+            train(wrap=shifted)
+        assert train(wrap=shifted, check_head=False) == train()

@@ -9,7 +9,7 @@ line in the log. Written for TRL 0.29 to 1.16.
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -61,6 +61,7 @@ class FusedDPOTrainer(DPOTrainer):
     _loss_options: trl_loss.LossOptions | None = None
     _reason: str | None = None
     _packing_checked = False
+    _work: Callable[..., Any] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not hasattr(DPOTrainer, "_compute_loss"):
@@ -159,7 +160,7 @@ class FusedDPOTrainer(DPOTrainer):
                 self.check_reference = False
         else:
             reference = self._reference(batch, self.ref_model or self.model)
-        result = model(**self._inputs_of_policy(batch), **{CALL: partial(self._policy, batch, reference)})
+        result = self._within(model, self._inputs_of_policy(batch), partial(self._policy, batch, reference))
         out, aux_loss = result["out"], result["aux_loss"]
         loss = out.loss
         if aux_loss is not None:
@@ -196,8 +197,21 @@ class FusedDPOTrainer(DPOTrainer):
         if self.ref_model is None and hasattr(policy, "peft_config"):
             adapter = trl_module.use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
         with torch.no_grad(), self._not_checkpointing(), adapter, self.accelerator.autocast():
-            logps: Tensor = model(**batch.inputs, use_cache=False, **{CALL: work})
+            logps: Tensor = self._within(model, {**batch.inputs, "use_cache": False}, work)
         return logps.to(batch.labels.device)
+
+    def _within(self, model: Any, inputs: dict[str, Any], work: Callable[..., Any]) -> Any:
+        """What ``work(outputs, hidden, weight, options)`` returns, done inside the model's forward."""
+        self._work = work
+        try:
+            return model(**inputs, **{CALL: self._do_work})
+        finally:
+            self._work = None
+
+    @torch.compiler.disable  # in a compiled model too; and one function for every batch, or each would compile anew
+    def _do_work(self, *given: Any) -> Any:
+        assert self._work is not None, "set around the call of the model"
+        return self._work(*given)
 
     def _check_reference(self, inputs: dict[str, Any], precomputed: Tensor) -> None:
         """Raise ``ValueError`` where precomputed log-probs ``(2B,)`` are clearly not those of a reference at hand."""
