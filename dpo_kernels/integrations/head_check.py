@@ -27,7 +27,7 @@ SWITCH_OFF = "check=False leaves this check out (check_head = False on FusedDPOT
 
 
 # Never traced: the hooks and the numbers that are read here would break a graph, or the tracer.
-@torch.compiler.disable
+@torch.compiler.disable(reason="a fused head is checked eagerly: call head.check(**inputs) before, or give check=False")
 @torch.no_grad()
 def check(head: Any, inputs: dict[str, Any]) -> None:
     """Raise ``RuntimeError`` where a ``FusedLMHead`` does not give the logits of its model for these inputs."""
