@@ -21,11 +21,11 @@ MUTATIONS = {
     "a masked lane is a logit of 0": ("rows", 'tl.where(inside, z, -float("inf"))', "tl.where(inside, z, 0.0)"),
     "no mask at all": ("rows", 'base + at, mask=at < reach, other=-float("inf")', "base + at"),
     "no rescale of the running sum": ("rows", "others = others * kept + tl.sum", "others = others + tl.sum"),
-    "the label among the others": ("rows", "tl.where(at == column, e - e, e)", "e"),
+    "the label among the others": ("rows", '-float("inf"), z)  # the label\'s own', "z, z)"),
     "the label among the others of one reading": (
         "rows",
-        "tl.where(at == column, e - e, e)\n        tl.store",
-        "e\n        tl.store",
+        '-float("inf"), z)\n        e = tl.exp(z - shift)\n        tl.store',
+        "z, z)\n        e = tl.exp(z - shift)\n        tl.store",
     ),
     "digits of the others": (
         "rows",
@@ -37,11 +37,7 @@ MUTATIONS = {
         "others * kept + tl.sum(e, axis=1)",
         "others * kept + tl.sum(e, axis=1) + 1.0 - 1.0",
     ),
-    "the label among the streamed others": (
-        "linear_logprob",
-        "tl.where(hit, e - e, e)",
-        "e",
-    ),
+    "the label among the streamed others": ("linear_logprob", 'z = tl.where(hit, -float("inf"), z)', "z = z"),
     "target off by one": ("rows", "tl.load(base + column)", "tl.load(base + tl.maximum(column - 1, 0))"),
     "entropy without the moved shift": ("rows", "(entropy + drop) * kept", "entropy * kept"),
     "last maximum wins ties": ("rows", "block_max > running", "block_max >= running"),
@@ -76,8 +72,8 @@ MUTATIONS = {
     "no rescale while streaming": ("linear_logprob", "others = others * kept + tl.sum", "others = others + tl.sum"),
     "streamed target off by one": (
         "linear_logprob",
-        "hit = tl.arange(0, BLOCK_V)[None, :] == (labels",
-        "hit = tl.arange(0, BLOCK_V)[None, :] + 1 == (labels",
+        "hit = tl.arange(0, BLOCK_V)[None, :] == own_col",
+        "hit = tl.arange(0, BLOCK_V)[None, :] + 1 == own_col",
     ),
     "a tile forgets where it starts": ("linear_logprob", "cols = start + at", "cols = at"),
     "the last part of H is dropped": ("linear_logprob", "inside = h + at < width", "inside = h + at < width - 1"),

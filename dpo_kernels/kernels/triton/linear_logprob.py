@@ -125,19 +125,24 @@ def linear_logprob(
         if HAS_STATS:
             logit_sum += tl.sum(tl.where(col_inside[None, :], z, 0.0), axis=1)
         z = tl.where(col_inside[None, :], z, -float("inf"))
-        block_max = tl.max(z, axis=1)
+        if HAS_STATS:
+            place = tl.argmax(z, axis=1, tie_break_left=True).to(tl.int64) + left
+        # From here on the label's own logit is -inf. It comes by a sum: a maximum would pass over NaN.
+        own_col = (labels - left).to(tl.int32)
+        hit = tl.arange(0, BLOCK_V)[None, :] == own_col[:, None]
+        own_logit = tl.sum(tl.where(hit, z, 0.0), axis=1)
+        own_logit = tl.where((own_col >= 0) & (own_col < BLOCK_V), own_logit, -float("inf"))
+        z = tl.where(hit, -float("inf"), z)
+        block_max = tl.maximum(tl.max(z, axis=1), own_logit)
+        target = tl.maximum(target, own_logit, propagate_nan=tl.PropagateNan.ALL)
         highest = tl.maximum(running, block_max)
         shift = tl.where(highest == -float("inf"), 0.0, highest)
         kept = tl.where(running == highest, 1.0, tl.exp(running - shift))
-        hit = tl.arange(0, BLOCK_V)[None, :] == (labels - left).to(tl.int32)[:, None]
-        target = tl.maximum(target, tl.max(tl.where(hit, z, -float("inf")), axis=1))
         e = tl.exp(z - shift[:, None])
-        e = tl.where(hit, e - e, e)  # 0, but NaN of a broken row, of which the maximum knows nothing
         if HAS_STATS:
             drop = tl.where(others > 0, (highest - running) * others, 0.0)
             own = tl.where(e > 0, e * (z - shift[:, None]), 0.0)
             entropy = (entropy + drop) * kept - tl.sum(own, axis=1)
-            place = tl.argmax(z, axis=1, tie_break_left=True).to(tl.int64) + left
             first = tl.where(block_max > running, place, first)
             square_sum = square_sum * kept * kept + tl.sum(e * e, axis=1)
         others = others * kept + tl.sum(e, axis=1)

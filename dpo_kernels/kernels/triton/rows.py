@@ -115,18 +115,18 @@ def reduce_rows(
         # A row of -inf so far (unreachable tokens) is shifted by 0, or -inf - -inf would be NaN.
         shift = tl.where(highest == -float("inf"), 0.0, highest)
         kept = tl.where(running == highest, 1.0, tl.exp(running - shift))
-        e = tl.exp(z - shift)
-        e = tl.where(at == column, e - e, e)  # 0, but NaN of a broken row
-        if HAS_ENTROPY:
-            # Moving the shift by d adds d * exp to every -e * log e.
-            drop = tl.where(others > 0, (highest - running) * others, 0.0)
-            own = tl.where(e > 0, e * (z - shift), 0.0)
-            entropy = (entropy + drop) * kept - tl.sum(own, axis=0)
         if HAS_LOGIT_SUM:
             logit_sum += tl.sum(tl.where(inside, z, 0.0), axis=0)
         if HAS_ARGMAX:
             place = tl.argmax(z, axis=0, tie_break_left=True).to(tl.int64) + left + start
             first = tl.where(block_max > running, place, first)
+        z = tl.where(tl.arange(0, BLOCK) == (column - left).to(tl.int32), -float("inf"), z)  # the label's own
+        e = tl.exp(z - shift)
+        if HAS_ENTROPY:
+            # Moving the shift by d adds d * exp to every -e * log e.
+            drop = tl.where(others > 0, (highest - running) * others, 0.0)
+            own = tl.where(e > 0, e * (z - shift), 0.0)
+            entropy = (entropy + drop) * kept - tl.sum(own, axis=0)
         if HAS_SQUARE_SUM:
             square_sum = square_sum * kept * kept + tl.sum(e * e, axis=0)
         others = others * kept + tl.sum(e, axis=0)
@@ -154,10 +154,10 @@ def _exp_row(base, out, reach, cols, column, shift, BLOCK: tl.constexpr):
         at = left + tl.arange(0, BLOCK)
         z = tl.load(base + at, mask=at < reach, other=-float("inf"))
         z = tl.where(at < cols, z, -float("inf"))
-        e = tl.exp(z - shift)
-        e = tl.where(at == column, e - e, e)
-        tl.store(out + at, e.to(out.dtype.element_ty), mask=at < reach)
         highest = tl.maximum(highest, tl.max(z, axis=0))
+        z = tl.where(tl.arange(0, BLOCK) == (column - left).to(tl.int32), -float("inf"), z)
+        e = tl.exp(z - shift)
+        tl.store(out + at, e.to(out.dtype.element_ty), mask=at < reach)
         total += tl.sum(e, axis=0)
     return total, highest
 
