@@ -2,6 +2,7 @@
 on which machine it was written.
 """
 
+import gc
 import os
 from collections.abc import Generator
 from typing import Any
@@ -17,6 +18,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Nothing is timed, and nothing kept in the folder of whoever runs the tests, unless a test says so.
 os.environ.setdefault("DPO_KERNELS_AUTOTUNE", "0")
+
+# Compilers of graphs compile in the process that asks; their worker processes would each import torch first.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # Tests run side by side, and several threads each would only wait for one another.
 torch.set_num_threads(1)
@@ -48,6 +52,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first, so that no worker is left with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays to the end: trainers collect garbage at every turn and need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -8,7 +8,6 @@ later one of any option by more than five times that; Adam had made 230 times of
 
 import copy
 import functools
-import gc
 import logging
 import re
 import tempfile
@@ -50,15 +49,6 @@ KEYS = {
     "logits/chosen", "logits/rejected", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
     "logps/chosen", "logps/rejected",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def frozen():
-    """Every trainer collects garbage; what was imported is none, and takes most of that time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @functools.cache
