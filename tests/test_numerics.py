@@ -193,6 +193,20 @@ def test_nearly_certain_tokens(dtype, vocab, strategy, backend):
         assert not broken(off_log_probs(problem, strategy, backend))
 
 
+def test_orpo_of_averages_next_to_0():
+    """Down to 1e-30 nats a token; ``d log odds / d a`` is ``1 / (1 - exp(a))``, and as a coefficient fits float32."""
+    sides = torch.logspace(-29.9, -1, 30, dtype=torch.float64).neg()
+    chosen, rejected = sides.clone().requires_grad_(), sides.flip(0).requires_grad_()
+    losses = dk.dpo_loss(chosen, rejected, None, None, loss_type="orpo", beta=0.3)[0]
+    grads = torch.autograd.grad(losses.sum(), (chosen, rejected))
+    gap = (chosen.expm1() / rejected.expm1()).log() + rejected - chosen  # log odds of the rejected over the chosen
+    torch.testing.assert_close(losses.double(), -chosen + 0.3 * torch.nn.functional.softplus(gap), rtol=1e-6, atol=0)
+    slope = 0.3 * gap.sigmoid()
+    torch.testing.assert_close(grads[0], -1 + slope / chosen.expm1(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(grads[1], -slope / rejected.expm1(), rtol=1e-6, atol=0)
+    assert all(grad.float().isfinite().all() for grad in grads)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_float16_logits_beyond_its_range(strategy):
     """Plain float16 overflows at 65504; here logits are float32 and only gradients are rounded."""

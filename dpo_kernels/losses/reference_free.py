@@ -52,7 +52,7 @@ def orpo(x: LossInputs) -> Tensor:
     """ORPO, ``-a_c - b log s(log odds(a_c) - log odds(a_r))``, Hong et al., arXiv 2403.07691, eq. 6 and 7.
 
     ``log odds(a) = a - log(1 - exp(a))``. An average that reaches 0 (no token, or a certain one) has infinite odds,
-    and a gradient of 0 beyond what float64 can tell from it.
+    and the log odds of an average above -1e-30 a gradient of 0.
     """
     chosen, rejected = _average_logps(x)
     return -chosen - x.beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
