@@ -18,7 +18,6 @@ from tests.test_integration_trl import (  # noqa: E402
     LARGEST,
     NOT_LOGGED_TWICE,
     calm,
-    frozen,
     pytestmark,
     ratings,
     run,
@@ -26,7 +25,6 @@ from tests.test_integration_trl import (  # noqa: E402
 )
 
 assert pytestmark  # the same warnings of the same packages
-assert frozen  # and the same fixture
 
 H, V, N = 6, 13, 9
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -175,7 +173,8 @@ def unpaired():
 
 
 def reward(completions, **kwargs):
-    return [float(text.count("w1")) + 0.01 * len(text) for text in completions]
+    """Small, because RLOO's gradient is as large as the rewards' differences: it must not amplify last bits."""
+    return [0.1 * text.count("w1") + 0.001 * len(text) for text in completions]
 
 
 ONLINE = {"num_generations": 2, "max_completion_length": 5, "beta": 0.1, "temperature": 0.8}

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from demo.options import at_least
 from tests import mutants as package
 from tests.mutants import runner
 from tests.mutants.records import Mutant, problems
@@ -20,8 +21,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="a part of FILE: WHY, or a glob")
     parser.add_argument("--list", action="store_true", help="show the edits, and try none")
     parser.add_argument("--check", action="store_true", help="only look whether every edit still applies exactly once")
-    parser.add_argument("--jobs", type=int, default=2, help="edits tried at a time (default: 2)")
-    parser.add_argument("--seconds", type=float, default=300.0, help="limit for the tests of an edit (default: 300)")
+    parser.add_argument("--jobs", type=at_least(1), default=2, help="edits tried at a time (default: 2)")
+    parser.add_argument(
+        "--seconds", type=at_least(1, float), default=300.0, help="limit for the tests of an edit (default: 300)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -41,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("the table does not fit the source:", *wrong, sep="\n  ", file=sys.stderr)
         return 1
     mutants = chosen(package.MUTANTS, asked.only)
-    if not mutants or asked.jobs < 1:
-        print("no edit matches, or --jobs is less than 1", file=sys.stderr)
+    if not mutants:
+        print("no edit matches", file=sys.stderr)
         return 2
     if asked.list:
         print(*(f"{mutant.name}  [{', '.join(mutant.ids)}]" for mutant in mutants), sep="\n")
