@@ -1,6 +1,5 @@
 """What is made once in a run of pytest and used by all of its worker processes."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,8 @@ from filelock import FileLock
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """The folder ``name`` as ``make`` has filled it; whoever asks first makes it, and the others wait."""
     root = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # a worker's own folder lies in that of the run
+    if root.name.startswith("popen-"):  # a worker's own folder lies in that of the run
+        root = root.parent
     folder, done = root / name, root / f"{name}.done"
     with FileLock(root / f"{name}.lock"):
         if not done.exists():

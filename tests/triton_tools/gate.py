@@ -148,10 +148,12 @@ def measured_or_why(
     jobs: list[Job], cache: Path, known: dict[str, "Measured"] | None = None
 ) -> Iterator["Measured | str"]:
     """For each job what was measured, or why it does not compile; ``known`` are results by key."""
-    samples = {job.target: job for job in reversed(jobs)}.values()  # the first of each target
+    keys = [_key(job) for job in jobs]
+    # One of each target is compiled whatever is known: by its key, so that every change of the source draws another.
+    by_key = sorted(zip(keys, jobs, strict=True), reverse=True)
+    samples = {job.target: job for _, job in by_key}.values()
     results: list[Measured | str | None] = []
-    for job in jobs:
-        key = _key(job)
+    for key, job in zip(keys, jobs, strict=True):
         trusted = None if known is None or job in samples else known.get(key)
         results.append(trusted or _recall(cache / f"{key}.json"))
     missing = [number for number, result in enumerate(results) if result is None]
@@ -334,26 +336,25 @@ def known_results(kept: dict[str, object]) -> dict[str, "Measured"]:
     """What was kept, by the keys of what it was measured from."""
     from tests.triton_tools.aot import Measured
 
-    keys, kernels = kept["keys"], kept["kernels"]
-    assert isinstance(keys, dict)
+    kernels = kept["kernels"]
     assert isinstance(kernels, dict)
-    return {keys[name]: Measured(**facts) for name, facts in kernels.items()}
+    records = [dict(record) for record in kernels.values()]
+    return {record.pop("of"): Measured(**record) for record in records}
 
 
 def keep_measured(verdicts: list[Verdict], keys: list[str], version: str) -> None:
-    """Make what was measured the bar for the next run; ``keys`` say what each verdict is about."""
-    kernels = {
-        f"{verdict.name} @ {verdict.target}": dataclasses.asdict(verdict.measured)
-        for verdict in verdicts
+    """Make what was measured the bar for the next run; ``keys`` say what each verdict is about.
+
+    A record is one line, with its key: whoever merges two versions takes both or neither.
+    """
+    records = {
+        f"{verdict.name} @ {verdict.target}": dataclasses.asdict(verdict.measured) | {"of": key}
+        for verdict, key in zip(verdicts, keys, strict=True)
         if verdict.measured is not None
     }
-    of = {f"{verdict.name} @ {verdict.target}": key for verdict, key in zip(verdicts, keys, strict=True)}
-    parts = []
-    for entries in (kernels, {name: of[name] for name in kernels}):
-        lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items())]
-        parts.append(",\n".join(lines))
-    text = f'{{"triton": {json.dumps(version)}, "kernels": {{\n{parts[0]}\n}}, "keys": {{\n{parts[1]}\n}}}}\n'
-    KEPT.write_text(text, encoding="utf-8")
+    lines = [f"  {json.dumps(name)}: {json.dumps(record)}" for name, record in sorted(records.items())]
+    listed = ",\n".join(lines)
+    KEPT.write_text(f'{{"triton": {json.dumps(version)}, "kernels": {{\n{listed}\n}}}}\n', encoding="utf-8")
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -395,7 +396,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     started = time.perf_counter()
     modules = options.modules or kernel_modules()
-    jobs = all_jobs(modules)
+    jobs = every = all_jobs(modules)
     uncovered = [] if options.modules else ungated(modules, jobs)
     jobs = [job for job in jobs if options.only in _configuration(job).name]
     jobs = [job for job in jobs if job.target in (options.targets or [job.target])]
@@ -418,6 +419,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{verdict.name} on {verdict.target}: {'; '.join(verdict.reasons)}")
     print(*uncovered, sep="\n", end="\n" if uncovered else "")
     worse = []
+    if options.keep and (options.modules or len(jobs) < len(every)):
+        print("--keep goes with every configuration: what is left out would be forgotten")
+        return 1
     if options.keep:
         keep_measured(verdicts, [_key(job) for job in jobs], triton.__version__)
     elif not options.modules:
