@@ -322,7 +322,7 @@ def dpo_loss(
         bound.needs_reference,
         bound.name,
     )
-    inputs.check_divisor("token_denominator", token_denominator, policy[0])
+    inputs.check_divisor("token_denominator", token_denominator, policy[0], "policy_chosen_logps")
     bound = losses.fit_to_batch(bound, policy[0].shape[0], policy[0].device)
     divisor = tokens[0].sum().clamp(min=1)
     if token_denominator is not None:

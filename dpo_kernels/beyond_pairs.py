@@ -73,6 +73,7 @@ def fused_kto_loss(
     checks.check_choice("loss_type", loss_type, KTO_LOSSES)
     for given in (("desirable", desirable), ("kl", kl), ("delta", delta)):
         checks.refuse_batched(*given)
+        checks.refuse_forward_mode(*given)
     checks.check_tensor("desirable", desirable)
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable must be of bool, got {desirable.dtype}")

@@ -159,6 +159,7 @@ def _prepare(
     checks.check_flag("reference_free", options["reference_free"])
     for name, value in (options | options.get("loss_options", {})).items():
         checks.refuse_batched(name, value)
+        checks.refuse_forward_mode(name, value)
     batch = inputs.check_batch(
         hidden,
         weight,

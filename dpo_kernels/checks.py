@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dpo_kernels.types import WRAPPERS_THAT_UNWRAP
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 WITHOUT_VALUES = ("FakeTensor", "FunctionalTensor")  # what torch's tracers put in the place of tensors
-# torch wraps what a collective will have filled at its first use; every operation on it waits.
-WRAPPERS_THAT_UNWRAP = ("AsyncCollectiveTensor",)
 INSTEAD = "use dpo_kernels.reference, which is plain torch"
 UNDER_VMAP = (
     "batched by vmap, under which jacrev, jacfwd, is_grads_batched=True and vectorize=True run too: the fused losses "
@@ -112,7 +112,7 @@ def refuse_batched(name: str, value: Any) -> None:
 
 def refuse_forward_mode(name: str, value: Any) -> None:
     """Raise where ``value`` is a tensor that carries a tangent of forward-mode differentiation."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or torch.compiler.is_compiling():
+    if not isinstance(value, Tensor) or not value.is_floating_point():
         return
     if forward_ad.unpack_dual(value).tangent is not None:
         raise RuntimeError(f"{name} is {IN_FORWARD_MODE}")

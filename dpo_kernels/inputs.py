@@ -271,8 +271,8 @@ def check_main_grad(main_grad: Any, scale: Any, batch: Batch) -> None:
         raise ValueError("main_grad was given but weight does not require a gradient")
 
 
-def check_divisor(name: str, value: Any, hidden: Tensor) -> None:
-    """Check a positive number or 0-d tensor; None passes."""
+def check_divisor(name: str, value: Any, like: Tensor, beside: str = "hidden") -> None:
+    """Check a positive number or 0-d tensor, on the CPU or on the device of ``like``; None passes."""
     if value is None:
         return
     if not isinstance(value, Tensor):
@@ -283,7 +283,7 @@ def check_divisor(name: str, value: Any, hidden: Tensor) -> None:
     if value.dim() != 0:
         raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {_shape(value)}")
     if value.device.type != "cpu":
-        check_device(name, value, "hidden", hidden)
+        check_device(name, value, beside, like)
     elif checks.has_values(value) and not value > 0:
         raise ValueError(f"{name} must be > 0, got {float(value.detach())}")
 

@@ -18,6 +18,7 @@ from dpo_kernels.strategies import chunked, recompute, streaming
 from dpo_kernels.types import (
     STATS,
     TOKEN_LOGPS,
+    WRAPPERS_THAT_UNWRAP,
     Accumulator,
     Head,
     RowKernels,
@@ -294,8 +295,13 @@ def _operand_head(
     weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, dtype: torch.dtype
 ) -> Head:
     """The head as the GEMMs read it; under autocast a copy in its dtype."""
-    bias = None if bias is None else bias.detach().to(dtype)
-    return Head(weight.detach().to(dtype), bias, logit_scale, softcap)
+    bias = None if bias is None else _settled(bias.detach().to(dtype))
+    return Head(_settled(weight.detach().to(dtype)), bias, logit_scale, softcap)
+
+
+def _settled(tensor: Tensor) -> Tensor:
+    """What a collective has filled: a launch of a kernel of ours is no operation of torch's and would not wait."""
+    return tensor.wait() if type(tensor).__name__ in WRAPPERS_THAT_UNWRAP else tensor  # type: ignore[attr-defined]
 
 
 def _kernels_and_tile(

@@ -23,6 +23,8 @@ from torch import Tensor
 
 STATS = ("entropy", "mean_logits", "top1", "log_sum_p2")  # means over tokens, from the row kernels
 TOKEN_LOGPS = "token_logps"  # by token; may be asked for among them
+# Tensors that torch wraps because a collective has yet to fill them: every operation of torch's on one waits for it.
+WRAPPERS_THAT_UNWRAP = ("AsyncCollectiveTensor",)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dpo_kernels.checks import check_choice, check_flag, check_integer, check_number, check_tensor
+from dpo_kernels.checks import check_choice, check_flag, check_integer, check_number, check_tensor, has_values
 from dpo_kernels.inputs import INDEX_DTYPES
 from dpo_kernels.types import DPOLossOutput
 
@@ -52,7 +52,7 @@ def ld_token_weights(
         # On other devices a look at the values would be a sync: wrong ones make NaN, and no access out of bounds.
         bounds = bounds.clamp(0, rows)
     if sequences == 0 or rows == 0:
-        return torch.ones(labels.shape, dtype=torch.float32, device=labels.device)
+        return torch.ones(labels.shape, dtype=torch.float32, device=labels.device).masked_fill(broken, math.nan)
     segments = (torch.searchsorted(bounds, place, right=True) - 1).clamp(0, sequences - 1)
     scored = labels.reshape(-1) != ignore_index
     if shift:
@@ -102,7 +102,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
         raise ValueError(f"cu_seqlens must have shape (2B + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != labels.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} but labels is on {labels.device}: move one of them")
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+    if cu_seqlens.device.type != "cpu" or not has_values(cu_seqlens):
         return
     values, rows = cu_seqlens.tolist(), labels.shape[0]
     if values[0] != 0 or values[-1] != rows or any(b < a for a, b in pairwise(values)):

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "inputs": {"checks", "types"},
     "packing": {"sequence", "types"},
     "losses": {"checks", "types"},
-    "checks": set(),
+    "checks": {"types"},
     "strategies": {"sequence", "types"},
     "kernels": {"gpus", "sequence", "types"},
     "sequence": {"types"},

@@ -66,7 +66,7 @@ inputs -> losses strategies kernels dispatch autograd api
 dispatch -> losses inputs packing autograd passes api
 passes -> kernels autograd calls api inputs
 packing -> kernels losses strategies inputs
-checks -> types inputs losses kernels
+checks -> inputs losses kernels
 autograd -> kernels calls api
 calls -> kernels strategies api
 api -> kernels strategies distributed integrations

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dpo_kernels as dk
 from dpo_kernels.types import STATS
@@ -175,7 +176,7 @@ def test_what_ld_weights_cannot_be_made_of_is_named(labels, options, error, word
         dk.ld_token_weights(labels, 0.5, **options)
 
 
-@pytest.mark.parametrize("bounds", [[0, 4, 7], [1, 4, 8], [0, 9, 8], [0, 4, 99], [-3, 4, 8]])
+@pytest.mark.parametrize("bounds", [[0, 4, 7], [1, 4, 8], [0, 9, 8], [0, 4, 99], [-3, 4, 8], [0]])
 def test_bounds_that_are_not_looked_at_make_nan(bounds, monkeypatch):
     """As on a GPU, where a look would be a sync: no index out of bounds, which there would end the context."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -183,6 +184,13 @@ def test_bounds_that_are_not_looked_at_make_nan(bounds, monkeypatch):
     assert weights.shape == LABELS.shape
     assert weights.isnan().all()
     assert not dk.ld_token_weights(LABELS, 0.5, cu_seqlens=torch.tensor([0, 4, 8])).isnan().any()
+
+
+def test_bounds_without_values_are_not_looked_at():
+    with FakeTensorMode():
+        labels = torch.zeros(8, dtype=torch.int64)
+        weights = dk.ld_token_weights(labels, 0.5, cu_seqlens=torch.tensor([0, 4, 8]))
+        assert weights.shape == labels.shape
 
 
 @pytest.mark.parametrize("pairs", ["stacked", "interleaved"])

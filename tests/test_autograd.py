@@ -431,6 +431,42 @@ def test_transforms_without_a_rule_are_refused(transform, function):
         run(call, hidden, weight)
 
 
+@forward_mode
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("function", FUSED)
+def test_forward_mode_is_refused_in_a_graph_too(function):
+    """There it would give a tangent of 0."""
+    inputs = Case(F64).tensors()
+    weight, labels = inputs["weight"].detach(), inputs["labels"]
+
+    def tangent(hidden):
+        return torch.func.jvp(lambda x: FUSED[function](x, weight, labels), (hidden,), (torch.ones_like(hidden),))
+
+    with pytest.raises(Exception, match=FORWARD):
+        torch.compile(tangent, backend="aot_eager", fullgraph=True)(inputs["hidden"].detach())
+
+
+@forward_mode
+@pytest.mark.parametrize("name", ["ref_logps", "denominator", "token_weights", "kl", "delta"])
+def test_what_is_never_differentiated_is_not_either_in_forward_mode(name):
+    """A tangent of 0 would be a number and wrong."""
+    inputs = Case(F64).tensors()
+    hidden, weight, labels = (inputs[each].detach() for each in ("hidden", "weight", "labels"))
+    shapes = {"ref_logps": (labels.shape[0],), "token_weights": tuple(labels.shape)}
+    value = torch.ones(shapes.get(name, ()), dtype=F64)
+    free = {} if name == "ref_logps" else {"reference_free": True}
+
+    def call(given):
+        if name in ("kl", "delta"):
+            liked = torch.ones(labels.shape[0], dtype=torch.bool)
+            kind = "kto" if name == "kl" else "bco"
+            return dk.fused_kto_loss(hidden, weight, labels, liked, loss_type=kind, **{name: given}, **free).loss
+        return dk.fused_dpo_loss(hidden, weight, labels, **{name: given}, **free).loss
+
+    with pytest.raises(RuntimeError, match=f"{name} is part of a forward-mode"):
+        torch.func.jvp(call, (value,), (torch.ones_like(value),))
+
+
 # is_grads_batched asks for the words of a refusal itself; linearize's own tracing warns.
 @forward_mode
 @pytest.mark.parametrize("transform", [name for name in TRANSFORMS if name not in ("is_grads_batched", "linearize")])

@@ -81,10 +81,10 @@ def test_a_path_that_does_not_exist_is_named():
     """
     if machine.bfloat16_product() is None:
         pytest.skip("the extension was not built")
-    wrong = {"DPO_KERNELS_ISA": "sse", "DPO_KERNELS_BF16": "1"}
+    wrong = {"DPO_KERNELS_ISA": "sse", "DPO_KERNELS_BF16": "on"}
     run = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
     said = subprocess.run([sys.executable, "-c", code], env=os.environ | wrong, **run).stdout.splitlines()
     assert said == [
         "dpo_kernels: DPO_KERNELS_ISA must be base, avx2 or avx512, got sse",
-        "dpo_kernels: DPO_KERNELS_BF16 must be 0 or portable, got 1",
+        "dpo_kernels: DPO_KERNELS_BF16 must be 0, 1 or portable, got on",
     ]

@@ -12,6 +12,7 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 import dpo_kernels as dk
+from dpo_kernels import passes
 
 S, T, H, V = 4, 3, 5, 7
 LABELS = torch.tensor([[1, 2, 3], [-100, 4, 5], [6, 0, -100], [3, 2, 1]])
@@ -190,6 +191,17 @@ def test_what_need_not_be_a_tensor_of_one_kind_is_taken():
     assert torch.equal(dk.dpo_loss(**BY_PAIR | counts, loss_type="ipo")[0], losses)
     with pytest.raises(ValueError, match="denominator must be > 0, got 0"):
         dk.fused_dpo_loss(**arguments, denominator=torch.nn.Parameter(torch.tensor(0.0)))
+
+
+def test_a_head_that_a_collective_has_yet_to_fill_is_waited_for():
+    """A launch of a kernel is no operation of torch's, and would be given the address of nothing."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    weight, bias = torch.randn(5, 3), torch.randn(5)
+    head = passes._operand_head(AsyncCollectiveTensor(weight), AsyncCollectiveTensor(bias), 1.0, None, torch.float32)
+    for got, given in ((head.weight, weight), (head.bias, bias)):
+        assert type(got) is torch.Tensor
+        assert got.data_ptr() == given.data_ptr()
 
 
 def test_none_to_average_over():

@@ -170,14 +170,14 @@ bool probe(Block block) {
     }
 }
 
-// What DPO_KERNELS_BF16 asks for: "portable" is the slow kernel, for tests; "0" is none; "" is the machine's own.
+// What DPO_KERNELS_BF16 asks for: "portable" is the slow kernel, for tests; "0" is none; "1" and "" are the machine's own.
 const std::string& asked_for() {
     static const std::string asked = [] {
         const char* value = std::getenv("DPO_KERNELS_BF16");
         const std::string name(value == nullptr ? "" : value);
-        TORCH_CHECK(name.empty() || name == "0" || name == "portable",
-                    "dpo_kernels: DPO_KERNELS_BF16 must be 0 or portable, got ", name);
-        return name;
+        TORCH_CHECK(name.empty() || name == "0" || name == "1" || name == "portable",
+                    "dpo_kernels: DPO_KERNELS_BF16 must be 0, 1 or portable, got ", name);
+        return name == "1" ? std::string() : name;
     }();
     return asked;
 }
