@@ -7,6 +7,7 @@ Files under ``path``, each written whole or not at all: ``part-*.safetensors`` w
 ``reference_logps.safetensors``. All carry the fingerprints of model, data and options; others are refused.
 """
 
+import array
 import contextlib
 import hashlib
 import json
@@ -77,7 +78,7 @@ def precompute_reference_logps(
         ValueError: files of another model, data set or option, or that cannot be read; the message says which. An
             empty data set, a row without ids, ids that the model does not have, a size that is not positive; weights
             that are nowhere to be had.
-        TypeError: what is not a data set of rows, ids that are not integers.
+        TypeError: what is not a data set of rows, ids that are not integers; weights that do not tell their numbers.
         RuntimeError: the head's self-check fails.
 
     """
@@ -125,15 +126,29 @@ def _by_index(dataset: Any) -> Sequence[Mapping[str, Any]]:
             f"dataset must be rows by number, got a {kind}, which is indexed by column: give "
             "dataset.to_dict('records') or datasets.Dataset.from_pandas(dataset)"
         )
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+    # torch gives a stream a __getitem__, which raises.
+    streams = isinstance(dataset, torch.utils.data.IterableDataset)
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not streams:
         rows: Sequence[Mapping[str, Any]] = dataset
         return rows
     if not isinstance(dataset, Iterable):
         raise TypeError(f"dataset must be rows by index or a stream of rows, got {kind}")
     columns = ("prompt_ids", *(f"{side}_ids" for side in SIDES))
     return [
-        {name: row[name] for name in columns if name in row} if isinstance(row, Mapping) else row for row in dataset
+        {name: _kept(row[name]) for name in columns if name in row} if isinstance(row, Mapping) else row
+        for row in dataset
     ]
+
+
+def _kept(ids: Any) -> Any:
+    """Token ids of a stream in 4 bytes each; what are none as they are, to be refused with the number of their row."""
+    kept = array.array("i")
+    try:
+        ids = ids if isinstance(ids, Sequence) else list(ids)  # an iterator can be read only once
+        kept.extend(list(ids))
+    except (TypeError, OverflowError):
+        return ids
+    return kept
 
 
 def _integer(name: str, value: Any) -> int:
@@ -160,8 +175,9 @@ class _Rows:
         self.dataset, self.max_length = dataset, max_length
         digest, lengths = hashlib.blake2b(digest_size=16), []
         for number in range(len(dataset)):
+            row = dataset[number]
             for side in SIDES:
-                prompt, completion = self._ids(number, side)
+                prompt, completion = _ids(number, row, side)
                 _check_ids(number, "prompt_ids", prompt[:max_length], known[0])
                 left = None if max_length is None else max(0, max_length - len(prompt))
                 _check_ids(number, f"{side}_ids", completion[:left], known[1])
@@ -171,20 +187,9 @@ class _Rows:
         self.fingerprint = digest.hexdigest()
         self.longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
 
-    def _ids(self, number: int, side: str) -> tuple[list[int], list[int]]:
-        row = self.dataset[number]
-        if not isinstance(row, Mapping):
-            raise TypeError(f"row {number} of dataset must be a mapping with prompt_ids, got {type(row).__name__}")
-        names = ("prompt_ids", f"{side}_ids")
-        missing = [name for name in names if row.get(name) is None]
-        if missing:
-            raise ValueError(f"row {number} of dataset has no {missing[0]}: token ids are needed, it has {list(row)}")
-        prompt, completion = (_token_ids(number, name, row[name]) for name in names)
-        return prompt, completion
-
     def batch(self, indices: Sequence[int], pad_token_id: int) -> tuple[dict[str, Tensor], Tensor]:
         """(model inputs, labels), ``(S, T)``, padded on the right."""
-        sequences = [self._ids(index // 2, SIDES[index % 2]) for index in indices]
+        sequences = [_ids(index // 2, self.dataset[index // 2], SIDES[index % 2]) for index in indices]
         longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
         width = max(1, longest if self.max_length is None else min(longest, self.max_length))
         ids = torch.full((len(sequences), width), pad_token_id, device="cpu")
@@ -195,6 +200,17 @@ class _Rows:
             mask[row, : len(both)] = 1
             labels[row, len(prompt) : len(both)] = both[len(prompt) :]
         return {"input_ids": ids, "attention_mask": mask}, labels
+
+
+def _ids(number: int, row: Any, side: str) -> tuple[list[int], list[int]]:
+    if not isinstance(row, Mapping):
+        raise TypeError(f"row {number} of dataset must be a mapping with prompt_ids, got {type(row).__name__}")
+    names = ("prompt_ids", f"{side}_ids")
+    missing = [name for name in names if row.get(name) is None]
+    if missing:
+        raise ValueError(f"row {number} of dataset has no {missing[0]}: token ids are needed, it has {list(row)}")
+    prompt, completion = (_token_ids(number, name, row[name]) for name in names)
+    return prompt, completion
 
 
 def _token_ids(number: int, name: str, ids: Any) -> list[int]:
