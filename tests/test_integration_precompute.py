@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_kernels.integrations import precompute
 from dpo_kernels.integrations.precompute import FINAL, PART, precompute_reference_logps
+from tests.test_integration_fingerprint_leaving import leaving
 from tests.test_integration_transformers import V, tiny
 
 
@@ -58,6 +59,13 @@ def test_the_second_time_nothing_is_computed(tmp_path, monkeypatch):
     first = quiet(model, data, tmp_path)
     monkeypatch.setattr(model.model, "forward", None)
     second = quiet(model, data, tmp_path, batch_size=2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_model_that_ran_meanwhile_finds_its_files(tmp_path):
+    model = leaving("recurrent_gemma")
+    first = quiet(model, rows(), tmp_path)
+    second = quiet(model, rows(), tmp_path)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -203,6 +211,9 @@ class DatasetDict(dict):
         (lambda data: DatasetDict(train=data, test=data), "a DatasetDict of train, test: give one split"),
         (lambda data: {name: [row[name] for row in data] for name in data[0]}, r"from_dict\(columns\)"),
         (lambda data: pytest.importorskip("pandas").DataFrame(data), r"a DataFrame, which .*to_dict\('records'\)"),
+        (lambda data: Stream([{**data[0], "chosen_ids": [3.0]}]), r"row 0 of dataset: chosen_ids .*\[3\.0\]"),
+        (lambda data: Stream([data[0], {**data[0], "prompt_ids": "text"}]), "row 1 of dataset: prompt_ids .*got text"),
+        (lambda data: Stream([{**data[0], "rejected_ids": torch.tensor(3)}]), r"rejected_ids .*got tensor\(3\)"),
         (lambda data: 5, "rows by index or a stream of rows, got int"),
         (lambda data: ["text"] * 3, "row 0 of dataset must be a mapping with prompt_ids, got str"),
         (lambda data: [{**data[0], "chosen_ids": [3.0]}], r"row 0 of dataset: chosen_ids must be token ids .*\[3\.0\]"),
@@ -218,6 +229,19 @@ def test_what_is_not_a_data_set_of_rows_is_refused_with_what_to_do(wrong, words,
         quiet(tiny("llama"), rows(), tmp_path, pad_token_id=None)
 
 
+class Counted(torch.utils.data.IterableDataset):
+    """A stream of torch's that knows how long it is."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        yield from self.data
+
+    def __len__(self):
+        return len(self.data)
+
+
 class Stream:
     """Rows one after the other, with no length and no index."""
 
@@ -228,7 +252,9 @@ class Stream:
         yield from self.data
 
 
-@pytest.mark.parametrize("kind", ["iterable", "generator", "datasets", "arrays", "records"])
+@pytest.mark.parametrize(
+    "kind", ["iterable", "generator", "datasets", "torch", "iterators", "tensors", "bytes", "arrays", "records"]
+)
 def test_a_stream_and_other_rows_simply_work(kind, tmp_path):
     model, data = tiny("llama"), rows()
     expected = quiet(model, data, tmp_path)
@@ -236,11 +262,35 @@ def test_a_stream_and_other_rows_simply_work(kind, tmp_path):
         "iterable": lambda: Stream(data),
         "generator": lambda: ({**row, "text": "not looked at"} for row in data),
         "datasets": lambda: pytest.importorskip("datasets").Dataset.from_list(data).to_iterable_dataset(),
+        "torch": lambda: Counted(data),
+        "iterators": lambda: ({name: iter(ids) for name, ids in row.items()} for row in data),
+        "tensors": lambda: ({name: torch.tensor(ids) for name, ids in row.items()} for row in data),
+        "bytes": lambda: ({name: bytes(ids) for name, ids in row.items()} for row in data),
         "arrays": lambda: [{name: torch.tensor(ids) for name, ids in row.items()} for row in data],
         "records": lambda: pytest.importorskip("pandas").DataFrame(data).to_dict("records"),
     }[kind]()
     got = quiet(model, given, tmp_path, batch_size=2)  # served from disk: the same data set
     assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_a_stream_is_kept_in_little_memory():
+    kept = precompute._by_index(Stream([{"prompt_ids": list(range(1000, 2000)), "text": "left out"}]))
+    assert set(kept[0]) == {"prompt_ids"}
+    assert sys.getsizeof(kept[0]["prompt_ids"]) < 5000
+    large = precompute._by_index(Stream([{"prompt_ids": [1, 2**40]}]))  # which no model has: refused as any other id
+    assert list(large[0]["prompt_ids"]) == [1, 2**40]
+
+
+def test_every_row_is_fetched_once_for_the_fingerprint():
+    fetched = []
+
+    class Fetching(list):
+        def __getitem__(self, number):
+            fetched.append(number)
+            return super().__getitem__(number)
+
+    precompute._Rows(Fetching(rows(5)), None, (V, V))
+    assert fetched == list(range(5))
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "other tensors", "nan", "short"])

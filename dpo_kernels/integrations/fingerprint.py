@@ -2,7 +2,8 @@
 
 Weights and buffers, whether or not ``state_dict`` keeps them, the configuration, the numbers and functions that modules
 hold beside their tensors (an attention scale, LoRA's scaling), and the adapters that are active, whatever they are
-called. What does not compute is left out: training modes, dropout, adapters that are off, names and paths.
+called. What does not compute is left out: training modes, dropout, adapters that are off, names and paths, and what
+a forward leaves behind.
 
 What code does that was put in place of a model's own at run time (forward hooks, a patched forward) is not seen.
 """
@@ -13,44 +14,47 @@ What code does that was put in place of a model's own at run time (forward hooks
 
 import contextlib
 import hashlib
-import json
+import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpo_kernels.integrations.fingerprint_values import Values, computed_with, is_dropout
 from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
 
-# Keys of configurations that no forward of a causal model reads, or not in evaluation mode; loading, saving, trainers
-# and tokenizers change them.
-NOT_COMPUTED_WITH = {
-    "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict",
-    "output_attentions", "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "id2label", "label2id",
-    "bos_token_id", "eos_token_id", "pad_token_id", "gradient_checkpointing", "problem_type", "auto_map",
-}  # fmt: skip
 IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
-# Likewise attributes of modules; "forward" is replaced by FusedLMHead.attach and by accelerate.
+NOTHING = {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}
+SHARDING = "torch.distributed.fsdp"  # which puts a class of its own before that of a module
+# Attributes of modules that no forward reads; "forward" is replaced by FusedLMHead.attach and by accelerate.
 NOT_READ = {
     "training", "forward", "config", "generation_config", "gradient_checkpointing", "is_gradient_checkpointing",
     "is_parallelizable", "model_parallel", "hf_device_map", "name_or_path", "warnings_issued", "model_tags",
     "loss_type", "kernel_config", "all_tied_weights_keys", "peft_config", "merged_adapters",
     "base_layer",
+    # What a forward leaves for the next steps of a generation, in RecurrentGemma and vision-language models; RWKV's
+    # mark that its weights are divided.
+    "recurrent_states", "conv1d_state", "rope_deltas", "layers_are_rescaled",
 }  # fmt: skip
-PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, type(None))
+# Of a table that a forward makes anew for longer inputs: as many rows as show the numbers that all of them follow from.
+FIRST_ROWS = 8
+ROPE_BY_LENGTH = re.compile(r"(Dynamic|NTK|LongRoPE|SuScaled)\w*Rotary")  # names of classes that have no rope_type
 
 
 def model_fingerprint(model: nn.Module, head: FusedLMHead | None = None) -> str:
     """Of the model, of the scale and softcap of its ``head`` (the one it has by default), and of autocast."""
     head = fused_lm_head(model) if head is None else head
     digest = hashlib.blake2b(digest_size=16)
-    _Walk(digest.update).module("", head.model)
+    walk = _Walk(digest.update)
+    walk.module("", head.model)
     config = head.model.config
     implementations = [getattr(c, name, None) for c in (config, config.get_text_config()) for name in IMPLEMENTATIONS]
     device = input_device(head.model).type
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
-    digest.update(json.dumps(_without(config.to_dict()), sort_keys=True, default=str).encode())
-    digest.update(repr((head.logit_scale, head.softcap, implementations, autocast)).encode())
+    walk.values.value("config", computed_with(config.to_dict()))
+    walk.values.value("head", (head.logit_scale, head.softcap, implementations, autocast))
     return digest.hexdigest()
 
 
@@ -65,20 +69,13 @@ def input_device(model: Any) -> torch.device:
     return torch.device(device)
 
 
-def _without(value: Any) -> Any:
-    """A configuration without what no forward reads; the configurations inside it too."""
-    if not isinstance(value, Mapping):
-        return value
-    return {
-        str(name): _without(v) for name, v in value.items() if name not in NOT_COMPUTED_WITH and "drop" not in str(name)
-    }
-
-
 class _Walk:
     """Everything that modules compute with, in a fixed order, as bytes."""
 
     def __init__(self, add: Callable[[Any], None]) -> None:
         self.add = add
+        self.values = Values(add, self.module)
+        self.divided: dict[int, int] = {}  # by id of a layer: what its weight is yet to be divided by
 
     def module(self, path: str, module: Any) -> None:
         if isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
@@ -87,7 +84,7 @@ class _Walk:
             self.module(path, _in_use(module))
         elif hasattr(module, "base_layer"):
             self.adapted(path, module)
-        elif not isinstance(module, nn.Dropout | nn.Identity):  # PEFT has nn.Identity for no dropout
+        elif type(module) not in NOTHING:  # PEFT has nn.Identity for no dropout
             self.plain_module(path, module, module.named_children())
 
     def adapted(self, path: str, layer: Any) -> None:
@@ -109,51 +106,45 @@ class _Walk:
         for number, adapter in enumerate(acting):  # by number: another name is the same adapter
             for name, part in sorted(parts.items()):
                 if not _is_ignored(name) and adapter in part:
-                    self.value(f"{path}.{name}.{number}", part[adapter])
+                    self.values.value(f"{path}.{name}.{number}", part[adapter])
         children = ((name, child) for name, child in layer.named_children() if name not in {*parts, "base_layer"})
         self.plain_module(path, layer, children, without=parts)
 
     def plain_module(
         self, path: str, module: nn.Module, children: Iterator[tuple[str, nn.Module]], without: Any = ()
     ) -> None:
-        self.add(f"{path} {type(module).__qualname__};".encode())
+        if self.values.met(path, module):
+            return
+        kinds = (kind for kind in type(module).__mro__ if not kind.__module__.startswith(SHARDING))
+        self.add(f"{path} {self.values.class_name(next(kinds))};".encode())
+        self.divided |= _yet_to_be_divided(module)
         changing = _set_by_forward(module)
         with _loaded(module):
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and name not in changing:
-                    self.tensor(f"{path}.{name}", tensor)
+                    self.held(f"{path}.{name}", module, name, tensor)
         for name, value in sorted(vars(module).items()):
             if not _is_ignored(name) and name not in changing and name not in without:
-                self.value(f"{path}.{name}", value)
+                self.values.value(f"{path}.{name}", _first_rows(module, name, value))
         for name, child in children:
             self.module(f"{path}.{name}", child)
 
-    def value(self, path: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            self.tensor(path, value)
-        elif isinstance(value, nn.Module):
-            self.module(path, value)
-        elif isinstance(value, PLAIN):
-            self.add(f"{path} {value!r};".encode())
-        elif isinstance(value, Mapping):
-            for name in sorted(value, key=str):
-                self.value(f"{path}.{name}", value[name])
-        elif isinstance(value, list | tuple):
-            self.add(f"{path} {len(value)};".encode())
-            for number, one in enumerate(value):
-                self.value(f"{path}.{number}", one)
-        else:  # a function by its name, any other object by its class
-            self.add(f"{path} {getattr(value, '__qualname__', type(value).__qualname__)};".encode())
-
-    def tensor(self, path: str, tensor: Tensor) -> None:
-        if tensor.device.type == "meta":
-            raise ValueError(
-                f"model: {path.strip('.')} is on the meta device, so that its numbers cannot be told: load the model "
-                "whole, or offload it with accelerate, from which they can be had"
-            )
-        tensor = tensor.detach()
-        self.add(f"{path} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        self.add(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    def held(self, path: str, module: nn.Module, name: str, tensor: Tensor) -> None:
+        """A parameter or buffer, and what a quantised one has beside its codes."""
+        if name == "weight" and id(module) in self.divided and tensor.is_floating_point():
+            tensor = tensor.detach() / self.divided[id(module)]
+        tensor = _first_rows(module, name, tensor)
+        self.values.tensor(path, tensor)
+        if issubclass(type(tensor), nn.Parameter) and type(tensor) is not nn.Parameter:
+            scales: Any = getattr(tensor, "SCB", None)
+            if scales is None:  # bitsandbytes moves them there at the first forward
+                scales = getattr(getattr(module, "state", None), "SCB", None)
+            beside = {key: value for key, value in vars(tensor).items() if key not in ("CB", "SCB", "module")}
+            for key, value in sorted(beside.items()):
+                if "grad" not in key and (isinstance(value, Tensor) or type(value).__name__ == "QuantState"):
+                    self.values.value(f"{path}.{key}", value)
+            if scales is not None:
+                self.values.value(f"{path}.SCB", scales)
 
 
 def _in_use(wrapper: Any) -> nn.Module:
@@ -169,16 +160,53 @@ def _in_use(wrapper: Any) -> nn.Module:
 
 
 def _is_ignored(attribute: str) -> bool:
-    return attribute.startswith("_") or attribute in NOT_READ or "drop" in attribute or "cache" in attribute
+    return attribute.startswith("_") or attribute in NOT_READ or "cache" in attribute or is_dropout(attribute)
 
 
 def _set_by_forward(module: Any) -> set[str]:
-    """What a rotary embedding sets anew for the lengths it meets; it follows from the configuration."""
-    types = getattr(module, "rope_type", None)
+    """What a module's own forward sets anew and what follows from the configuration, or what none reads."""
+    names = set()
+    if (isinstance(module, nn.Embedding) or hasattr(module, "get_input_embeddings")) and not _counts_padding(module):
+        names.add("padding_idx")  # which only gradients depend on; models hand it on to their embeddings
+    if hasattr(module, "compute_type_is_set"):  # bitsandbytes: by the configuration, otherwise by the first input
+        names |= {"compute_type_is_set", "compute_dtype"}
+    # A rotary embedding for the lengths it meets; in code that comes with a model the class says of which kind it is.
+    types: Any = getattr(module, "rope_type", None)
+    if types is None and ROPE_BY_LENGTH.search(type(module).__name__):
+        types = "dynamic"
     named = types.items() if isinstance(types, Mapping) else [("", types)]
     prefixes = [f"{layer}_" if layer else "" for layer, kind in named if kind and ("dynamic" in kind or "long" in kind)]
-    names = ("inv_freq", "long_inv_freq", "attention_scaling")
-    return {f"{prefix}{name}" for prefix in prefixes for name in names} | ({"attention_scaling"} if prefixes else set())
+    names |= {f"{prefix}{name}" for prefix in prefixes for name in ("inv_freq", "long_inv_freq", "attention_scaling")}
+    return names | ({"attention_scaling", "cos_cached", "sin_cached"} if prefixes else set())
+
+
+def _counts_padding(module: nn.Module) -> bool:
+    """Whether a forward reads the padding's id itself, as one that counts positions from it does."""
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    return forward is not nn.Embedding.forward and (code is None or "padding_idx" in code.co_names)
+
+
+def _first_rows(module: Any, name: str, value: Any) -> Any:
+    """Of a table of positions that a forward makes longer the first rows; one of ``state_dict`` does not grow."""
+    table = "cached" in name or (name == "weights" and "Sinusoidal" in type(module).__name__)
+    kept = name in module._parameters or (name in module._buffers and name not in module._non_persistent_buffers_set)
+    if not table or kept or not isinstance(value, Tensor) or value.dim() < 2:
+        return value
+    return value.detach().narrow(-2, 0, min(FIRST_ROWS, value.shape[-2]))
+
+
+def _yet_to_be_divided(module: Any) -> dict[int, int]:
+    """RWKV in evaluation mode divides weights in place at its first forward: by id of the layer, by how much."""
+    every = getattr(getattr(module, "config", None), "rescale_every", 0)
+    if getattr(module, "layers_are_rescaled", True) or every <= 0:
+        return {}
+    layers = [
+        (layer, number)
+        for number, block in enumerate(module.blocks)
+        for layer in (block.attention.output, block.feed_forward.value)
+    ]
+    return {id(getattr(layer, "base_layer", layer)): 2 ** (number // every) for layer, number in layers}
 
 
 @contextlib.contextmanager
