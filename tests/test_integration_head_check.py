@@ -1,5 +1,7 @@
 """The self-check of a fused head lets through what is right: images, compiled models, parts of a backbone."""
 
+import functools
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -103,13 +105,95 @@ def test_padding_is_not_compared(batch):
     ids = batch[0]["input_ids"]
     mask = torch.ones_like(ids)
     mask[:, 8:] = 0
-    stained = torch.zeros(1, 8, V)
-    stained[0, 5:] = torch.nan  # the last three of the eight positions
-    handle = model.lm_head.register_forward_hook(lambda module, args, logits: logits + stained)
+
+    def stain(module, args, outputs):
+        outputs.last_hidden_state[:, 8:] = torch.nan
+
+    handle = model.model.register_forward_hook(stain)
     head.check(input_ids=ids, attention_mask=mask)
     with pytest.raises(RuntimeError, match="does not reproduce the logits"):
         head.check(input_ids=ids, attention_mask=torch.ones_like(ids))
     handle.remove()
+
+
+def padded(width, *kept):
+    """Token ids and a mask ``(B, width)``; a positive count is padded on the right, a negative one on the left."""
+    ids = torch.randint(3, V, (len(kept), width), generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros_like(ids)
+    for row, count in zip(mask, kept, strict=True):
+        row[slice(count) if count >= 0 else slice(count, None)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@functools.cache
+def granite_scaled():
+    return tiny("granite")
+
+
+@functools.cache
+def gemma_with_small_logits():
+    """A soft cap that only stretched logits reach."""
+    model = tiny("gemma2")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e-3)
+    model.config.final_logit_softcapping = 30.0
+    return model
+
+
+# Of the first two rows nothing stands in the last eight columns, then other shapes of what is kept.
+PADDED = {
+    "on the right": (20, 20, 40, 40), "on the left": (-3, -3, 40, 40), "both sides": (5, -5, 9, 40),
+    "one position": (1, 1), "one row": (0, 0, 0, 6), "one position in all": (0, 0, 1), "no short row": (40, 40),
+    "two wholly masked": (0, 0, 20, 20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("as_rows", [True, False])
+def test_positions_that_are_not_padding_are_found_wherever_they_stand(name, as_rows):
+    inputs = padded(40, *PADDED[name])
+    # An input that does not have a row for each sequence makes the check run over all of them.
+    inputs |= {} if as_rows else {"position_ids": torch.arange(40)[None]}
+    model = granite_scaled()
+    head = fused_lm_head(model)
+    head.check(**inputs)
+    assert head.checked
+    wrong = fused_lm_head(model)
+    wrong.logit_scale = 1.0
+    with pytest.raises(RuntimeError, match="does not reproduce the logits"):
+        wrong(**inputs)
+    assert not wrong.checked
+
+
+@pytest.mark.parametrize("kept", [*range(1, 8), -1, -4, 12])
+def test_a_forgotten_softcap_is_caught_whatever_is_kept(kept):
+    model = gemma_with_small_logits()
+    head = fused_lm_head(model)
+    head.check(**padded(12, kept, kept))
+    head.softcap = None
+    with pytest.raises(RuntimeError, match="softcap=None"):
+        head.check(**padded(12, kept, kept))
+
+
+def test_where_nothing_can_be_compared_the_next_batch_is():
+    head = fused_lm_head(granite_scaled())
+    head.logit_scale = 1.0
+    for inputs in (padded(40, 0, 0), padded(0, 0, 0), {"input_ids": torch.zeros(0, 5, dtype=torch.int64)}):
+        head.check(**inputs)
+        assert not head.checked
+    with pytest.raises(RuntimeError, match="does not reproduce the logits"):
+        head(**padded(40, 20, 20, 40, 40))
+
+
+def test_the_rows_with_most_to_compare_are_taken():
+    model, seen = tiny("llama"), []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+    model.model.register_forward_hook(lambda module, args, out: seen.append(tuple(out[0].shape)))
+    fused_lm_head(model).check(**padded(40, 0, 1, 5, 40, 20, 30))
+    assert seen == [(2, 40, H), (2, 8, V)]
+    seen.clear()
+    fused_lm_head(model).check(**padded(40, 0, 0, 5))
+    assert seen == [(1, 40, H), (1, 8, V)]
 
 
 class Projected(transformers.LlamaForCausalLM):

@@ -10,8 +10,9 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 
 from dpo_kernels import fused_dpo_loss  # noqa: E402
 from dpo_kernels.integrations import heads  # noqa: E402
+from dpo_kernels.integrations.precompute import precompute_reference_logps  # noqa: E402
 from dpo_kernels.integrations.transformers import fused_lm_head  # noqa: E402
-from tests.test_integration_transformers import assert_same, batch, both, full_logits_loss, tiny  # noqa: E402
+from tests.test_integration_transformers import V, assert_same, batch, both, full_logits_loss, tiny  # noqa: E402
 
 assert batch  # a fixture
 
@@ -20,6 +21,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     # An adapter on a tied head is what is tested.
     pytest.mark.filterwarnings("ignore:.*tie:UserWarning"),
+    # Shadow of PEFT 0.21 on transformers 5.24.
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
 ]
 
 
@@ -153,6 +156,172 @@ def test_prompt_learning_is_refused():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="virtual tokens"):
         fused_lm_head(peft.get_peft_model(tiny("llama"), config))
+
+
+# --- what is compared for each state of the adapters ------------------------------------------------------------------
+
+
+def logits_of(outputs, hidden, weight, options):
+    return torch.nn.functional.linear(hidden, weight, options["bias"])
+
+
+def doubled_by_the_adapter(model):
+    """A head whose logits are what the fused head says only while its adapters are off."""
+    layer = model.get_output_embeddings()
+    layer.register_forward_hook(lambda module, args, out: out if module.disable_adapters else 2.0 * out)
+    return model
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_each_state_of_the_adapters_is_compared(attached, batch):
+    model = doubled_by_the_adapter(adapted(target_modules=["lm_head"]))
+    head = fused_lm_head(model)
+    if attached:
+        head.attach()
+
+    def call():
+        return model(**batch[0], fused_call=logits_of) if attached else logits_of(None, *head(**batch[0]))
+
+    with model.disable_adapter():  # as a reference that is the policy without its adapters
+        torch.testing.assert_close(call(), model(**batch[0]).logits)
+        assert head.checked
+    assert not head.checked
+    with pytest.raises(RuntimeError, match="does not reproduce the logits"):
+        call()
+
+
+def test_a_state_is_compared_once(batch):
+    model = adapted(target_modules=["lm_head"])
+    model.add_adapter("ref", model.peft_config["default"])
+    fused_lm_head(model).attach()
+    twin, seen = copy.deepcopy(model), []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(model.active_adapter))
+    for name in ("default", "ref", "default", "ref"):
+        model.set_adapter(name)
+        model(**batch[0], fused_call=logits_of)
+    model.merge_adapter()
+    model(**batch[0], fused_call=logits_of)
+    assert seen == ["default", "ref", "ref"]
+    twin.lm_head.register_forward_hook(lambda module, args, out: seen.append(twin.active_adapter))
+    for name in ("default", "ref"):  # of the same class and configuration
+        twin.set_adapter(name)
+        twin(**batch[0], fused_call=logits_of)
+    assert len(seen) == 3
+
+
+def test_a_changed_scale_is_compared_again(batch):
+    head = fused_lm_head(tiny("granite"))
+    head(**batch[0])
+    head.logit_scale *= 1.02
+    with pytest.raises(RuntimeError, match="does not reproduce the logits"):
+        head(**batch[0])
+
+
+# --- adapters that act in PEFT's own forward --------------------------------------------------------------------------
+
+
+def alora():
+    return adapted(target_modules=["q_proj"], alora_invocation_tokens=[V - 2, V - 1])
+
+
+@pytest.fixture
+def xlora(tmp_path):
+    for name in "ab":
+        adapted(target_modules=["q_proj"]).save_pretrained(tmp_path / name)
+    model = tiny("llama")
+    model.config.use_cache = False
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=32, xlora_depth=1,
+        adapters={"0": str(tmp_path / "a"), "1": str(tmp_path / "b")},
+    )  # fmt: skip
+    return peft.get_peft_model(model, config).eval()
+
+
+ROWS = [{"prompt_ids": [5, V - 2, V - 1], "chosen_ids": [7, 8, 9], "rejected_ids": [9, 10]}]
+
+
+@pytest.mark.parametrize("kind", ["aLoRA", "XLORA", "POLY", "SHADOW"])
+def test_an_adapter_that_acts_in_pefts_own_forward_is_not_left_out(kind, request, batch, tmp_path):
+    if kind == "POLY":
+        config = peft.PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, n_tasks=2, n_skills=2)
+        model = peft.get_peft_model(tiny("llama"), config)
+    elif kind == "SHADOW":
+        if not hasattr(peft, "ShadowConfig"):
+            pytest.skip("this version of PEFT has no Shadow")
+        model = peft.get_peft_model(tiny("llama"), peft.ShadowConfig(task_type="CAUSAL_LM"))
+    else:
+        model = alora() if kind == "aLoRA" else request.getfixturevalue("xlora")
+    refused = pytest.raises(ValueError, match=rf"'default' \({kind}\) acts in PEFT's own forward.*disable_adapter")
+    with refused:
+        fused_lm_head(model)
+    with refused:
+        fused_lm_head(model, check=False)
+    with refused:
+        fused_lm_head(model.get_base_model())
+    with refused:
+        precompute_reference_logps(model, ROWS, tmp_path / "logps", progress=False)
+    with model.disable_adapter():  # where there is nothing to leave out
+        head = fused_lm_head(model)
+        torch.testing.assert_close(logits_of(None, *head(**batch[0])), model(**batch[0]).logits)
+        head.attach()
+        torch.testing.assert_close(model(**batch[0], fused_call=logits_of), model(**batch[0]).logits)
+    with refused:
+        head(**batch[0])
+    if kind != "POLY":  # which wants task_ids, and says so itself
+        with refused:
+            model(**batch[0], fused_call=logits_of)
+
+
+def test_an_adapter_that_is_not_active_is_no_reason_to_refuse(batch):
+    model = adapted(target_modules=["q_proj"])
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=3, target_modules=["q_proj"], alora_invocation_tokens=[V - 2, V - 1]
+    )
+    model.add_adapter("activated", config)
+    head = fused_lm_head(model)
+    head(**batch[0])
+    head.attach()
+    twin = copy.deepcopy(model)  # whose PEFT model the head does not know
+    twin(**batch[0], fused_call=logits_of)
+    for changed in (model, twin):
+        changed.set_adapter("activated")
+        with pytest.raises(ValueError, match=r"'activated' \(aLoRA\)"):
+            changed(**batch[0], fused_call=logits_of)
+        with changed.disable_adapter():
+            changed(**batch[0], fused_call=logits_of)
+
+
+def test_what_only_pefts_own_forward_reads_is_refused(batch):
+    head = fused_lm_head(adapted(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="adapter_names: only PEFT's own forward reads this"):
+        head(**batch[0], adapter_names=["default"] * 4)
+
+
+@pytest.mark.parametrize("case", ["lora on the head", "saved head"])
+def test_a_head_with_another_adapter_for_each_sequence_is_refused(case, batch):
+    model = adapted(**CASES[case]).eval()
+    fused_lm_head(model).attach()
+    model(**batch[0], fused_call=logits_of)
+    with pytest.raises(ValueError, match="adapter_names chooses an adapter of the head for each sequence"):
+        model(**batch[0], adapter_names=["default", "__base__"] * 2, fused_call=logits_of)
+
+
+def test_the_forward_that_is_compared_is_pefts(batch):
+    """An adapter of a sort that is not known, which acts in PEFT's forward, is caught by the self-check."""
+    model = adapted(target_modules=["q_proj"])
+    inner = model.base_model.forward
+
+    def forward(*args, **kwargs):
+        handle = model.base_model.model.model.layers[0].register_forward_hook(lambda module, args, out: out * 1.5)
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            handle.remove()
+
+    fused_lm_head(model)(**batch[0])
+    model.base_model.forward = forward
+    with pytest.raises(RuntimeError, match="does not reproduce the logits"):
+        fused_lm_head(model)(**batch[0])
 
 
 def test_a_deep_copy_has_adapters_of_its_own(batch):

@@ -512,6 +512,43 @@ def test_a_wrong_scale_in_the_configuration_stops_the_first_step(tmp_path):
         run(FusedDPOTrainer, tmp_path, model=model, steps=1)
 
 
+def test_a_wrong_scale_stops_the_first_step_where_the_chosen_are_short(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo_kernels.integrations.transformers.DIVIDERS", ())
+    words = " ".join(WORDS[:30])
+    rows = [{"prompt": f"w{i} ", "chosen": f"w{i + 1} w{i + 2}", "rejected": words} for i in range(4)]
+    with pytest.raises(RuntimeError, match="does not reproduce the logits of GraniteForCausalLM"):
+        run(FusedDPOTrainer, tmp_path, model="granite", steps=1, data=(Dataset.from_list(rows),) * 2)
+
+
+class DoubledByTheAdapter(FusedDPOTrainer):
+    """The adapter on its head does something that the fused head does not know."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        layer = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        layer.register_forward_hook(lambda module, args, out: out if module.disable_adapters else 2.0 * out)
+
+
+def test_the_policys_head_is_compared_and_not_only_its_references(tmp_path):
+    adapter = peft.LoraConfig(**LORA | {"target_modules": ["lm_head"]})
+    with pytest.raises(RuntimeError, match="does not reproduce the logits"):
+        run(DoubledByTheAdapter, tmp_path, adapter=adapter, steps=1)
+
+
+def test_an_adapter_that_acts_in_pefts_own_forward_is_trained_by_trls_own_loss(tmp_path, caplog):
+    adapter = peft.LoraConfig(**LORA, alora_invocation_tokens=tokenizer().convert_tokens_to_ids(["w1", "w2"]))
+    rows = [{"prompt": f"w{i} w1 w2 ", "chosen": f"w{i + 5} w4", "rejected": f"w{i + 9} w3 w8"} for i in range(8)]
+    options = {"adapter": adapter, "steps": 2, "data": (Dataset.from_list(rows),) * 2}
+    stock, _ = run(trl.DPOTrainer, tmp_path, **options)
+    with caplog.at_level(logging.WARNING, logger="dpo_kernels.integrations.trl"):
+        ours, _ = run(FusedDPOTrainer, tmp_path, **options)
+    assert "TRL's own loss is used: the adapter 'default' (aLoRA) acts in PEFT's own forward" in caplog.text
+    assert [entry.get("loss") for entry in ours] == [entry.get("loss") for entry in stock]
+    assert min(entry["grad_norm"] for entry in ours[:2]) > 0.01  # of the adapter's weights: it was not left out
+    with pytest.raises(ValueError, match=r"padding_free=True needs the fused loss.*aLoRA"):
+        run(FusedDPOTrainer, tmp_path, padding_free=True, **options)
+
+
 def test_mixed_precision(tmp_path):
     exact, _ = run(FusedDPOTrainer, tmp_path, model="gemma2", steps=2)
     mixed, _ = run(FusedDPOTrainer, tmp_path, model="gemma2", steps=2, bf16=True)

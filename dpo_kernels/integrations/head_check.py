@@ -5,6 +5,7 @@ which the model makes of it with those of the fused head. A hook on the output e
 backbone the model calls and whatever its inputs are.
 """
 
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,12 +30,19 @@ SWITCH_OFF = "check=False leaves this check out (check_head = False on FusedDPOT
 # Never traced: the hooks and the numbers that are read here would break a graph, or the tracer.
 @torch.compiler.disable(reason="a fused head is checked eagerly: call head.check(**inputs) before, or give check=False")
 @torch.no_grad()
-def check(head: Any, inputs: dict[str, Any]) -> None:
-    """Raise ``RuntimeError`` where a ``FusedLMHead`` does not give the logits of its model for these inputs."""
+def check(head: Any, inputs: dict[str, Any], called: Any) -> bool:
+    """Raise ``RuntimeError`` where a ``FusedLMHead`` does not give the logits of its model for these inputs.
+
+    ``called`` is what is called for them: the model, or PEFT's model around it. False where they have no position that
+    could be compared, so that nothing is known.
+    """
     name, few = type(head.model).__name__, _few(inputs)
+    if few is None:
+        return False
     with torch.compiler.set_stance("force_eager"), evaluating(head.model):
-        with _stretching(head) as seen, _watching(head.backbone) as returned:
-            logits = _logits(head.model_forward(head.model, **few))
+        with _stretching(head, few.get("attention_mask")) as seen, _watching(head.backbone) as returned:
+            run = functools.partial(head.model_forward, head.model) if called is head.model else called
+            logits = _logits(run(**few))
             if not seen:  # TRL's wrapper of a forward, deep-copied, still runs the model it was made for
                 logits = _logits(type(head.model).forward(head.model, **few))
         if not seen:
@@ -42,7 +50,8 @@ def check(head: Any, inputs: dict[str, Any]) -> None:
                 f"{name} computes logits without calling its output embedding, so that nothing tells whether they are "
                 f"linear in its hidden states: use the model's own logits. {SWITCH_OFF}."
             )
-        hidden = _hidden_states(head, few, returned)
+        # Within PEFT's forward a backbone may return something else than when it is called by itself.
+        hidden = _hidden_states(head, few, returned if called is head.model else {})
     received = seen["natural"]
     if hidden.shape != received.shape:
         raise RuntimeError(
@@ -50,14 +59,12 @@ def check(head: Any, inputs: dict[str, Any]) -> None:
             f"{tuple(received.shape)}: the model does something between the two that the fused head does not know. Use "
             f"the model's own logits. {SWITCH_OFF}."
         )
-    hidden = _compared(hidden).to(received.device)
-    mask = few.get("attention_mask")
-    if mask is None or mask.shape != received.shape[:2]:
-        mask = torch.ones(received.shape[:-1], device=received.device)
-    # What stands at padding may be anything, NaN included.
-    kept = _compared(mask[..., None])[..., 0].to(received.device) != 0
-    between = "" if torch.allclose(hidden[kept].to(received.dtype), _compared(received)[kept], 1e-2, 1e-3) else BETWEEN
-    _compare(head, logits, torch.where(seen["odd"][:, None], hidden * seen["factor"], hidden), kept, between)
+    if not len(seen["places"][0]):
+        return False
+    hidden = _taken(hidden, seen["places"]).to(received.device)
+    close = torch.allclose(hidden.to(received.dtype), _taken(received, seen["places"]), 1e-2, 1e-3)
+    _compare(head, logits, _stretched(hidden, seen["factor"]), "" if close else BETWEEN)
+    return True
 
 
 @contextmanager
@@ -72,50 +79,83 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _few(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The first sequences where every input certainly has one row for each sequence; otherwise all of them."""
+def _few(inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """A few sequences where every input certainly has one row for each sequence, otherwise all; None if all padding."""
     inputs = {n: value for n, value in inputs.items() if value is not None and n not in NOT_FOR_THE_CHECK}
     ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    if not isinstance(ids, Tensor):
+    if not isinstance(ids, Tensor) or ids.dim() < 2:
         return inputs | {"use_cache": False}
 
+    rows = _kept(inputs.get("attention_mask"), ids.shape[:2])[0]
+    if not len(rows):
+        return None
     # Image patches, position ids (3, B, T) and the like do not begin with the batch, or only by chance.
     by_row = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == ids.shape[:2]}
     by_row.add("input_ids" if "input_ids" in inputs else "inputs_embeds")
     rest = (value for name, value in inputs.items() if name not in by_row)
     if all(isinstance(value, bool | int | float | str) for value in rest):
-        inputs |= {name: inputs[name][:ROWS] for name in by_row}
+        inputs |= {name: inputs[name][rows] for name in by_row}
     return inputs | {"use_cache": False}
 
 
-def _compared(hidden: Tensor) -> Tensor:
-    """The few positions whose logits are compared, of hidden states ``(B, T, H)`` or ``(T, H)``."""
-    last = hidden[..., -POSITIONS:, :]
-    return last[:ROWS] if last.dim() > 2 else last
+def _kept(mask: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Which sequences ``(R,)`` and positions ``(R, POSITIONS)`` of ``shape`` ``(B, T)`` are compared; CPU indices.
+
+    The last positions that are no padding, since what stands at padding may be anything, NaN included, of the first
+    sequences that have the most of them. Where a sequence has fewer, they come again: of one position alone both the
+    natural and the stretched logits are compared.
+    """
+    kept = torch.ones(shape, dtype=torch.bool, device="cpu")
+    if isinstance(mask, Tensor) and (mask.shape == shape or (shape[0] == 1 and mask.numel() == shape[1])):
+        kept = (mask != 0).cpu().reshape(shape)
+    most = kept.sum(dim=1).clamp(max=POSITIONS)
+    rows = torch.argsort(most, descending=True, stable=True)[:ROWS]
+    rows = rows[most[rows] > 0]
+    slots = torch.arange(POSITIONS, device="cpu")
+    columns = [kept[row].nonzero()[-POSITIONS:, 0] for row in rows]
+    places = [some[slots % len(some)] for some in columns]
+    return rows, torch.stack(places) if places else torch.zeros(0, POSITIONS, dtype=torch.long, device="cpu")
+
+
+def _taken(hidden: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
+    """What is compared of hidden states ``(B, T, H)`` or ``(T, H)``."""
+    rows, columns = places
+    return hidden[rows[:, None], columns] if hidden.dim() > 2 else hidden[columns[0]]
+
+
+def _stretched(hidden: Tensor, factor: float) -> Tensor:
+    """Every other position of ``(R, POSITIONS, ..., H)`` or ``(POSITIONS, H)`` by a factor."""
+    odd = torch.arange(POSITIONS, device=hidden.device) % 2 == 1
+    return torch.where(odd.view(-1, *[1] * max(1, hidden.dim() - 2)), hidden * factor, hidden)
 
 
 @contextmanager
-def _stretching(head: Any) -> Iterator[dict[str, Any]]:
+def _stretching(head: Any, mask: Any) -> Iterator[dict[str, Any]]:
     """Let the output embedding see a few positions only, every other one stretched.
 
-    Yields what it was to receive (``natural``), and by what ``factor`` which positions (``odd``) were stretched, once
-    the model has run.
+    Yields what it was to receive (``natural``), which of it was compared (``places``), and by what ``factor`` that was
+    stretched, once the model has run.
     """
     seen: dict[str, Any] = {}
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if seen or not args or not isinstance(args[0], Tensor):
             return None
-        hidden = _compared(args[0])
+        received = args[0]
+        # Without the axis of the batch, one sequence, or all of them end to end.
+        places = _kept(mask, received.shape[:2] if received.dim() > 2 else torch.Size([1, len(received)]))
+        if not len(places[0]):
+            seen.update(natural=received, places=places)
+            return None
+        hidden = _taken(received, places)
         given, weight, _ = head.operands(hidden)
         columns = torch.arange(min(COLUMNS, weight.shape[0]), device=weight.device)
         plain = (given.float() @ weight[columns].float().t()).abs().amax() * abs(head.logit_scale)
         # Hidden states of 16 bits must stay in their range.
         most = 1e4 / float(hidden.abs().amax().clamp(min=1e-6))
         factor = float((STRETCHED / plain.clamp(min=1e-6)).clamp(max=most))
-        odd = torch.arange(hidden.shape[-2], device=hidden.device) % 2 == 1
-        seen.update(natural=args[0], factor=factor, odd=odd)
-        return (torch.where(odd[:, None], hidden * factor, hidden), *args[1:])
+        seen.update(natural=received, places=places, factor=factor)
+        return (_stretched(hidden, factor), *args[1:])
 
     handle = head.output_embedding.register_forward_pre_hook(hook)
     try:
@@ -171,7 +211,7 @@ def _logits(outputs: Any) -> Tensor:
     return logits
 
 
-def _compare(head: Any, logits: Tensor, hidden: Tensor, kept: Tensor, between: str) -> None:
+def _compare(head: Any, logits: Tensor, hidden: Tensor, between: str) -> None:
     hidden, weight, options = head.operands(hidden)
     last = logits.shape[-1] - 1
     columns = torch.linspace(0, last, min(COLUMNS, last + 1), dtype=torch.float64, device="cpu").round().long()
@@ -179,8 +219,7 @@ def _compare(head: Any, logits: Tensor, hidden: Tensor, kept: Tensor, between: s
     ours = _fused_logits(head, hidden, weight, options["bias"], columns)
     model = logits.to(ours.device).index_select(-1, columns).to(ours.dtype)
     largest = model.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST_LARGEST)
-    difference = ((ours - model).abs() / largest)[kept.to(ours.device)]
-    error = float(difference.amax()) if difference.numel() else 0.0
+    error = float(((ours - model).abs() / largest).amax())
     tolerance = max(TOLERANCE[dtype] for dtype in (logits.dtype, _operand_dtype(weight)))
     if not error <= tolerance:
         raise RuntimeError(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Adapters of these sorts, and aLoRA, do a part of their work in PEFT's own forward, around the model's.
+IN_PEFTS_FORWARD = ("XLORA", "POLY", "SHADOW")
 QUANTISED = ("Linear4bit", "Linear8bitLt", "QuantLinear", "WQLinear", "HQQLinear", "AqlmLinear", "EetqLinear")
 
 
@@ -52,19 +54,70 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
+def state(module: nn.Module) -> tuple[Any, ...]:
+    """What decides which of its adapters an output embedding applies, its wrappers from the outermost inwards."""
+    found: list[Any] = []
+    while True:
+        found += [type(module).__name__, getattr(module, "disable_adapters", None)]
+        found += [tuple(getattr(module, name, ())) for name in ("active_adapters", "merged_adapters")]
+        for attribute in ("token_adapter", "_orig_mod", "base_layer", "original_module"):
+            if isinstance(inner := getattr(module, attribute, None), nn.Module):
+                module = inner
+                break
+        else:
+            return tuple(found)
+
+
 def has_adapter(module: nn.Module | None) -> bool:
     """Whether PEFT has an adapter on the module itself (``modules_to_save`` is none: it replaces the module)."""
     return module is not None and hasattr(module, "base_layer")
+
+
+def left_out(model: Any, peft_model: Any) -> str:
+    """Which active adapter acts outside of the model, so that its backbone alone leaves it out; or an empty string.
+
+    ``peft_model`` is PEFT's around it, or None where it is not known.
+    """
+    kinds = {
+        name: _acts_in_pefts_forward(config) for name, config in (getattr(model, "peft_config", None) or {}).items()
+    }
+    if not any(kinds.values()) or getattr(peft_model, "_adapters_disabled", False):
+        return ""
+    if peft_model is not None:
+        names = peft_model.active_adapter  # X-LoRA's own name: active_adapters has those of its experts
+        active = [*([names] if isinstance(names, str) else names), *peft_model.active_adapters]
+    else:  # X-LoRA's layers do not tell that they are switched off
+        layers = [module for module in model.modules() if hasattr(module, "adapter_layer_names")]
+        active = [name for layer in layers if not layer.disable_adapters for name in layer.active_adapters]
+        active += [name for name, kind in kinds.items() if kind == "XLORA"]
+    for name in active:
+        if kind := kinds.get(name):
+            return (
+                f"the adapter {name!r} ({kind}) acts in PEFT's own forward, around the model's, and the fused head "
+                "would leave it out: use the model's own logits, or switch it off (with model.disable_adapter(): ...)"
+            )
+    return ""
+
+
+def _acts_in_pefts_forward(config: Any) -> str:
+    """The sort of an adapter that does, or an empty string."""
+    if getattr(config, "alora_invocation_tokens", None):
+        return "aLoRA"
+    kind = getattr(config, "peft_type", "")
+    name = str(getattr(kind, "value", kind))
+    return name if name in IN_PEFTS_FORWARD else ""
 
 
 def operands(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """``(hidden', weight', bias')``: the head's logits for ``hidden (..., H)`` are ``hidden' weight'^T + bias'``.
 
     Differentiable with respect to the hidden states and to whatever is trainable in the head. Raises ``ValueError``
-    for an adapter that is not linear in the hidden states, or whose sort is not known.
+    for an adapter that is not linear in the hidden states, or whose sort is not known, and for several in one batch.
     """
     if isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
         return operands(compiled, hidden)
+    if any("adapter_names" in (getattr(hook, "keywords", None) or {}) for hook in module._forward_pre_hooks.values()):
+        raise ValueError("adapter_names chooses an adapter of the head for each sequence: leave it out")
     if hasattr(module, "modules_to_save"):
         return operands(_saved_module(module), hidden)
     if hasattr(module, "token_adapter"):

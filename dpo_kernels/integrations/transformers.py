@@ -31,6 +31,7 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 BEFORE_THE_HEAD = re.compile("Head|Prediction|Transform")
 
 CALL = "fused_call"
+FOR_PEFTS_FORWARD = ("adapter_names", "alora_offsets", "task_ids")  # inputs that only PEFT's own forward reads
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
@@ -51,7 +52,8 @@ def fused_lm_head(model: nn.Module, *, check: bool = True) -> "FusedLMHead":
 
     Raises:
         TypeError: no transformers model, or one inside a wrapper whose ``forward`` must be called (see ``attach``).
-        ValueError: no linear head: a transform before it, a quantised head, none at all. The message says which.
+        ValueError: no linear head: a transform before it, a quantised head, none at all; an active adapter that acts in
+            PEFT's own forward (aLoRA, X-LoRA), which is not called. The message says which.
 
     """
     return FusedLMHead(model, check=check)
@@ -62,6 +64,7 @@ class FusedLMHead:
 
     Attributes:
         model: the innermost causal model.
+        peft_model: PEFT's model around it, or None.
         logit_scale: factor on the logits.
         softcap: soft cap of the logits after scaling, or None.
 
@@ -80,10 +83,14 @@ class FusedLMHead:
         if any(_learns_a_prompt(layer) for layer in _layers(model)):
             raise ValueError("prompt-learning adapters put virtual tokens before the labels' positions: not supported")
         self.model: Any = inner
+        self.peft_model: Any = next((layer for layer in _layers(model) if hasattr(layer, "get_base_model")), None)
+        if reason := heads.left_out(inner, self.peft_model):
+            raise ValueError(reason)
         if reason := heads.why_not_linear(inner.get_output_embeddings()) or _why_not_direct(inner):
             raise ValueError(f"{type(inner).__name__}: {reason}")
         self.logit_scale, self.softcap = _scaling(inner.config.get_text_config())
-        self.checked = not check
+        self.checking = check
+        self._found_right: set[Any] = set()  # states of the head that were compared; deep copies share it
         # The forward before attach(), a function of the model first. What wraps the model later is not entered twice:
         # accelerate's is one autocast object, which, entered inside itself, would never switch autocast off again.
         self.model_forward: Callable[..., Any] = nn.Module.__call__
@@ -103,6 +110,14 @@ class FusedLMHead:
         """``logit_scale`` and ``softcap``, as the fused functions take them."""
         return {"logit_scale": self.logit_scale, "softcap": self.softcap}
 
+    @property
+    def checked(self) -> bool:
+        """Whether nothing is left to compare: with each state of the adapters on it a head computes something else."""
+        return not self.checking or self._state() in self._found_right
+
+    def _state(self) -> tuple[Any, ...]:
+        return (self.logit_scale, self.softcap, *heads.state(self.output_embedding))
+
     def __call__(self, **inputs: Any) -> HeadInputs:
         """The model's last hidden states and its head, from the model's own inputs (no labels)."""
         return self.run(inputs)[1]
@@ -110,10 +125,24 @@ class FusedLMHead:
     def run(self, inputs: dict[str, Any]) -> tuple[Any, HeadInputs]:
         """The backbone's outputs (router logits, say), and its hidden states with the head."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        if not self.checked:
-            self.check(**inputs)
+        if unread := [name for name in FOR_PEFTS_FORWARD if name in inputs]:
+            raise ValueError(
+                f"{', '.join(unread)}: only PEFT's own forward reads this, and it is not called; leave it out"
+            )
+        self._settle(inputs, self._called)
         outputs = self.hidden_states(inputs)
         return outputs, self.operands(outputs[0])
+
+    @property
+    def _called(self) -> Any:
+        return self.model if self.peft_model is None else self.peft_model
+
+    def _settle(self, inputs: dict[str, Any], called: Any) -> None:
+        """Raise where the backbone or the head would give something else than ``called``, the model or PEFT's."""
+        if reason := heads.left_out(self.model, self.peft_model):
+            raise ValueError(reason)
+        if not self.checked:
+            self._check(inputs, called)
 
     def hidden_states(self, inputs: dict[str, Any]) -> Any:
         """The backbone's outputs, the last hidden states first."""
@@ -142,12 +171,11 @@ class FusedLMHead:
                 return original(model, *args, **kwargs)
             if args:
                 kwargs |= dict(zip(_parameters(type(model).forward), args, strict=False))
+            kwargs = {name: value for name, value in kwargs.items() if value is not None}
             head = self.of(model)
-            if not head.checked:  # before there are tensors with a history, of which torch warns where a graph breaks
-                head.check(**kwargs)
-                self.checked = True  # a copy has the same class and configuration
-            outputs, given = head.run(kwargs)
-            return fused_call(outputs, *given)
+            head._settle(kwargs, model)  # first: where a graph breaks, torch warns of tensors with a history
+            outputs = head.hidden_states(kwargs)
+            return fused_call(outputs, *head.operands(outputs[0]))
 
         setattr(forward, CALL, self)
         self.model.forward = types.MethodType(forward, self.model)
@@ -159,6 +187,7 @@ class FusedLMHead:
             return self
         head = copy.copy(self)
         head.model = model
+        head.peft_model = None  # that of the copy is not known
         return head
 
     def check(self, **inputs: Any) -> None:
@@ -168,8 +197,12 @@ class FusedLMHead:
         where the model calls a part of its backbone, or with other inputs. Raises ``RuntimeError`` with the size of
         the mismatch.
         """
-        head_check.check(self, inputs)
-        self.checked = True
+        self._check(inputs, self._called)
+
+    def _check(self, inputs: dict[str, Any], called: Any) -> None:
+        state = self._state()
+        if head_check.check(self, inputs, called):
+            self._found_right.add(state)
 
 
 def innermost(model: Any) -> Any:
