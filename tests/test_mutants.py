@@ -23,6 +23,25 @@ def test_every_edit_still_applies_exactly_once():
     assert problems(mutants.MUTANTS, ROOT) == []
 
 
+def test_every_test_that_is_named_is_there():
+    """Also by its parameters, whose names a refactoring changes without a word."""
+    ids = sorted({test for mutant in mutants.MUTANTS if not mutant.interpreted for test in mutant.ids})
+    collect = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-qq",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        *ids,
+    ]
+    done = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_table_covers_every_layer():
     assert len(mutants.MUTANTS) >= 60
     for area in (*(f"dpo_kernels/{name}" for name in AREAS), "csrc/cpu/", "benchmarks/"):

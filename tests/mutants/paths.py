@@ -334,6 +334,8 @@ PATHS: tuple[Mutant, ...] = (
         "False",
         "tests/test_integration_precompute.py::test_a_stream_and_other_rows_simply_work",
         "a stream of torch that knows its length is read by index",
+    ),
+    Mutant(
         "dpo_kernels/integrations/head_check.py",
         "kept[row].nonzero()[-POSITIONS:, 0]",
         "kept[row][-POSITIONS:].nonzero()[:, 0]",
