@@ -459,6 +459,21 @@ def test_log_probs_that_the_data_bring_are_compared_with_a_reference_at_hand(tmp
     assert trusted[0]["rewards/margins"] == pytest.approx(first["rewards/margins"] - 0.3 * 2.5, abs=1e-4)
 
 
+def test_pairs_of_which_nothing_is_scored_are_not_what_a_reference_is_compared_by(tmp_path):
+    _, trainer = run(FusedDPOTrainer, tmp_path, **COMPARED | {"per_device_train_batch_size": 3})
+    batch = next(iter(trainer.get_train_dataloader()))
+    right = torch.cat([batch[name] for name in REFERENCE])
+    assert trainer._check_reference(batch, right)
+    for pair in range(2):  # as a collator leaves them that cuts completions off
+        batch["completion_mask"][pair::3] = 0
+        right[pair::3] = 0.0
+    assert trainer._check_reference(batch, right)
+    with pytest.raises(ValueError, match=r"ref_rejected_logps is -99\.00 for one of the first pairs, but"):
+        trainer._check_reference(batch, torch.cat([right[:5], torch.tensor([-99.0])]))
+    batch["completion_mask"][:] = 0
+    assert not trainer._check_reference(batch, right)
+
+
 def test_the_recipe_for_log_probs_of_trls_rows(tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs/integrations/plain-pytorch.md").read_text(encoding="utf-8")
     recipe = next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "add_column" in code)

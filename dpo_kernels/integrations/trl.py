@@ -156,8 +156,7 @@ class FusedDPOTrainer(DPOTrainer):
         if self.precompute_ref_logps:
             reference = torch.cat([inputs[name] for name in REFERENCE])
             if self.check_reference and mode == "train":
-                self._check_reference(inputs, reference)
-                self.check_reference = False
+                self.check_reference = not self._check_reference(inputs, reference)
         else:
             reference = self._reference(batch, self.ref_model or self.model)
         result = self._within(model, self._inputs_of_policy(batch), partial(self._policy, batch, reference))
@@ -213,21 +212,27 @@ class FusedDPOTrainer(DPOTrainer):
         assert self._work is not None, "set around the call of the model"
         return self._work(*given)
 
-    def _check_reference(self, inputs: dict[str, Any], precomputed: Tensor) -> None:
-        """Raise ``ValueError`` where precomputed log-probs ``(2B,)`` are clearly not those of a reference at hand."""
+    def _check_reference(self, inputs: dict[str, Any], precomputed: Tensor) -> bool:
+        """Raise ``ValueError`` where precomputed log-probs ``(2B,)`` are clearly not those of a reference at hand.
+
+        False where nothing is scored, so that any reference gives the same.
+        """
         model = self.ref_model or self.model
         plain = self.accelerator.unwrap_model(model)
         if self.is_deepspeed_enabled or (self.ref_model is None and not hasattr(plain, "peft_config")):
-            return
-        pairs = len(precomputed) // 2
-        few = [row for row in range(2 * pairs) if row % pairs < CHECKED_PAIRS]
+            return True
+        sides = inputs["completion_mask"][:, 1:].any(dim=1).view(2, -1)
+        scored = sides.any(dim=0).nonzero()[:CHECKED_PAIRS, 0].tolist()
+        if not scored:
+            return False
+        few = [*scored, *(pair + len(precomputed) // 2 for pair in scored)]
         batch = self._batch({name: value[few] for name, value in inputs.items() if name not in REFERENCE})
         with evaluating(plain):
             expected = self._reference(batch, model)
         given = precomputed[few].to(expected)
         excess = (given - expected).abs() - REFERENCE_SHARE * expected.abs() - REFERENCE_NATS
         if bool((excess <= 0).all()):
-            return
+            return True
         worst = int(excess.argmax())
         side = REFERENCE[worst // (len(few) // 2)]
         raise ValueError(
