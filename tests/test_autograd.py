@@ -419,10 +419,13 @@ FUSED = {
 @forward_mode
 @pytest.mark.parametrize("function", FUSED)
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_without_a_rule_are_refused(transform, function):
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_transforms_without_a_rule_are_refused(frozen, transform, function):
+    """The loss of a trainable head has a pass of its own."""
     words, run = TRANSFORMS[transform]
     inputs = small(bias=False)
     hidden, weight = (leaf.detach() for leaf in differentiable(inputs))
+    weight.requires_grad_(not frozen)
 
     def call(hidden, weight):
         return FUSED[function](hidden, weight, inputs["labels"])

@@ -241,7 +241,7 @@ PATHS: tuple[Mutant, ...] = (
         "dpo_kernels/integrations/precompute.py",
         'return "" if torch.isfinite(values).all() else "holds log-probs that are not numbers"',
         'return ""',
-        "tests/test_integration_precompute.py::test_log_probs_that_are_not_numbers_are_neither_kept_nor_returned",
+        "tests/test_integration_precompute.py::test_a_file_that_cannot_be_read_is_named_and_overwritten",
         "log-probs on disk that are not numbers are served",
     ),
     Mutant(
