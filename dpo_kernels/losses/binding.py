@@ -31,7 +31,7 @@ class Part:
     options: tuple[tuple[str, float], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch 2.11 hashes what it traces a call of, before it has its fields
 class BoundLoss:
     """A loss with beta, options and modifiers fixed; satisfies ``types.SequenceLoss``.
 
