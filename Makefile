@@ -59,7 +59,7 @@ kernels-check: $(VENV)/.test ## compile every kernel, Triton's and CUDA's, for G
 # itself leaks by design. Not the tests of the family of losses: they run no other C++, and in float64 they are about the
 # last digits, which differ where checks keep loops from being vectorised.
 sanitize: $(VENV)/.test ## build the C++ extension with address and undefined sanitizers and run its tests
-	rm -rf $(COPY) && mkdir -p $(COPY) && cp -r pyproject.toml setup.py README.md csrc dpo_kernels tests $(COPY)
+	rm -rf $(COPY) && mkdir -p $(COPY) && cp -r pyproject.toml setup.py README.md benchmarks csrc dpo_kernels tests $(COPY)
 	cd $(COPY) && DPO_KERNELS_BUILD=cpu DPO_KERNELS_SANITIZE=address,undefined $(CURDIR)/$(PY) setup.py --quiet \
 	    build_ext --inplace --force
 	nm -D $(COPY)/dpo_kernels/_C*.so | grep -q __asan_report_load4

@@ -31,7 +31,7 @@ def machine(device: Device) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "slug": slug(properties.name),
         }
-    name, flags = _processor()
+    name, flags = processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "kind": "cpu",
@@ -70,7 +70,8 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", plain).strip("-")
 
 
-def _processor() -> tuple[str, set[str]]:
+def processor() -> tuple[str, set[str]]:
+    """Name of the CPU, and all features that the system tells of it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     fields = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels import dispatch, inputs, losses, passes
+from dpo_kernels import checks, dispatch, inputs, losses, passes
 from dpo_kernels.types import STATS, TOKEN_LOGPS, Accumulator, Rows, accumulation_dtype, sum_dtype
 
 SECOND_DERIVATIVE = (
@@ -146,7 +146,7 @@ def _pair_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _pair_loss_backward(ctx: Any, grad_total: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_total is None:
         return (None,) * ctx.inputs
-    inputs.refuse_batched("the upstream of a fused loss", grad_total)
+    checks.refuse_batched("the upstream of a fused loss", grad_total)
     slot, dx, dw, db = ctx.saved_tensors
     with torch.no_grad():
         if ctx.upstream is not None:
@@ -186,7 +186,7 @@ def _logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _logps_backward(ctx: Any, grad_out: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * ctx.inputs
-    inputs.refuse_batched("the upstream of fused log-probs", grad_out)
+    checks.refuse_batched("the upstream of fused log-probs", grad_out)
     call = _logps_grad_op if traced(grad_out) else passes.logps_grad
     with torch.no_grad():
         grads = call(grad_out, *ctx.saved_tensors, *ctx.dtypes, *ctx.options)
@@ -231,11 +231,11 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
 def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> None:
     """Where a transform around another one has hidden from the door what it does."""
-    raise RuntimeError(f"this is {inputs.UNDER_VMAP}")
+    raise RuntimeError(f"this is {checks.UNDER_VMAP}")
 
 
 def _refuse_forward_mode(ctx: Any, *tangents: Tensor | None) -> None:
-    raise RuntimeError(f"this is {inputs.IN_FORWARD_MODE}")
+    raise RuntimeError(f"this is {checks.IN_FORWARD_MODE}")
 
 
 class _PairLoss(torch.autograd.Function):

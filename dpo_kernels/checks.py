@@ -1,6 +1,8 @@
 """Checks of plain values. Each names the argument: ``TypeError`` for a type, ``ValueError`` for a value."""
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -90,6 +92,15 @@ def check_device(name: str, tensor: Tensor, beside: str, like: Tensor) -> None:
             "module runs: call this within the model's forward, or load the model without offloading"
         )
     raise ValueError(f"{name} is on {tensor.device} but {beside} is on {like.device}: {advice}")
+
+
+def check_cumulative(values: Sequence[int], rows: int, of: str) -> None:
+    """Raise unless the values of ``cu_seqlens`` rise from 0 to the ``rows`` of the tensor named ``of``."""
+    if values[0] != 0 or values[-1] != rows or any(b < a for a, b in pairwise(values)):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to N = {rows} (rows of {of}) without falling, got {values[:8]}"
+            f"{'...' if len(values) > 8 else ''}"
+        )
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import checks
-from dpo_kernels.checks import FLOAT_DTYPES, check_choice, check_device, check_number
-from dpo_kernels.checks import IN_FORWARD_MODE as IN_FORWARD_MODE
-from dpo_kernels.checks import UNDER_VMAP as UNDER_VMAP
-from dpo_kernels.checks import refuse_batched as refuse_batched
+from dpo_kernels.checks import FLOAT_DTYPES, check_choice, check_device, check_number, refuse_batched
 from dpo_kernels.types import STATS, TOKEN_LOGPS, Head, accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")

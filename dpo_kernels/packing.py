@@ -4,11 +4,11 @@ The values of labels and ``cu_seqlens`` are checked here, where they are first l
 """
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from dpo_kernels.checks import check_cumulative
 from dpo_kernels.types import Rows, accumulation_dtype, sum_dtype
 
 NOWHERE = 2**62  # a slot past every capacity
@@ -35,7 +35,7 @@ def pack(
     device, sequences = labels_R.device, cu_seqlens.shape[0] - 1
     rows = labels_R.shape[0]
     if device.type == "cpu" and not width:
-        _check_cu_seqlens(cu_seqlens, rows)
+        check_cumulative(cu_seqlens.tolist(), rows, "hidden")
     targets_R, position = labels_R, torch.arange(rows, device=device)
     sequence_R = torch.bucketize(position, cu_seqlens[1:], right=True)
     in_range = sequence_R < sequences
@@ -56,7 +56,7 @@ def pack(
         host = torch.cat([counts_S, cu_seqlens]).to("cpu", copy=True)  # one transfer for both
         counts_host = host[:sequences].clone()
         if device.type != "cpu" and not width:
-            _check_cu_seqlens(host[sequences:], rows)
+            check_cumulative(host[sequences:].tolist(), rows, "hidden")
         if capacity is None:
             capacity = int(counts_host.sum())
     assert capacity is not None, "a static packing has a capacity"
@@ -117,15 +117,6 @@ def _segments(counts_S: Tensor, capacity: int) -> Tensor:
     place = torch.arange(capacity, device=counts_S.device)
     segments = torch.bucketize(place, counts_S.cumsum(0), right=True)
     return segments.clamp(max=max(counts_S.shape[0] - 1, 0))
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> None:
-    values = cu_seqlens.tolist()
-    if values[0] != 0 or values[-1] != rows or any(b < a for a, b in pairwise(values)):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to N = {rows} (rows of hidden) without falling, got {values[:8]}"
-            f"{'...' if len(values) > 8 else ''}"
-        )
 
 
 def _raise_bad_label(targets_R: Tensor, bad_R: Tensor, vocab: int, ignore_index: int, shift: bool, width: int) -> None:

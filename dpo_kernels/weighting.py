@@ -1,12 +1,19 @@
 """Weights that methods put on tokens and pairs: LD-DPO's and WPO's."""
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from dpo_kernels.checks import check_choice, check_flag, check_integer, check_number, check_tensor, has_values
+from dpo_kernels.checks import (
+    check_choice,
+    check_cumulative,
+    check_flag,
+    check_integer,
+    check_number,
+    check_tensor,
+    has_values,
+)
 from dpo_kernels.inputs import INDEX_DTYPES
 from dpo_kernels.types import DPOLossOutput
 
@@ -104,25 +111,20 @@ def _check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} but labels is on {labels.device}: move one of them")
     if cu_seqlens.device.type != "cpu" or not has_values(cu_seqlens):
         return
-    values, rows = cu_seqlens.tolist(), labels.shape[0]
-    if values[0] != 0 or values[-1] != rows or any(b < a for a, b in pairwise(values)):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to N = {rows} (rows of labels) without falling, got {values[:8]}"
-            f"{'...' if len(values) > 8 else ''}"
-        )
+    check_cumulative(cu_seqlens.tolist(), labels.shape[0], "labels")
 
 
 def wpo_pair_weights(out: DPOLossOutput, pairs: str = "stacked", *, largest: float | None = None) -> Tensor:
     """Pair weights of WPO (Zhou et al., arXiv 2406.11827): how likely the policy itself is to write the pair.
 
     The product over both sides of ``exp(mean over tokens of [log p(y_t) - log sum_v p(v)^2])`` (eq. 2), without a
-    bound, as in TRL since 0.29: where both sides are made of tokens that the policy prefers, it exceeds 1.
+    bound, as in TRL 1.16: where both sides are made of tokens that the policy prefers, it exceeds 1.
 
     Args:
         out: result of a call with ``stats=("log_sum_p2",)`` and without ``token_weights``, which would weigh the
             means. A pass without gradient gives it for one GEMM unit.
         pairs: "stacked" or "interleaved", as in that call.
-        largest: bound of the product, > 0. The authors' own code and TRL before 0.29 have 1.
+        largest: bound of the product, > 0. The authors' own code has 1, and so had TRL.
 
     Returns:
         ``(P,)`` in the dtype of the log-probs, without gradient, for ``pair_weights``.

@@ -3,11 +3,11 @@
 import functools
 import os
 import platform
-from pathlib import Path
 
 import numpy
 import torch
 
+from benchmarks import environment
 from dpo_kernels.kernels import extension, installed
 
 SEED = 0  # of torch's generator before every test
@@ -18,11 +18,7 @@ INSTRUCTION_SETS = ("base", "avx2", "avx512")  # from the least to the best, as 
 @functools.cache
 def processor() -> tuple[str, tuple[str, ...]]:
     """Name of the CPU, and those of its features that decide which code runs."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    fields = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
-    name = fields.get("model name") or platform.processor() or platform.machine()
+    name, flags = environment.processor()
     return name, tuple(flag for flag in CPU_FLAGS if flag in flags)
 
 

@@ -65,7 +65,7 @@ def test_the_same_tests_on_another_path(path):
         assert f"multiplied as {product!r}" in done.stdout, done.stdout
         assert (product == "float32") == ("this CPU multiplies no bfloat16" in done.stdout), done.stdout
     for test in TESTS:  # one that was renamed would be left out in silence
-        assert f"{test.partition('::')[2] or test}" in done.stdout, f"{test} ran nothing"
+        assert test in done.stdout, f"{test} ran nothing"
 
 
 def test_a_path_that_does_not_exist_is_named():

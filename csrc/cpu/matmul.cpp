@@ -170,7 +170,8 @@ bool probe(Block block) {
     }
 }
 
-// What DPO_KERNELS_BF16 asks for: "portable" is the slow kernel, for tests; "0" is none; "1" and "" are the machine's own.
+// What DPO_KERNELS_BF16 asks for: "portable" is the slow kernel, for tests; "0" is none; "" is the machine's own, as "1"
+// and no value are.
 const std::string& asked_for() {
     static const std::string asked = [] {
         const char* value = std::getenv("DPO_KERNELS_BF16");

@@ -48,7 +48,7 @@ _ROWS = [
         "capacity that stands for nothing has the weight of row 0",
     ),
     Mutant(
-        "dpo_kernels/packing.py",
+        "dpo_kernels/checks.py",
         "any(b < a for a, b in pairwise(values))",
         "any(b < a - 1 for a, b in pairwise(values))",
         "tests/test_edges.py::test_cumulative_lengths_that_are_off_by_one",

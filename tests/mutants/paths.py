@@ -155,14 +155,14 @@ PATHS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "dpo_kernels/autograd.py",
-        '    inputs.refuse_batched("the upstream of a fused loss", grad_total)\n',
+        '    checks.refuse_batched("the upstream of a fused loss", grad_total)\n',
         "",
         "tests/test_autograd.py::test_transforms_without_a_rule_are_refused",
         "batched gradients of a fused loss fail in torch's words",
     ),
     Mutant(
         "dpo_kernels/autograd.py",
-        '    inputs.refuse_batched("the upstream of fused log-probs", grad_out)\n',
+        '    checks.refuse_batched("the upstream of fused log-probs", grad_out)\n',
         "",
         "tests/test_autograd.py::test_transforms_without_a_rule_are_refused",
         "batched gradients of fused log-probs fail in torch's words",
