@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from benchmarks.cases import Case
-from dpo_kernels.gpus import EFFICIENCY, GPUS, STREAMING_EFFICIENCY, Gpu
+from dpo_kernels.device_specs import EFFICIENCY, GPUS, STREAMING_EFFICIENCY, Gpu
+from dpo_kernels.shapes import GPU_ROW_ALIGNMENT
 from dpo_kernels.tiles import GPU_SCRATCH_BYTES, Budget, tile_of
-from dpo_kernels.types import GPU_ROW_ALIGNMENT
 
 MS = 1e3
 

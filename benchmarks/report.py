@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import model, store, tables
 from benchmarks.cases import CASES
 from benchmarks.tables import Line
-from dpo_kernels.gpus import GPUS, Gpu, gpu_of
+from dpo_kernels.device_specs import GPUS, Gpu, gpu_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "benchmarks"

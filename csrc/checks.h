@@ -165,16 +165,16 @@ inline SegmentShape check_segments(const char* name, const at::Tensor& values,
 }
 
 inline SegmentShape check_sigmoid_tail(const at::Tensor& logp, const std::optional<at::Tensor>& weights,
-                                       const at::Tensor& offsets, const at::Tensor& ref, const at::Tensor& poison,
+                                       const at::Tensor& offsets, const at::Tensor& ref, const at::Tensor& nan_if_invalid,
                                        double beta, double label_smoothing) {
     const SegmentShape shape = check_segments("logp", logp, weights, offsets);
     TORCH_CHECK(shape.segments % 2 == 0, "dpo_kernels: offsets must hold pairs of sequences, got ", shape.segments,
                 " sequences");
     check_vector("ref", ref, shape.segments, at::kDouble, logp.device());
-    TORCH_CHECK(poison.dim() == 0 && poison.scalar_type() == at::kDouble,
-                "dpo_kernels: poison must be a float64 tensor without dimensions, got ", poison.scalar_type(),
-                " of the shape ", poison.sizes());
-    check_same_device("poison", poison, logp.device());
+    TORCH_CHECK(nan_if_invalid.dim() == 0 && nan_if_invalid.scalar_type() == at::kDouble,
+                "dpo_kernels: nan_if_invalid must be a float64 tensor without dimensions, got ", nan_if_invalid.scalar_type(),
+                " of the shape ", nan_if_invalid.sizes());
+    check_same_device("nan_if_invalid", nan_if_invalid, logp.device());
     TORCH_CHECK(std::isfinite(beta), "dpo_kernels: beta must be finite, got ", beta);
     TORCH_CHECK(std::isfinite(label_smoothing), "dpo_kernels: label_smoothing must be finite, got ", label_smoothing);
     return shape;

@@ -33,7 +33,7 @@ TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
     // The same, then the loss of each pair (P,) and the derivative of their sum by the sequence log-probs (S,): DPO
     // with label smoothing (arXiv 2305.18290, eq. 7). All float64.
     m.def(
-        "sigmoid_tail(Tensor logp, Tensor? weights, Tensor offsets, Tensor ref, Tensor poison, float beta, "
+        "sigmoid_tail(Tensor logp, Tensor? weights, Tensor offsets, Tensor ref, Tensor nan_if_invalid, float beta, "
         "float label_smoothing) -> (Tensor sums, Tensor losses, Tensor grad)");
     // out (+)= a @ b: bfloat16 operands, contiguous along rows or columns, and a float32 result.
     m.def("matmul_bfloat16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");

@@ -9,12 +9,13 @@ from dpo_kernels.api import (
     fused_token_logps,
 )
 from dpo_kernels.beyond_pairs import SequenceLossOutput, fused_group_loss, fused_kto_loss
-from dpo_kernels.bradley_terry import bradley_terry_loss, bradley_terry_strengths
 from dpo_kernels.dispatch import empty_cache
+from dpo_kernels.loss_interface import LossInputs
 from dpo_kernels.losses import LOSSES
-from dpo_kernels.losses.state import RunningDelta, kto_kl
-from dpo_kernels.types import DPOLossOutput, LossInputs
-from dpo_kernels.weighting import ld_token_weights, wpo_pair_weights
+from dpo_kernels.losses.bradley_terry import bradley_terry_loss, bradley_terry_strengths
+from dpo_kernels.losses.estimates import RunningDelta, kto_kl
+from dpo_kernels.losses.weights import ld_token_weights, wpo_pair_weights
+from dpo_kernels.outputs import DPOLossOutput
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpo_kernels import calls, checks, dispatch, inputs, losses
-from dpo_kernels.types import DPOLossOutput, LossInputs
+from dpo_kernels.loss_interface import LossInputs
+from dpo_kernels.outputs import DPOLossOutput
 
 Loss = str | Sequence[str] | Callable[[LossInputs], Tensor]
 

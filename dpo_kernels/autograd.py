@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import checks, dispatch, inputs, losses, passes
-from dpo_kernels.types import STATS, TOKEN_LOGPS, Accumulator, Rows, accumulation_dtype, sum_dtype
+from dpo_kernels.shapes import STATS, TOKEN_LOGPS, Accumulator, PackedTokens, accumulation_dtype, sum_dtype
 
 SECOND_DERIVATIVE = (
     "second derivatives of the fused losses and log-probs are not supported: use dpo_kernels.reference, "
@@ -33,7 +33,9 @@ def traced(tensor: Tensor) -> bool:
     return fake or torch.compiler.is_compiling()
 
 
-def pack(batch: inputs.Batch, ignore_index: int, shift: bool, stacked: bool, max_scored_tokens: int | None) -> Rows:
+def pack(
+    batch: inputs.Batch, ignore_index: int, shift: bool, stacked: bool, max_scored_tokens: int | None
+) -> PackedTokens:
     """The scored rows of a batch. Traced, the capacity is every row, so that no shape depends on data."""
     capacity, static = max_scored_tokens, max_scored_tokens is not None
     if capacity is not None or traced(batch.labels):
@@ -53,12 +55,12 @@ def pack(batch: inputs.Batch, ignore_index: int, shift: bool, stacked: bool, max
         static,
     )
     index, labels, weights, *rest = packed
-    return Rows(index, labels, weights if batch.token_weights is not None or static else None, *rest)
+    return PackedTokens(index, labels, weights if batch.token_weights is not None or static else None, *rest)
 
 
 def pair_loss(
     batch: inputs.Batch,
-    rows: Rows,
+    rows: PackedTokens,
     ref_S: Tensor,
     denominator: Tensor,
     loss: losses.BoundLoss,
@@ -76,7 +78,7 @@ def pair_loss(
     """
     tensors, options = _tensors(batch, rows), (*_options(batch, plan, stats), *need)
     if traced(batch.hidden):
-        code, numbers, by_pair = loss.flat(ref_S)
+        code, numbers, by_pair = loss.encode(ref_S)
         done = _pair_loss_op(*tensors, ref_S, denominator, by_pair, code, loss.beta, numbers, *options)
     else:
         bound = loss if into is None else passes.LossInto(loss, into)
@@ -86,7 +88,7 @@ def pair_loss(
 
 def logps(
     batch: inputs.Batch,
-    rows: Rows,
+    rows: PackedTokens,
     plan: dispatch.Plan,
     need: tuple[bool, bool, bool],
     stats: tuple[str, ...],
@@ -100,11 +102,11 @@ def logps(
     return done[0], done[1], _tokens(done[6], rows, stats, shift)
 
 
-def _tokens(logp_N: Tensor, rows: Rows, stats: tuple[str, ...], shift: bool) -> Tensor:
+def _tokens(logp_N: Tensor, rows: PackedTokens, stats: tuple[str, ...], shift: bool) -> Tensor:
     return passes.by_label(logp_N, rows.slot, shift) if TOKEN_LOGPS in stats else logp_N
 
 
-def _tensors(batch: inputs.Batch, rows: Rows) -> tuple[Tensor | None, ...]:
+def _tensors(batch: inputs.Batch, rows: PackedTokens) -> tuple[Tensor | None, ...]:
     packed = (rows.index, rows.labels, rows.weights, rows.segments, rows.slot)
     return (
         batch.hidden,
@@ -113,7 +115,7 @@ def _tensors(batch: inputs.Batch, rows: Rows) -> tuple[Tensor | None, ...]:
         *packed,
         rows.counts,
         rows.counts_host,
-        rows.poison,
+        rows.nan_if_invalid,
     )
 
 
@@ -150,7 +152,7 @@ def _pair_loss_backward(ctx: Any, grad_total: Tensor | None, *ignored: Tensor | 
     slot, dx, dw, db = ctx.saved_tensors
     with torch.no_grad():
         if ctx.upstream is not None:
-            grad_total = _once_as_announced(ctx, grad_total)
+            grad_total = _check_main_grad_scale(ctx, grad_total)
         if traced(grad_total):
             grads = _scale_op(grad_total, dx, dw, db, slot, *ctx.dtypes, *ctx.need)
         else:
@@ -160,7 +162,7 @@ def _pair_loss_backward(ctx: Any, grad_total: Tensor | None, *ignored: Tensor | 
     return _finish_backward(ctx, grads)
 
 
-def _once_as_announced(ctx: Any, grad_total: Tensor) -> Tensor:
+def _check_main_grad_scale(ctx: Any, grad_total: Tensor) -> Tensor:
     """1, since the gradients were formed for the upstream that ``main_grad_scale`` announced; a lie is no number."""
     if ctx.upstream_used:
         raise RuntimeError("main_grad got the gradient of one backward: with it a second one is refused")
@@ -178,7 +180,7 @@ def _logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     _setup(ctx, inputs, output)
     ctx.options = inputs[LOGPS_OPTIONS:]
     model, packed = inputs[:3], inputs[3:LOGPS_OPTIONS]
-    if passes.keeps_direction(inputs[LOGPS_STRATEGY], ctx.need):
+    if passes.saves_dlogp_dhidden(inputs[LOGPS_STRATEGY], ctx.need):
         model = (None, None, None)
     ctx.save_for_backward(*model, *packed, *output[2:6])
 
@@ -310,7 +312,7 @@ def _fake_pair_loss(
     slot: Tensor,
     counts: Tensor,
     counts_host: Tensor,
-    poison: Tensor,
+    nan_if_invalid: Tensor,
     ref: Tensor,
     denominator: Tensor,
     pair_values: Tensor,
@@ -375,7 +377,7 @@ def _fake_logps(
     slot: Tensor,
     counts: Tensor,
     counts_host: Tensor,
-    poison: Tensor,
+    nan_if_invalid: Tensor,
     per_token: bool,
     shift: bool,
     logit_scale: float,
@@ -390,10 +392,10 @@ def _fake_logps(
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
     kept = hidden.new_empty(0, dtype=accumulation_dtype(dtype))
-    out = kept.new_empty(slot.shape[0]) if per_token else poison.new_empty(counts.shape[0])
-    if passes.keeps_direction(strategy, (need_hidden, need_weight, need_bias)):
-        direction = kept.new_empty(index.shape[0] + 1, hidden.shape[1])
-        saved = (kept.new_empty(0), kept.new_empty(0), kept.new_empty(0), direction)
+    out = kept.new_empty(slot.shape[0]) if per_token else nan_if_invalid.new_empty(counts.shape[0])
+    if passes.saves_dlogp_dhidden(strategy, (need_hidden, need_weight, need_bias)):
+        dlogp_dhidden = kept.new_empty(index.shape[0] + 1, hidden.shape[1])
+        saved = (kept.new_empty(0), kept.new_empty(0), kept.new_empty(0), dlogp_dhidden)
     else:
         row_max, sumexp, others = (kept.new_empty(index.shape[0]) for _ in range(3))
         saved = (row_max, sumexp, others, kept.new_empty(0))
@@ -413,11 +415,11 @@ def _fake_logps_grad(
     slot: Tensor,
     counts: Tensor,
     counts_host: Tensor,
-    poison: Tensor,
+    nan_if_invalid: Tensor,
     row_max: Tensor,
     sumexp: Tensor,
     others: Tensor,
-    direction: Tensor,
+    dlogp_dhidden: Tensor,
     hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
@@ -434,19 +436,19 @@ def _fake_logps_grad(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
-    nothing = direction.new_empty(0)
-    if passes.keeps_direction(strategy, (need_hidden, need_weight, need_bias)):
+    nothing = dlogp_dhidden.new_empty(0)
+    if passes.saves_dlogp_dhidden(strategy, (need_hidden, need_weight, need_bias)):
         return (
-            direction.new_empty(slot.shape[0], direction.shape[1], dtype=hidden_dtype),
+            dlogp_dhidden.new_empty(slot.shape[0], dlogp_dhidden.shape[1], dtype=hidden_dtype),
             nothing,
-            direction.new_empty(0),
+            dlogp_dhidden.new_empty(0),
         )
     assert weight is not None, "kept unless the direction is"
     vocab, width = weight.shape
     return (
         nothing.new_empty(slot.shape[0], width, dtype=hidden_dtype) if need_hidden else nothing,
-        nothing.new_empty(vocab, width, dtype=weight_dtype) if need_weight else direction.new_empty(0),
-        nothing.new_empty(vocab, dtype=bias_dtype) if need_bias else direction.new_empty(0),
+        nothing.new_empty(vocab, width, dtype=weight_dtype) if need_weight else dlogp_dhidden.new_empty(0),
+        nothing.new_empty(vocab, dtype=bias_dtype) if need_bias else dlogp_dhidden.new_empty(0),
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpo_kernels import calls, checks, inputs
 from dpo_kernels.losses.sequences import GROUP_LOSSES, KTO_LOSSES, GroupLoss, LabelledLoss
-from dpo_kernels.types import sum_dtype
+from dpo_kernels.shapes import sum_dtype
 
 
 class SequenceLossOutput(NamedTuple):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import autograd, checks, dispatch, inputs, losses, tiles
-from dpo_kernels.types import STATS, TOKEN_LOGPS, Accumulator, DPOLossOutput, Rows, sum_dtype
+from dpo_kernels.outputs import DPOLossOutput
+from dpo_kernels.shapes import STATS, TOKEN_LOGPS, Accumulator, PackedTokens, sum_dtype
 
 PAIRS = ("stacked", "interleaved")
 
@@ -32,14 +33,14 @@ class Run:
         checks.check_flag("shift", self.shift)
         checks.check_integer("ignore_index", self.ignore_index)
 
-    def pack(self, batch: inputs.Batch, *, stacked: bool) -> Rows:
+    def pack(self, batch: inputs.Batch, *, stacked: bool) -> PackedTokens:
         """The scored rows."""
         return autograd.pack(batch, self.ignore_index, self.shift, stacked, self.max_scored_tokens)
 
     def problem(
         self,
         batch: inputs.Batch,
-        rows: Rows,
+        rows: PackedTokens,
         loss: Any,
         need: tuple[bool, bool, bool],
         *,
@@ -76,9 +77,9 @@ class Call:
 
     batch: inputs.Batch
     reference: inputs.Batch | None
-    loss: Any  # types.SequenceLoss that can be called, with a beta
+    loss: Any  # SequenceLoss that can be called, with a beta
     run: Run
-    rows: Rows
+    rows: PackedTokens
     need: tuple[bool, bool, bool]
     stats: tuple[str, ...]
     stacked: bool
@@ -93,7 +94,7 @@ def prepare(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, A
     loss = losses.bind(options["loss_type"], options["beta"], options["label_smoothing"], options["loss_options"])
     checks.check_choice("pairs", options["pairs"], PAIRS)
 
-    def fitted(batch: inputs.Batch, rows: Rows) -> losses.BoundLoss:
+    def fitted(batch: inputs.Batch, rows: PackedTokens) -> losses.BoundLoss:
         pairs = batch.sequences // 2
         fits = losses.fit_to_batch(loss, pairs, batch.hidden.device)
         return fits.with_token_factor(_token_factor(rows, options), pairs) if fits.needs_token_factor else fits
@@ -150,7 +151,7 @@ def _prepare(
     weight: Tensor,
     labels: Tensor,
     options: dict[str, Any],
-    fitted: Callable[[inputs.Batch, Rows], Any],
+    fitted: Callable[[inputs.Batch, PackedTokens], Any],
     facts: dict[str, Any],
     *,
     stacked: bool,
@@ -259,7 +260,7 @@ def _statistics(call: Call, means: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _token_factor(rows: Rows, options: dict[str, Any]) -> Tensor:
+def _token_factor(rows: PackedTokens, options: dict[str, Any]) -> Tensor:
     """What turns a pair's sum of chosen log-probs into its part of their mean over tokens; see ``losses.sft``."""
     counts = rows.counts[0::2]
     scored = counts.sum().clamp(min=1).to(sum_dtype(counts.device))

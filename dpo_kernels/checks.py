@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dpo_kernels.types import WRAPPERS_THAT_UNWRAP
+from dpo_kernels.shapes import WRAPPERS_THAT_UNWRAP
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 import torch
 
 from dpo_kernels import tiles
-from dpo_kernels.gpus import gpu_at
+from dpo_kernels.device_specs import ChunkCosts, gpu_at
+from dpo_kernels.kernel_interface import RowKernels
 from dpo_kernels.kernels import extension, installed
 from dpo_kernels.kernels.extension import empty_cache as empty_cache
-from dpo_kernels.kernels.torch_rows import TorchRows
+from dpo_kernels.kernels.torch_kernels import TorchKernels
+from dpo_kernels.loss_interface import SequenceLoss
+from dpo_kernels.shapes import Tile, accumulation_dtype
 from dpo_kernels.strategies.groups import Group, oversized_buffers, plan_groups
 from dpo_kernels.tiles import MIB, Budget, tile_of, tile_of_pairs
-from dpo_kernels.types import Chunking, RowKernels, SequenceLoss, Tile, accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Backend:
     """Why a backend cannot run a problem (None: it can), and where its class of kernels is loaded from."""
 
     refuse: Callable[[Problem, bool], str | None]  # the problem, and whether the backend was asked for by name
-    load: Callable[[], type[TorchRows]]
+    load: Callable[[], type[TorchKernels]]
 
     def make(self, dtype: torch.dtype, workspace_bytes: int) -> RowKernels:
         """The kernels for one call."""
@@ -169,7 +171,7 @@ def budget_of(scratch_bytes: int, backend: str, dtype: torch.dtype, device: torc
     """Divide a scratch: a quarter, up to a limit, for the temporaries, the rest for the tile."""
     kernels = BACKENDS[backend].load()
     per_logit, alignment = kernels.bytes_per_logit(dtype, device.type), kernels.row_alignment(device.type)
-    return Budget.of(scratch_bytes, device.type, per_logit, alignment, kernels.lends_gradient)
+    return Budget.of(scratch_bytes, device.type, per_logit, alignment, kernels.can_alias_weight_grad)
 
 
 def _tile_of_problem(problem: Problem, budget: Budget) -> Tile:
@@ -178,10 +180,10 @@ def _tile_of_problem(problem: Problem, budget: Budget) -> Tile:
     return tile_of_pairs(budget, problem.rows, problem.vocab, problem.hidden if lends else 0)
 
 
-def chunking_of(device: torch.device) -> Chunking:
+def chunking_of(device: torch.device) -> ChunkCosts:
     """What chunks cost on a device; without a GPU the fewest are best."""
     gpu = gpu_at(device)
-    return Chunking() if gpu is None else gpu.chunking
+    return ChunkCosts() if gpu is None else gpu.chunking
 
 
 def _streams_faster(problem: Problem, backend: str) -> bool:
@@ -304,10 +306,10 @@ def _refuse_extension(device_type: str) -> Callable[[Problem, bool], str | None]
     return refuse
 
 
-def _load_triton() -> type[TorchRows]:
-    from dpo_kernels.kernels.triton.backend import TritonRows
+def _load_triton() -> type[TorchKernels]:
+    from dpo_kernels.kernels.triton.backend import TritonKernels
 
-    return TritonRows
+    return TritonKernels
 
 
 # --- the tables, best first -------------------------------------------------------------------------------------------
@@ -319,9 +321,9 @@ STRATEGIES = {
 }
 BACKENDS = {
     "triton": Backend(_refuse_triton, _load_triton),
-    "cuda": Backend(_refuse_extension("cuda"), lambda: extension.CudaRows),
-    "cpp": Backend(_refuse_extension("cpu"), lambda: extension.CppRows),
-    "torch": Backend(lambda problem, by_name: None, lambda: TorchRows),
+    "cuda": Backend(_refuse_extension("cuda"), lambda: extension.CudaKernels),
+    "cpp": Backend(_refuse_extension("cpu"), lambda: extension.CppKernels),
+    "torch": Backend(lambda problem, by_name: None, lambda: TorchKernels),
 }
 BACKEND_NAMES = tuple(BACKENDS)
 

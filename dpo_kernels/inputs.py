@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_kernels import checks
 from dpo_kernels.checks import FLOAT_DTYPES, check_choice, check_device, check_number, refuse_batched
-from dpo_kernels.types import STATS, TOKEN_LOGPS, Head, accumulation_dtype
+from dpo_kernels.shapes import STATS, TOKEN_LOGPS, Head, accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 INDEX_DTYPES = (torch.int32, torch.int64)

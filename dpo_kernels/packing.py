@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.checks import check_cumulative
-from dpo_kernels.types import Rows, accumulation_dtype, sum_dtype
+from dpo_kernels.shapes import PackedTokens, accumulation_dtype, sum_dtype
 
 NOWHERE = 2**62  # a slot past every capacity
 
@@ -25,7 +25,7 @@ def pack(
     width: int,
     capacity: int | None,
     static: bool,
-) -> Rows:
+) -> PackedTokens:
     """Pack the scored rows, sequence by sequence: chosen and rejected of a pair side by side.
 
     ``capacity`` None allocates exactly what is scored, which needs the counts on the host: the one sync of a call.
@@ -76,9 +76,9 @@ def pack(
         weights = weights.masked_fill(unused, 0.0)
     elif static:
         weights = (~unused).to(torch.float32)  # no coefficient may reach a row that stands for nothing
-    poisoned = bad_R.any() | overflow | (cu_seqlens[0] != 0) | (cu_seqlens[-1] != rows) | (cu_seqlens.diff() < 0).any()
+    invalid = bad_R.any() | overflow | (cu_seqlens[0] != 0) | (cu_seqlens[-1] != rows) | (cu_seqlens.diff() < 0).any()
     zero = torch.zeros((), dtype=sum_dtype(device), device=device)
-    return Rows(
+    return PackedTokens(
         index=index.clone(),
         labels=labels_N,
         weights=weights,
@@ -86,7 +86,7 @@ def pack(
         slot=slot_R,
         counts=counts_S,
         counts_host=counts_host,
-        poison=torch.where(poisoned, zero + math.nan, zero),
+        nan_if_invalid=torch.where(invalid, zero + math.nan, zero),
     )
 
 

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import dispatch, losses, packing, tiles
-from dpo_kernels.sequence import spread
-from dpo_kernels.strategies import chunked, recompute, streaming
-from dpo_kernels.types import (
+from dpo_kernels.kernel_interface import RowKernels
+from dpo_kernels.loss_interface import SequenceLoss
+from dpo_kernels.segments import sequence_to_token
+from dpo_kernels.shapes import (
     STATS,
     TOKEN_LOGPS,
     WRAPPERS_THAT_UNWRAP,
     Accumulator,
     Head,
-    RowKernels,
-    Rows,
-    SequenceLoss,
+    PackedTokens,
     Tile,
     accumulation_dtype,
 )
+from dpo_kernels.strategies import chunked, recompute, streaming
 
 CPU_COPY_BYTES = 16 * 2**20
 GPU_COPY_BYTES = 256 * 2**20  # a few launches for any batch
@@ -64,7 +64,7 @@ def pack(
         None if capacity < 0 else capacity,
         static,
     )
-    weights = rows.poison.new_zeros(0) if rows.weights is None else rows.weights
+    weights = rows.nan_if_invalid.new_zeros(0) if rows.weights is None else rows.weights
     return (
         rows.index,
         rows.labels,
@@ -73,7 +73,7 @@ def pack(
         rows.slot,
         rows.counts,
         rows.counts_host,
-        rows.poison,
+        rows.nan_if_invalid,
     )
 
 
@@ -88,7 +88,7 @@ def pair_loss(
     slot: Tensor,
     counts: Tensor,
     counts_host: Tensor,
-    poison: Tensor,
+    nan_if_invalid: Tensor,
     ref: Tensor,
     denominator: Tensor,
     pair_values: Tensor,
@@ -108,20 +108,20 @@ def pair_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fused pass: total (), losses (P,), log-probs (S,), statistics (k, S), gradients of the total, tokens.
 
-    The last are token log-probs (N,), empty unless asked for. Not as an operator, ``loss`` is a ``types.SequenceLoss``
+    The last are token log-probs (N,), empty unless asked for. Not as an operator, ``loss`` is a ``SequenceLoss``
     or a ``LossInto``; in the latter's case the gradients are those of its upstream times the total.
     """
-    rows = Rows(index, labels, weights, segments, slot, counts, counts_host, poison)
+    rows = PackedTokens(index, labels, weights, segments, slot, counts, counts_host, nan_if_invalid)
     bound: Any = loss
     if isinstance(bound, str):
-        bound = losses.unflat(bound, beta, loss_values, pair_values)
+        bound = losses.decode(bound, beta, loss_values, pair_values)
     bound, into = bound if isinstance(bound, LossInto) else (bound, None)
     names = _names(stats)
     with _autocast_off(hidden), torch.no_grad():
         head = _operand_head(weight, bias, logit_scale, softcap, dtype)
         kernels, budget = _kernels_and_budget(dtype, backend, scratch_bytes, hidden.device)
-        lender_cols = hidden.shape[1] if need_weight and into is None else 0
-        tile = tiles.tile_of_pairs(budget, rows.used, head.vocab, lender_cols)
+        weight_grad_cols = hidden.shape[1] if need_weight and into is None else 0
+        tile = tiles.tile_of_pairs(budget, rows.used, head.vocab, weight_grad_cols)
         need = (need_hidden, need_weight, need_bias)
         chunking = dispatch.chunking_of(hidden.device)
         done = chunked.pair_gradients(
@@ -130,7 +130,7 @@ def pair_loss(
         means = _sequence_means(kernels, done.stats, names, rows)
     nothing = torch.empty(0, dtype=accumulation_dtype(dtype), device=hidden.device)
     grads = [nothing.clone() if g is None else g for g in (done.hidden, done.weight, done.bias)]
-    tokens = done.token_logps + poison.to(done.token_logps.dtype) if _wants_tokens(stats) else nothing.clone()
+    tokens = done.token_logps + nan_if_invalid.to(done.token_logps.dtype) if _wants_tokens(stats) else nothing.clone()
     return done.total, done.losses, done.logps, means, grads[0], grads[1], grads[2], tokens
 
 
@@ -166,7 +166,7 @@ def scale_last(
     hidden_dtype, weight_dtype, bias_dtype, need_hidden, need_weight, need_bias = options
     given = None
     if need_weight:
-        given = dispatch.BACKENDS[backend].load().hand_over(dw, grad_total.to(dw.dtype), weight_dtype)
+        given = dispatch.BACKENDS[backend].load().finalize_weight_grad(dw, grad_total.to(dw.dtype), weight_dtype)
     dtypes = (hidden_dtype, weight_dtype, bias_dtype)
     copy_weight = need_weight and given is None
     grads = scale(grad_total, dx, dw, db, slot, *dtypes, need_hidden, copy_weight, need_bias)
@@ -184,7 +184,7 @@ def logps(
     slot: Tensor,
     counts: Tensor,
     counts_host: Tensor,
-    poison: Tensor,
+    nan_if_invalid: Tensor,
     per_token: bool,
     shift: bool,
     logit_scale: float,
@@ -202,24 +202,24 @@ def logps(
 
     The last (N,), empty unless asked for.
     """
-    rows = Rows(index, labels, weights, segments, slot, counts, counts_host, poison)
+    rows = PackedTokens(index, labels, weights, segments, slot, counts, counts_host, nan_if_invalid)
     names = _names(stats)
-    direction: Tensor | None = None
+    dlogp_dhidden: Tensor | None = None
     with _autocast_off(hidden), torch.no_grad():
         head = _operand_head(weight, bias, logit_scale, softcap, dtype)
         kernels, tile = _kernels_and_tile(rows, head, dtype, strategy, backend, scratch_bytes, hidden.device)
         if strategy == "streaming":
             done = streaming.forward(kernels, hidden, head, rows, tile, names)
         else:
-            keep = keeps_direction(strategy, (need_hidden, need_weight, need_bias))
-            done, direction = recompute.forward(kernels, hidden, head, rows, tile, keep, names)
+            keep = saves_dlogp_dhidden(strategy, (need_hidden, need_weight, need_bias))
+            done, dlogp_dhidden = recompute.forward(kernels, hidden, head, rows, tile, keep, names)
         out = by_label(done.logp, rows.slot, shift) if per_token else kernels.segment_sum(done.logp, weights, counts)
         means = _sequence_means(kernels, done.stats, names, rows)
-        out = out + poison.to(out.dtype)
+        out = out + nan_if_invalid.to(out.dtype)
     nothing = done.logp.new_zeros(0)
-    tokens = done.logp + poison.to(done.logp.dtype) if _wants_tokens(stats) else nothing.clone()
-    if direction is not None:  # the direction is all that the backward pass needs
-        return out, means, nothing, nothing.clone(), nothing.clone(), direction, tokens
+    tokens = done.logp + nan_if_invalid.to(done.logp.dtype) if _wants_tokens(stats) else nothing.clone()
+    if dlogp_dhidden is not None:  # the direction is all that the backward pass needs
+        return out, means, nothing, nothing.clone(), nothing.clone(), dlogp_dhidden, tokens
     return out, means, done.max, done.sumexp, done.others, nothing, tokens
 
 
@@ -235,11 +235,11 @@ def logps_grad(
     slot: Tensor,
     counts: Tensor,
     counts_host: Tensor,
-    poison: Tensor,
+    nan_if_invalid: Tensor,
     row_max: Tensor,
     sumexp: Tensor,
     others: Tensor,
-    direction: Tensor,
+    dlogp_dhidden: Tensor,
     hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
@@ -257,14 +257,14 @@ def logps_grad(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (hidden, weight, bias) of ``logps`` from its upstream; empty where not needed."""
-    rows = Rows(index, labels, weights, segments, slot, counts, counts_host, poison)
+    rows = PackedTokens(index, labels, weights, segments, slot, counts, counts_host, nan_if_invalid)
     need = (need_hidden, need_weight, need_bias)
-    nothing = direction.new_zeros(0)
+    nothing = dlogp_dhidden.new_zeros(0)
     with _autocast_off(grad_out), torch.no_grad():
         grad_N = _row_upstream(grad_out, rows, per_token, shift)
-        if keeps_direction(strategy, need):
-            scale = torch.cat([-grad_N, grad_N.new_zeros(1)]).to(direction.dtype)
-            return _to_input_rows(direction, slot, scale, hidden_dtype), nothing, nothing.clone()
+        if saves_dlogp_dhidden(strategy, need):
+            scale = torch.cat([-grad_N, grad_N.new_zeros(1)]).to(dlogp_dhidden.dtype)
+            return _to_input_rows(dlogp_dhidden, slot, scale, hidden_dtype), nothing, nothing.clone()
         assert hidden is not None, "kept unless the direction is"
         assert weight is not None, "kept with hidden"
         head = _operand_head(weight, bias, logit_scale, softcap, dtype)
@@ -305,7 +305,7 @@ def _settled(tensor: Tensor) -> Tensor:
 
 
 def _kernels_and_tile(
-    rows: Rows,
+    rows: PackedTokens,
     head: Head,
     dtype: torch.dtype,
     strategy: str,
@@ -324,7 +324,7 @@ def _kernels_and_budget(
     return dispatch.BACKENDS[backend].make(dtype, budget.workspace_bytes), budget
 
 
-def keeps_direction(strategy: str, need: Sequence[bool]) -> bool:
+def saves_dlogp_dhidden(strategy: str, need: Sequence[bool]) -> bool:
     """Frozen head: the derivative of the log-probs by the hidden states is formed beside them."""
     return strategy != "streaming" and need[0] and not (need[1] or need[2])
 
@@ -334,11 +334,11 @@ def _autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def _sequence_means(kernels: RowKernels, stats: dict[str, Tensor], names: Sequence[str], rows: Rows) -> Tensor:
+def _sequence_means(kernels: RowKernels, stats: dict[str, Tensor], names: Sequence[str], rows: PackedTokens) -> Tensor:
     """Means over scored tokens, ``(k, S)`` float32, 0 for a sequence without any."""
     tokens = rows.counts.clamp(min=1)
     means = [kernels.segment_sum(stats[name], None, rows.counts) / tokens for name in names]
-    return torch.stack(means).float() if means else rows.poison.new_zeros(0, rows.counts.shape[0]).float()
+    return torch.stack(means).float() if means else rows.nan_if_invalid.new_zeros(0, rows.counts.shape[0]).float()
 
 
 def by_label(logp_N: Tensor, slot: Tensor, shift: bool) -> Tensor:
@@ -355,15 +355,15 @@ def _labels_to_rows(values_R: Tensor, shift: bool, forward: bool) -> Tensor:
     return torch.cat([zero, values_R[:-1]]) if forward else torch.cat([values_R[1:], zero])
 
 
-def _row_upstream(grad_out: Tensor, rows: Rows, per_token: bool, shift: bool) -> Tensor:
+def _row_upstream(grad_out: Tensor, rows: PackedTokens, per_token: bool, shift: bool) -> Tensor:
     """Upstream of each packed row's log-prob, float64 by sequence; NaN where the input was poisoned."""
     if not per_token:
-        return spread(grad_out, rows.segments, rows.weights) + rows.poison
+        return sequence_to_token(grad_out, rows.segments, rows.weights) + rows.nan_if_invalid
     grad_R = _labels_to_rows(grad_out, shift, forward=False)
     grad_N = grad_R.index_select(0, rows.index) if grad_R.shape[0] else grad_R.new_zeros(rows.capacity)
     if rows.weights is not None:
         grad_N = grad_N * rows.weights.to(grad_N.dtype)
-    return grad_N + rows.poison.to(grad_N.dtype)
+    return grad_N + rows.nan_if_invalid.to(grad_N.dtype)
 
 
 def _to_input_rows(dx: Tensor, slot: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

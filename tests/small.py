@@ -31,7 +31,7 @@ def tail_of_an_impossible_rejected(kernels):
     """(losses, grad) of one pair whose rejected sequence has probability 0: nothing is left to learn."""
     logp, counts = torch.tensor([-1.0, -torch.inf]), torch.tensor([1, 1])
     zero = torch.zeros((), dtype=F64)
-    _, losses, grad = kernels.tail(logp, None, counts, zero.expand(2).contiguous(), zero, PlainSigmoid)
+    _, losses, grad = kernels.sequence_loss(logp, None, counts, zero.expand(2).contiguous(), zero, PlainSigmoid)
     return losses.tolist(), grad.tolist()
 
 

@@ -22,7 +22,7 @@ CLEAN = {
     "dpo_kernels/types.py": "import torch\nfrom typing import NamedTuple\n",
     "dpo_kernels/inputs.py": "from .checks import check_number\nfrom dpo_kernels.types import Rows\n",
     "dpo_kernels/losses.py": "import torch.nn.functional as F\nfrom .types import Rows\n",
-    "dpo_kernels/sequence.py": "from .types import Rows\n",
+    "dpo_kernels/segments.py": "from .types import Rows\n",
     "dpo_kernels/dispatch.py": (
         "from importlib import import_module\n"
         "from importlib.util import find_spec\n"
@@ -38,7 +38,7 @@ CLEAN = {
     "dpo_kernels/strategies/chunked.py": "from ..sequence import spread\nfrom . import recompute\n",
     "dpo_kernels/strategies/recompute.py": "from ..types import Rows\n",
     "dpo_kernels/kernels/__init__.py": "",
-    "dpo_kernels/kernels/torch_rows.py": "from ..types import Rows\nfrom ..sequence import spread\n",
+    "dpo_kernels/kernels/torch_kernels.py": "from ..types import Rows\nfrom ..sequence import spread\n",
     "dpo_kernels/kernels/extension.py": "def load():\n    from dpo_kernels import _C\n    return _C\n",
     "dpo_kernels/kernels/triton/__init__.py": "",
     "dpo_kernels/kernels/triton/configs.py": "import triton\n",
@@ -80,7 +80,7 @@ ARROWS = [
 ]
 FILE_OF = {
     "public": "dpo_kernels/__init__.py",
-    "kernels": "dpo_kernels/kernels/torch_rows.py",
+    "kernels": "dpo_kernels/kernels/torch_kernels.py",
     "strategies": "dpo_kernels/strategies/chunked.py",
     "integrations": "dpo_kernels/integrations/trl.py",
 }
@@ -151,7 +151,7 @@ def test_a_forbidden_arrow_is_reported(tmp_path: Path, layer: str, target: str) 
     ],
 )
 def test_every_form_of_import_is_seen(tmp_path: Path, statement: str, line: int, target: str) -> None:
-    path = "dpo_kernels/kernels/torch_rows.py"
+    path = "dpo_kernels/kernels/torch_kernels.py"
     (report,) = reports(tmp_path, path, statement + "\n")
     assert report.startswith(f"{path}:{line}: kernels must not import {target} ")
 
@@ -166,7 +166,7 @@ def test_relative_names_of_a_package_start_at_the_package(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("path", "text", "words"),
     [
-        ("dpo_kernels/kernels/torch_rows.py", "import triton", "triton must not be imported outside"),
+        ("dpo_kernels/kernels/torch_kernels.py", "import triton", "triton must not be imported outside"),
         ("dpo_kernels/dispatch.py", "def f():\n    import triton.language as tl", "triton must not be imported"),
         ("dpo_kernels/losses.py", "from triton import jit", "triton must not be imported outside"),
         ("dpo_kernels/api.py", "import torch.distributed as dist", "torch.distributed must not be imported"),

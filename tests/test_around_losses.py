@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dpo_kernels as dk
-from dpo_kernels.types import STATS
+from dpo_kernels.shapes import STATS
 from tests.cases import STRATEGIES, Case
 from tests.small import F64, TRAINED, problem
 

@@ -27,7 +27,7 @@ from benchmarks import (
 )
 from benchmarks.cases import CASES, Case
 from benchmarks.providers import Outputs, Provider, Unavailable, peers
-from dpo_kernels.gpus import GPUS
+from dpo_kernels.device_specs import GPUS
 
 ROOT = Path(__file__).parents[1]
 TINY = Case(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_kernels.kernels.torch_rows import TorchRows
-from dpo_kernels.types import STATS
+from dpo_kernels.kernels.torch_kernels import TorchKernels
+from dpo_kernels.shapes import STATS
 from tests.cuda_tools import equivalence
 from tests.cuda_tools.emulation import (
     COMPILE,
@@ -138,7 +138,7 @@ def test_tail(kernels: Emulated, dtype: torch.dtype, weights: torch.dtype | None
         for smoothing in (0.0, 0.1):
             equivalence.check_tail(kernels, counts, dtype, weights, smoothing)
             equivalence.check_tail(kernels, counts, dtype, weights, smoothing, reference=1e5)
-            equivalence.check_tail(kernels, counts, dtype, weights, smoothing, poison=torch.nan)
+            equivalence.check_tail(kernels, counts, dtype, weights, smoothing, nan_if_invalid=torch.nan)
     equivalence.check_tail(kernels, [2, 2], dtype, weights, beta=0.0)
 
 
@@ -157,7 +157,7 @@ def check_offsets_beyond_int32(kernels: Emulated) -> None:
     tile = torch.frombuffer(reserved, dtype=torch.float32)[begin:].as_strided((3, cols), (stride, 1), begin)
     z, labels = torch.randn(3, cols), torch.tensor([0, 1, 2])
     tile.copy_(z)
-    state = TorchRows(torch.float32, 2**20).new_state(3, tile.device, ())
+    state = TorchKernels(torch.float32, 2**20).new_state(3, tile.device, ())
     kernels.finish_logits(tile, None, 2.0, None)
     z *= 2.0
     kernels.reduce_rows(tile, labels, 0, state)
@@ -221,7 +221,7 @@ def gradient_checks(kernels: Emulated) -> None:
 
 def tail_checks(kernels: Emulated) -> None:
     equivalence.check_tail(kernels, [3, 0, 70, 64], smoothing=0.1)
-    equivalence.check_tail(kernels, [3, 4, 70, 64], weights_dtype=torch.float32, poison=torch.nan)
+    equivalence.check_tail(kernels, [3, 4, 70, 64], weights_dtype=torch.float32, nan_if_invalid=torch.nan)
     equivalence.check_tail_edges(kernels)
 
 

@@ -8,9 +8,9 @@ import torch
 
 import dpo_kernels as dk
 from dpo_kernels import dispatch, gpus, losses, tiles
-from dpo_kernels.kernels.torch_rows import TorchRows
+from dpo_kernels.device_specs import ChunkCosts
+from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.strategies.groups import Group, cost_of_groups, plan_groups
-from dpo_kernels.types import Chunking
 from tests.small import CPU_BACKEND
 from tests.test_equivalence import coupled, one_sided
 
@@ -157,19 +157,19 @@ def sizes(rows, most, chunking):
 
 
 def test_chunks_fill_the_tiles_of_a_gemm_where_that_is_cheaper():
-    assert sizes(2600, 1400, Chunking()) == [1300, 1300]
-    assert sizes(2600, 1400, Chunking(128, 200)) == [1400, 1200]  # 11 + 10 tiles instead of 11 + 11
-    assert sizes(2560, 1400, Chunking(128, 200)) == [1280, 1280]
-    assert sizes(2600, 1300, Chunking(1024, 0)) == [868, 868, 864]  # three tiles instead of four
-    assert sizes(2600, 1300, Chunking(1024, 1100)) == [1300, 1300]
-    assert sizes(300, 2000, Chunking(128, 200)) == [300]
+    assert sizes(2600, 1400, ChunkCosts()) == [1300, 1300]
+    assert sizes(2600, 1400, ChunkCosts(128, 200)) == [1400, 1200]  # 11 + 10 tiles instead of 11 + 11
+    assert sizes(2560, 1400, ChunkCosts(128, 200)) == [1280, 1280]
+    assert sizes(2600, 1300, ChunkCosts(1024, 0)) == [868, 868, 864]  # three tiles instead of four
+    assert sizes(2600, 1300, ChunkCosts(1024, 1100)) == [1300, 1300]
+    assert sizes(300, 2000, ChunkCosts(128, 200)) == [300]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_plan_costs_more_than_the_most_even_one(seed):
     g = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, 90, (120,), generator=g).tolist()
-    for chunking in (*(gpu.chunking for gpu in gpus.GPUS.values()), Chunking(64, 0)):
+    for chunking in (*(gpu.chunking for gpu in gpus.GPUS.values()), ChunkCosts(64, 0)):
         arguments = (counts, sum(counts), range(0, 121, 2))
         for most in (181, 500, 1111, 9999):
             plan, even = plan_groups(*arguments, most, chunking), plan_groups(*arguments, most)
@@ -228,24 +228,24 @@ def test_every_gpu_of_the_table_names_its_source():
         assert "data sheet" in gpu.source
         named = gpu.source.partition(": docs/")[2]
         assert (ROOT / "docs" / named).is_file(), gpu.source
-        assert 100 < gpu.chunking.further_chunk < 400
+        assert 100 < gpu.chunking.extra_chunk_cost_rows < 400
     assert gpus.gpu_of("NVIDIA H200") is gpus.GPUS["H200"]
     assert gpus.gpu_of("Tesla T4") is None
-    assert dispatch.chunking_of(torch.device("cpu")) == Chunking()
+    assert dispatch.chunking_of(torch.device("cpu")) == ChunkCosts()
 
 
 def test_tiles_of_an_oversized_pair_end_where_a_gemms_do(monkeypatch):
     """What is left of a tile costs as much as a whole one: once a pair, not once a tile."""
-    rows, project = [], TorchRows.project
+    rows, project = [], TorchKernels.project
 
     def seen(self, x_CH, head, start, tile):
         rows.append(x_CH.shape[0])
         project(self, x_CH, head, start, tile)
 
-    monkeypatch.setattr(TorchRows, "project", seen)
+    monkeypatch.setattr(TorchKernels, "project", seen)
     inputs = problem(pairs=1, length=50)
     whatever, aligned = [23] * 4 + [8], [16] * 6 + [4]
-    for chunking, expected in ((Chunking(), whatever), (Chunking(8, 10), aligned), (Chunking(64, 10), whatever)):
+    for chunking, expected in ((ChunkCosts(), whatever), (ChunkCosts(8, 10), aligned), (ChunkCosts(64, 10), whatever)):
         monkeypatch.setattr(dispatch, "chunking_of", lambda device, chunking=chunking: chunking)
         rows.clear()
         dk.fused_dpo_loss(*inputs, reference_free=True, backend="torch", scratch_bytes=23 * 512 * 4 * 4 // 3 + 4)

@@ -198,7 +198,7 @@ def test_a_reference_is_scored_in_whatever_scratch_the_policy_runs_in(form, back
         for name in ("ref_hidden", "ref_weight"):
             data[name] = data[name].double()
         scratch = 4 * (V + 3) * 4 // 3  # a row of float32, and none of float64
-    elif dispatch.BACKENDS[backend].load().lends_gradient:
+    elif dispatch.BACKENDS[backend].load().can_alias_weight_grad:
         g = torch.Generator().manual_seed(1)
         wide = sum(COUNTS) + 1  # no more rows than the head is wide
         data["hidden"] = torch.randn(S, T, wide, generator=g, requires_grad=True)

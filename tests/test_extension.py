@@ -10,9 +10,9 @@ import torch
 
 import dpo_kernels as dk
 from dpo_kernels.kernels import extension, torch_rows
-from dpo_kernels.kernels.extension import CppRows
-from dpo_kernels.kernels.torch_rows import TorchRows
-from dpo_kernels.types import STATS, Head
+from dpo_kernels.kernels.extension import CppKernels
+from dpo_kernels.kernels.torch_kernels import TorchKernels
+from dpo_kernels.shapes import STATS, Head
 from tests.cases import Case, run
 from tests.small import problem, tail_of_an_impossible_rejected
 
@@ -32,7 +32,7 @@ def test_it_is_here_where_it_was_asked_for():
 
 
 def kernels(dtype):
-    return CppRows(dtype, 2**20), TorchRows(dtype, 2**20)
+    return CppKernels(dtype, 2**20), TorchKernels(dtype, 2**20)
 
 
 def tile_like(rows, cols, dtype, stride=None, scale=4.0):
@@ -51,7 +51,7 @@ def reduced(rows, tiles, labels, stats=STATS, keep=True):
         rows.reduce(state, tile, labels, start, keep_logits=keep)
         start += tile.shape[1]
         left.append(tile)
-    done = rows.finish(state, labels, start)
+    done = rows.row_logps(state, labels, start)
     return {"logp": done.logp, "max": done.max, "sumexp": done.sumexp, "others": done.others, **done.stats}, state, left
 
 
@@ -69,7 +69,7 @@ def test_reduced_rows(cols, dtype):
     labels = torch.tensor([0, cols - 1, cols // 2, 2 * cols - 1, cols])
     tiles = [tile_like(5, cols, dtype), tile_like(5, cols, dtype, stride=cols + 3, scale=9.0)]
     got, _, _ = reduced(cpp, tiles, labels)
-    wanted, _, _ = reduced(TorchRows(torch.float64, 2**20), [tile.double() for tile in tiles], labels)
+    wanted, _, _ = reduced(TorchKernels(torch.float64, 2**20), [tile.double() for tile in tiles], labels)
     agree(got, {name: value.to(dtype) for name, value in wanted.items()}, dtype)
     assert torch.equal(got["top1"], reduced(plain, tiles, labels)[0]["top1"])
 
@@ -167,7 +167,7 @@ def test_exponential_to_the_last_digits(dtype):
     """Over every magnitude: what exp of torch gives in float64, within two units of the last place."""
     z = torch.cat([-torch.logspace(-30, 3.2, 20000, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
     z = z.to(dtype)[None]
-    _, _, (left,) = reduced(CppRows(dtype, 2**20), [z], torch.zeros(1, dtype=torch.int64), (), keep=False)
+    _, _, (left,) = reduced(CppKernels(dtype, 2**20), [z], torch.zeros(1, dtype=torch.int64), (), keep=False)
     wanted = z.double().exp()
     tiny = torch.finfo(dtype).tiny * 4
     error = ((left.double() - wanted).abs() / wanted)[wanted > tiny]
@@ -212,13 +212,15 @@ class Sigmoid:
 
 @built
 @pytest.mark.parametrize("poison", [0.0, NAN])
-def test_tail_of_the_sigmoid_loss(poison):
+def test_tail_of_the_sigmoid_loss(nan_if_invalid):
     cpp, _ = kernels(torch.float32)
     counts = torch.tensor([3, 0, 5, 1, 2, 2, 1, 1])
     logp = torch.randn(15)
     ref = torch.tensor([0.0, 1.0, -2.0, 3.0, 5000.0, -5000.0, -1e6, 1e6], dtype=torch.float64).requires_grad_()
-    sums, losses, grad = cpp.tail(logp, None, counts, ref.detach(), torch.tensor(poison, dtype=torch.float64), Sigmoid)
-    wanted = TorchRows(torch.float32, 0).segment_sum(logp, None, counts) + poison
+    sums, losses, grad = cpp.sequence_loss(
+        logp, None, counts, ref.detach(), torch.tensor(nan_if_invalid, dtype=torch.float64), Sigmoid
+    )
+    wanted = TorchKernels(torch.float32, 0).segment_sum(logp, None, counts) + nan_if_invalid
     beta, smoothing = Sigmoid.sigmoid
     s = wanted.clone().requires_grad_()
     u = beta * ((s - ref)[0::2] - (s - ref)[1::2])
@@ -226,7 +228,7 @@ def test_tail_of_the_sigmoid_loss(poison):
     (slope,) = torch.autograd.grad(loss.sum(), s)
     torch.testing.assert_close(sums, wanted, equal_nan=True)
     torch.testing.assert_close(losses, loss.detach(), equal_nan=True)
-    torch.testing.assert_close(grad, slope + poison, equal_nan=True)
+    torch.testing.assert_close(grad, slope + nan_if_invalid, equal_nan=True)
 
 
 @built
@@ -349,7 +351,7 @@ def _gemms_on_one_thread(monkeypatch):
         return call
 
     monkeypatch.setattr(torch_rows, "_matmul_into", alone(torch_rows._matmul_into))
-    monkeypatch.setattr(CppRows, "grad_bias", alone(CppRows.grad_bias))
+    monkeypatch.setattr(CppKernels, "grad_bias", alone(CppKernels.grad_bias))
 
 
 @built
@@ -382,10 +384,10 @@ def test_rows_that_threads_share(dtype):
 
     *done, left, d, sums = threaded(work)
     z = 30.0 * ((raw.double() + bias) * (0.7 / 30.0)).tanh()
-    wanted, state, _ = reduced(TorchRows(torch.float64, 2**20), [z], labels)
+    wanted, state, _ = reduced(TorchKernels(torch.float64, 2**20), [z], labels)
     agree(dict(zip(wanted, done, strict=True)), {name: value.to(dtype) for name, value in wanted.items()}, dtype)
     agree({"exp": left}, {"exp": (z - state.max[:, None]).exp().to(dtype)}, dtype)
-    gradient = TorchRows(torch.float64, 2**20).dlogits_(z, labels, 0, state.max, state.others, head, None).values
+    gradient = TorchKernels(torch.float64, 2**20).dlogits_(z, labels, 0, state.max, state.others, head, None).values
     assert float((d.double() - gradient).norm() / gradient.norm()) < (1e-5 if dtype == torch.float32 else 1e-12)
     torch.testing.assert_close(sums, plain.segment_sum(done[0], None, torch.full((30,), 10)))
 
@@ -410,13 +412,13 @@ def test_offsets_beyond_two_to_the_31():
     far = torch.empty_strided((3, 1000), (2**30 + 8, 1))
     far.copy_(near)
     labels = torch.tensor([0, 999, 500])
-    cpp, head = CppRows(torch.float32, 2**20), Head(torch.empty(0))
+    cpp, head = CppKernels(torch.float32, 2**20), Head(torch.empty(0))
     results = []
     for tile in (near, far):
         state = cpp.new_state(3, tile.device, STATS)
         cpp.reduce(state, tile, labels, 0)
         cpp.dlogits_(tile, labels, 0, state.max, state.others, head, None)
-        results.append((cpp.finish(state, labels, 1000).logp, tile))
+        results.append((cpp.row_logps(state, labels, 1000).logp, tile))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(near, far)
 
@@ -504,7 +506,7 @@ def test_products_go_back_to_float32_where_mkldnn_is_switched_off():
 
 
 @pytest.fixture
-def _forget():
+def clear_cache():
     extension._load.cache_clear()
     yield
     extension._load.cache_clear()

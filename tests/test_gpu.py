@@ -156,20 +156,20 @@ def test_every_launch_of_the_families(monkeypatch, extras, number, dtype):
 @pytest.mark.parametrize("mode", ["1", "cached", "0"])
 def test_timing_changes_nothing_but_the_launch(monkeypatch, tmp_path, mode):
     """The first call, which times, the second, and one that reads what the first kept have the same bits."""
-    from dpo_kernels.kernels.triton import tuning
+    from dpo_kernels.kernels.triton import autotune
 
-    monkeypatch.setenv(tuning.FOLDER, str(tmp_path))
-    monkeypatch.setenv(tuning.MODE, mode)
+    monkeypatch.setenv(autotune.FOLDER, str(tmp_path))
+    monkeypatch.setenv(autotune.MODE, mode)
     found = []
     for new_process in (True, False, True):
         if new_process:
-            tuning.forget()
+            autotune.clear_cache()
         case = Case(torch.bfloat16)
         options = {**case.keywords(), "strategy": "streaming", "backend": "triton"}
         found.append(run(dk.fused_dpo_loss, case.tensors(device="cuda"), **options))
     assert all(torch.equal(found[0][key], other[key]) for other in found[1:] for key in found[0])
     assert len(list(tmp_path.iterdir())) == (1 if mode == "1" else 0)
-    tuning.forget()
+    autotune.clear_cache()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

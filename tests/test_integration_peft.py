@@ -9,7 +9,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
 from dpo_kernels import fused_dpo_loss  # noqa: E402
-from dpo_kernels.integrations import heads  # noqa: E402
+from dpo_kernels.integrations import lm_head  # noqa: E402
 from dpo_kernels.integrations.precompute import precompute_reference_logps  # noqa: E402
 from dpo_kernels.integrations.transformers import fused_lm_head  # noqa: E402
 from tests.test_integration_transformers import V, assert_same, batch, both, full_logits_loss, tiny  # noqa: E402
@@ -343,6 +343,6 @@ def test_a_deep_copy_has_adapters_of_its_own(batch):
 
 
 def test_what_counts_as_an_adapter_on_the_head():
-    assert heads.has_adapter(fused_lm_head(adapted(target_modules=["lm_head"])).output_embedding)
-    assert not heads.has_adapter(fused_lm_head(adapted(**CASES["saved head"])).output_embedding)
-    assert not heads.has_adapter(None)
+    assert lm_head.has_adapter(fused_lm_head(adapted(target_modules=["lm_head"])).output_embedding)
+    assert not lm_head.has_adapter(fused_lm_head(adapted(**CASES["saved head"])).output_embedding)
+    assert not lm_head.has_adapter(None)

@@ -112,7 +112,7 @@ def test_a_model_without_one_trains_with_one_line_in_the_log(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "FusedDPOTrainer: there is no router loss: Llama4ForCausalLM computes no router loss"
     ]
-    assert trainer.not_fused == ""
+    assert trainer.fallback_reason == ""
     assert "aux_loss" not in log[0]
     assert log[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)  # the policy is its own reference
     assert [entry.get("loss") for entry in log] == [entry.get("loss") for entry in without_one]

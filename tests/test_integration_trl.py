@@ -152,7 +152,7 @@ def log_of(trainer_class, model, setup):
     with tempfile.TemporaryDirectory() as folder:
         log, trainer = run(trainer_class, Path(folder), **{"model": model} | SETUPS[setup])
     if trainer_class is FusedDPOTrainer:
-        assert trainer.not_fused == ""
+        assert trainer.fallback_reason == ""
     return log
 
 
@@ -174,7 +174,7 @@ def assert_same(stock, ours):
 def assert_same_logs(tmp_path, **options):
     stock, _ = run(trl.DPOTrainer, tmp_path, **options)
     ours, trainer = run(FusedDPOTrainer, tmp_path, **options)
-    assert trainer.not_fused == ""
+    assert trainer.fallback_reason == ""
     assert_same(stock, ours)
     return trainer
 
@@ -383,7 +383,7 @@ def test_what_only_trl_computes_goes_to_trl_with_one_line(options, words, tmp_pa
     stock, _ = run(trl.DPOTrainer, tmp_path, steps=2, **options)
     with caplog.at_level(logging.WARNING, logger="dpo_kernels.integrations.trl"):
         ours, trainer = run(FusedDPOTrainer, tmp_path, steps=2, **options)
-    assert words in trainer.not_fused
+    assert words in trainer.fallback_reason
     assert len(caplog.records) == 1
     assert f"TRL's own loss is used: {trainer.not_fused}" in caplog.text
     assert [entry.get("loss") for entry in ours] == [entry.get("loss") for entry in stock]

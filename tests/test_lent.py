@@ -6,8 +6,8 @@ import torch
 import dpo_kernels as dk
 from dpo_kernels import tiles
 from dpo_kernels.kernels import extension
-from dpo_kernels.kernels.extension import CppRows
-from dpo_kernels.kernels.torch_rows import TorchRows
+from dpo_kernels.kernels.extension import CppKernels
+from dpo_kernels.kernels.torch_kernels import TorchKernels
 from tests import test_units
 from tests.cases import LAYOUTS, RICH, Case, broken_by, broken_over_forms, broken_rules
 from tests.test_equivalence import DTYPES, FAMILY, case_of
@@ -47,9 +47,9 @@ def test_equivalence(blocks, layout, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_operands_of_bfloat16(blocks, monkeypatch, layout):
     """As on a CPU that multiplies them: the gradient leaves as bfloat16, scaled, with what rounding took beside it."""
-    monkeypatch.setattr(CppRows, "narrow", property(lambda self: self.dtype == torch.bfloat16))
+    monkeypatch.setattr(CppKernels, "bf16_operands", property(lambda self: self.dtype == torch.bfloat16))
     for name in ("multiply", "grad_hidden", "grad_weight"):
-        monkeypatch.setattr(CppRows, name, getattr(TorchRows, name))  # which upcast what they are given
+        monkeypatch.setattr(CppKernels, name, getattr(TorchKernels, name))  # which upcast what they are given
     assert not broken_over_forms(torch.bfloat16, layout, "chunked", "cpp")
 
 
@@ -145,7 +145,7 @@ def test_the_plan_says_so(wide_enough):
     plan = dk.explain(*problem(), reference_free=True)
     assert (plan.lent, plan.chunks, plan.extra_bytes, plan.tile.rows) == (True, 1, 0, 32)
     assert "logits in the memory of the head's gradient" in str(plan)
-    assert tiles.LEAST_LENT_COLS <= plan.tile.cols <= 1024
+    assert tiles.LEAST_ALIASED_COLS <= plan.tile.cols <= 1024
 
 
 def test_a_scratch_without_room_for_the_rows_needs_no_other_strategy(wide_enough):

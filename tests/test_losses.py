@@ -11,7 +11,7 @@ from dpo_kernels import LossInputs, dpo_loss, explain, fused_dpo_loss, losses
 from dpo_kernels.losses import LOSSES, LossSpec, registry
 from dpo_kernels.reference import _loss as oracle_losses
 from dpo_kernels.reference import dpo_loss_reference
-from dpo_kernels.types import sum_dtype
+from dpo_kernels.shapes import sum_dtype
 from tests.test_inputs import META, rand, says, whole
 
 F64 = torch.float64
@@ -456,8 +456,8 @@ def test_value_and_grad_is_autograd(case):
     if not referenced(case):
         reference = [torch.zeros(6, dtype=F64)] * 2
     alternating = [torch.stack(sides, dim=1).flatten().detach() for sides in (policy, reference, tokens)]
-    code, numbers, by_pair = bound.flat(policy[0])
-    again = losses.unflat(code, beta, numbers, by_pair)
+    code, numbers, by_pair = bound.encode(policy[0])
+    again = losses.decode(code, beta, numbers, by_pair)
     for each in (bound, again):
         with torch.no_grad():
             value, grad = each.value_and_grad(*alternating)

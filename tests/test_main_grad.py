@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels.kernels.torch_rows import TorchRows
+from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.reference import dpo_loss_reference
 from tests.cases import STRATEGIES, Case, bfloat16_tile, run, widened
 from tests.small import BACKENDS
@@ -96,9 +96,9 @@ def test_groups_and_kto_have_it_too():
 
 def test_no_memory_of_the_heads_size_is_taken(monkeypatch):
     hidden, weight, labels = problem(pairs=1)
-    shapes, original = [], TorchRows.buffer
+    shapes, original = [], TorchKernels.buffer
     monkeypatch.setattr(
-        TorchRows, "buffer", lambda self, device, *shape: shapes.append(shape) or original(self, device, *shape)
+        TorchKernels, "buffer", lambda self, device, *shape: shapes.append(shape) or original(self, device, *shape)
     )
     options = {"reference_free": True, "backend": "torch"}
     dk.fused_dpo_loss(hidden, weight, labels, **options)

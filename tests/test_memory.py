@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import dpo_kernels as dk
 from dpo_kernels import dispatch, fused_dpo_loss
 from dpo_kernels.kernels import extension
-from dpo_kernels.kernels.extension import CppRows
+from dpo_kernels.kernels.extension import CppKernels
 from tests.small import CPU_BACKEND, STRATEGIES, TRAINED, V, problem
 
 MISSING = extension.why_not("cpu")
@@ -178,8 +178,8 @@ def test_floats_narrowed_in_place(count):
     values[::97] = float("nan")
     wanted = (values * (1 / 3)).bfloat16()
     torch.ops.dpo_kernels.narrow_(values, 1 / 3)
-    narrowed = values.view(torch.bfloat16)[:count]
-    torch.testing.assert_close(narrowed, wanted, rtol=0, atol=0, equal_nan=True)
+    downcast = values.view(torch.bfloat16)[:count]
+    torch.testing.assert_close(downcast, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def trained(dtype, backend, upstreams):
@@ -212,7 +212,7 @@ def test_the_last_backward_gives_the_bits_of_a_retained_one(dtype, upstream, bac
 @built
 def test_a_bfloat16_gradient_takes_no_memory_of_its_own():
     total = torch.randn(100, 30)
-    given = CppRows.hand_over(total, torch.tensor(2.0), torch.bfloat16)
+    given = CppKernels.finalize_weight_grad(total, torch.tensor(2.0), torch.bfloat16)
     assert (given.shape, given.dtype, given.data_ptr()) == (total.shape, torch.bfloat16, total.data_ptr())
-    assert CppRows.hand_over(torch.randn(4, 2).t(), torch.tensor(2.0), torch.bfloat16) is None
-    assert CppRows.hand_over(total, torch.tensor(2.0), torch.float16) is None
+    assert CppKernels.finalize_weight_grad(torch.randn(4, 2).t(), torch.tensor(2.0), torch.bfloat16) is None
+    assert CppKernels.finalize_weight_grad(total, torch.tensor(2.0), torch.float16) is None

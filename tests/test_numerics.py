@@ -5,8 +5,8 @@ import torch
 
 import dpo_kernels as dk
 from dpo_kernels.kernels import extension
-from dpo_kernels.kernels.torch_rows import TorchRows
-from dpo_kernels.types import Head
+from dpo_kernels.kernels.torch_kernels import TorchKernels
+from dpo_kernels.shapes import Head
 from tests.cases import STRATEGIES, Case, broken_by, run
 from tests.certain import broken, certain, off_log_probs, off_orpo
 
@@ -241,14 +241,14 @@ def test_a_bad_token_poisons_instead_of_passing(monkeypatch, frozen, strategy):
 
 def test_a_flat_row_of_a_large_vocabulary_fits_float16():
     """Its label's own value, minus the sum of exponentials, does not; what is cut off comes back in float32."""
-    rows, vocab = TorchRows(torch.float16, 2**20), 100_000
+    rows, vocab = TorchKernels(torch.float16, 2**20), 100_000
     tile, labels = torch.zeros(3, vocab), torch.tensor([0, vocab - 1, -1])
     weight = torch.zeros(vocab, 8)  # but for a few rows, or the order in which a GEMM adds so many would be seen
     weight[[0, 7, vocab // 2, vocab - 1]] = torch.randn(4, 8)
     head = Head(weight.half())
     others = torch.full((3,), vocab - 1.0)
     d = rows.dlogits_(tile, labels, 0, torch.zeros(3), others, head, None)
-    narrow = rows.narrowed(d, 0)
+    narrow = rows.downcast(d, 0)
     assert narrow.values.dtype == torch.float16
     assert narrow.values.isfinite().all()
     own = torch.nn.functional.one_hot(labels.clamp(min=0), vocab) * narrow.residual[:, None]

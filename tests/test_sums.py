@@ -12,13 +12,13 @@ import torch
 import dpo_kernels as dk
 from dpo_kernels import losses, passes
 from dpo_kernels.kernels import extension
-from dpo_kernels.kernels.extension import CppRows
-from dpo_kernels.kernels.torch_rows import TorchRows
+from dpo_kernels.kernels.extension import CppKernels
+from dpo_kernels.kernels.torch_kernels import TorchKernels
 from tests.cases import STRATEGIES, Case
 
 F64 = torch.float64
 MISSING = extension.why_not("cpu")
-KERNELS = [TorchRows, pytest.param(CppRows, marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
+KERNELS = [TorchKernels, pytest.param(CppKernels, marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
 COUNTS = (200_000, 0, 99_000, 995)  # 300,000 with five more, which belong to no sequence
 
 
@@ -32,7 +32,7 @@ def assert_summed_in_float64(kernels, counts=COUNTS, weights_dtype=None):
     ref_S = exact + torch.tensor([0.25, -0.25]).repeat(len(counts) // 2)  # margins of half a nat, whatever the sums
     loss, zero = losses.bind("sigmoid", 0.5, 0.0, {}), torch.zeros((), dtype=F64)
     counts_S = torch.tensor(counts)
-    sums, found, grad = kernels.tail(values, weights, counts_S, ref_S, zero, loss)
+    sums, found, grad = kernels.sequence_loss(values, weights, counts_S, ref_S, zero, loss)
     for got in (kernels.segment_sum(values, weights, counts_S), sums):
         torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
     slope = torch.tensor([-0.5, 0.5], dtype=F64) * math.exp(0.25) / (1 + math.exp(0.25))  # at u = -0.25

@@ -14,10 +14,9 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from dpo_kernels import losses
-from dpo_kernels.kernels.triton import backend, configs, dpo_tail, linear_logprob, tuning
-from dpo_kernels.kernels.triton import rows as row_kernels
+from dpo_kernels.kernels.triton import autotune, backend, configs, matmul_kernels, row_kernels, sequence_loss
 from dpo_kernels.kernels.triton.configs import MatrixLaunch
-from dpo_kernels.types import Head, Rows, Tile
+from dpo_kernels.shapes import Head, PackedTokens, Tile
 
 FAMILY = (MatrixLaunch(128, 128, 64, 8, 3), MatrixLaunch(64, 256, 32, 8, 4), MatrixLaunch(128, 256, 64, 8, 3, tma=True))
 SLOW, FAST, MIDDLE = FAMILY
@@ -27,22 +26,22 @@ CPU = torch.empty(0)
 @pytest.fixture(autouse=True)
 def clock(monkeypatch, tmp_path):
     """A folder of its own, and milliseconds by launch."""
-    monkeypatch.setenv(tuning.FOLDER, str(tmp_path))
-    monkeypatch.delenv(tuning.MODE, raising=False)
-    tuning.forget()
+    monkeypatch.setenv(autotune.FOLDER, str(tmp_path))
+    monkeypatch.delenv(autotune.MODE, raising=False)
+    autotune.clear_cache()
     times, seen = {SLOW: 3.0, FAST: 1.0, MIDDLE: 2.0}, []
 
     def milliseconds(call, like):
         seen.append(call())
         return times[seen[-1]]
 
-    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
     yield SimpleNamespace(times=times, seen=seen)
-    tuning.forget()
+    autotune.clear_cache()
 
 
 def best(*facts, run=lambda launch: launch, like=CPU):
-    return tuning.best("kernel", FAMILY, facts, like, run)
+    return autotune.fastest_launch("kernel", FAMILY, facts, like, run)
 
 
 def kept(tmp_path):
@@ -52,7 +51,7 @@ def kept(tmp_path):
 
 def test_the_fastest_is_taken_and_kept(clock, tmp_path):
     assert best("H=8") == FAST
-    assert clock.seen == [SLOW, FAST, MIDDLE] * tuning.ROUNDS
+    assert clock.seen == [SLOW, FAST, MIDDLE] * autotune.ROUNDS
     entry = json.loads(kept(tmp_path).read_text())["kernel H=8"]
     assert entry["launch"] == asdict(FAST)
     assert entry["milliseconds"] == {str(SLOW): 3.0, str(FAST): 1.0, str(MIDDLE): 2.0}
@@ -62,16 +61,16 @@ def test_once_for_each_kind_of_call_and_process(clock):
     best("H=8")
     clock.times[FAST] = 9.0
     assert best("H=8") == FAST  # this process has taken it
-    tuning.forget()
+    autotune.clear_cache()
     assert best("H=8") == FAST  # the next one reads it
-    assert len(clock.seen) == 3 * tuning.ROUNDS
+    assert len(clock.seen) == 3 * autotune.ROUNDS
     assert best("H=16") == MIDDLE
-    assert len(clock.seen) == 6 * tuning.ROUNDS
+    assert len(clock.seen) == 6 * autotune.ROUNDS
 
 
 @pytest.mark.parametrize("mode", ["0", "cached"])
 def test_nothing_is_timed_when_told_so(clock, monkeypatch, tmp_path, mode):
-    monkeypatch.setenv(tuning.MODE, mode)
+    monkeypatch.setenv(autotune.MODE, mode)
     assert best("H=8") == SLOW
     assert not clock.seen
     assert not list(tmp_path.iterdir())
@@ -79,16 +78,16 @@ def test_nothing_is_timed_when_told_so(clock, monkeypatch, tmp_path, mode):
 
 def test_pinned_and_turned_off_after_a_timing(clock, monkeypatch):
     best("H=8")
-    tuning.forget()
-    monkeypatch.setenv(tuning.MODE, "cached")
+    autotune.clear_cache()
+    monkeypatch.setenv(autotune.MODE, "cached")
     assert best("H=8") == FAST
-    monkeypatch.setenv(tuning.MODE, "0")
+    monkeypatch.setenv(autotune.MODE, "0")
     assert best("H=8") == SLOW
-    assert len(clock.seen) == 3 * tuning.ROUNDS
+    assert len(clock.seen) == 3 * autotune.ROUNDS
 
 
 def test_an_unknown_mode_is_an_error(monkeypatch):
-    monkeypatch.setenv(tuning.MODE, "off")
+    monkeypatch.setenv(autotune.MODE, "off")
     with pytest.raises(ValueError, match="DPO_KERNELS_AUTOTUNE='off', expected one of 1, 0, cached"):
         best("H=8")
 
@@ -120,12 +119,12 @@ def test_the_median_of_rounds_that_meet_the_same_clock(monkeypatch):
         now[0] *= 0.9
         return now[0] * (0.8 if order[-1] is SLOW else 1.0)
 
-    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
     assert best("H=8") == SLOW
-    assert order == list(FAMILY) * tuning.ROUNDS
+    assert order == list(FAMILY) * autotune.ROUNDS
 
 
-@pytest.mark.parametrize("disturbed", [0, tuning.ROUNDS - 1])
+@pytest.mark.parametrize("disturbed", [0, autotune.ROUNDS - 1])
 def test_one_round_does_not_decide(monkeypatch, disturbed):
     """Somebody else's work, in the first round or the last, makes one launch seem the fastest or the slowest."""
     calls = []
@@ -136,7 +135,7 @@ def test_one_round_does_not_decide(monkeypatch, disturbed):
         usual = {SLOW: 3.0, FAST: 1.0, MIDDLE: 2.0}[launch]
         return 4.0 - usual if round_number == disturbed else usual
 
-    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
     assert best("H=8") == FAST
 
 
@@ -152,7 +151,7 @@ def test_an_error_of_the_kernel_is_not_hidden():
 def test_what_cannot_be_read_is_timed_again(tmp_path, text):
     best("H=8")
     kept(tmp_path).write_text(text)
-    tuning.forget()
+    autotune.clear_cache()
     assert best("H=8") == FAST
     assert json.loads(kept(tmp_path).read_text())["kernel H=8"]["launch"] == asdict(FAST)
 
@@ -179,14 +178,14 @@ def test_a_folder_that_is_read_only_costs_a_warning(monkeypatch, tmp_path):
 
 def test_a_folder_that_cannot_be_made_costs_a_warning(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(tuning.FOLDER, str(tmp_path / "file"))
+    monkeypatch.setenv(autotune.FOLDER, str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot be kept in .*DPO_KERNELS_AUTOTUNE=0 turns timing off"):
         assert best("H=8") == FAST
     assert best("H=8") == FAST
 
 
 def test_nothing_is_timed_inside_a_graph_and_what_was_taken_there_stays(clock, monkeypatch):
-    monkeypatch.setattr(tuning, "device_name", lambda like: "a GPU")
+    monkeypatch.setattr(autotune, "device_name", lambda like: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     gpu = SimpleNamespace(is_cuda=True)
     assert best("H=8", like=gpu) == SLOW
@@ -196,34 +195,34 @@ def test_nothing_is_timed_inside_a_graph_and_what_was_taken_there_stays(clock, m
 
 
 def test_a_file_belongs_to_a_gpu_and_to_the_versions_of_what_makes_the_code(monkeypatch):
-    one = tuning.path_of("NVIDIA H200")
+    one = autotune.path_of("NVIDIA H200")
     assert one.name.startswith("autotune-NVIDIA-H200-")
-    assert tuning.path_of("NVIDIA A100-SXM4-80GB").name != one.name
-    monkeypatch.setattr(tuning.triton, "__version__", "0.0")
-    assert tuning.path_of("NVIDIA H200") != one
+    assert autotune.path_of("NVIDIA A100-SXM4-80GB").name != one.name
+    monkeypatch.setattr(autotune.triton, "__version__", "0.0")
+    assert autotune.path_of("NVIDIA H200") != one
 
 
 def test_the_default_folder_is_the_users_cache(monkeypatch, tmp_path):
-    monkeypatch.delenv(tuning.FOLDER)
+    monkeypatch.delenv(autotune.FOLDER)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuning.path_of("a GPU").parent == tmp_path / "dpo_kernels"
+    assert autotune.path_of("a GPU").parent == tmp_path / "dpo_kernels"
 
 
 def test_a_user_without_a_home_keeps_its_timings_in_the_temporary_folder(monkeypatch, tmp_path):
-    for name in (tuning.FOLDER, "XDG_CACHE_HOME"):
+    for name in (autotune.FOLDER, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
 
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(tuning.Path, "home", homeless)
-    monkeypatch.setattr(tuning.tempfile, "tempdir", str(tmp_path))
-    assert tuning.path_of("a GPU").parent == tmp_path / ".cache" / "dpo_kernels"
+    monkeypatch.setattr(autotune.Path, "home", homeless)
+    monkeypatch.setattr(autotune.tempfile, "tempdir", str(tmp_path))
+    assert autotune.path_of("a GPU").parent == tmp_path / ".cache" / "dpo_kernels"
 
 
 @pytest.mark.parametrize(("size", "upper"), [(1, 1), (2, 2), (3, 4), (2048, 2048), (2049, 4096), (128256, 131072)])
 def test_sizes_of_a_kind(size, upper):
-    assert tuning.bucket(size) == upper
+    assert autotune.bucket(size) == upper
 
 
 @pytest.mark.parametrize("target", configs.TARGETS)
@@ -255,7 +254,7 @@ def kind_of(monkeypatch, kernel="linear_logprob", rows=100, vocab=500, width=24,
     """What a call is told apart by: the kernel's name and the facts."""
     stats = more.pop("stats", False)
     head = Head(torch.empty(vocab, width, dtype=dtype), **more)
-    monkeypatch.setattr(tuning, "best", lambda kernel, family, facts, like, run: (kernel, *facts))
+    monkeypatch.setattr(autotune, "fastest_launch", lambda kernel, family, facts, like, run: (kernel, *facts))
     return backend._best(kernel, torch.empty(rows, width, dtype=dtype), head.weight, head, stats, lambda launch: None)
 
 
@@ -307,8 +306,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(backend, "_on", on)
     for module, names in (
         (row_kernels, ("finish_rows", "reduce_rows", "dlogits_rows", "exp_rows")),
-        (dpo_tail, ("dpo_tail",)),
-        (linear_logprob, ("linear_logprob", "linear_dlogits")),
+        (sequence_loss, ("dpo_tail",)),
+        (matmul_kernels, ("linear_logprob", "linear_dlogits")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Kernel(name))
@@ -316,7 +315,7 @@ def launched(monkeypatch):
 
 
 def test_every_launch_is_guarded(launched):
-    kernels = backend.TritonRows(torch.bfloat16, 2**20)
+    kernels = backend.TritonKernels(torch.bfloat16, 2**20)
     x, labels = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
     head = Head(torch.zeros(64, 8, dtype=torch.bfloat16), logit_scale=0.5)
     tile, state = torch.zeros(4, 64), kernels.new_state(4, torch.device("cpu"), ())
@@ -324,11 +323,11 @@ def test_every_launch_is_guarded(launched):
     kernels.project(x, head, 0, tile)
     kernels.reduce(state, tile, labels, 0)
     kernels.dlogits_(tile, labels, 0, state.max, state.sumexp, head, None)
-    kernels.reduced_dlogits(state, tile, labels, head)
+    kernels.reduce_and_dlogits(state, tile, labels, head)
     kernels.recomputed_dlogits(x, head, 0, tile, labels, state.max, state.sumexp, None)
-    kernels.tail(state.max, None, counts, zero.expand(2), zero, losses.bind("sigmoid", 0.1, 0.0, {}))
+    kernels.sequence_loss(state.max, None, counts, zero.expand(2), zero, losses.bind("sigmoid", 0.1, 0.0, {}))
     index, segments = torch.arange(4), torch.tensor([0, 0, 1, 1])
-    rows = Rows(index, labels, None, segments, index, counts, counts, zero)
+    rows = PackedTokens(index, labels, None, segments, index, counts, counts, zero)
     kernels.stream_logprob(x, head, rows, Tile(4, 64), ())
     names = {"finish_rows", "reduce_rows", "dlogits_rows", "exp_rows", "dpo_tail", "linear_logprob", "linear_dlogits"}
     assert launched.keys() == names

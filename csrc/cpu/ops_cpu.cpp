@@ -217,9 +217,9 @@ double sigmoid(double u) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_tail(const at::Tensor& logp,
                                                             const std::optional<at::Tensor>& weights,
                                                             const at::Tensor& offsets, const at::Tensor& ref,
-                                                            const at::Tensor& poison, double beta,
+                                                            const at::Tensor& nan_if_invalid, double beta,
                                                             double label_smoothing) {
-    const SegmentShape shape = check_sigmoid_tail(logp, weights, offsets, ref, poison, beta, label_smoothing);
+    const SegmentShape shape = check_sigmoid_tail(logp, weights, offsets, ref, nan_if_invalid, beta, label_smoothing);
     check_offsets(offsets, shape);
     const int64_t pairs = shape.segments / 2;
     const auto wide = logp.options().dtype(at::kDouble);
@@ -229,7 +229,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_tail(const at::Tensor& lo
         const Weighted<scalar_t> tokens(logp, weights);
         const int64_t* at = offsets.const_data_ptr<int64_t>();
         const double* ref_data = ref.const_data_ptr<double>();
-        const double extra = *poison.const_data_ptr<double>();
+        const double extra = *nan_if_invalid.const_data_ptr<double>();
         double *sum = sums.mutable_data_ptr<double>(), *loss = losses.mutable_data_ptr<double>(),
                *slope = grad.mutable_data_ptr<double>();
         for (int64_t p = 0; p < pairs; p++) {

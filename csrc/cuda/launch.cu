@@ -68,9 +68,9 @@ int segment_sum_of(const Runs<T, Weight>& runs, int64_t segments, double* sums, 
 }
 
 template <class T, class Weight>
-int sigmoid_tail_of(const Runs<T, Weight>& runs, int64_t pairs, const double* ref, const double* poison, double beta,
+int sigmoid_tail_of(const Runs<T, Weight>& runs, int64_t pairs, const double* ref, const double* nan_if_invalid, double beta,
                     double smoothing, double* sums, double* losses, double* grad, void* stream) {
-    return launch(sigmoid_tail<T, Weight>, dim3(blocks(pairs)), kTailThreads, stream, runs, pairs, ref, poison, beta,
+    return launch(sigmoid_tail<T, Weight>, dim3(blocks(pairs)), kTailThreads, stream, runs, pairs, ref, nan_if_invalid, beta,
                   smoothing, sums, losses, grad);
 }
 
@@ -133,11 +133,11 @@ int segment_sum(const SegmentPointers& tokens, int64_t segments, double* sums, v
     return with_runs(tokens, [&](const auto& runs) { return segment_sum_of(runs, segments, sums, stream); });
 }
 
-int sigmoid_tail(const SegmentPointers& tokens, int64_t pairs, const double* ref, const double* poison, double beta,
+int sigmoid_tail(const SegmentPointers& tokens, int64_t pairs, const double* ref, const double* nan_if_invalid, double beta,
                  double label_smoothing, double* sums, double* losses, double* grad, void* stream) {
     if (pairs == 0) return 0;
     return with_runs(tokens, [&](const auto& runs) {
-        return sigmoid_tail_of(runs, pairs, ref, poison, beta, label_smoothing, sums, losses, grad, stream);
+        return sigmoid_tail_of(runs, pairs, ref, nan_if_invalid, beta, label_smoothing, sums, losses, grad, stream);
     });
 }
 

@@ -50,7 +50,7 @@ int dlogits_rows(DType dtype, const void* tile, int64_t tile_stride, DType out_d
 int segment_sum(const SegmentPointers& tokens, int64_t segments, double* sums, void* stream);
 
 // DPO's losses of pairs of segments (chosen, rejected) and their derivative by the segments' sums.
-int sigmoid_tail(const SegmentPointers& tokens, int64_t pairs, const double* ref, const double* poison, double beta,
+int sigmoid_tail(const SegmentPointers& tokens, int64_t pairs, const double* ref, const double* nan_if_invalid, double beta,
                  double label_smoothing, double* sums, double* losses, double* grad, void* stream);
 
 const char* error_string(int error);

@@ -122,14 +122,14 @@ at::Tensor segment_sum(const at::Tensor& values, const OptionalTensor& weights, 
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_tail(const at::Tensor& logp, const OptionalTensor& weights,
                                                             const at::Tensor& offsets, const at::Tensor& ref,
-                                                            const at::Tensor& poison, double beta,
+                                                            const at::Tensor& nan_if_invalid, double beta,
                                                             double label_smoothing) {
-    const SegmentShape shape = check_sigmoid_tail(logp, weights, offsets, ref, poison, beta, label_smoothing);
+    const SegmentShape shape = check_sigmoid_tail(logp, weights, offsets, ref, nan_if_invalid, beta, label_smoothing);
     const OnDevice device(logp);
     const at::Tensor sums = at::empty_like(ref), grad = at::empty_like(ref);
     const at::Tensor losses = at::empty({shape.segments / 2}, ref.options());
     check_launch(cuda::sigmoid_tail(segment_pointers(logp, weights, offsets), shape.segments / 2,
-                                    ref.const_data_ptr<double>(), poison.const_data_ptr<double>(), beta,
+                                    ref.const_data_ptr<double>(), nan_if_invalid.const_data_ptr<double>(), beta,
                                     label_smoothing, sums.mutable_data_ptr<double>(),
                                     losses.mutable_data_ptr<double>(), grad.mutable_data_ptr<double>(),
                                     device.stream()),

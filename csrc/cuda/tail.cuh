@@ -8,7 +8,7 @@
 namespace dpo_kernels::cuda {
 
 // Consecutive runs of token log-probs: run s is offsets[s]..offsets[s+1]-1, cut at `count`. Offsets may go beyond that
-// where more tokens were scored than there is capacity for; the caller's poison then says so.
+// where more tokens were scored than there is capacity for; the caller's nan_if_invalid then says so.
 template <class T, class Weight>
 struct Runs {
     const T* values;        // (count,)
@@ -46,14 +46,14 @@ template <class T, class Weight>
 __global__ void __launch_bounds__(kTailThreads)
     sigmoid_tail(Runs<T, Weight> tokens, int64_t pairs,
                  const double* __restrict__ ref,     // (2 * pairs,)
-                 const double* __restrict__ poison,  // (), added to sums and gradients
+                 const double* __restrict__ nan_if_invalid,  // (), added to sums and gradients
                  double beta, double smoothing,
                  double* __restrict__ sums,     // (2 * pairs,), written
                  double* __restrict__ losses,   // (pairs,), written
                  double* __restrict__ grads) {  // (2 * pairs,), written
     for (int64_t pair = blockIdx.x; pair < pairs; pair += gridDim.x) {
-        const double chosen = tokens.sum(2 * pair) + *poison;
-        const double rejected = tokens.sum(2 * pair + 1) + *poison;
+        const double chosen = tokens.sum(2 * pair) + *nan_if_invalid;
+        const double rejected = tokens.sum(2 * pair + 1) + *nan_if_invalid;
         if (threadIdx.x != 0) continue;
         const double u = beta * ((chosen - ref[2 * pair]) - (rejected - ref[2 * pair + 1]));
         // Without smoothing its term is left out: 0 * inf would spoil a pair whose rejected sequence is impossible.
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kTailThreads)
         const double t = exp(-fabs(u));
         const double small = t / (1 + t), large = 1 / (1 + t);
         const double wrong = u > 0 ? small : large, right = u > 0 ? large : small;
-        const double grad = -beta * ((1 - smoothing) * wrong - smoothing * right) + *poison;
+        const double grad = -beta * ((1 - smoothing) * wrong - smoothing * right) + *nan_if_invalid;
         sums[2 * pair] = chosen;
         sums[2 * pair + 1] = rejected;
         losses[pair] = loss;

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dpo_kernels import fused_sequence_logps
-from dpo_kernels.integrations import heads
+from dpo_kernels.integrations import lm_head
 from dpo_kernels.integrations.fingerprint import input_device, model_fingerprint
 from dpo_kernels.integrations.head_check import evaluating
 from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
@@ -161,7 +161,7 @@ def _integer(name: str, value: Any) -> int:
 def _known_ids(head: FusedLMHead) -> tuple[int, int]:
     """How many token ids the model reads, and how many of them it scores."""
     embeddings: list[Any] = [head.model.get_input_embeddings(), head.output_embedding]
-    cores: list[Any] = [heads.unwrapped(embedding) for embedding in embeddings]
+    cores: list[Any] = [lm_head.unwrapped(embedding) for embedding in embeddings]
     read, scored = (core.weight.shape[0] for core in cores)
     return read, min(read, scored)
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from dpo_kernels.integrations import head_check, heads
+from dpo_kernels.integrations import head_check, lm_head
 
 # What the configurations call them. The self-check tells whether a name still means what it did.
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -84,9 +84,9 @@ class FusedLMHead:
             raise ValueError("prompt-learning adapters put virtual tokens before the labels' positions: not supported")
         self.model: Any = inner
         self.peft_model: Any = next((layer for layer in _layers(model) if hasattr(layer, "get_base_model")), None)
-        if reason := heads.left_out(inner, self.peft_model):
+        if reason := lm_head.left_out(inner, self.peft_model):
             raise ValueError(reason)
-        if reason := heads.why_not_linear(inner.get_output_embeddings()) or _why_not_direct(inner):
+        if reason := lm_head.why_not_linear(inner.get_output_embeddings()) or _why_not_direct(inner):
             raise ValueError(f"{type(inner).__name__}: {reason}")
         self.logit_scale, self.softcap = _scaling(inner.config.get_text_config())
         self.checking = check
@@ -116,7 +116,7 @@ class FusedLMHead:
         return not self.checking or self._state() in self._found_right
 
     def _state(self) -> tuple[Any, ...]:
-        return (self.logit_scale, self.softcap, *heads.state(self.output_embedding))
+        return (self.logit_scale, self.softcap, *lm_head.state(self.output_embedding))
 
     def __call__(self, **inputs: Any) -> HeadInputs:
         """The model's last hidden states and its head, from the model's own inputs (no labels)."""
@@ -139,7 +139,7 @@ class FusedLMHead:
 
     def _settle(self, inputs: dict[str, Any], called: Any) -> None:
         """Raise where the backbone or the head would give something else than ``called``, the model or PEFT's."""
-        if reason := heads.left_out(self.model, self.peft_model):
+        if reason := lm_head.left_out(self.model, self.peft_model):
             raise ValueError(reason)
         if not self.checked:
             self._check(inputs, called)
@@ -150,7 +150,7 @@ class FusedLMHead:
 
     def operands(self, hidden: Tensor) -> HeadInputs:
         """The head as applied to hidden states ``(..., H)``: LoRA makes H larger."""
-        hidden, weight, bias = heads.operands(self.output_embedding, hidden)
+        hidden, weight, bias = lm_head.operands(self.output_embedding, hidden)
         return HeadInputs(hidden, weight, {"bias": bias, **self.options})
 
     def attach(self) -> "FusedLMHead":
@@ -251,7 +251,7 @@ def _why_not_direct(model: Any) -> str:
     """Whether layers of their own stand between the backbone and the output embedding."""
     embedding, body = model.get_output_embeddings(), backbone(model)
     width = getattr(model.config.get_text_config(), "hidden_size", None)
-    linear: Any = heads.unwrapped(embedding)
+    linear: Any = lm_head.unwrapped(embedding)
     narrower = width is not None and linear.weight.shape[1] != width
     for name, child in model.named_children():
         if child is body or child is embedding:

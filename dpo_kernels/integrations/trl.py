@@ -20,7 +20,7 @@ from trl import DPOTrainer
 from trl.trainer import dpo_trainer as trl_module
 
 from dpo_kernels import fused_dpo_loss, fused_sequence_logps, wpo_pair_weights
-from dpo_kernels.integrations import heads, trl_loss, trl_metrics
+from dpo_kernels.integrations import lm_head, trl_loss, trl_metrics
 from dpo_kernels.integrations.head_check import evaluating
 from dpo_kernels.integrations.routers import router_loss, why_no_router_loss
 from dpo_kernels.integrations.transformers import CALL, FusedLMHead, fused_lm_head, innermost
@@ -74,22 +74,22 @@ class FusedDPOTrainer(DPOTrainer):
             super().__init__(*args, **kwargs)
         if padding_free:
             given.padding_free = self.padding_free = True
-            if self.not_fused:
+            if self.fallback_reason:
                 raise ValueError(f"padding_free=True needs the fused loss, which cannot be used: {self.not_fused}")
-        if not self.not_fused:
+        if not self.fallback_reason:
             self._settle_router_loss()
             self._head(self.model).attach()
 
     @property
-    def not_fused(self) -> str:
+    def fallback_reason(self) -> str:
         """Why TRL's own loss is used, or an empty string. Says so in the log the first time."""
         if self._reason is None:
             self._reason = self._why_not_fused()
-            if self._reason and heads.has_adapter(innermost(self.model).get_output_embeddings()):
+            if self._reason and lm_head.has_adapter(innermost(self.model).get_output_embeddings()):
                 raise ValueError(f"an adapter on the LM head needs the fused loss, but: {self._reason}")
             said = f"TRL's own loss is used: {self._reason}" if self._reason else ""
             if self._loss_options is not None and not said:
-                said = self._loss_options.honoured
+                said = self._loss_options.differences_from_trl
             if said and self.accelerator.is_main_process:
                 logger.warning("FusedDPOTrainer: %s", said)
         return self._reason
@@ -131,7 +131,7 @@ class FusedDPOTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Reference log-probs of a padded batch, ``(B,)`` for each side."""
-        if self.not_fused:
+        if self.fallback_reason:
             return super().compute_ref_log_probs(model, inputs)
         batch = self._batch(inputs)
         chosen, rejected = self._reference(batch, model).chunk(2)
@@ -149,7 +149,7 @@ class FusedDPOTrainer(DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        if self.not_fused:
+        if self.fallback_reason:
             return super()._compute_loss(model, inputs, return_outputs)
         mode = "train" if self.model.training else "eval"
         batch = self._batch(inputs)

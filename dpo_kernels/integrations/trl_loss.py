@@ -28,7 +28,7 @@ class LossOptions:
 
     arguments: dict[str, Any]
     needs_reference: bool
-    honoured: str
+    differences_from_trl: str
 
 
 def loss_options(trainer: Any) -> LossOptions:
@@ -46,7 +46,7 @@ def loss_options(trainer: Any) -> LossOptions:
     arguments: dict[str, Any] = {"beta": trainer.beta, "loss_type": next(iter(weights))}
     if len(weights) > 1 or set(weights.values()) != {1.0}:
         arguments |= {"loss_type": tuple(weights), "loss_weights": list(weights.values())}
-    honoured = _smoothing(arguments, trainer.label_smoothing, specs)
+    differences_from_trl = _smoothing(arguments, trainer.label_smoothing, specs)
     if "discopop" in weights:
         arguments["discopop_tau"] = trainer.args.discopop_tau
     _check_tokens(weights, trainer)
@@ -55,7 +55,7 @@ def loss_options(trainer: Any) -> LossOptions:
         FusedDPOLoss(**arguments)
     except (ValueError, TypeError) as error:
         raise NotFused(f"the fused loss refuses these options ({error})") from error
-    return LossOptions(arguments, any(spec.needs_reference for spec in specs), honoured)
+    return LossOptions(arguments, any(spec.needs_reference for spec in specs), differences_from_trl)
 
 
 def _smoothing(arguments: dict[str, Any], label_smoothing: float, specs: list[Any]) -> str:

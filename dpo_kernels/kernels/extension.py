@@ -10,10 +10,12 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from dpo_kernels.kernel_interface import LogitsGradient, RowState
 from dpo_kernels.kernels.installed import constant_in_graphs
-from dpo_kernels.kernels.torch_rows import TorchRows
-from dpo_kernels.sequence import offsets_of
-from dpo_kernels.types import Head, LogitsGradient, RowState, SequenceLoss, accumulation_dtype
+from dpo_kernels.kernels.torch_kernels import TorchKernels
+from dpo_kernels.loss_interface import SequenceLoss
+from dpo_kernels.segments import offsets_of
+from dpo_kernels.shapes import Head, accumulation_dtype
 
 OPERATORS = (
     "reduce_rows_",
@@ -124,23 +126,23 @@ def _register() -> None:
         weights: Tensor | None,
         offsets: Tensor,
         ref: Tensor,
-        poison: Tensor,
+        nan_if_invalid: Tensor,
         beta: float,
         label_smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty_like(ref), ref.new_empty(ref.shape[0] // 2), torch.empty_like(ref)
 
 
-class ExtensionRows(TorchRows):
+class ExtensionKernels(TorchKernels):
     """What the two devices share."""
 
     @property
-    def narrow(self) -> bool:
+    def bf16_operands(self) -> bool:
         """Whether the gradient GEMMs read bfloat16: the tile then carries its scale, written beside the logits."""
         return self.dtype == torch.bfloat16
 
     def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
-        """See ``types.RowKernels``; bias, scale and cap in one pass over the raw products."""
+        """See ``RowKernels``; bias, scale and cap in one pass over the raw products."""
         self.multiply(x_CH, head, start, tile)
         if head.bias is None and head.softcap is None and head.logit_scale == 1.0:
             return
@@ -160,10 +162,10 @@ class ExtensionRows(TorchRows):
         scale_C: Tensor | None,
         exponentiated: bool = False,
     ) -> LogitsGradient:
-        """See ``types.RowKernels``; in place and unscaled, unless ``narrow``."""
+        """See ``RowKernels``; in place and unscaled, unless ``narrow``."""
         out, applied, residual = None, None, None
-        if self.narrow:
-            out, applied, scale_C = self.narrow_like(tile), scale_C, None
+        if self.bf16_operands:
+            out, applied, scale_C = self.empty_operands_like(tile), scale_C, None
             residual = torch.zeros_like(max_C)
         torch.ops.dpo_kernels.dlogits_rows_(
             tile,
@@ -180,53 +182,53 @@ class ExtensionRows(TorchRows):
         return LogitsGradient(tile if out is None else out, scale_C, labels_C, residual)
 
     def segment_sum(self, values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) -> Tensor:
-        """See ``types.RowKernels``."""
+        """See ``RowKernels``."""
         if counts_S.shape[0] == 0:
             return super().segment_sum(values_N, weights_N, counts_S)
         offsets = offsets_of(counts_S, values_N.shape[0])
         sums: Tensor = torch.ops.dpo_kernels.segment_sum(values_N, weights_N, offsets)
         return sums
 
-    def tail(
+    def sequence_loss(
         self,
         logp_N: Tensor,
         weights_N: Tensor | None,
         counts_S: Tensor,
         ref_S: Tensor,
-        poison: Tensor,
+        nan_if_invalid: Tensor,
         loss: SequenceLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``types.RowKernels``; the sigmoid family in one pass, other losses by autograd."""
+        """See ``RowKernels``; the sigmoid family in one pass, other losses by autograd."""
         if loss.sigmoid is None or counts_S.shape[0] == 0:
-            return super().tail(logp_N, weights_N, counts_S, ref_S, poison, loss)
+            return super().sequence_loss(logp_N, weights_N, counts_S, ref_S, nan_if_invalid, loss)
         sums_S, losses_P, grad_S = torch.ops.dpo_kernels.sigmoid_tail(
-            logp_N, weights_N, offsets_of(counts_S, logp_N.shape[0]), ref_S, poison, *loss.sigmoid
+            logp_N, weights_N, offsets_of(counts_S, logp_N.shape[0]), ref_S, nan_if_invalid, *loss.sigmoid
         )
         return sums_S, losses_P, grad_S
 
 
-class CppRows(ExtensionRows):
+class CppKernels(ExtensionKernels):
     """Row passes in vectorised C++ on the CPU, threaded over rows."""
 
     name = "cpp"
-    lends_gradient = True  # fresh memory is slow, and there may be little of it
+    can_alias_weight_grad = True  # fresh memory is slow, and there may be little of it
 
     @property
-    def narrow(self) -> bool:
-        """See ``ExtensionRows``; where this CPU multiplies bfloat16."""
+    def bf16_operands(self) -> bool:
+        """See ``ExtensionKernels``; where this CPU multiplies bfloat16."""
         return _multiplies(self.dtype)
 
     def buffer(self, device: torch.device, *shape: int) -> Tensor:
-        """See ``types.RowKernels``; in pages that the step before has left, see ``empty_cache``."""
+        """See ``RowKernels``; in pages that the step before has left, see ``empty_cache``."""
         like = torch.empty(0, dtype=accumulation_dtype(self.dtype), device=device)
         memory: Tensor = torch.ops.dpo_kernels.new_huge(like, shape)
         return memory
 
     @staticmethod
-    def hand_over(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """See ``types.RowKernels``; bfloat16 takes the first half of the memory."""
+    def finalize_weight_grad(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """See ``RowKernels``; bfloat16 takes the first half of the memory."""
         if (grad.dtype, dtype) != (torch.float32, torch.bfloat16) or not grad.is_contiguous():
-            return TorchRows.hand_over(grad, factor, dtype)
+            return TorchKernels.finalize_weight_grad(grad, factor, dtype)
         torch.ops.dpo_kernels.narrow_(grad, float(factor))
         return grad.view(dtype).view(-1)[: grad.numel()].view(grad.shape)
 
@@ -237,38 +239,38 @@ class CppRows(ExtensionRows):
 
     def multiply(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
         """``tile = x_CH @ W[start:start+Vt]^T``."""
-        if not self.narrow:
+        if not self.bf16_operands:
             return super().multiply(x_CH, head, start, tile)
         weight_VtH = _operand(head.weight[start : start + tile.shape[1]])
         torch.ops.dpo_kernels.matmul_bfloat16_(x_CH, weight_VtH.t(), tile, False)
 
     def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
-        """See ``types.RowKernels``."""
+        """See ``RowKernels``."""
         _reduce_rows(state, tile, labels_C, start, keep_logits)
         state.exponentiated = not keep_logits
 
     def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
-        """See ``types.RowKernels``."""
+        """See ``RowKernels``."""
         if d.values.dtype != torch.bfloat16:
             return super().grad_hidden(d, head, start, out_CH, accumulate)
         weight_VtH = _operand(head.weight[start : start + d.values.shape[1]])
         torch.ops.dpo_kernels.matmul_bfloat16_(d.values, weight_VtH, out_CH, accumulate)
-        self.give_back(d, head, out_CH)
+        self.add_rounding_residual(d, head, out_CH)
 
     def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
-        """See ``types.RowKernels``."""
+        """See ``RowKernels``."""
         if d.values.dtype != torch.bfloat16:
             return super().grad_weight(d, x_CH, out_VtH, accumulate)
         torch.ops.dpo_kernels.matmul_bfloat16_(d.values.t(), x_CH, out_VtH, accumulate)
 
 
-class CudaRows(ExtensionRows):
+class CudaKernels(ExtensionKernels):
     """Row passes in CUDA."""
 
     name = "cuda"
 
     def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
-        """See ``types.RowKernels``; the logits are kept, the gradient's kernel exponentiates again."""
+        """See ``RowKernels``; the logits are kept, the gradient's kernel exponentiates again."""
         _reduce_rows(state, tile, labels_C, start, True)
 
 

@@ -8,56 +8,44 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpo_kernels.sequence import segment_sum
-from dpo_kernels.types import (
-    GPU_ROW_ALIGNMENT,
-    Head,
-    LogitsGradient,
-    RowKernels,
-    RowResult,
-    Rows,
-    RowState,
-    SequenceLoss,
-    Tile,
-    accumulation_dtype,
-    padded,
-    rescale,
-    spans,
-)
+from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowResult, RowState, rescale
+from dpo_kernels.loss_interface import SequenceLoss
+from dpo_kernels.segments import segment_sum
+from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head, PackedTokens, Tile, accumulation_dtype, padded, spans
 
 
 class TiledPasses(RowKernels):
-    """``linear_*`` and ``tail`` of ``types.RowKernels`` from tile operations and plain torch."""
+    """``linear_*`` and ``tail`` of ``RowKernels`` from tile operations and plain torch."""
 
     def buffer(self, device: torch.device, *shape: int) -> Tensor:
-        """See ``types.RowKernels``."""
+        """See ``RowKernels``."""
         return torch.empty(shape, dtype=accumulation_dtype(self.dtype), device=device)
 
     @staticmethod
     def row_alignment(device_type: str) -> int:
-        """See ``types.RowKernels``: on a GPU 16 elements, without which a GEMM or a row pass of an odd vocabulary reads
+        """See ``RowKernels``: on a GPU 16 elements, without which a GEMM or a row pass of an odd vocabulary reads
         element by element.
         """
         return GPU_ROW_ALIGNMENT if device_type == "cuda" else 1
 
     def scratch(self, device: torch.device, rows: int, cols: int) -> Tensor:
-        """See ``types.RowKernels``."""
+        """See ``RowKernels``."""
         return self.buffer(device, rows * padded(cols, self.row_alignment(device.type)))
 
     def tile_in(self, scratch: Tensor, rows: int, cols: int) -> Tensor:
-        """See ``types.RowKernels``."""
+        """See ``RowKernels``."""
         pitch = padded(cols, self.row_alignment(scratch.device.type))
         return scratch[: rows * pitch].view(rows, pitch)[:, :cols]
 
-    def narrow_like(self, tile: Tensor) -> Tensor:
+    def empty_operands_like(self, tile: Tensor) -> Tensor:
         """An uninitialised tile of GEMM operands."""
         rows, cols = tile.shape
         pitch = padded(cols, self.row_alignment(tile.device.type))
         return tile.new_empty(rows, pitch, dtype=self.dtype)[:, :cols]
 
     @staticmethod
-    def hand_over(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """See ``types.RowKernels``; in place, and untouched where that can be told without a sync."""
+    def finalize_weight_grad(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """See ``RowKernels``; in place, and untouched where that can be told without a sync."""
         if grad.dtype != dtype:
             return None
         return grad if grad.device.type == "cpu" and float(factor) == 1.0 else grad.mul_(factor)
@@ -66,24 +54,26 @@ class TiledPasses(RowKernels):
         """See ``sequence.segment_sum``."""
         return segment_sum(values_N, weights_N, counts_S)
 
-    def tail(
+    def sequence_loss(
         self,
         logp_N: Tensor,
         weights_N: Tensor | None,
         counts_S: Tensor,
         ref_S: Tensor,
-        poison: Tensor,
+        nan_if_invalid: Tensor,
         loss: SequenceLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``types.RowKernels``; the poison reaches the gradient too, whatever the loss makes of a NaN."""
-        sums_S = self.segment_sum(logp_N, weights_N, counts_S) + poison
+        """See ``RowKernels``; the poison reaches the gradient too, whatever the loss makes of a NaN."""
+        sums_S = self.segment_sum(logp_N, weights_N, counts_S) + nan_if_invalid
         losses_P, grad_S = loss.value_and_grad(sums_S, ref_S, counts_S)
-        return sums_S, losses_P, grad_S + poison
+        return sums_S, losses_P, grad_S + nan_if_invalid
 
-    def linear_logprob(self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]) -> RowResult:
-        """See ``types.RowKernels``."""
+    def linear_logprob(
+        self, hidden_RH: Tensor, head: Head, rows: PackedTokens, tile: Tile, stats: Sequence[str]
+    ) -> RowResult:
+        """See ``RowKernels``."""
         scratch = self.scratch(hidden_RH.device, tile.rows, tile.cols)
-        out = _Collected(rows, scratch, stats)
+        out = _RowResults(rows, scratch, stats)
         for start, stop in spans(rows.used, tile.rows):
             x_CH = rows.gather(hidden_RH, start, stop, self.dtype)
             labels_C = rows.labels[start:stop]
@@ -92,11 +82,13 @@ class TiledPasses(RowKernels):
                 z = self.tile_in(scratch, stop - start, right - left)
                 self.project(x_CH, head, left, z)
                 self.reduce(state, z, labels_C, left)
-            out.put(start, stop, self.finish(state, labels_C, head.vocab))
+            out.put(start, stop, self.row_logps(state, labels_C, head.vocab))
         return out.result
 
-    def stream_logprob(self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]) -> RowResult:
-        """See ``types.RowKernels``; without a kernel of its own, small tiles in memory."""
+    def stream_logprob(
+        self, hidden_RH: Tensor, head: Head, rows: PackedTokens, tile: Tile, stats: Sequence[str]
+    ) -> RowResult:
+        """See ``RowKernels``; without a kernel of its own, small tiles in memory."""
         return self.linear_logprob(hidden_RH, head, rows, tile, stats)
 
     def recomputed_dlogits(
@@ -110,37 +102,37 @@ class TiledPasses(RowKernels):
         others_C: Tensor,
         scale_C: Tensor | None,
     ) -> LogitsGradient:
-        """See ``types.RowKernels``."""
+        """See ``RowKernels``."""
         self.project(x_CH, head, start, tile)
         return self.dlogits_(tile, labels_C, start, max_C, others_C, head, scale_C)
 
-    def reduced_dlogits(self, state: RowState, tile: Tensor, labels_C: Tensor, head: Head) -> LogitsGradient:
-        """See ``types.RowKernels``."""
+    def reduce_and_dlogits(self, state: RowState, tile: Tensor, labels_C: Tensor, head: Head) -> LogitsGradient:
+        """See ``RowKernels``."""
         self.reduce(state, tile, labels_C, 0, keep_logits=head.softcap is not None)
         return self.dlogits_(tile, labels_C, 0, state.max, state.others, head, None, state.exponentiated)
 
     def linear_direction(
-        self, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
+        self, hidden_RH: Tensor, head: Head, rows: PackedTokens, tile: Tile, stats: Sequence[str]
     ) -> tuple[RowResult, Tensor]:
-        """See ``types.RowKernels``. A row's softmax-weighted sum of the head is rescaled as its maximum grows."""
+        """See ``RowKernels``. A row's softmax-weighted sum of the head is rescaled as its maximum grows."""
         scratch = self.scratch(hidden_RH.device, tile.rows, tile.cols)
-        out = _Collected(rows, scratch, stats)
-        direction = scratch.new_zeros(rows.capacity + 1, hidden_RH.shape[1])
+        out = _RowResults(rows, scratch, stats)
+        dlogp_dhidden = scratch.new_zeros(rows.capacity + 1, hidden_RH.shape[1])
         for start, stop in spans(rows.used, tile.rows):
             x_CH = rows.gather(hidden_RH, start, stop, self.dtype)
             labels_C = rows.labels[start:stop]
             state = self.new_state(stop - start, x_CH.device, stats)
             run = self._whole_direction if tile.cols >= head.vocab else self._cut_direction
-            run(state, x_CH, head, labels_C, scratch, tile.cols, direction[start:stop])
-            out.put(start, stop, self.finish(state, labels_C, head.vocab))
-        return out.result, direction
+            run(state, x_CH, head, labels_C, scratch, tile.cols, dlogp_dhidden[start:stop])
+            out.put(start, stop, self.row_logps(state, labels_C, head.vocab))
+        return out.result, dlogp_dhidden
 
     def _whole_direction(
         self, state: RowState, x_CH: Tensor, head: Head, labels_C: Tensor, scratch: Tensor, _: int, out_CH: Tensor
     ) -> None:
         z = self.tile_in(scratch, x_CH.shape[0], head.vocab)
         self.project(x_CH, head, 0, z)
-        d = self.reduced_dlogits(state, z, labels_C, head)
+        d = self.reduce_and_dlogits(state, z, labels_C, head)
         self.grad_hidden(d, head, 0, out_CH, accumulate=False)
         scale_C = head.logit_scale / state.sumexp
         out_CH.mul_((scale_C if d.scale is None else scale_C * d.scale)[:, None])
@@ -167,13 +159,13 @@ class TiledPasses(RowKernels):
         self,
         hidden_RH: Tensor,
         head: Head,
-        rows: Rows,
+        rows: PackedTokens,
         saved: tuple[Tensor, Tensor, Tensor],
         grad_N: Tensor,
         tile: Tile,
         need: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See ``types.RowKernels``."""
+        """See ``RowKernels``."""
         max_N, sumexp_N, others_N = saved
         scratch = self.scratch(hidden_RH.device, tile.rows, tile.cols)
         grads = self._new_gradients(hidden_RH, head, rows, need)
@@ -197,7 +189,7 @@ class TiledPasses(RowKernels):
         return grads
 
     def _new_gradients(
-        self, hidden_RH: Tensor, head: Head, rows: Rows, need: tuple[bool, bool, bool]
+        self, hidden_RH: Tensor, head: Head, rows: PackedTokens, need: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Buffers for the gradients by hidden rows (one more row, zero), weight and bias; None where not needed."""
         need_hidden, need_weight, need_bias = need
@@ -220,10 +212,10 @@ def _label_rows(head: Head, labels_C: Tensor, target_C: Tensor, dtype: torch.dty
     return rows_CH * (1.0 - (target_C / head.softcap).square())[:, None]
 
 
-class _Collected:
+class _RowResults:
     """Results of row tiles, put together; capacity that stands for nothing keeps log-prob 0."""
 
-    def __init__(self, rows: Rows, like: Tensor, stats: Sequence[str]) -> None:
+    def __init__(self, rows: PackedTokens, like: Tensor, stats: Sequence[str]) -> None:
         zeros, ones = like.new_zeros(rows.capacity), like.new_ones(rows.capacity)
         self.result = RowResult(
             zeros,

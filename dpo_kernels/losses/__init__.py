@@ -7,7 +7,7 @@ numbers. To add one: a function, a row in ``tests/test_losses.py``, a row in the
 """
 
 from dpo_kernels.losses import pairwise, reference_free  # they enter themselves
-from dpo_kernels.losses.binding import BoundLoss, Loss, bind, fit_to_batch, unflat
+from dpo_kernels.losses.binding import BoundLoss, Loss, bind, decode, fit_to_batch
 from dpo_kernels.losses.registry import LOSSES, LossSpec, register
 
 __all__ = [
@@ -16,9 +16,9 @@ __all__ = [
     "Loss",
     "LossSpec",
     "bind",
+    "decode",
     "fit_to_batch",
     "pairwise",
     "reference_free",
     "register",
-    "unflat",
 ]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.checks import check_choice, check_number, check_real, refuse_forward_mode
+from dpo_kernels.loss_interface import LossInputs
 from dpo_kernels.losses.divergence import DIVERGENCES
 from dpo_kernels.losses.registry import LOSSES, LossFunction, LossSpec
-from dpo_kernels.types import LossInputs, sum_dtype
+from dpo_kernels.shapes import sum_dtype
 
 Loss = str | LossFunction | Sequence[str]
 # Every loss takes these beside its own options; f-divergences go with losses of log-ratios only.
@@ -33,7 +34,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)  # torch 2.11 hashes what it traces a call of, before it has its fields
 class BoundLoss:
-    """A loss with beta, options and modifiers fixed; satisfies ``types.SequenceLoss``.
+    """A loss with beta, options and modifiers fixed; satisfies ``SequenceLoss``.
 
     ``tensors`` holds what differs by pair, ``(P,)`` float64 each: options given as tensors, ``pair_weights``, and
     ``token_factor``, which turns a sum of log-probs into its part of the mean over tokens.
@@ -70,7 +71,7 @@ class BoundLoss:
 
     @property
     def difference(self) -> str | None:
-        """See ``types.SequenceLoss``."""
+        """See ``SequenceLoss``."""
         kinds = {part.spec.difference for part in self.parts}
         if len(kinds) > 1 or self.nll_weight != 0.0 or self.f_divergence != "reverse_kl":
             return None
@@ -78,7 +79,7 @@ class BoundLoss:
 
     @property
     def sigmoid(self) -> tuple[float, float] | None:
-        """See ``types.SequenceLoss``."""
+        """See ``SequenceLoss``."""
         plain = len(self.parts) == 1 and self.parts[0].spec is LOSSES["sigmoid"] and self.parts[0].weight == 1.0
         if not plain or self.tensors or self.nll_weight != 0.0 or self.f_divergence != "reverse_kl":
             return None
@@ -87,10 +88,10 @@ class BoundLoss:
     @property
     def needs_token_factor(self) -> bool:
         """Whether ``token_factor`` must be among the tensors."""
-        return self.nll_weight != 0.0 or any(TOKEN_FACTOR in part.spec.from_engine for part in self.parts)
+        return self.nll_weight != 0.0 or any(TOKEN_FACTOR in part.spec.filled_by_engine for part in self.parts)
 
     def bounds(self, sequences: int) -> Sequence[int]:
-        """See ``types.SequenceLoss``: pairs."""
+        """See ``SequenceLoss``: pairs."""
         return range(0, sequences + 1, 2)
 
     def with_token_factor(self, factor: Tensor, pairs: int) -> "BoundLoss":
@@ -99,16 +100,16 @@ class BoundLoss:
             return self
         return replace(self, tensors={**self.tensors, TOKEN_FACTOR: factor.to(sum_dtype(factor.device)).expand(pairs)})
 
-    def of_units(self, first: int, last: int) -> "BoundLoss":
-        """See ``types.SequenceLoss``."""
+    def of_examples(self, first: int, last: int) -> "BoundLoss":
+        """See ``SequenceLoss``."""
         if not self.tensors:
             return self
         return replace(self, tensors={name: value[first:last] for name, value in self.tensors.items()})
 
     # --- as an operator's schema can carry it ---
 
-    def flat(self, like: Tensor) -> tuple[str, list[float], Tensor]:
-        """(code, numbers, ``(k, P)`` tensors); ``unflat`` is the inverse."""
+    def encode(self, like: Tensor) -> tuple[str, list[float], Tensor]:
+        """(code, numbers, ``(k, P)`` tensors); ``decode`` is the inverse."""
         code = f"{self.name};{self.f_divergence};{','.join(self.tensors)}"
         numbers = [self.f_alpha, self.nll_weight]
         for part in self.parts:
@@ -141,7 +142,7 @@ class BoundLoss:
         scored = self._scored(x)
         total = None
         for part in self.parts:
-            wanted = (*part.spec.by_pair, *part.spec.from_engine)
+            wanted = (*part.spec.by_pair, *part.spec.filled_by_engine)
             by_pair = {name: tensors[name] for name in wanted if name in tensors}
             losses_P = part.spec.fn(scored if part.spec.scores else x, **dict(part.options), **by_pair)
             _check_result(losses_P, x, part.spec.name)
@@ -226,7 +227,7 @@ def bind(loss_type: Loss, beta: float, label_smoothing: float, options: dict[str
     return BoundLoss(tuple(parts), beta, f_divergence, f_alpha, nll_weight, tensors)
 
 
-def unflat(code: str, beta: float, numbers: Sequence[float], tensors: Tensor) -> BoundLoss:
+def decode(code: str, beta: float, numbers: Sequence[float], tensors: Tensor) -> BoundLoss:
     """A named loss from what an operator's schema can carry."""
     names, f_divergence, rows = code.split(";")
     kept = dict(zip(rows.split(","), tensors, strict=True)) if rows else {}

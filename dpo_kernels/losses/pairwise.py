@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_kernels.loss_interface import LossInputs
 from dpo_kernels.losses.registry import register
-from dpo_kernels.types import LossInputs
 
 SMOOTHING = (0.0, 0.5)
 BELOW_HALF = 0.5 - 1e-6

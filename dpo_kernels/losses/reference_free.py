@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_kernels.loss_interface import LossInputs
 from dpo_kernels.losses.bounds import LARGEST_EXPONENT, at_least, at_most
 from dpo_kernels.losses.pairwise import SMOOTHING, averages, smoothed
 from dpo_kernels.losses.registry import register
-from dpo_kernels.types import LossInputs
 
 LEAST_SURPRISE = 1e-30  # nats a token; an average log-prob above minus this counts as this: 1 over it fits float32
 HALF = -0.6931471805599453  # the log-prob of 1/2, where the two forms of log(1 - p) meet
@@ -66,7 +66,7 @@ def _log_odds(average: Tensor) -> Tensor:
     return held - torch.where(held > HALF, near, far)
 
 
-@register(needs_reference=False, from_engine=("token_factor",))
+@register(needs_reference=False, filled_by_engine=("token_factor",))
 def sft(x: LossInputs, *, token_factor: float | Tensor) -> Tensor:
     """Supervised fine-tuning on the chosen side: the mean over all its scored tokens of the batch of ``-log p``.
 

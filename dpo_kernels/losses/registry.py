@@ -39,7 +39,7 @@ class LossSpec:
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     scores: bool = False
     by_pair: tuple[str, ...] = ()
-    from_engine: tuple[str, ...] = ()
+    filled_by_engine: tuple[str, ...] = ()
     nll_weight: float = 0.0
 
     @property
@@ -47,7 +47,7 @@ class LossSpec:
         """Names of the keyword options that the function takes."""
         parameters = inspect.signature(self.fn).parameters.values()
         names = (p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
-        return tuple(name for name in names if name not in self.from_engine)
+        return tuple(name for name in names if name not in self.filled_by_engine)
 
     @property
     def defaults(self) -> dict[str, Any]:

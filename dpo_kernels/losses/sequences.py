@@ -1,7 +1,7 @@
 """Losses beyond pairs: of single labelled sequences (KTO, BCO) and of groups of ranked ones.
 
 ``x`` is the log-ratio ``logp - ref`` of a sequence, ``b`` beta, ``s`` the logistic function. Both kinds satisfy
-``types.SequenceLoss``; units are sequences here, groups there.
+``SequenceLoss``; units are sequences here, groups there.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ KTO_LOSSES = ("kto", "bco")
 GROUP_LOSSES = ("plackett_luce", "infonce")
 
 
-class _WithoutAName:
+class _UnnamedLoss:
     """What the losses of this file share: no fused tail, no place in an operator's schema."""
 
     separable, is_callable, difference, sigmoid = True, True, None, None
@@ -36,7 +36,7 @@ class _WithoutAName:
 
 
 @dataclass(frozen=True, eq=False)  # torch 2.11 hashes what it traces a call of
-class LabelledLoss(_WithoutAName):
+class LabelledLoss(_UnnamedLoss):
     """KTO and BCO: a loss of each sequence by itself.
 
     KTO (Ethayarajh et al., arXiv 2402.01306, eq. 8): ``w_d [1 - s(b x - z0)]`` for a desirable sequence,
@@ -51,11 +51,11 @@ class LabelledLoss(_WithoutAName):
     shift: Tensor  # () float64: z0, or d
 
     def bounds(self, sequences: int) -> Sequence[int]:
-        """See ``types.SequenceLoss``: one by one."""
+        """See ``SequenceLoss``: one by one."""
         return range(sequences + 1)
 
-    def of_units(self, first: int, last: int) -> "LabelledLoss":
-        """See ``types.SequenceLoss``."""
+    def of_examples(self, first: int, last: int) -> "LabelledLoss":
+        """See ``SequenceLoss``."""
         return replace(self, desirable_S=self.desirable_S[first:last], weights_S=self.weights_S[first:last])
 
     def __call__(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class LabelledLoss(_WithoutAName):
 
 
 @dataclass(frozen=True, eq=False)
-class GroupLoss(_WithoutAName):
+class GroupLoss(_UnnamedLoss):
     """Plackett and Luce, and InfoNCE: a loss of each group of sequences, the best first.
 
     Plackett-Luce (Rafailov et al., arXiv 2305.18290, appendix A.3): the negative log-probability of the whole ranking,
@@ -80,14 +80,14 @@ class GroupLoss(_WithoutAName):
     sizes: tuple[int, ...]
 
     def bounds(self, sequences: int) -> Sequence[int]:
-        """See ``types.SequenceLoss``: groups."""
+        """See ``SequenceLoss``: groups."""
         ends = [0]
         for size in self.sizes:
             ends.append(ends[-1] + size)
         return ends
 
-    def of_units(self, first: int, last: int) -> "GroupLoss":
-        """See ``types.SequenceLoss``."""
+    def of_examples(self, first: int, last: int) -> "GroupLoss":
+        """See ``SequenceLoss``."""
         return replace(self, sizes=self.sizes[first:last])
 
     def __call__(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> Tensor:

@@ -17,21 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_kernels.sequence import spread
+from dpo_kernels.device_specs import ChunkCosts
+from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowState, rescale
+from dpo_kernels.loss_interface import SequenceLoss
+from dpo_kernels.segments import sequence_to_token
+from dpo_kernels.shapes import Accumulator, Head, PackedTokens, Tile, spans
 from dpo_kernels.strategies.groups import Group, oversized_buffers, plan_groups
-from dpo_kernels.types import (
-    Accumulator,
-    Chunking,
-    Head,
-    LogitsGradient,
-    RowKernels,
-    Rows,
-    RowState,
-    SequenceLoss,
-    Tile,
-    rescale,
-    spans,
-)
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,7 @@ def pair_gradients(
     kernels: RowKernels,
     hidden_RH: Tensor,
     head: Head,
-    rows: Rows,
+    rows: PackedTokens,
     ref_S: Tensor,
     loss: SequenceLoss,
     denominator: Tensor,
@@ -71,14 +62,14 @@ def pair_gradients(
     need: tuple[bool, bool, bool],
     stats: Sequence[str],
     into: Accumulator | None = None,
-    chunking: Chunking | None = None,
+    chunking: ChunkCosts | None = None,
 ) -> PairGradients:
     """Run the pass; ``need`` says which of (hidden, weight, bias) want a gradient, ``denominator`` is 0-d float64.
 
     With ``into`` the head's gradient is added there and all gradients are those of ``into.upstream * total``. A tile
     of fewer columns than the vocabulary holds all rows, and the gradient's memory the logits.
     """
-    chunking = chunking or Chunking()
+    chunking = chunking or ChunkCosts()
     groups = plan_groups(rows.host_counts, rows.capacity, loss.bounds(rows.counts.shape[0]), tile.rows, chunking)
     largest = max((group.stop - group.start for group in groups), default=0)
     tile = Tile(min(tile.rows, largest), tile.cols)
@@ -101,7 +92,7 @@ class _Pass:
         kernels: RowKernels,
         hidden_RH: Tensor,
         head: Head,
-        rows: Rows,
+        rows: PackedTokens,
         ref_S: Tensor,
         loss: SequenceLoss,
         denominator: Tensor,
@@ -222,7 +213,7 @@ class _Pass:
         return Logits(start, stop, x_CH, tile, state)
 
     def _put(self, start: int, stop: int, state: RowState, labels_C: Tensor) -> None:
-        done = self.kernels.finish(state, labels_C, self.head.vocab)
+        done = self.kernels.row_logps(state, labels_C, self.head.vocab)
         self.logp[start:stop] = done.logp
         for name in self.stats:
             self.token_stats[name][start:stop] = done.stats[name]
@@ -232,13 +223,13 @@ class _Pass:
         tokens = slice(group.start, group.stop)
         sequences = slice(*group.sequences)
         weights = None if self.rows.weights is None else self.rows.weights[tokens]
-        logps_S, losses_P, grad_S = self.kernels.tail(
+        logps_S, losses_P, grad_S = self.kernels.sequence_loss(
             self.logp[tokens],
             weights,
             self.rows.counts[sequences],
             self.ref[sequences],
-            self.rows.poison,
-            self.loss.of_units(group.first, group.last),
+            self.rows.nan_if_invalid,
+            self.loss.of_examples(group.first, group.last),
         )
         self.losses.append(losses_P)
         self.logps.append(logps_S)
@@ -249,7 +240,7 @@ class _Pass:
         """Factor of the logits' rows: minus a row's coefficient, over its sum of exponentials."""
         rows = slice(start, stop)
         weights = None if self.rows.weights is None else self.rows.weights[rows]
-        coefficient_C = spread(values_S, self.rows.segments[rows] - group.sequences[0], weights)
+        coefficient_C = sequence_to_token(values_S, self.rows.segments[rows] - group.sequences[0], weights)
         return (-coefficient_C * self.head.logit_scale / state.sumexp).to(self.scratch.dtype)
 
     def _backward(

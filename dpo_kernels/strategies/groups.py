@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo_kernels.types import Chunking, SequenceLoss
+from dpo_kernels.device_specs import ChunkCosts
+from dpo_kernels.loss_interface import SequenceLoss
 
-MORE_GROUPS = 2  # than needed that are considered
+EXTRA_CHUNKS_TRIED = 2  # than needed that are considered
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ def plan_groups(
     capacity: int,
     bounds: Sequence[int],
     tile_rows: int,
-    chunking: Chunking | None = None,
+    chunking: ChunkCosts | None = None,
 ) -> list[Group]:
     """Pack whole units in their order into groups of at most ``tile_rows`` rows, at the least cost by ``chunking``.
 
@@ -33,7 +34,7 @@ def plan_groups(
     sequences of the units, and the end; ``counts`` is None for a static capacity. Considered are the most even groups,
     because a GEMM of a few left-over rows costs as much as one of many, and those that fill the GEMM's tiles.
     """
-    chunking = chunking or Chunking()
+    chunking = chunking or ChunkCosts()
     units = len(bounds) - 1
     if counts is None:
         return [Group(0, units, (bounds[0], bounds[-1]), 0, capacity, oversized=False)]
@@ -42,17 +43,17 @@ def plan_groups(
     if any(group.oversized for group in groups):
         return groups
     candidates = []
-    for number in range(len(groups), len(groups) + 1 + (MORE_GROUPS if chunking.tile_rows > 1 else 0)):
+    for number in range(len(groups), len(groups) + 1 + (EXTRA_CHUNKS_TRIED if chunking.tile_rows > 1 else 0)):
         limit = _least_limit(lengths, bounds, number, tile_rows)
         full = min(tile_rows, -(-limit // chunking.tile_rows) * chunking.tile_rows)
         candidates += [_packed(lengths, bounds, rows, tile_rows) for rows in (limit, full)]
     return min(candidates, key=lambda groups: cost_of_groups(groups, chunking))
 
 
-def cost_of_groups(groups: Sequence[Group], chunking: Chunking) -> int:
+def cost_of_groups(groups: Sequence[Group], chunking: ChunkCosts) -> int:
     """In rows: those of whole GEMM tiles, and what each group after the first costs besides."""
     tiles = sum(-(-(group.stop - group.start) // chunking.tile_rows) for group in groups)
-    return tiles * chunking.tile_rows + max(0, len(groups) - 1) * chunking.further_chunk
+    return tiles * chunking.tile_rows + max(0, len(groups) - 1) * chunking.extra_chunk_cost_rows
 
 
 def _least_limit(lengths: Sequence[int], bounds: Sequence[int], number: int, tile_rows: int) -> int:

@@ -9,20 +9,21 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dpo_kernels.types import Head, RowKernels, RowResult, Rows, Tile
+from dpo_kernels.kernel_interface import RowKernels, RowResult
+from dpo_kernels.shapes import Head, PackedTokens, Tile
 
 
 def forward(
     kernels: RowKernels,
     hidden_RH: Tensor,
     head: Head,
-    rows: Rows,
+    rows: PackedTokens,
     tile: Tile,
-    keep_direction: bool,
+    save_dlogp_dhidden: bool,
     stats: Sequence[str],
 ) -> tuple[RowResult, Tensor | None]:
-    """Log-probs of the rows; with ``keep_direction`` also ``(N + 1, H)`` derivatives of ``-logp``, last row 0."""
-    if keep_direction:
+    """Log-probs of the rows; with ``save_dlogp_dhidden`` also ``(N + 1, H)`` derivatives of ``-logp``, last row 0."""
+    if save_dlogp_dhidden:
         return kernels.linear_direction(hidden_RH, head, rows, tile, stats)
     return kernels.linear_logprob(hidden_RH, head, rows, tile, stats), None
 
@@ -31,7 +32,7 @@ def backward(
     kernels: RowKernels,
     hidden_RH: Tensor,
     head: Head,
-    rows: Rows,
+    rows: PackedTokens,
     saved: tuple[Tensor, Tensor, Tensor],
     grad_N: Tensor,
     tile: Tile,

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dpo_kernels.types import Head, RowKernels, RowResult, Rows, Tile
+from dpo_kernels.kernel_interface import RowKernels, RowResult
+from dpo_kernels.shapes import Head, PackedTokens, Tile
 
 
 def forward(
-    kernels: RowKernels, hidden_RH: Tensor, head: Head, rows: Rows, tile: Tile, stats: Sequence[str]
+    kernels: RowKernels, hidden_RH: Tensor, head: Head, rows: PackedTokens, tile: Tile, stats: Sequence[str]
 ) -> RowResult:
     """Log-probs of the rows, one unit."""
     return kernels.stream_logprob(hidden_RH, head, rows, tile, stats)
@@ -22,7 +23,7 @@ def backward(
     kernels: RowKernels,
     hidden_RH: Tensor,
     head: Head,
-    rows: Rows,
+    rows: PackedTokens,
     saved: tuple[Tensor, Tensor, Tensor],
     grad_N: Tensor,
     tile: Tile,

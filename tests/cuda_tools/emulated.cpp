@@ -64,12 +64,12 @@ const char* emulated_segment_sum(int dtype, const void* values, int weights_dtyp
 }
 
 const char* emulated_sigmoid_tail(int dtype, const void* logp, int weights_dtype, const void* weights, int64_t count,
-                                  const int64_t* offsets, int64_t pairs, const double* ref, const double* poison,
+                                  const int64_t* offsets, int64_t pairs, const double* ref, const double* nan_if_invalid,
                                   double beta, double label_smoothing, double* sums, double* losses, double* grad) {
     const SegmentPointers tokens{static_cast<DType>(dtype), logp,    static_cast<DType>(weights_dtype),
                                  weights,                   count,   offsets};
     return outcome(
-        sigmoid_tail(tokens, pairs, ref, poison, beta, label_smoothing, sums, losses, grad, nullptr));
+        sigmoid_tail(tokens, pairs, ref, nan_if_invalid, beta, label_smoothing, sums, losses, grad, nullptr));
 }
 
 }  // extern "C"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpo_kernels.types import RowState
+from dpo_kernels.kernel_interface import RowState
 
 TOOLS = Path(__file__).resolve().parent
 KERNELS = TOOLS.parents[1] / "csrc" / "cuda"
@@ -138,14 +138,14 @@ class Emulated:
         weights: Tensor | None,
         offsets: Tensor,
         ref: Tensor,
-        poison: Tensor,
+        nan_if_invalid: Tensor,
         beta: float,
         label_smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         pairs = ref.shape[0] // 2
         sums, losses, grad = torch.empty_like(ref), torch.empty_like(ref[:pairs]), torch.empty_like(ref)
         tokens = self._tokens(logp, weights, offsets)
-        self._call("sigmoid_tail", *tokens, pairs, ref, poison, beta, label_smoothing, sums, losses, grad)
+        self._call("sigmoid_tail", *tokens, pairs, ref, nan_if_invalid, beta, label_smoothing, sums, losses, grad)
         return sums, losses, grad
 
     def rounded(self, values: Tensor) -> tuple[Tensor, Tensor]:

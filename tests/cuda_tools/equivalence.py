@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernels.torch_rows import TorchRows
+from dpo_kernels.kernel_interface import RowState
+from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.losses import bind
-from dpo_kernels.sequence import segment_sum
-from dpo_kernels.types import STATS, Head, RowState
+from dpo_kernels.segments import segment_sum
+from dpo_kernels.shapes import STATS, Head
 from tests import certain, tolerance
 from tests.cuda_tools.emulation import Emulated
 
@@ -120,7 +121,7 @@ def check_reduce(
     count, vocab = z.shape
     labels = torch.randint(0, vocab, (count,))
     labels[0], labels[-1] = 0, vocab - 1
-    backend, oracle = TorchRows(dtype, 2**20), TorchRows(torch.float64, 2**20)
+    backend, oracle = TorchKernels(dtype, 2**20), TorchKernels(torch.float64, 2**20)
     guards = Guards()
     labels_C = guards.around(labels)
     new = backend.new_state(count, z.device, stats)
@@ -143,7 +144,7 @@ def check_reduce(
             close(f"{name} far from 0", *(part[far] for part in parts), dtype)
     if truth.argmax is not None:
         assert torch.equal(state.argmax, truth.argmax), "argmax"
-    got, expected, theirs = (each.finish(part, labels, vocab) for each, part in
+    got, expected, theirs = (each.row_logps(part, labels, vocab) for each, part in
                              ((backend, state), (oracle, truth), (backend, plain)))  # fmt: skip
     close("logp", got.logp, expected.logp, theirs.logp, dtype)
     for name in stats:
@@ -156,13 +157,13 @@ def check_certain(kernels: Emulated) -> None:
     for widths in ([211], [1, 100, 110], [5003], [2000, 3003]):
         problem = certain.certain(sum(widths))
         z, labels = problem.weight.detach().t(), problem.labels[problem.labels >= 0]
-        rows = TorchRows(torch.float32, 2**20)
+        rows = TorchKernels(torch.float32, 2**20)
         state, left = rows.new_state(z.shape[0], z.device, ()), 0
         tiles = [tile.contiguous() for tile in z.split(widths, dim=1)]
         for tile in tiles:
             kernels.reduce_rows(tile, labels, left, state)
             left += tile.shape[1]
-        wanted, logp = certain.truth(problem), rows.finish(state, labels, left).logp
+        wanted, logp = certain.truth(problem), rows.row_logps(state, labels, left).logp
         assert certain.relative_error(logp, wanted.logp) < certain.RELATIVE, "logp"
         left = 0
         for tile in tiles:
@@ -211,7 +212,7 @@ def check_foreign_labels(kernels: Emulated) -> None:
     extremes = torch.iinfo(torch.int64)
     labels = torch.tensor([-1, 99, 200, extremes.min, extremes.max, 150])
     z, guards = torch.randn(ROWS, 100), Guards()
-    state = TorchRows(torch.float32, 2**20).new_state(ROWS, z.device, ())
+    state = TorchKernels(torch.float32, 2**20).new_state(ROWS, z.device, ())
     target = state.target = guards.around(torch.full((ROWS,), 7.0))
     kernels.reduce_rows(guards.around(z), labels, 100, state)
     assert target.tolist() == [7.0] * 5 + [float(z[5, 50])]
@@ -240,7 +241,7 @@ def check_dlogits(
     labels = torch.randint(0, cols, (ROWS,))
     labels[2], labels[3] = cols - 1, cols
     start, out_dtype = 40, narrow or dtype
-    backend, oracle = TorchRows(dtype, 2**20), TorchRows(torch.float64, 2**20)
+    backend, oracle = TorchKernels(dtype, 2**20), TorchKernels(torch.float64, 2**20)
     own = torch.nn.functional.one_hot(labels, cols + 1)[:, :cols].bool()
     max_C, others_C = z.amax(dim=1), (z - z.amax(dim=1, keepdim=True)).exp().masked_fill(own, 0.0).sum(dim=1)
     scale_C = torch.randn(ROWS, dtype=dtype) if scaled else None
@@ -253,7 +254,7 @@ def check_dlogits(
     kernels.dlogits_rows(tile, out, rest[0], start, rest[1], rest[2], scale, residual, softcap)
     guards.check(*rest, scale, *([] if out is None else [tile]))
 
-    def theirs(backend: TorchRows, wide: torch.dtype) -> Tensor:
+    def theirs(backend: TorchKernels, wide: torch.dtype) -> Tensor:
         parts = [part.to(wide) for part in (z, max_C, others_C)]
         values = backend.dlogits_(parts[0].clone(), labels, 0, *parts[1:], head, None).values
         return values if scale_C is None else values * scale_C[:, None].to(wide)
@@ -278,7 +279,7 @@ def check_tail(
     weights_dtype: torch.dtype | None = None,
     smoothing: float = 0.0,
     reference: float = 1.0,
-    poison: float = 0.0,
+    nan_if_invalid: float = 0.0,
     beta: float = 0.1,
 ) -> None:
     """Sums, losses and coefficients of pairs with so many tokens; ``reference`` is the size of its log-probs."""
@@ -287,18 +288,18 @@ def check_tail(
     weights = None if weights_dtype is None else torch.rand(total, dtype=weights_dtype)
     ref = torch.randn(len(counts), dtype=torch.float64) * reference
     counts_S = torch.tensor(counts, dtype=torch.int64)
-    poisoned = torch.tensor(poison, dtype=torch.float64)
+    invalid = torch.tensor(nan_if_invalid, dtype=torch.float64)
     offsets = torch.cat([counts_S.new_zeros(1), counts_S.cumsum(0)])
     values = guards.around(logp)
     given = None if weights is None else guards.around(weights)
     plain = segment_sum(logp, weights, counts_S)
     _same("segment_sum", kernels.segment_sum(values, given, guards.around(offsets)), plain)
-    sums, losses, grad = kernels.sigmoid_tail(values, given, offsets, guards.around(ref), poisoned, beta, smoothing)
+    sums, losses, grad = kernels.sigmoid_tail(values, given, offsets, guards.around(ref), invalid, beta, smoothing)
     guards.check()
-    _same("sums", sums, plain + poisoned)
+    _same("sums", sums, plain + invalid)
     expected_losses, expected_grad = bind("sigmoid", beta, smoothing, {}).value_and_grad(sums, ref, counts_S)
     _same("losses", losses, expected_losses)
-    _same("grad", grad, expected_grad + poisoned)
+    _same("grad", grad, expected_grad + invalid)
 
 
 def check_tail_edges(kernels: Emulated) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.types import RowState
+from dpo_kernels.kernel_interface import RowState
 
 Operator = Callable[..., Any]
 

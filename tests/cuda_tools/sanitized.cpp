@@ -72,13 +72,13 @@ void tails_of() {
     const std::vector<int64_t> offsets{0, 300, 300, 301, 310};  // the last one is beyond the values
     const std::vector<T> values = filled<T>(305, -1);
     const std::vector<Weight> weights = filled<Weight>(305, 1);
-    const std::vector<double> ref = filled<double>(4, -2), poison{0};
+    const std::vector<double> ref = filled<double>(4, -2), nan_if_invalid{0};
     std::vector<double> sums = filled<double>(4, 0), losses = filled<double>(2, 0), grad = sums;
     for (const void* given : {static_cast<const void*>(weights.data()), static_cast<const void*>(nullptr)}) {
         expect_no(emulated_segment_sum(code<T>(), values.data(), code<Weight>(), given, 305, offsets.data(), 4,
                                        sums.data()));
         expect_no(emulated_sigmoid_tail(code<T>(), values.data(), code<Weight>(), given, 305, offsets.data(), 2,
-                                        ref.data(), poison.data(), 0.1, 0.1, sums.data(), losses.data(), grad.data()));
+                                        ref.data(), nan_if_invalid.data(), 0.1, 0.1, sums.data(), losses.data(), grad.data()));
     }
 }
 

@@ -8,11 +8,10 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 import dpo_kernels as dk
-from dpo_kernels.kernels.triton import backend, dpo_tail, linear_logprob, tuning
-from dpo_kernels.kernels.triton import rows as row_kernels
-from dpo_kernels.kernels.triton.backend import TritonRows
+from dpo_kernels.kernels.triton import autotune, backend, matmul_kernels, row_kernels, sequence_loss
+from dpo_kernels.kernels.triton.backend import TritonKernels
 from dpo_kernels.kernels.triton.configs import INTERPRETED
-from dpo_kernels.types import STATS, Head
+from dpo_kernels.shapes import STATS, Head
 from tests.cases import HIDDEN, LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
 from tests.certain import broken, certain, off_log_probs, off_orpo
 from tests.covers import cover
@@ -24,14 +23,14 @@ from tests.triton_tools.interpreter import sanitize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BY_DESCRIPTORS = replace(INTERPRETED, tma=True)
-SHARES = backend.shares
+SHARES = backend.num_vocab_splits
 COUNTS = (40_000, 0, 3_000, 255)  # of the tail's blocks of 256, a hundred to a lane and more
 
 
 @pytest.fixture(autouse=True)
 def _sanitized(monkeypatch):
     # Shares of the vocabulary of several tiles each, as on a GPU.
-    monkeypatch.setattr("dpo_kernels.kernels.triton.backend.shares", lambda *_: 2)
+    monkeypatch.setattr("dpo_kernels.kernels.triton.backend.num_vocab_splits", lambda *_: 2)
     monkeypatch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
     with sanitize():
         yield
@@ -83,7 +82,7 @@ def launches():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("triton.runtime.interpreter.InterpretedFunction.run", launched)
-            patch.setattr(backend, "shares", lambda *_: 2)
+            patch.setattr(backend, "num_vocab_splits", lambda *_: 2)
             patch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
             fused(case.tensors(), strategy, **case.keywords())
         return found
@@ -111,7 +110,7 @@ def test_every_kernel_is_launched(rows, launches):
     assert len(rows) < 60, "a cover, not the product"
 
 
-MODULES = (row_kernels, dpo_tail, linear_logprob)
+MODULES = (row_kernels, sequence_loss, matmul_kernels)
 
 
 def _is_kernel(value, module):
@@ -193,8 +192,8 @@ def test_timing_changes_nothing_but_the_launch(monkeypatch, tmp_path, fastest):
 
     monkeypatch.setenv("DPO_KERNELS_AUTOTUNE", "1")
     monkeypatch.setenv("DPO_KERNELS_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("dpo_kernels.kernels.triton.tuning.milliseconds", milliseconds)
-    tuning.forget()
+    monkeypatch.setattr("dpo_kernels.kernels.triton.autotune.milliseconds", milliseconds)
+    autotune.clear_cache()
     case = Case(torch.bfloat16, bias=True, weights=True, options=RICH)
     found = []
     for launches in ((family[fastest],), family, family):
@@ -204,7 +203,7 @@ def test_timing_changes_nothing_but_the_launch(monkeypatch, tmp_path, fastest):
     assert len(tried) % 2 == 0
     for other in found[1:]:
         assert_same_bits(found[0], other)
-    tuning.forget()
+    autotune.clear_cache()
 
 
 # Those of the first line have a tail in the kernels; what the others do with log-probs is torch's, whoever made them.
@@ -312,17 +311,17 @@ def test_margins_of_thousands(shift, strategy):
 
 
 def test_tail_of_an_impossible_rejected_sequence():
-    assert tail_of_an_impossible_rejected(TritonRows(torch.float32, 0)) == ([0.0], [0.0, 0.0])
+    assert tail_of_an_impossible_rejected(TritonKernels(torch.float32, 0)) == ([0.0], [0.0, 0.0])
 
 
 @pytest.mark.parametrize("weights_dtype", [None, torch.float32], ids=str)
 def test_long_sums_are_float64(weights_dtype):
-    assert_summed_in_float64(TritonRows(torch.float32, 2**20), COUNTS, weights_dtype)
+    assert_summed_in_float64(TritonKernels(torch.float32, 2**20), COUNTS, weights_dtype)
 
 
 def test_each_tile_adds_its_own_bias():
     x_CH, head = torch.randn(3, 8), Head(torch.randn(300, 8), torch.randn(300))
-    rows = TritonRows(torch.float32, 2**20)
+    rows = TritonKernels(torch.float32, 2**20)
     for start, stop in ((0, 100), (100, 300)):
         tile = torch.empty(3, stop - start)
         rows.project(x_CH, head, start, tile)
@@ -371,7 +370,7 @@ def test_strided_and_misaligned_inputs():
 @pytest.mark.parametrize("cols", [65, 127, 211, 259])
 def test_what_the_padding_of_rows_holds_is_not_used(cols, dtype):
     """Rows of an odd vocabulary are read to the next multiple of 16; NaN there changes no bit."""
-    rows, labels = TritonRows(dtype, 2**20), torch.tensor([0, cols - 1, cols // 2])
+    rows, labels = TritonKernels(dtype, 2**20), torch.tensor([0, cols - 1, cols // 2])
     z = torch.randn(3, cols) * 4
     found = []
     for filler in (0.0, float("nan"), float("inf")):
@@ -382,7 +381,7 @@ def test_what_the_padding_of_rows_holds_is_not_used(cols, dtype):
         state = rows.new_state(3, z.device, STATS)
         rows.reduce(state, tile, labels, 0)
         d = rows.dlogits_(tile, labels, 0, state.max, state.others, Head(z), torch.ones(3))
-        done = rows.finish(state, labels, cols)
+        done = rows.row_logps(state, labels, cols)
         found.append([done.logp, *done.stats.values(), d.values, *([] if d.residual is None else [d.residual])])
     assert all(value.isfinite().all() for value in found[0])
     for other in found[1:]:
@@ -409,15 +408,15 @@ ROWS_OF_LOGITS = {
 @pytest.mark.parametrize("blocks", [2, 3])
 @pytest.mark.parametrize("change", ROWS_OF_LOGITS)
 def test_one_reading_for_log_sum_exp_and_gradient(small_blocks, change, blocks):
-    """``exp_rows`` against float64: log-probs, and the gradient's rows once scale and residual are applied."""
+    """``softmax_grad_rows`` against float64: log-probs, and the gradient's rows once scale and residual are applied."""
     first, cols = small_blocks, blocks * small_blocks - 23
     z = ROWS_OF_LOGITS[change](torch.randn(4, cols) * 3, first)
     labels = torch.tensor([first + 54, cols - 1, first, 5 if z[3, 5].isfinite() else cols - 2])
-    kernels = TritonRows(torch.bfloat16, 2**20)
+    kernels = TritonKernels(torch.bfloat16, 2**20)
     tile = kernels.tile_in(kernels.scratch(z.device, 4, cols).fill_(float("nan")), 4, cols).copy_(z)
     state = kernels.new_state(4, z.device, ())
-    d = kernels.reduced_dlogits(state, tile, labels, Head(z))
-    done = kernels.finish(state, labels, cols)
+    d = kernels.reduce_and_dlogits(state, tile, labels, Head(z))
+    done = kernels.row_logps(state, labels, cols)
     exact = z.double().log_softmax(-1)
     torch.testing.assert_close(done.logp.double(), exact.gather(1, labels[:, None])[:, 0], rtol=3e-7, atol=3e-5)
     assert torch.equal(state.max, z.amax(1))
@@ -430,12 +429,12 @@ def test_one_reading_for_log_sum_exp_and_gradient(small_blocks, change, blocks):
 
 def test_a_row_without_any_reachable_token_or_with_nan_stays_nan(small_blocks):
     cols = small_blocks + 104
-    kernels, z = TritonRows(torch.bfloat16, 2**20), torch.randn(3, cols)
+    kernels, z = TritonKernels(torch.bfloat16, 2**20), torch.randn(3, cols)
     z[0], z[1, cols - 10] = -torch.inf, torch.nan
     state = kernels.new_state(3, z.device, ())
     tile = kernels.tile_in(kernels.scratch(z.device, 3, cols), 3, cols).copy_(z)
-    kernels.reduced_dlogits(state, tile, torch.tensor([1, 2, 3]), Head(z))
-    logp = kernels.finish(state, torch.tensor([1, 2, 3]), cols).logp
+    kernels.reduce_and_dlogits(state, tile, torch.tensor([1, 2, 3]), Head(z))
+    logp = kernels.row_logps(state, torch.tensor([1, 2, 3]), cols).logp
     assert logp.isnan().tolist() == [True, True, False]
 
 
@@ -455,14 +454,14 @@ def test_a_broken_label_stays_broken(value, strategy):
 
 
 def test_a_head_of_odd_width_is_padded_once():
-    rows, head = TritonRows(torch.bfloat16, 2**20), Head(torch.randn(50, 21).bfloat16())
+    rows, head = TritonKernels(torch.bfloat16, 2**20), Head(torch.randn(50, 21).bfloat16())
     padded = rows._weight(head)
     assert padded.shape == (50, 24)
     assert padded is rows._weight(head)
     assert torch.equal(padded[:, :21], head.weight)
     assert not padded[:, 21:].any()
     even = Head(torch.randn(50, 24).bfloat16())
-    assert TritonRows(torch.bfloat16, 2**20)._weight(even) is even.weight
+    assert TritonKernels(torch.bfloat16, 2**20)._weight(even) is even.weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_kernels.kernels.triton import backend, dpo_tail, linear_logprob, rows
-from dpo_kernels.types import Head
+from dpo_kernels.kernels.triton import backend, matmul_kernels, row_kernels, sequence_loss
+from dpo_kernels.shapes import Head
 from tests.cases import Case, broken_rules
 from tests.certain import broken, certain, off_log_probs
 from tests.triton_tools.interpreter import IntegerOverflow, sanitize
 
-MODULES = {"rows": rows, "dpo_tail": dpo_tail, "linear_logprob": linear_logprob}
-NAMES = {"rows": "row_kernels", "dpo_tail": "dpo_tail", "linear_logprob": "linear_logprob"}
+MODULES = {"rows": row_kernels, "dpo_tail": sequence_loss, "linear_logprob": matmul_kernels}
+NAMES = {"rows": "row_kernels", "dpo_tail": "sequence_loss", "linear_logprob": "matmul_kernels"}
 
 # what: (module, text of the kernel, text instead of its first occurrence)
 MUTATIONS = {
@@ -137,13 +137,13 @@ def _one_reading_differs() -> bool:
     """Rows of two blocks, the second far above the first in one of them and a little in the other."""
     z, labels = torch.randn(2, 4200), torch.tensor([4100, 7])
     z[:, 4096:] += torch.tensor([[100.0], [5.0]])
-    kernels = backend.TritonRows(torch.bfloat16, 2**20)
+    kernels = backend.TritonKernels(torch.bfloat16, 2**20)
     state = kernels.new_state(2, z.device, ())
-    d = kernels.reduced_dlogits(state, z.clone(), labels, Head(z))
+    d = kernels.reduce_and_dlogits(state, z.clone(), labels, Head(z))
     exact = z.double().log_softmax(-1)
     own = torch.nn.functional.one_hot(labels, 4200)
     got = (d.values.double() + own * d.residual[:, None].double()) * (d.scale / state.sumexp)[:, None].double()
-    logp = kernels.finish(state, labels, 4200).logp.double() - exact.gather(1, labels[:, None])[:, 0]
+    logp = kernels.row_logps(state, labels, 4200).logp.double() - exact.gather(1, labels[:, None])[:, 0]
     return not (bool(logp.abs().max() < 1e-4) and bool((got - exact.exp() + own).abs().max() < 4e-3))
 
 
@@ -155,7 +155,7 @@ def test_the_kernels_as_they_are_pass():
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mutation_is_caught(tmp_path, monkeypatch, mutation):
     name, old, new = MUTATIONS[mutation]
-    monkeypatch.setattr(backend, "shares", lambda *_: 2)
+    monkeypatch.setattr(backend, "num_vocab_splits", lambda *_: 2)
     monkeypatch.setattr(backend, NAMES[name], _mutated(tmp_path, name, old, new))
     assert _caught(name), mutation
 
@@ -206,14 +206,14 @@ def _operands():
     g = torch.Generator().manual_seed(0)
     x, weight, logits = (torch.randn(3, width, generator=g) for width in (4, 4, 3))
     saved = (logits.amax(dim=1), logits.exp().sum(dim=1))
-    return backend.TritonRows(torch.float32, 2**20), x, weight, logits, torch.tensor([1, 0, 2]), saved
+    return backend.TritonKernels(torch.float32, 2**20), x, weight, logits, torch.tensor([1, 0, 2]), saved
 
 
 ROWS = "rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_N)\n    row_inside = rows < total_rows\n"
 # what: (module, text of the kernel whose 64 bits are dropped, what runs it with one operand's rows placed so)
 OFFSETS = {
     "rows of reduce_rows": ("rows", "row = tl.program_id(0).to(tl.int64)\n    base", _reduced),
-    "rows of finish_rows": ("rows", "tl.program_id(0).to(tl.int64) * row_stride", _finished),
+    "rows of apply_bias_scale_cap": ("rows", "tl.program_id(0).to(tl.int64) * row_stride", _finished),
     "rows of dlogits_rows": ("rows", "row = tl.program_id(0).to(tl.int64)\n    first", _differentiated),
     "hidden rows of linear_logprob": ("linear_logprob", ROWS + "    labels", lambda place: _streamed(x_at=place)),
     "head rows of linear_logprob": (

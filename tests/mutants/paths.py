@@ -92,10 +92,10 @@ PATHS: tuple[Mutant, ...] = (
     Mutant(
         "dpo_kernels/kernels/tiled.py",
         "        scratch = self.scratch(hidden_RH.device, tile.rows, tile.cols)\n"
-        "        out = _Collected(rows, scratch, stats)\n"
+        "        out = _RowResults(rows, scratch, stats)\n"
         "        for start",
         "        scratch = TiledPasses.kept = self.scratch(hidden_RH.device, tile.rows, tile.cols)\n"
-        "        out = _Collected(rows, scratch, stats)\n"
+        "        out = _RowResults(rows, scratch, stats)\n"
         "        for start",
         "tests/test_memory.py::test_no_scratch_outlives_its_call",
         "the scratch of log-probs outlives its call",
@@ -103,11 +103,11 @@ PATHS: tuple[Mutant, ...] = (
     Mutant(
         "dpo_kernels/kernels/tiled.py",
         "        scratch = self.scratch(hidden_RH.device, tile.rows, tile.cols)\n"
-        "        out = _Collected(rows, scratch, stats)\n"
-        "        direction",
+        "        out = _RowResults(rows, scratch, stats)\n"
+        "        dlogp_dhidden",
         "        scratch = TiledPasses.kept = self.scratch(hidden_RH.device, tile.rows, tile.cols)\n"
-        "        out = _Collected(rows, scratch, stats)\n"
-        "        direction",
+        "        out = _RowResults(rows, scratch, stats)\n"
+        "        dlogp_dhidden",
         "tests/test_memory.py::test_no_scratch_outlives_its_call",
         "the scratch of a frozen head outlives its call",
     ),
@@ -182,7 +182,7 @@ PATHS: tuple[Mutant, ...] = (
         "buffers of the C++ backend lie on the default device",
     ),
     Mutant(
-        "dpo_kernels/losses/state.py",
+        "dpo_kernels/losses/estimates.py",
         "    if not policy_logps.numel():",
         "    if False:",
         "tests/test_kinds_of_tensors.py::test_none_to_average_over",
@@ -210,7 +210,7 @@ PATHS: tuple[Mutant, ...] = (
         "a loop with fewer pairs than a batch trains nothing and says nothing",
     ),
     Mutant(
-        "dpo_kernels/integrations/heads.py",
+        "dpo_kernels/integrations/lm_head.py",
         "for name in layer.active_adapters:",
         "for name in layer.active_adapters[:1]:",
         "tests/test_integration_peft.py::test_two_active_adapters_on_the_head_are_both_used",

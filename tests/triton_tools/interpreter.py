@@ -233,7 +233,7 @@ class _Sanitizer:
             active = self.active(ptrs, mask, "load")
             real = self.access("load", ptrs, active)
             absent = other is None and not active.all()
-            out = method(builder, real, mask, lanes.poison(ptrs) if absent else other, *args, **kwargs)
+            out = method(builder, real, mask, lanes.nan_if_invalid(ptrs) if absent else other, *args, **kwargs)
             if absent:
                 lanes.mark(out, ~active)
             elif (undefined := lanes.undefined(other)) is not None:

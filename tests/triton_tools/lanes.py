@@ -42,7 +42,7 @@ def require(handle: Any, what: str, active: np.ndarray | bool = True) -> None:
         )
 
 
-def poison(pointers: Any) -> Any:
+def nan_if_invalid(pointers: Any) -> Any:
     """Values for lanes that a load does not fill: NaN, or an integer that is hard to overlook."""
     element = pointers.get_element_ty()
     dtype = stock._get_np_dtype(element)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.triton import rows
+from dpo_kernels.kernels.triton import row_kernels
 from dpo_kernels.kernels.triton.configs import Configuration
 
 
@@ -102,7 +102,7 @@ CONFIGURATIONS = [
     _matmul("width not a multiple of 16", ("sm_90",), width=4104),
     Configuration(
         "odd rows without padding",
-        rows.dlogits_rows,
+        row_kernels.dlogits_rows,
         {
             **dict.fromkeys(("tile_ptr", "max_ptr", "others_ptr", "scale_ptr", "residual_ptr"), torch.float32),
             "out_ptr": torch.bfloat16,

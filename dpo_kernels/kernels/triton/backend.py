@@ -11,10 +11,10 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dpo_kernels.gpus import gpu_at
-from dpo_kernels.kernels.torch_rows import TorchRows
-from dpo_kernels.kernels.triton import dpo_tail, linear_logprob, tuning
-from dpo_kernels.kernels.triton import rows as row_kernels
+from dpo_kernels.device_specs import gpu_at
+from dpo_kernels.kernel_interface import LogitsGradient, RowResult, RowState
+from dpo_kernels.kernels.torch_kernels import TorchKernels
+from dpo_kernels.kernels.triton import autotune, matmul_kernels, row_kernels, sequence_loss
 from dpo_kernels.kernels.triton.configs import (
     INTERPRETED,
     ROW_BLOCK,
@@ -26,8 +26,9 @@ from dpo_kernels.kernels.triton.configs import (
     family_of,
     target_of,
 )
-from dpo_kernels.sequence import offsets_of
-from dpo_kernels.types import GPU_ROW_ALIGNMENT, Head, LogitsGradient, RowResult, Rows, RowState, SequenceLoss, Tile
+from dpo_kernels.loss_interface import SequenceLoss
+from dpo_kernels.segments import offsets_of
+from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head, PackedTokens, Tile
 
 MOST_WAVES = 16  # of programs that the streaming pass is cut into: the more, the less is lost in the last one
 CACHED_BYTES = 16 * 2**20  # of X, read again for each block of columns: a part of a GPU's second-level cache
@@ -35,7 +36,7 @@ INTERPRETED_MULTIPROCESSORS = 4
 WIDE_BYTES = 16  # of the widest access
 
 
-class TritonRows(TorchRows):
+class TritonKernels(TorchKernels):
     """Row operations by Triton kernels, on CUDA or, with ``TRITON_INTERPRET=1``, step by step on the CPU."""
 
     name = "triton"
@@ -52,7 +53,7 @@ class TritonRows(TorchRows):
 
     @staticmethod
     def row_alignment(device_type: str) -> int:
-        """See ``types.RowKernels``; in the interpreter too, so that it sees what a GPU does."""
+        """See ``RowKernels``; in the interpreter too, so that it sees what a GPU does."""
         return GPU_ROW_ALIGNMENT
 
     @staticmethod
@@ -61,7 +62,7 @@ class TritonRows(TorchRows):
         return 4 if dtype == torch.float32 else 6
 
     def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
-        """See ``types.RowKernels``; bias, scale and cap in one pass over the raw products."""
+        """See ``RowKernels``; bias, scale and cap in one pass over the raw products."""
         self.multiply(x_CH, head, start, tile)
         if head.bias is None and head.softcap is None and head.logit_scale == 1.0:
             return
@@ -71,7 +72,7 @@ class TritonRows(TorchRows):
         if head.bias is not None:
             bias = pad(head.bias[start : start + cols], (0, whole.shape[1] - cols)).contiguous()
         with _on(tile):
-            row_kernels.finish_rows[(count, triton.cdiv(cols, ROW_BLOCK))](
+            row_kernels.apply_bias_scale_cap[(count, triton.cdiv(cols, ROW_BLOCK))](
                 whole,
                 bias,
                 cols,
@@ -85,7 +86,7 @@ class TritonRows(TorchRows):
             )
 
     def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
-        """See ``types.RowKernels``; the logits are kept, the gradient's kernel exponentiates again."""
+        """See ``RowKernels``; the logits are kept, the gradient's kernel exponentiates again."""
         count, cols = tile.shape
         nothing, nowhere = state.max, labels_C
         whole = _with_padding(tile)
@@ -123,11 +124,11 @@ class TritonRows(TorchRows):
         scale_C: Tensor | None,
         exponentiated: bool = False,
     ) -> LogitsGradient:
-        """See ``types.RowKernels``; bfloat16 operands are scaled, and written beside the tile."""
+        """See ``RowKernels``; bfloat16 operands are scaled, and written beside the tile."""
         assert not exponentiated, "this backend keeps the logits"
         out, applied, residual = tile, None, None
         if self.dtype == torch.bfloat16:
-            out, applied, scale_C = self.narrow_like(tile), scale_C, None
+            out, applied, scale_C = self.empty_operands_like(tile), scale_C, None
             residual = torch.zeros_like(max_C)
         count, cols = tile.shape
         read, written = _with_padding(tile), _with_padding(out)
@@ -155,20 +156,20 @@ class TritonRows(TorchRows):
             )
         return LogitsGradient(out, scale_C, labels_C, residual)
 
-    def reduced_dlogits(self, state: RowState, tile: Tensor, labels_C: Tensor, head: Head) -> LogitsGradient:
-        """See ``types.RowKernels``; bfloat16 operands without a cap or statistics in one pass instead of two.
+    def reduce_and_dlogits(self, state: RowState, tile: Tensor, labels_C: Tensor, head: Head) -> LogitsGradient:
+        """See ``RowKernels``; bfloat16 operands without a cap or statistics in one pass instead of two.
 
         Not for a trainable head: its coefficients are known later, and would have to be rounded into X a second time.
         """
         stats = (state.entropy, state.logit_sum, state.argmax, state.square_sum)
         if self.dtype != torch.bfloat16 or head.softcap is not None or any(s is not None for s in stats):
-            return super().reduced_dlogits(state, tile, labels_C, head)
-        out, factor, residual = self.narrow_like(tile), torch.empty_like(state.max), torch.empty_like(state.max)
+            return super().reduce_and_dlogits(state, tile, labels_C, head)
+        out, factor, residual = self.empty_operands_like(tile), torch.empty_like(state.max), torch.empty_like(state.max)
         count, cols = tile.shape
         read, written = _with_padding(tile), _with_padding(out)
         padded = read.shape == written.shape != tile.shape
         with _on(tile):
-            row_kernels.exp_rows[(count,)](
+            row_kernels.softmax_grad_rows[(count,)](
                 read if padded else tile,
                 written if padded else out,
                 labels_C,
@@ -187,29 +188,29 @@ class TritonRows(TorchRows):
             )
         return LogitsGradient(out, factor, labels_C, residual)
 
-    def tail(
+    def sequence_loss(
         self,
         logp_N: Tensor,
         weights_N: Tensor | None,
         counts_S: Tensor,
         ref_S: Tensor,
-        poison: Tensor,
+        nan_if_invalid: Tensor,
         loss: SequenceLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``types.RowKernels``; the sigmoid family in one kernel, other losses by autograd."""
+        """See ``RowKernels``; the sigmoid family in one kernel, other losses by autograd."""
         if loss.sigmoid is None or counts_S.shape[0] == 0:
-            return super().tail(logp_N, weights_N, counts_S, ref_S, poison, loss)
+            return super().sequence_loss(logp_N, weights_N, counts_S, ref_S, nan_if_invalid, loss)
         sums_S, grad_S, losses_P = torch.empty_like(ref_S), torch.empty_like(ref_S), torch.empty_like(ref_S[0::2])
         offsets = offsets_of(counts_S, logp_N.shape[0])
         beta, smoothing = loss.sigmoid
-        numbers = torch.stack([torch.full_like(poison, value) for value in (beta, smoothing)])
+        numbers = torch.stack([torch.full_like(nan_if_invalid, value) for value in (beta, smoothing)])
         with _on(logp_N):
-            dpo_tail.dpo_tail[(counts_S.shape[0] // 2,)](
+            sequence_loss.dpo_tail[(counts_S.shape[0] // 2,)](
                 logp_N,
                 logp_N if weights_N is None else weights_N,
                 offsets,
                 ref_S,
-                poison,
+                nan_if_invalid,
                 sums_S,
                 losses_P,
                 grad_S,
@@ -221,9 +222,9 @@ class TritonRows(TorchRows):
         return sums_S, losses_P, grad_S
 
     def stream_logprob(
-        self, hidden_RH: Tensor, head: Head, packed: Rows, tile: Tile, stats: Sequence[str]
+        self, hidden_RH: Tensor, head: Head, packed: PackedTokens, tile: Tile, stats: Sequence[str]
     ) -> RowResult:
-        """See ``types.RowKernels``: the logits stay in registers."""
+        """See ``RowKernels``: the logits stay in registers."""
         x_NH = _aligned(packed.gather(hidden_RH, 0, packed.used, self.dtype))
         count, vocab = packed.used, head.vocab
         if count == 0:
@@ -235,13 +236,13 @@ class TritonRows(TorchRows):
             blocks = triton.cdiv(count, launch.block_rows)
             block_bytes = launch.block_rows * x_NH.shape[1] * x_NH.element_size()
             cols = triton.cdiv(vocab, launch.block_cols)
-            splits = shares(blocks, cols, _multiprocessors(x_NH.device), block_bytes)
+            splits = num_vocab_splits(blocks, cols, _multiprocessors(x_NH.device), block_bytes)
             split = triton.cdiv(triton.cdiv(vocab, splits), launch.block_cols) * launch.block_cols
             splits = triton.cdiv(vocab, split)
             kept = [x_NH.new_empty(splits, count, dtype=torch.float32) for _ in range(6 if stats else 3)]
             argmax = torch.empty(splits if stats else 1, count, dtype=torch.int64, device=x_NH.device)
             with _on(x_NH):
-                linear_logprob.linear_logprob[(splits, blocks)](
+                matmul_kernels.linear_logprob[(splits, blocks)](
                     *launch.descriptors(x_NH, weight),
                     weight if head.bias is None else head.bias,
                     packed.labels,
@@ -266,7 +267,7 @@ class TritonRows(TorchRows):
 
         kept, argmax = run(_best("linear_logprob", x_NH, weight, head, bool(stats), run))
         state = _merge(kept, argmax, stats)
-        done = self.finish(state, packed.labels[:count], vocab)
+        done = self.row_logps(state, packed.labels[:count], vocab)
         return _to_capacity(done, packed.capacity)
 
     def recomputed_dlogits(
@@ -280,7 +281,7 @@ class TritonRows(TorchRows):
         others_C: Tensor,
         scale_C: Tensor | None,
     ) -> LogitsGradient:
-        """See ``types.RowKernels``: one kernel from hidden states to the operand, no float32 logits between.
+        """See ``RowKernels``: one kernel from hidden states to the operand, no float32 logits between.
 
         Of a wide model the traffic of logits is predicted to cost less than a slower GEMM, as for log-probs alone.
         """
@@ -301,7 +302,7 @@ class TritonRows(TorchRows):
             """Overwrite ``out``, of which nothing is read."""
             grid = (triton.cdiv(count, launch.block_rows), triton.cdiv(cols, launch.block_cols))
             with _on(x_CH):
-                linear_logprob.linear_dlogits[grid](
+                matmul_kernels.linear_dlogits[grid](
                     *launch.descriptors(x_CH, weight),
                     weight if head.bias is None else head.bias,
                     labels_C,
@@ -332,7 +333,7 @@ class TritonRows(TorchRows):
 
 
 @functools.lru_cache
-def shares(row_blocks: int, col_blocks: int, multiprocessors: int, block_bytes: int) -> int:
+def num_vocab_splits(row_blocks: int, col_blocks: int, multiprocessors: int, block_bytes: int) -> int:
     """How many parts the streaming pass cuts the vocabulary into: the fewest that leave next to no GPU idle.
 
     A program does a block of rows, ``block_bytes`` of X, over a part; a multiprocessor holds one at a time. Few parts
@@ -388,9 +389,9 @@ def _best(
 ) -> MatrixLaunch:
     """The launch for a call of a matmul kernel; ``run`` is what may be timed."""
     family = _family(kernel, x_CH, stats)
-    sizes = (f"N<={tuning.bucket(x_CH.shape[0])}", f"V<={tuning.bucket(weight.shape[0])}", f"H={x_CH.shape[1]}")
+    sizes = (f"N<={autotune.bucket(x_CH.shape[0])}", f"V<={autotune.bucket(weight.shape[0])}", f"H={x_CH.shape[1]}")
     forms = ("bias" if head.bias is not None else "", "softcap" if head.softcap else "", "stats" if stats else "")
-    return tuning.best(kernel, family, (str(x_CH.dtype), *sizes, *filter(None, forms)), x_CH, run)
+    return autotune.fastest_launch(kernel, family, (str(x_CH.dtype), *sizes, *filter(None, forms)), x_CH, run)
 
 
 def _family(kernel: str, x_CH: Tensor, stats: bool) -> tuple[MatrixLaunch, ...]:

@@ -93,11 +93,11 @@ def bradley_terry_strengths(wins: Tensor) -> Tensor:
 
 def _check_connected(counts: Tensor) -> None:
     beat = counts > 0
-    for direction in (beat, beat.t()):
+    for dlogp_dhidden in (beat, beat.t()):
         reached = {0}
         todo = [0]
         while todo:
-            for other in direction[todo.pop()].nonzero().flatten().tolist():
+            for other in dlogp_dhidden[todo.pop()].nonzero().flatten().tolist():
                 if other not in reached:
                     reached.add(other)
                     todo.append(other)

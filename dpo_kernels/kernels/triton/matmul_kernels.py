@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from dpo_kernels.kernels.triton.configs import TARGETS, Configuration, Matrix, MatrixLaunch, family_of
-from dpo_kernels.kernels.triton.rows import _capped
+from dpo_kernels.kernels.triton.row_kernels import _capped
 
 
 @triton.jit

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_kernels.kernel_interface import LogitsGradient, RowResult, RowState, rescale
 from dpo_kernels.kernels.tiled import TiledPasses
-from dpo_kernels.types import Head, LogitsGradient, RowResult, RowState, accumulation_dtype, rescale, spans
+from dpo_kernels.shapes import Head, accumulation_dtype, spans
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 CACHED_BYTES = 2 * 2**20  # two temporaries of this together stay in a core's second-level cache
@@ -20,11 +21,11 @@ BLOCK_TEMPORARIES = 2
 LARGEST_LABEL = 2.0**15
 
 
-class TorchRows(TiledPasses):
+class TorchKernels(TiledPasses):
     """Row operations with at most ``workspace_bytes`` of vocabulary-sized temporaries beside the caller's tile."""
 
     name = "torch"
-    lends_gradient = False
+    can_alias_weight_grad = False
 
     def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
         self.dtype = dtype
@@ -38,7 +39,7 @@ class TorchRows(TiledPasses):
         return accumulation_dtype(dtype).itemsize
 
     def new_state(self, rows: int, device: torch.device, stats: Sequence[str]) -> RowState:
-        """See ``types.RowKernels``."""
+        """See ``RowKernels``."""
         dtype = accumulation_dtype(self.dtype)
 
         def full(value: float) -> Tensor:
@@ -55,7 +56,7 @@ class TorchRows(TiledPasses):
         )
 
     def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
-        """See ``types.RowKernels``."""
+        """See ``RowKernels``."""
         self.multiply(x_CH, head, start, tile)
         stop = start + tile.shape[1]
         if head.bias is not None:
@@ -71,7 +72,7 @@ class TorchRows(TiledPasses):
             _matmul_into(x_CH, weight_VtH.t(), tile[:, left:right], accumulate=False)
 
     def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
-        """See ``types.RowKernels``."""
+        """See ``RowKernels``."""
         fields: dict[str, Any] = {name: value for name, value in vars(state).items() if isinstance(value, Tensor)}
         for rows, cols in self._blocks(tile):
             # Only a row that is whole is shifted by its last maximum.
@@ -111,8 +112,8 @@ class TorchRows(TiledPasses):
         state.max = highest
         state.target = torch.where(here, label_logit, state.target)
 
-    def finish(self, state: RowState, labels_C: Tensor, vocab: int) -> RowResult:
-        """See ``types.RowKernels``; ``(z_y - max) - log sumexp`` keeps the digits that ``z_y - lse`` would lose.
+    def row_logps(self, state: RowState, labels_C: Tensor, vocab: int) -> RowResult:
+        """See ``RowKernels``; ``(z_y - max) - log sumexp`` keeps the digits that ``z_y - lse`` would lose.
 
         Where the label's logit is the largest, ``expm1`` gives exactly 0, and ``log1p`` the digits of the others' mass.
         Where it is not, the others hold a 1.
@@ -144,7 +145,7 @@ class TorchRows(TiledPasses):
         scale_C: Tensor | None,
         exponentiated: bool = False,
     ) -> LogitsGradient:
-        """See ``types.RowKernels``; float32 tiles need no scaling of their own."""
+        """See ``RowKernels``; float32 tiles need no scaling of their own."""
         column = labels_C - start
         here = (column >= 0) & (column < tile.shape[1])
         label, own = column.clamp(0, tile.shape[1] - 1)[:, None], -others_C[:, None]
@@ -164,42 +165,42 @@ class TorchRows(TiledPasses):
             return LogitsGradient(tile, scale_C, labels_C)
         if scale_C is not None:
             tile.mul_(scale_C[:, None])
-        narrow = self.narrow_like(tile).copy_(tile)
+        narrow = self.empty_operands_like(tile).copy_(tile)
         lost = (tile.gather(1, label) - narrow.gather(1, label).to(tile.dtype))[:, 0]
         return LogitsGradient(narrow, None, labels_C, lost.masked_fill(~here, 0.0))
 
     def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
-        """See ``types.RowKernels``."""
+        """See ``RowKernels``."""
         if d.values.is_cuda and d.values.dtype != self.dtype:
-            d = self.narrowed(d, start)
+            d = self.downcast(d, start)
         values = d.values
         for left, right, weight_VtH in self._weights(head, start, start + values.shape[1], values):
             _matmul_into(values[:, left:right], weight_VtH, out_CH, accumulate or left > 0)
-        self.give_back(d, head, out_CH)
+        self.add_rounding_residual(d, head, out_CH)
 
-    def narrowed(self, d: LogitsGradient, start: int) -> LogitsGradient:
+    def downcast(self, d: LogitsGradient, start: int) -> LogitsGradient:
         """A float32 tile in the dtype of the operands.
 
         A label's own value is as large as the sum of the row's exponentials, of a flat row V, where float16 ends at
-        65504. What does not fit is left to ``give_back``.
+        65504. What does not fit is left to ``add_rounding_residual``.
         """
         column = d.labels - start
         label = column.clamp(0, d.values.shape[1] - 1)[:, None]
         own = d.values.gather(1, label)
-        values = self.narrow_like(d.values).copy_(d.values)
+        values = self.empty_operands_like(d.values).copy_(d.values)
         values.scatter_(1, label, own.clamp(-LARGEST_LABEL, LARGEST_LABEL).to(self.dtype))
         lost = (own - values.gather(1, label).to(own.dtype))[:, 0]
         here = (column >= 0) & (column < d.values.shape[1])
         return replace(d, values=values, residual=lost.masked_fill(~here, 0.0))
 
-    def give_back(self, d: LogitsGradient, head: Head, out_CH: Tensor) -> None:
+    def add_rounding_residual(self, d: LogitsGradient, head: Head, out_CH: Tensor) -> None:
         """Add what rounding took from each label's own value, by far the largest of its row."""
         if d.residual is not None:
             own_CH = head.weight.index_select(0, d.labels.clamp(min=0)).to(self.dtype).to(out_CH.dtype)
             out_CH.addcmul_(own_CH, d.residual[:, None])
 
     def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
-        """See ``types.RowKernels``.
+        """See ``RowKernels``.
 
         float16 tiles come in float32: coefficients of 1e-9 are ordinary, and would underflow before any GradScaler
         sees them.
@@ -208,7 +209,7 @@ class TorchRows(TiledPasses):
         _matmul_into(d.values.t(), scaled_CH.to(d.values.dtype), out_VtH, accumulate)
 
     def grad_bias(self, d: LogitsGradient, start: int, out_Vt: Tensor, accumulate: bool) -> None:
-        """See ``types.RowKernels``; what rounding took from the labels' own values is added back."""
+        """See ``RowKernels``; what rounding took from the labels' own values is added back."""
         product = d.values.sum(dim=0, dtype=out_Vt.dtype) if d.scale is None else torch.mv(d.values.t(), d.scale)
         if accumulate:
             out_Vt.add_(product)

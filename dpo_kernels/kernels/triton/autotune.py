@@ -41,10 +41,10 @@ CANNOT_RUN = (CompilationError, OutOfResources, PTXASError)  # on this GPU, or w
 PASS_FAILED = "PassManager::run failed"  # a RuntimeError of the compiler
 Trial = Callable[[MatrixLaunch], object]
 
-_taken: dict[tuple[str, str], MatrixLaunch] = {}
+_chosen: dict[tuple[str, str], MatrixLaunch] = {}
 
 
-def best(
+def fastest_launch(
     kernel: str, family: Sequence[MatrixLaunch], facts: Sequence[object], like: Tensor, run: Trial
 ) -> MatrixLaunch:
     """The launch of ``family`` to take; ``run`` launches the kernel, ``facts`` tell one kind of call from another.
@@ -57,9 +57,9 @@ def best(
     if mode == "0" or len(family) < 2:
         return family[0]
     gpu, kind = device_name(like), " ".join(map(str, (kernel, *facts)))
-    if (gpu, kind) not in _taken:
-        _taken[gpu, kind] = _remembered(gpu, kind, family) or _timed(gpu, kind, family, like, run, mode)
-    return _taken[gpu, kind]
+    if (gpu, kind) not in _chosen:
+        _chosen[gpu, kind] = _remembered(gpu, kind, family) or _timed(gpu, kind, family, like, run, mode)
+    return _chosen[gpu, kind]
 
 
 def bucket(size: int) -> int:
@@ -67,9 +67,9 @@ def bucket(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def forget() -> None:
+def clear_cache() -> None:
     """Drop what this process has taken; the disk keeps its own."""
-    _taken.clear()
+    _chosen.clear()
 
 
 def device_name(like: Tensor) -> str:

@@ -1,6 +1,6 @@
 """Row kernels over a tile of logits: bias, scale and cap; online log-sum-exp with statistics; the gradient in place.
 
-A program owns a row (``reduce_rows``, ``exp_rows``) or a stretch of one (the others); nobody else writes there.
+A program owns a row (``reduce_rows``, ``softmax_grad_rows``) or a stretch of one (the others); no other writes there.
 Strides are in elements, offsets that multiply a row are 64-bit.
 """
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from dpo_kernels.kernels.triton.configs import ROW_BLOCK, ROW_WARPS, SAFE_SHIFT, Configuration
-from dpo_kernels.types import padded
+from dpo_kernels.shapes import padded
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _capped(z, scale, softcap, HAS_SOFTCAP: tl.constexpr, NEAR_ZERO: tl.constexp
 
 
 @triton.jit
-def finish_rows(
+def apply_bias_scale_cap(
     tile_ptr,  # (C, Vt) float32, raw products; overwritten by final logits
     b_ptr,  # (Vt,), as far as the rows' padding reaches
     cols,
@@ -163,7 +163,7 @@ def _exp_row(base, out, reach, cols, column, shift, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize_on_alignment=["labels_ptr"])
-def exp_rows(
+def softmax_grad_rows(
     tile_ptr,  # (C, V) float32, final logits of whole rows
     out_ptr,  # (C, V) bfloat16, written: exp(z - shift), 0 for the label
     labels_ptr,  # (C,) int64
@@ -254,7 +254,7 @@ def dlogits_rows(
 def _finish(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
     return Configuration(
         f"finish_rows V={cols} {str(dtype).removeprefix('torch.')}{' softcap' if softcap else ''}",
-        finish_rows,
+        apply_bias_scale_cap,
         {
             "tile_ptr": torch.float32,
             "b_ptr": dtype,
@@ -305,7 +305,7 @@ def _exp(cols: int) -> Configuration:
     }
     return Configuration(
         f"exp_rows V={cols}",
-        exp_rows,
+        softmax_grad_rows,
         {**arguments, "SAFE": SAFE_SHIFT, "PADDED": True, "BLOCK": ROW_BLOCK},
         {"num_warps": ROW_WARPS},
     )

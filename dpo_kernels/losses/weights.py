@@ -15,7 +15,7 @@ from dpo_kernels.checks import (
     has_values,
 )
 from dpo_kernels.inputs import INDEX_DTYPES
-from dpo_kernels.types import DPOLossOutput
+from dpo_kernels.outputs import DPOLossOutput
 
 PAIRS = ("stacked", "interleaved")
 

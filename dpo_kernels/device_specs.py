@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from dpo_kernels.types import Chunking
-
 # Part of the peak that a library's large GEMMs reach: three bare ones of N=8192, H=4096, V=151936 in 42 ms on an H100
 # (huggingface/trl #7244).
 EFFICIENCY = 0.736
@@ -24,6 +22,14 @@ LOGIT_BYTES = 8  # a float32 logit, written by the GEMM and read by the reductio
 
 
 @dataclass(frozen=True)
+class ChunkCosts:
+    """What a chunk costs beyond its rows; without either the fewest chunks are best, and even ones."""
+
+    tile_rows: int = 1  # a chunk costs as much as the next multiple of these
+    extra_chunk_cost_rows: int = 10**9  # in rows that could be computed instead
+
+
+@dataclass(frozen=True)
 class Gpu:
     """Constants of a GPU (dense, without sparsity; SXM boards)."""
 
@@ -34,10 +40,10 @@ class Gpu:
     source: str
 
     @property
-    def chunking(self) -> Chunking:
+    def chunking(self) -> ChunkCosts:
         """A chunk more costs the traffic of dW, in rows that could be computed instead; H and V cancel out."""
         rows = ACCUMULATION_BYTES / self.bandwidth * EFFICIENCY * self.tensor_flops / UNIT_FLOP
-        return Chunking(TILE_ROWS, round(rows))
+        return ChunkCosts(TILE_ROWS, round(rows))
 
     @property
     def streaming_width(self) -> int:

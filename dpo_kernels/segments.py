@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dpo_kernels.types import sum_dtype
+from dpo_kernels.shapes import sum_dtype
 
 
 def segment_sum(values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def offsets_of(counts_S: Tensor, length: int) -> Tensor:
     return torch.cat([counts_S.new_zeros(1), counts_S.cumsum(0)]).clamp(max=length)
 
 
-def spread(values_S: Tensor, segments_N: Tensor, weights_N: Tensor | None) -> Tensor:
+def sequence_to_token(values_S: Tensor, segments_N: Tensor, weights_N: Tensor | None) -> Tensor:
     """The transpose of the (weighted) sum: one value per row, ``values[segment] * weight``."""
     values_N = values_S.index_select(0, segments_N)
     return values_N if weights_N is None else values_N * weights_N.to(values_N.dtype)

@@ -53,9 +53,9 @@ def dpo_tail(
     begin = tl.load(offsets_ptr + 2 * pair)
     middle = tl.load(offsets_ptr + 2 * pair + 1)
     end = tl.load(offsets_ptr + 2 * pair + 2)
-    poison = tl.load(poison_ptr)
-    chosen = _run_sum(logp_ptr, weights_ptr, begin, middle, HAS_WEIGHTS, BLOCK) + poison
-    rejected = _run_sum(logp_ptr, weights_ptr, middle, end, HAS_WEIGHTS, BLOCK) + poison
+    nan_if_invalid = tl.load(poison_ptr)
+    chosen = _run_sum(logp_ptr, weights_ptr, begin, middle, HAS_WEIGHTS, BLOCK) + nan_if_invalid
+    rejected = _run_sum(logp_ptr, weights_ptr, middle, end, HAS_WEIGHTS, BLOCK) + nan_if_invalid
     beta = tl.load(numbers_ptr)
     smoothing = tl.load(numbers_ptr + 1)
     ref_chosen = tl.load(ref_ptr + 2 * pair)
@@ -69,7 +69,7 @@ def dpo_tail(
     small, large = t / (1.0 + t), 1.0 / (1.0 + t)
     wrong = tl.where(u > 0, small, large)
     right = tl.where(u > 0, large, small)
-    grad = -beta * ((1.0 - smoothing) * wrong - smoothing * right) + poison
+    grad = -beta * ((1.0 - smoothing) * wrong - smoothing * right) + nan_if_invalid
     tl.store(sums_ptr + 2 * pair, chosen)
     tl.store(sums_ptr + 2 * pair + 1, rejected)
     tl.store(losses_ptr + pair, loss)
