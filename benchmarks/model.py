@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from benchmarks.cases import Case
 from dpo_kernels.device_specs import EFFICIENCY, GPUS, STREAMING_EFFICIENCY, Gpu
+from dpo_kernels.planning.memory_budget import GPU_SCRATCH_BYTES, Budget, tile_of_streaming
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT
-from dpo_kernels.tiles import GPU_SCRATCH_BYTES, Budget, tile_of
 
 MS = 1e3
 
@@ -110,7 +110,7 @@ def chunk_rows(case: Case) -> int:
 
 def _budget(case: Case) -> Budget:
     """The default scratch of a GPU of 80 GB, as the Triton backend divides it."""
-    return Budget.of(GPU_SCRATCH_BYTES, "cuda", BYTES_PER_LOGIT[case.dtype], GPU_ROW_ALIGNMENT, lends=False)
+    return Budget.of(GPU_SCRATCH_BYTES, "cuda", BYTES_PER_LOGIT[case.dtype], GPU_ROW_ALIGNMENT, aliases=False)
 
 
 def ours_chunked(case: Case, gpu: Gpu) -> Work:
@@ -134,7 +134,7 @@ def ours_streaming(case: Case, gpu: Gpu) -> Work:
     work, h = _work(case, gpu), case.hidden
     for name in ("reference",) * (case.reference != "cached") + ("logits",):
         work.gemm(name, case.tokens, case.vocab, h, out=0, share=STREAMING_EFFICIENCY)
-    tile = tile_of("streaming", _budget(case), case.tokens, case.vocab)
+    tile = tile_of_streaming(_budget(case), case.tokens, case.vocab)
     from_library = work.item == 2 and h > gpu.streaming_width
     for first in range(0, case.tokens, tile.rows):
         rows = min(tile.rows, case.tokens - first)

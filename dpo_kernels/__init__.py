@@ -1,21 +1,15 @@
 """Fused preference-optimisation losses: DPO and its family without vocabulary-sized logits."""
 
-from dpo_kernels.api import (
-    FusedDPOLoss,
-    dpo_loss,
-    explain,
-    fused_dpo_loss,
-    fused_sequence_logps,
-    fused_token_logps,
-)
-from dpo_kernels.beyond_pairs import SequenceLossOutput, fused_group_loss, fused_kto_loss
-from dpo_kernels.dispatch import empty_cache
+from dpo_kernels.api.logps import fused_sequence_logps, fused_token_logps
+from dpo_kernels.api.pairs import FusedDPOLoss, dpo_loss, explain, fused_dpo_loss
+from dpo_kernels.api.sequences import fused_group_loss, fused_kto_loss
+from dpo_kernels.kernels.extension import empty_cache
 from dpo_kernels.loss_interface import LossInputs
 from dpo_kernels.losses import LOSSES
 from dpo_kernels.losses.bradley_terry import bradley_terry_loss, bradley_terry_strengths
 from dpo_kernels.losses.estimates import RunningDelta, kto_kl
 from dpo_kernels.losses.weights import ld_token_weights, wpo_pair_weights
-from dpo_kernels.outputs import DPOLossOutput
+from dpo_kernels.outputs import DPOLossOutput, SequenceLossOutput
 
 __version__ = "0.1.0"
 

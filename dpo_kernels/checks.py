@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from dpo_kernels.shapes import WRAPPERS_THAT_UNWRAP
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 WITHOUT_VALUES = ("FakeTensor", "FunctionalTensor")  # what torch's tracers put in the place of tensors
 INSTEAD = "use dpo_kernels.reference, which is plain torch"

@@ -56,3 +56,18 @@ class DPOLossOutput(NamedTuple):
                 tokens = self.stats["tokens"][places]
                 found[name] = (self.stats[stat][places] * tokens).sum() / tokens.sum().clamp(min=1)
         return found
+
+
+class SequenceLossOutput(NamedTuple):
+    """What ``fused_kto_loss`` and ``fused_group_loss`` return; every field but ``loss`` is detached.
+
+    ``loss`` is a scalar, or by unit with ``reduction="none"``: ``(S,)`` for KTO, ``(G,)`` for groups. ``rewards``
+    (``beta * (logps - ref_logps)``), ``logps`` and ``ref_logps`` are ``(S,)`` in the order of the input. ``stats`` are
+    those of ``DPOLossOutput``.
+    """
+
+    loss: Tensor
+    rewards: Tensor
+    logps: Tensor
+    ref_logps: Tensor
+    stats: dict[str, Tensor]

@@ -16,6 +16,7 @@ V     vocabulary size (rows of the LM head)
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ TOKEN_LOGPS = "token_logps"  # by token; may be asked for among them
 
 # Tensors that torch wraps because a collective has yet to fill them: every operation of torch's on one waits for it.
 WRAPPERS_THAT_UNWRAP = ("AsyncCollectiveTensor",)
+
+
+def number_like(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number of the caller's, in the dtype and on the device of a 0-d tensor."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device=like.device, dtype=like.dtype, copy=True)
+    return torch.full_like(like, value)
 
 
 GPU_ROW_ALIGNMENT = 16  # elements; what a Triton launch specialises on, and wide accesses in every dtype
@@ -120,9 +128,46 @@ class Tile:
     cols: int
 
 
-@dataclass(frozen=True)
-class Accumulator:
-    """Where the head's gradient is added: ``(V, H)`` in accumulation precision, and the upstream that it is for."""
+class NeedsGrad(NamedTuple):
+    """Which gradients are wanted."""
 
-    total: Tensor
-    upstream: float
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def head(self) -> bool:
+        """Whether the head is trainable: its weight or its bias wants a gradient."""
+        return self.weight or self.bias
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Packed tokens ``start..stop-1``, whose logits go through the scratch together.
+
+    Where the loss is computed with them, they are those of the whole examples ``first..last-1`` and of ``sequences``
+    (first, end). An example longer than the tile is a chunk of its own, ``oversized``, and is cut further.
+    """
+
+    first: int
+    last: int
+    sequences: tuple[int, int]
+    start: int
+    stop: int
+    oversized: bool = False
+
+    @staticmethod
+    def of_tokens(start: int, stop: int) -> "Chunk":
+        """A chunk of tokens whose examples do not matter."""
+        return Chunk(0, 0, (0, 0), start, stop)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """In which pieces the logits are computed: the part of a plan that a strategy executes."""
+
+    tile: Tile  # of logits that the scratch holds
+    chunks: tuple[Chunk, ...]
+    block_rows: int = 1  # rows of a GEMM's own tile; an oversized example is cut at multiples of them
+    logits_in_weight_grad: bool = False  # the logits lie in the memory of the head's gradient
+    recompute_in_library: bool = False  # recomputed logits come from torch's GEMM, not from the backend's own kernel

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import dpo_kernels
-from dpo_kernels import autograd
+from dpo_kernels.engine import autograd
 from dpo_kernels.kernels import extension
 from dpo_kernels.kernels.extension import CppKernels
 from dpo_kernels.reference import dpo_loss_reference

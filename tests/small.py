@@ -2,8 +2,9 @@
 
 import torch
 
-from dpo_kernels import DPOLossOutput, dispatch, fused_dpo_loss
+from dpo_kernels import DPOLossOutput, fused_dpo_loss
 from dpo_kernels.kernels import extension
+from dpo_kernels.planning import tables
 from dpo_kernels.reference import dpo_loss_reference
 
 S, T, H, H_REF, V = 6, 5, 4, 3, 11
@@ -12,7 +13,7 @@ COUNTS = [4, 2, 1, 5, 3, 0]  # scored tokens of the sequences below
 F64 = torch.float64
 CPU_BACKEND = "torch" if extension.why_not("cpu") else "cpp"  # what "auto" takes on this machine
 BACKENDS = tuple(sorted({"torch", CPU_BACKEND}))  # those for CPU tensors; Triton's interpreter needs its own process
-STRATEGIES = tuple(dispatch.STRATEGIES)
+STRATEGIES = tuple(tables.STRATEGIES)
 BY_PAIR = DPOLossOutput._fields[1:7]
 close = torch.testing.assert_close
 

@@ -7,10 +7,14 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels import dispatch, gpus, losses, tiles
+from dpo_kernels import device_specs, losses
 from dpo_kernels.device_specs import ChunkCosts
 from dpo_kernels.kernels.torch_kernels import TorchKernels
-from dpo_kernels.strategies.groups import Group, cost_of_groups, plan_groups
+from dpo_kernels.planning import memory_budget, schedules, tables
+from dpo_kernels.planning.chunks import Chunk, cost_of_chunks, plan_chunks
+from dpo_kernels.planning.plan import Execution, make_plan
+from dpo_kernels.problem import Workload
+from dpo_kernels.shapes import NeedsGrad
 from tests.small import CPU_BACKEND
 from tests.test_equivalence import coupled, one_sided
 
@@ -30,7 +34,7 @@ def explain(*inputs, **options):
 def test_the_usual_case_is_one_chunk():
     plan = explain(*problem())
     assert (plan.strategy, plan.backend, plan.chunks, plan.extra_bytes) == ("chunked", CPU_BACKEND, 1, 0)
-    assert plan.scratch_bytes == tiles.CPU_SCRATCH_BYTES
+    assert plan.scratch_bytes == memory_budget.CPU_SCRATCH_BYTES
 
 
 @pytest.mark.parametrize(
@@ -38,7 +42,7 @@ def test_the_usual_case_is_one_chunk():
     [
         ({"reduction": "none"}, "recompute", "chunked", "known only in the backward pass"),
         ({"loss_type": coupled}, "recompute", "chunked", "coupled over the batch"),
-        ({"loss_type": one_sided}, "chunked", "recompute", "at 4 GEMM units against 3"),
+        ({"loss_type": one_sided}, "chunked", "recompute", "at 4 GEMM passes against 3"),
         ({"scratch_bytes": 2000}, "recompute", "chunked", "scratch_bytes=2000 is less than the 2730 bytes"),
         ({"scratch_bytes": 0}, "streaming", "recompute", "scratch_bytes=0 leaves a tile of less than 1024 bytes"),
         ({"max_scored_tokens": 128, "scratch_bytes": 65536}, "recompute", "chunked", "max_scored_tokens=128 does not"),
@@ -50,7 +54,7 @@ def test_choice_and_reasons(options, strategy, refused, words):
     assert plan.strategy == strategy
     assert words in plan.against[refused]
     assert words in str(plan)
-    assert set(plan.against) == {*dispatch.STRATEGIES, *dispatch.BACKEND_NAMES} - {plan.strategy, plan.backend}
+    assert set(plan.against) == {*tables.STRATEGIES, *tables.BACKEND_NAMES} - {plan.strategy, plan.backend}
 
 
 @pytest.mark.parametrize("options", [{"reduction": "none"}, {"loss_type": coupled}, {"scratch_bytes": 100}])
@@ -63,7 +67,7 @@ def test_asked_by_name_and_refused_is_an_error_with_the_reason(options):
 
 def test_a_frozen_head_lifts_the_refusal():
     plan = explain(*problem(trainable=False), reduction="none")
-    assert (plan.strategy, plan.units) == ("chunked", 2)
+    assert (plan.strategy, plan.units) == ("frozen_head", 2)
 
 
 @pytest.mark.parametrize("trainable", [True, False])
@@ -83,45 +87,52 @@ def test_two_accumulators_where_the_sides_differ():
     assert two.extra_bytes == 2 * one.extra_bytes
 
 
-@pytest.mark.parametrize("strategy", dispatch.STRATEGIES)
+def tile_of_chunks(budget, tokens, vocab):
+    return memory_budget.tile_of_examples(budget, tokens, vocab, 0)
+
+
+@pytest.mark.parametrize("tile_of", [tile_of_chunks, memory_budget.tile_of_logps, memory_budget.tile_of_streaming])
 @pytest.mark.parametrize("scratch", [1, 777, 4096, 10**5, 10**6, 10**9])
 @pytest.mark.parametrize("vocab", [1, 3, 1000, 256000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_a_tile_and_its_temporaries_fit_the_scratch(dtype, vocab, scratch, strategy):
-    budget = dispatch.budget_of(scratch, "torch", dtype, torch.device("cpu"))
-    tile = tiles.tile_of(strategy, budget, 10**6, vocab)
+def test_a_tile_and_its_temporaries_fit_the_scratch(dtype, vocab, scratch, tile_of):
+    budget = tables.divide_scratch(scratch, "torch", dtype, torch.device("cpu"))
+    tile = tile_of(budget, 10**6, vocab)
     assert tile.rows >= 1
     assert 1 <= tile.cols <= vocab
-    if strategy != "chunked" or budget.whole_rows(vocab) >= 1:
+    if tile_of is not tile_of_chunks or budget.whole_rows(vocab) >= 1:
         used = tile.rows * tile.cols * budget.bytes_per_logit + budget.workspace_bytes
-        assert used <= scratch or tile == tiles.Tile(1, 1)
+        assert used <= scratch or tile == memory_budget.Tile(1, 1)
 
 
 def test_streaming_tiles_of_a_gpu_keep_it_at_work():
     """Thousands of rows by thousands of columns, within the scratch; on a CPU what a cache holds."""
     for dtype, vocab in ((torch.bfloat16, 128256), (torch.float32, 50257)):
-        budget = tiles.Budget.of(tiles.GPU_SCRATCH_BYTES, "cuda", 6 if dtype == torch.bfloat16 else 4, 16, False)
-        tile = tiles.tile_of("streaming", budget, 131072, vocab)
-        assert (tile.rows, tile.cols % 16) == (tiles.GPU_STREAMING_ROWS, 0)
+        budget = memory_budget.Budget.of(
+            memory_budget.GPU_SCRATCH_BYTES, "cuda", 6 if dtype == torch.bfloat16 else 4, 16, False
+        )
+        tile = memory_budget.tile_of_streaming(budget, 131072, vocab)
+        assert (tile.rows, tile.cols % 16) == (memory_budget.GPU_STREAMING_ROWS, 0)
         assert tile.cols > 8192
-        assert tile.rows * budget.row_bytes(tile.cols) <= tiles.GPU_STREAMING_BYTES
-        few = tiles.tile_of("streaming", budget, 256, vocab)
+        assert tile.rows * budget.row_bytes(tile.cols) <= memory_budget.GPU_STREAMING_BYTES
+        few = memory_budget.tile_of_streaming(budget, 256, vocab)
         assert (few.rows, few.cols) == (256, vocab)
-        assert tiles.tile_of("recompute", budget, 131072, vocab).cols == vocab
-    small = tiles.Budget.of(2**20, "cuda", 6, 16, False)
-    tile = tiles.tile_of("streaming", small, 131072, 128256)
+        assert memory_budget.tile_of_logps(budget, 131072, vocab).cols == vocab
+    small = memory_budget.Budget.of(2**20, "cuda", 6, 16, False)
+    tile = memory_budget.tile_of_streaming(small, 131072, 128256)
     assert tile.rows * small.row_bytes(tile.cols) <= small.tile_bytes
 
 
 def test_free_memory_counts_what_the_allocator_keeps(monkeypatch):
     """A pair longer than the chunk would else be recomputed for how the allocator happened to grow."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 * tiles.MIB, 80 * 2**30))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * tiles.MIB)
-    pairs = {"need": (True, True, False), "counts": (4000, 4000), "rows": 8000, "vocab": 128256, "hidden": 64}
-    problem = on_a_gpu(loss=losses.bind("sigmoid", 0.1, 0.0, {}), scalar=True, separable=True, **pairs)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 * memory_budget.MIB, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * memory_budget.MIB)
+    pairs = {"counts": (4000, 4000), "num_tokens": 8000, "num_sequences": 2, "vocab": 128256, "width": 64}
+    loss = losses.bind("sigmoid", 0.1, 0.0, {})
+    workload = on_a_gpu(loss=loss, needs_grad=NeedsGrad(True, True, False), **pairs)
     for kept, strategy in ((11, "recompute"), (90, "chunked")):
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, kept=kept: kept * tiles.MIB)
-        assert dispatch.choose(problem, "auto", "torch").strategy == strategy
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, kept=kept: kept * memory_budget.MIB)
+        assert make_plan(workload, Execution("torch")).strategy == strategy
 
 
 def test_an_old_triton_is_refused(monkeypatch):
@@ -132,25 +143,25 @@ def test_an_old_triton_is_refused(monkeypatch):
 
 
 def test_groups_and_tiles_are_even():
-    assert [g.stop - g.start for g in plan_groups([3, 2] * 4, 20, range(0, 9, 2), tile_rows=19)] == [10, 10]
-    assert [g.stop - g.start for g in plan_groups([1, 1, 5, 1, 1, 0, 1, 1], 11, range(0, 9, 2), tile_rows=8)] == [8, 3]
-    budget = tiles.Budget(tile_bytes=2031 * 32000 * 4, workspace_bytes=0, bytes_per_logit=4)
-    assert tiles.tile_of("chunked", budget, 2048, 32000).rows == 1024
-    assert tiles.tile_of_pairs(budget, 2048, 32000, 0).rows == 2031
-    assert tiles.tile_of("chunked", budget, 0, 32000).rows == 1
+    assert [g.stop - g.start for g in plan_chunks([3, 2] * 4, 20, range(0, 9, 2), tile_rows=19)] == [10, 10]
+    assert [g.stop - g.start for g in plan_chunks([1, 1, 5, 1, 1, 0, 1, 1], 11, range(0, 9, 2), tile_rows=8)] == [8, 3]
+    budget = memory_budget.Budget(tile_bytes=2031 * 32000 * 4, workspace_bytes=0, bytes_per_logit=4)
+    assert memory_budget.tile_of_logps(budget, 2048, 32000).rows == 1024
+    assert memory_budget.tile_of_examples(budget, 2048, 32000, 0).rows == 2031
+    assert memory_budget.tile_of_logps(budget, 0, 32000).rows == 1
 
 
 def test_log_probs_on_a_cpu_hold_no_more_rows_than_save_time():
     """A frozen head accumulates nothing, so a tile of every row that fits would only take memory."""
     hidden, weight, labels = problem(trainable=False, pairs=16, length=80)
     plan = explain(hidden, weight, labels)
-    assert (plan.strategy, plan.chunks, plan.tile.rows) == ("chunked", 3, 854)
+    assert (plan.strategy, plan.chunks, plan.tile.rows) == ("frozen_head", 3, 854)
     assert explain(hidden, weight.detach().requires_grad_(), labels).chunks == 1
 
 
 def sizes(rows, most, chunking):
     """Groups of pairs of two tokens."""
-    found = plan_groups([1, 1] * (rows // 2), rows, range(0, rows + 1, 2), most, chunking)
+    found = plan_chunks([1, 1] * (rows // 2), rows, range(0, rows + 1, 2), most, chunking)
     assert found[-1].stop == rows
     assert all(group.stop - group.start <= most for group in found)
     return [group.stop - group.start for group in found]
@@ -169,69 +180,79 @@ def test_chunks_fill_the_tiles_of_a_gemm_where_that_is_cheaper():
 def test_no_plan_costs_more_than_the_most_even_one(seed):
     g = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, 90, (120,), generator=g).tolist()
-    for chunking in (*(gpu.chunking for gpu in gpus.GPUS.values()), ChunkCosts(64, 0)):
+    for chunking in (*(gpu.chunking for gpu in device_specs.GPUS.values()), ChunkCosts(64, 0)):
         arguments = (counts, sum(counts), range(0, 121, 2))
         for most in (181, 500, 1111, 9999):
-            plan, even = plan_groups(*arguments, most, chunking), plan_groups(*arguments, most)
-            assert cost_of_groups(plan, chunking) <= cost_of_groups(even, chunking)
+            plan, even = plan_chunks(*arguments, most, chunking), plan_chunks(*arguments, most)
+            assert cost_of_chunks(plan, chunking) <= cost_of_chunks(even, chunking)
             assert [group.first for group in plan[1:]] == [group.last for group in plan[:-1]]
             assert plan[-1].last == 60
 
 
 def on_a_gpu(**facts):
-    problem = dispatch.Problem(
-        rows=4096,
+    workload = Workload(
+        num_tokens=4096,
+        num_sequences=8,
         vocab=128256,
-        hidden=1024,
+        width=1024,
         dtype=torch.bfloat16,
         device=torch.device("cuda", 0),
-        need=(False, False, False),
-        loss=None,
-        separable=True,
-        scalar=False,
-        callable_loss=False,
-        counts=None,
-        static=False,
-        tracing=False,
-        scratch_bytes=2**31,
-        reference_units=0,
+        needs_grad=NeedsGrad(False, False, False),
     )
-    return replace(problem, **facts)
+    return replace(workload, **facts)
 
 
 @pytest.mark.parametrize(
     ("gpu", "facts", "backend", "strategy"),
     [
-        ("H200", {"hidden": 1024}, "triton", "streaming"),
-        ("H200", {"hidden": 2048}, "triton", "chunked"),
-        ("H100", {"hidden": 2000}, "triton", "streaming"),  # less bandwidth for the same arithmetic
-        ("A100", {"hidden": 1536}, "triton", "chunked"),
-        ("H200", {"hidden": 1024, "dtype": torch.float32}, "triton", "chunked"),
-        ("H200", {"hidden": 1024, "need": (True, False, False)}, "triton", "chunked"),
-        ("H200", {"hidden": 1024}, "torch", "chunked"),
-        (None, {"hidden": 1024}, "triton", "chunked"),
+        ("H200", {"width": 1024}, "triton", "streaming"),
+        ("H200", {"width": 2048}, "triton", "frozen_head"),
+        ("H100", {"width": 2000}, "triton", "streaming"),  # less bandwidth for the same arithmetic
+        ("A100", {"width": 1536}, "triton", "frozen_head"),
+        ("H200", {"width": 1024, "dtype": torch.float32}, "triton", "frozen_head"),
+        ("H200", {"width": 1024, "needs_grad": NeedsGrad(True, False, False)}, "triton", "frozen_head"),
+        ("H200", {"width": 1024}, "torch", "frozen_head"),
+        (None, {"width": 1024}, "triton", "frozen_head"),
     ],
 )
 def test_log_probs_alone_stream_where_logits_would_cost_more(monkeypatch, gpu, facts, backend, strategy):
     pytest.importorskip("triton")
-    monkeypatch.setattr(dispatch, "gpu_at", lambda device: gpus.GPUS.get(gpu))
-    problem = on_a_gpu(**facts)
-    plan = dispatch.choose(problem, "auto", backend)
-    assert (plan.strategy, plan.units) == (strategy, 2 if any(problem.need) else 1)
+    monkeypatch.setattr(schedules, "gpu_at", lambda device: device_specs.GPUS.get(gpu))
+    workload = on_a_gpu(**facts)
+    plan = make_plan(workload, Execution(backend))
+    assert (plan.strategy, plan.gemms) == (strategy, 2 if any(workload.needs_grad) else 1)
     if strategy == "streaming":
-        assert "the traffic of its logits" in dispatch.reasons_against(problem, plan)["chunked"]
-    assert dispatch.choose(problem, "chunked", backend).strategy == "chunked"
+        assert "the traffic of its logits" in plan.rejected["frozen_head"]
+    assert make_plan(workload, Execution(backend, "chunked")).strategy == "frozen_head"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "facts", "expected"),
+    [
+        ("H200", {"width": 2048}, True),
+        ("H200", {"width": 1024}, False),
+        ("H200", {"width": 2048, "dtype": torch.float32}, False),
+        (None, {"width": 2048}, False),
+    ],
+)
+def test_a_wide_models_logits_are_recomputed_by_the_library(monkeypatch, gpu, facts, expected):
+    """Its GEMM saves more than the traffic of the logits costs; the plan says so, not the kernel."""
+    monkeypatch.setattr(schedules, "gpu_at", lambda device: device_specs.GPUS.get(gpu))
+    workload = on_a_gpu(needs_grad=NeedsGrad(True, True, False), **facts)
+    for strategy in ("recompute", "streaming"):
+        plan = make_plan(workload, Execution("torch", strategy))
+        assert plan.schedule.recompute_in_library is expected
 
 
 def test_every_gpu_of_the_table_names_its_source():
-    for gpu in gpus.GPUS.values():
+    for gpu in device_specs.GPUS.values():
         assert "data sheet" in gpu.source
         named = gpu.source.partition(": docs/")[2]
         assert (ROOT / "docs" / named).is_file(), gpu.source
         assert 100 < gpu.chunking.extra_chunk_cost_rows < 400
-    assert gpus.gpu_of("NVIDIA H200") is gpus.GPUS["H200"]
-    assert gpus.gpu_of("Tesla T4") is None
-    assert dispatch.chunking_of(torch.device("cpu")) == ChunkCosts()
+    assert device_specs.gpu_of("NVIDIA H200") is device_specs.GPUS["H200"]
+    assert device_specs.gpu_of("Tesla T4") is None
+    assert schedules.chunk_costs(on_a_gpu(device=torch.device("cpu"))) == ChunkCosts()
 
 
 def test_tiles_of_an_oversized_pair_end_where_a_gemms_do(monkeypatch):
@@ -246,7 +267,7 @@ def test_tiles_of_an_oversized_pair_end_where_a_gemms_do(monkeypatch):
     inputs = problem(pairs=1, length=50)
     whatever, aligned = [23] * 4 + [8], [16] * 6 + [4]
     for chunking, expected in ((ChunkCosts(), whatever), (ChunkCosts(8, 10), aligned), (ChunkCosts(64, 10), whatever)):
-        monkeypatch.setattr(dispatch, "chunking_of", lambda device, chunking=chunking: chunking)
+        monkeypatch.setattr(schedules, "chunk_costs", lambda workload, chunking=chunking: chunking)
         rows.clear()
         dk.fused_dpo_loss(*inputs, reference_free=True, backend="torch", scratch_bytes=23 * 512 * 4 * 4 // 3 + 4)
         assert rows == expected
@@ -255,12 +276,12 @@ def test_tiles_of_an_oversized_pair_end_where_a_gemms_do(monkeypatch):
 def test_groups_are_whole_pairs_or_one_oversized_pair():
     # pairs of 3, 0, 7, 0, 2, 2 tokens into 4 rows
     counts = [1, 2, 0, 0, 4, 3, 0, 0, 1, 1, 2, 0]
-    assert plan_groups(counts, 14, range(0, 13, 2), tile_rows=4) == [
-        Group(0, 2, (0, 4), 0, 3, oversized=False),
-        Group(2, 3, (4, 6), 3, 10, oversized=True),
-        Group(3, 6, (6, 12), 10, 14, oversized=False),
+    assert plan_chunks(counts, 14, range(0, 13, 2), tile_rows=4) == [
+        Chunk(0, 2, (0, 4), 0, 3, oversized=False),
+        Chunk(2, 3, (4, 6), 3, 10, oversized=True),
+        Chunk(3, 6, (6, 12), 10, 14, oversized=False),
     ]
 
 
 def test_static_capacity_is_one_group():
-    assert plan_groups(None, 9, (0, 2, 4), tile_rows=9) == [Group(0, 2, (0, 4), 0, 9, oversized=False)]
+    assert plan_chunks(None, 9, (0, 2, 4), tile_rows=9) == [Chunk(0, 2, (0, 4), 0, 9, oversized=False)]

@@ -66,7 +66,7 @@ def case_of(loss, dtype, **facts):
 @pytest.fixture(autouse=True)
 def _quiet_shared_reference(monkeypatch):
     # These cases share a trainable head with the reference on purpose; the warning has its own test.
-    monkeypatch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
+    monkeypatch.setattr("dpo_kernels.inputs.notices.warn_once", lambda message: None)
 
 
 # The kinds of arithmetic: each is a path of its own, more so where the environment chooses it (test_extension.py).

@@ -7,13 +7,13 @@ import torch
 
 from dpo_kernels import (
     FusedDPOLoss,
-    dispatch,
     explain,
     fused_dpo_loss,
     fused_sequence_logps,
     fused_token_logps,
     inputs,
 )
+from dpo_kernels.planning import tables
 from dpo_kernels.reference import dpo_loss_reference
 from tests.small import (
     BY_PAIR,
@@ -161,7 +161,7 @@ def test_capacity_that_is_not_used_adds_nothing(more, strategy):
 )
 def test_a_frozen_weight_costs_nothing_where_the_bias_is_trained(monkeypatch, options, backend):
     """No GEMM for its gradient and no memory of its size."""
-    kernels, seen = dispatch.BACKENDS[backend].load(), []
+    kernels, seen = tables.BACKENDS[backend].load(), []
     buffer, grad_weight = kernels.buffer, kernels.grad_weight
 
     def watched_buffer(self, device, *shape):
@@ -198,7 +198,7 @@ def test_a_reference_is_scored_in_whatever_scratch_the_policy_runs_in(form, back
         for name in ("ref_hidden", "ref_weight"):
             data[name] = data[name].double()
         scratch = 4 * (V + 3) * 4 // 3  # a row of float32, and none of float64
-    elif dispatch.BACKENDS[backend].load().can_alias_weight_grad:
+    elif tables.BACKENDS[backend].load().can_alias_weight_grad:
         g = torch.Generator().manual_seed(1)
         wide = sum(COUNTS) + 1  # no more rows than the head is wide
         data["hidden"] = torch.randn(S, T, wide, generator=g, requires_grad=True)
@@ -318,7 +318,7 @@ SEPARABLE.separable = True
 
 # grads, options: strategy, units, reference units, and a word of the reason against each other strategy
 PLANS = {
-    "trainable": (TRAINED, {}, "chunked", 3, {"recompute": "4 GEMM units against 3", "streaming": "against 3"}),
+    "trainable": (TRAINED, {}, "chunked", 3, {"recompute": "4 GEMM passes against 3", "streaming": "against 3"}),
     "frozen": (("hidden",), {}, "chunked", 2, {"recompute": "could run, at 2", "streaming": "could run, at 3"}),
     "head alone": (("weight",), {}, "chunked", 2, {"recompute": "could run, at 3", "streaming": "could run, at 3"}),
     "nothing": ((), {}, "chunked", 1, {"recompute": "could run, at 1", "streaming": "could run, at 1"}),
@@ -339,7 +339,7 @@ def test_explain_says_what_runs_and_why_nothing_else(case):
     data = problem(*need)
     plan = explain(**data, **options)
     assert (plan.strategy, plan.backend, plan.units, plan.reference_units) == (strategy, CPU_BACKEND, units, 0)
-    others = {*dispatch.STRATEGIES, *dispatch.BACKEND_NAMES} - {strategy, CPU_BACKEND}
+    others = {*tables.STRATEGIES, *tables.BACKEND_NAMES} - {strategy, CPU_BACKEND}
     assert plan.against.keys() == others
     assert all(plan.against.values())
     for name, words in reasons.items():

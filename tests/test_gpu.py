@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels import dispatch
 from dpo_kernels.kernels import extension
+from dpo_kernels.planning import tables
 from tests import cases
 from tests.cases import LAYOUTS, RICH, STRATEGIES, VOCAB, Case, broken_by, broken_over_forms, broken_rules, run
 from tests.cuda_tools import equivalence
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _quiet_shared_reference(monkeypatch):
-    monkeypatch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
+    monkeypatch.setattr("dpo_kernels.inputs.notices.warn_once", lambda message: None)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -44,7 +44,7 @@ def test_equivalence_in_float64(strategy, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_of_one_row(monkeypatch, dtype, backend):
     """cuBLAS is called otherwise for one row than for many, also to add to what is there."""
-    budget = dispatch.budget_of(2**30, backend, dtype, torch.device("cuda"))
+    budget = tables.divide_scratch(2**30, backend, dtype, torch.device("cuda"))
     one_row = ("chunked", budget.minimum_scratch(VOCAB, "cuda"))
     monkeypatch.setitem(cases.STRATEGIES, "one row", one_row)
     inputs = Case(dtype).tensors(device="cuda")

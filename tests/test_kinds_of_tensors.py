@@ -12,7 +12,7 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 import dpo_kernels as dk
-from dpo_kernels import passes
+from dpo_kernels.engine import passes
 
 S, T, H, V = 4, 3, 5, 7
 LABELS = torch.tensor([[1, 2, 3], [-100, 4, 5], [6, 0, -100], [3, 2, 1]])

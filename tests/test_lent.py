@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels import tiles
 from dpo_kernels.kernels import extension
 from dpo_kernels.kernels.extension import CppKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels
+from dpo_kernels.planning import memory_budget
 from tests import test_units
 from tests.cases import LAYOUTS, RICH, Case, broken_by, broken_over_forms, broken_rules
 from tests.test_equivalence import DTYPES, FAMILY, case_of
@@ -29,9 +29,9 @@ def problem(rows=32, hidden=64, vocab=LONG, trainable=True, dtype=torch.float32)
 @pytest.fixture
 def blocks(monkeypatch):
     """The vocabulary of the equivalence cases in blocks of at least 48 columns, whatever the dtype."""
-    monkeypatch.setattr(tiles, "LEAST_LENT_COLS", 48)
-    monkeypatch.setattr(tiles, "LENT_BLOCK_BYTES", 22 * 8 * 64)
-    monkeypatch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
+    monkeypatch.setattr(memory_budget, "LEAST_ALIASED_COLS", 48)
+    monkeypatch.setattr(memory_budget, "ALIASED_BLOCK_BYTES", 22 * 8 * 64)
+    monkeypatch.setattr("dpo_kernels.inputs.notices.warn_once", lambda message: None)
     inputs = Case().tensors()
     plan = dk.explain(inputs["hidden"], inputs["weight"], inputs["labels"], reference_free=True)
     assert plan.lent
@@ -118,7 +118,7 @@ def test_traced_calls_borrow_as_well():
 @pytest.fixture
 def wide_enough(monkeypatch):
     """Blocks of 1024 columns less than an odd number of 16: the vocabulary has several."""
-    monkeypatch.setattr(tiles, "LENT_BLOCK_BYTES", 32 * 4 * 1024)
+    monkeypatch.setattr(memory_budget, "ALIASED_BLOCK_BYTES", 32 * 4 * 1024)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_the_plan_says_so(wide_enough):
     plan = dk.explain(*problem(), reference_free=True)
     assert (plan.lent, plan.chunks, plan.extra_bytes, plan.tile.rows) == (True, 1, 0, 32)
     assert "logits in the memory of the head's gradient" in str(plan)
-    assert tiles.LEAST_ALIASED_COLS <= plan.tile.cols <= 1024
+    assert memory_budget.LEAST_ALIASED_COLS <= plan.tile.cols <= 1024
 
 
 def test_a_scratch_without_room_for_the_rows_needs_no_other_strategy(wide_enough):

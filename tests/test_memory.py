@@ -11,9 +11,10 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import dpo_kernels as dk
-from dpo_kernels import dispatch, fused_dpo_loss
+from dpo_kernels import fused_dpo_loss
 from dpo_kernels.kernels import extension
 from dpo_kernels.kernels.extension import CppKernels
+from dpo_kernels.planning import tables
 from tests.small import CPU_BACKEND, STRATEGIES, TRAINED, V, problem
 
 MISSING = extension.why_not("cpu")
@@ -143,7 +144,7 @@ SCRATCHES = [(strategy, need) for strategy in STRATEGIES for need in ((), ("hidd
 @pytest.mark.parametrize(("strategy", "need"), SCRATCHES)
 def test_no_scratch_outlives_its_call(monkeypatch, strategy, need, backend):
     """Neither the result nor its graph holds a tile, nor does anything that only a collection of cycles would free."""
-    kernels, seen = dispatch.BACKENDS[backend].load(), []
+    kernels, seen = tables.BACKENDS[backend].load(), []
     scratch = kernels.scratch
 
     def watched(self, *given):

@@ -225,7 +225,7 @@ def test_float16_logits_beyond_its_range(strategy):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_a_bad_token_poisons_instead_of_passing(monkeypatch, frozen, strategy):
     """Where looking at labels would be a sync they are not looked at: loss and gradients become NaN, not a number."""
-    from dpo_kernels import packing
+    from dpo_kernels.inputs import packing
 
     monkeypatch.setattr(packing, "_raise_bad_label", lambda *args: None)
     for loss_type in ("sigmoid", "hinge", "ipo"):

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dpo_kernels
 from benchmarks import demo_table
-from dpo_kernels import dispatch, losses
+from dpo_kernels import losses
+from dpo_kernels.planning import tables
 from tests.test_units import UNITS
 
 ROOT = Path(__file__).parents[1]
@@ -128,14 +129,14 @@ def test_the_recipes_for_losses_run():
 def test_the_table_of_strategies_says_what_is_counted():
     counted = {(s, trainable): units for s, trainable, hidden, units in UNITS if hidden}
     rows = {row[0]: row for row in table("strategy")}
-    assert set(rows) == set(dispatch.STRATEGIES)
+    assert set(rows) == set(tables.STRATEGIES)
     for name, row in rows.items():
         assert (int(row[1]), int(row[2])) == (counted[name, True], counted[name, False])
 
 
 def test_the_table_of_backends_says_what_there_is():
     rows = {row[0]: row[1] for row in table("backend")}
-    assert set(rows) == set(dispatch.BACKEND_NAMES)
+    assert set(rows) == set(tables.BACKEND_NAMES)
     for name, state in rows.items():
         assert ("not measured" in state) == (name in ("triton", "cuda")), "no GPU was measured yet"
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels import losses, passes
+from dpo_kernels import losses
+from dpo_kernels.engine import passes
 from dpo_kernels.kernels import extension
 from dpo_kernels.kernels.extension import CppKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import dpo_kernels as dk
-from dpo_kernels import tiles
+from dpo_kernels.planning import memory_budget
 from tests.test_equivalence import coupled
 
 ROWS, HIDDEN, VOCAB = 64, 32, 2048  # per sequence
@@ -164,7 +164,7 @@ def test_the_default_scratch_of_gpus(monkeypatch, gigabytes, mebibytes):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     card = SimpleNamespace(total_memory=int(gigabytes * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    assert tiles.default_scratch_bytes(torch.device("cuda", 0)) == int(mebibytes * MIB)
+    assert memory_budget.default_scratch_bytes(torch.device("cuda", 0)) == int(mebibytes * MIB)
 
 
 # --- memory, as the system sees it ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 import dpo_kernels
 from benchmarks.data import BETA, IGNORE, Data
 from benchmarks.providers import Outputs, Provider, Step, Unavailable, Variant
-from dpo_kernels.dispatch import BACKEND_NAMES, STRATEGIES
+from dpo_kernels.planning.tables import BACKEND_NAMES, STRATEGIES
 
 EVERY_POSITION = ", every position"
 ABOUT = {

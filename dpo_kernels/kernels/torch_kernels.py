@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernel_interface import LogitsGradient, RowResult, RowState, rescale
-from dpo_kernels.kernels.tiled import TiledPasses
+from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowResult, RowState, rescale
 from dpo_kernels.shapes import Head, accumulation_dtype, spans
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -21,15 +20,10 @@ BLOCK_TEMPORARIES = 2
 LARGEST_LABEL = 2.0**15
 
 
-class TorchKernels(TiledPasses):
+class TorchKernels(RowKernels):
     """Row operations with at most ``workspace_bytes`` of vocabulary-sized temporaries beside the caller's tile."""
 
     name = "torch"
-    can_alias_weight_grad = False
-
-    def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
-        self.dtype = dtype
-        self.workspace_bytes = workspace_bytes
 
     @staticmethod
     def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:

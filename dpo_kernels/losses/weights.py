@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.checks import (
+    INDEX_DTYPES,
     check_choice,
     check_cumulative,
     check_flag,
@@ -14,7 +15,6 @@ from dpo_kernels.checks import (
     check_tensor,
     has_values,
 )
-from dpo_kernels.inputs import INDEX_DTYPES
 from dpo_kernels.outputs import DPOLossOutput
 
 PAIRS = ("stacked", "interleaved")

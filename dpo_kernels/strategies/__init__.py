@@ -1,1 +1,4 @@
-"""Strategies: in which order, and holding how much, the kernels are run. They are given kernels and the loss."""
+"""The algorithms: in which order the row operations run, and how much of the logits they hold.
+
+A strategy is given its kernels, the problem and the schedule. ``planning/tables.py`` says when each can run.
+"""

@@ -1,33 +1,30 @@
-"""A tile of fixed size, whatever the batch: 1 MiB of logits on a CPU, 256 MiB on a GPU (``tiles.py``), and no scratch.
+"""A tile of fixed size, whatever the batch: 1 MiB of logits on a CPU, 256 MiB on a GPU, and no other scratch.
 
-A native forward pass keeps logits in registers. The backward pass recomputes the tiles from the kept log-sum-exp,
-whatever the head; one recomputed tile serves both gradients: four units with a trainable head, three with a frozen one.
+A backend with a kernel for it keeps the logits of the forward pass in registers. The backward pass computes the tiles
+again from the kept sums, whether the head is trained or not. One tile serves both gradients: four GEMM passes with a
+trainable head, three with a frozen one.
 """
-
-from collections.abc import Sequence
 
 from torch import Tensor
 
 from dpo_kernels.kernel_interface import RowKernels, RowResult
-from dpo_kernels.shapes import Head, PackedTokens, Tile
+from dpo_kernels.problem import Problem
+from dpo_kernels.shapes import Schedule, accumulation_dtype
+from dpo_kernels.strategies import recompute
+from dpo_kernels.strategies.row_results import RowResults
 
 
-def forward(
-    kernels: RowKernels, hidden_RH: Tensor, head: Head, rows: PackedTokens, tile: Tile, stats: Sequence[str]
-) -> RowResult:
-    """Log-probs of the rows, one unit."""
-    return kernels.stream_logprob(hidden_RH, head, rows, tile, stats)
+def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[RowResult, Tensor | None]:
+    """Log-probs of the packed tokens, one GEMM pass; nothing else is kept."""
+    packed = problem.packed
+    if not kernels.streams_logps or not packed.used:
+        return recompute.logps(kernels, problem, schedule)
+    like = problem.hidden.new_empty(0, dtype=accumulation_dtype(kernels.dtype))
+    rows = RowResults(kernels, packed, problem.head.vocab, problem.stats, like=like)
+    x_NH = packed.gather(problem.hidden, 0, packed.used, kernels.dtype)
+    state = kernels.stream_logps(x_NH, problem.head, packed.labels[: packed.used], problem.stats)
+    rows.put(0, packed.used, state)
+    return rows.result, None
 
 
-def backward(
-    kernels: RowKernels,
-    hidden_RH: Tensor,
-    head: Head,
-    rows: PackedTokens,
-    saved: tuple[Tensor, Tensor, Tensor],
-    grad_N: Tensor,
-    tile: Tile,
-    need: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients from the upstream ``grad_N`` of each row's log-prob; hidden rows are ``(N + 1, H)``, last row 0."""
-    return kernels.linear_logprob_backward(hidden_RH, head, rows, saved, grad_N, tile, need)
+gradients = recompute.gradients

@@ -31,7 +31,7 @@ COUNTS = (40_000, 0, 3_000, 255)  # of the tail's blocks of 256, a hundred to a 
 def _sanitized(monkeypatch):
     # Shares of the vocabulary of several tiles each, as on a GPU.
     monkeypatch.setattr("dpo_kernels.kernels.triton.backend.num_vocab_splits", lambda *_: 2)
-    monkeypatch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
+    monkeypatch.setattr("dpo_kernels.inputs.notices.warn_once", lambda message: None)
     with sanitize():
         yield
 
@@ -83,7 +83,7 @@ def launches():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("triton.runtime.interpreter.InterpretedFunction.run", launched)
             patch.setattr(backend, "num_vocab_splits", lambda *_: 2)
-            patch.setattr("dpo_kernels.inputs._warn_once", lambda message: None)
+            patch.setattr("dpo_kernels.inputs.notices.warn_once", lambda message: None)
             fused(case.tensors(), strategy, **case.keywords())
         return found
 

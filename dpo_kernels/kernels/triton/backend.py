@@ -11,8 +11,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dpo_kernels.device_specs import gpu_at
-from dpo_kernels.kernel_interface import LogitsGradient, RowResult, RowState
+from dpo_kernels.kernel_interface import LogitsGradient, RowState
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.kernels.triton import autotune, matmul_kernels, row_kernels, sequence_loss
 from dpo_kernels.kernels.triton.configs import (
@@ -28,7 +27,7 @@ from dpo_kernels.kernels.triton.configs import (
 )
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.segments import offsets_of
-from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head, PackedTokens, Tile
+from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head
 
 MOST_WAVES = 16  # of programs that the streaming pass is cut into: the more, the less is lost in the last one
 CACHED_BYTES = 16 * 2**20  # of X, read again for each block of columns: a part of a GPU's second-level cache
@@ -40,6 +39,7 @@ class TritonKernels(TorchKernels):
     """Row operations by Triton kernels, on CUDA or, with ``TRITON_INTERPRET=1``, step by step on the CPU."""
 
     name = "triton"
+    streams_logps = True
 
     def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
         super().__init__(dtype, workspace_bytes)
@@ -221,15 +221,10 @@ class TritonKernels(TorchKernels):
             )
         return sums_S, losses_P, grad_S
 
-    def stream_logprob(
-        self, hidden_RH: Tensor, head: Head, packed: PackedTokens, tile: Tile, stats: Sequence[str]
-    ) -> RowResult:
+    def stream_logps(self, x_CH: Tensor, head: Head, labels_C: Tensor, stats: Sequence[str]) -> RowState:
         """See ``RowKernels``: the logits stay in registers."""
-        x_NH = _aligned(packed.gather(hidden_RH, 0, packed.used, self.dtype))
-        count, vocab = packed.used, head.vocab
-        if count == 0:
-            return super().stream_logprob(hidden_RH, head, packed, tile, stats)
-        weight = self._weight(head)
+        x_NH, weight = _aligned(x_CH), self._weight(head)
+        count, vocab = labels_C.shape[0], head.vocab
 
         def run(launch: MatrixLaunch) -> tuple[list[Tensor], Tensor]:
             """The reductions of each share of the vocabulary, in memory of their own."""
@@ -245,7 +240,7 @@ class TritonKernels(TorchKernels):
                 matmul_kernels.linear_logprob[(splits, blocks)](
                     *launch.descriptors(x_NH, weight),
                     weight if head.bias is None else head.bias,
-                    packed.labels,
+                    labels_C,
                     *kept[:3],
                     *(kept[3:] or kept),
                     argmax,
@@ -266,9 +261,7 @@ class TritonKernels(TorchKernels):
             return kept, argmax
 
         kept, argmax = run(_best("linear_logprob", x_NH, weight, head, bool(stats), run))
-        state = _merge(kept, argmax, stats)
-        done = self.row_logps(state, packed.labels[:count], vocab)
-        return _to_capacity(done, packed.capacity)
+        return _merge(kept, argmax, stats)
 
     def recomputed_dlogits(
         self,
@@ -281,13 +274,7 @@ class TritonKernels(TorchKernels):
         others_C: Tensor,
         scale_C: Tensor | None,
     ) -> LogitsGradient:
-        """See ``RowKernels``: one kernel from hidden states to the operand, no float32 logits between.
-
-        Of a wide model the traffic of logits is predicted to cost less than a slower GEMM, as for log-probs alone.
-        """
-        gpu = gpu_at(x_CH.device)
-        if gpu is not None and self.dtype != torch.float32 and x_CH.shape[1] > gpu.streaming_width:
-            return super().recomputed_dlogits(x_CH, head, start, tile, labels_C, max_C, others_C, scale_C)
+        """See ``RowKernels``: one kernel from hidden states to the operand, no float32 logits between."""
         x_CH = _aligned(x_CH)
         out, applied, residual = tile, None, None
         if self.dtype == torch.bfloat16:  # in the scratch's own memory, of which it takes half
@@ -423,16 +410,4 @@ def _merge(kept: list[Tensor], argmax: Tensor, stats: Sequence[str]) -> RowState
         logit_sum=kept[4].sum(dim=0) if "mean_logits" in stats else None,
         argmax=argmax.gather(0, winner[None])[0] if "top1" in stats else None,
         square_sum=(kept[5] * factor.square()).sum(dim=0) if "log_sum_p2" in stats else None,
-    )
-
-
-def _to_capacity(done: RowResult, capacity: int) -> RowResult:
-    """Capacity that stands for nothing gets log-prob 0."""
-
-    def padded(value: Tensor, fill: float) -> Tensor:
-        return torch.cat([value, value.new_full((capacity - value.shape[0],), fill)])
-
-    stats = {name: padded(value, 0.0) for name, value in done.stats.items()}
-    return RowResult(
-        padded(done.logp, 0.0), padded(done.max, 0.0), padded(done.sumexp, 1.0), padded(done.others, 0.0), stats
     )

@@ -1,29 +1,46 @@
 """Public functions for feedback that does not come in pairs: labelled sequences and ranked groups."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_kernels import calls, checks, inputs
+from dpo_kernels import checks
+from dpo_kernels.engine.run import run, sequence_output
+from dpo_kernels.inputs.make_problem import sequence_problem
+from dpo_kernels.inputs.options import Arguments, group
+from dpo_kernels.inputs.tensors import Batch
+from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.losses.sequences import GROUP_LOSSES, KTO_LOSSES, GroupLoss, LabelledLoss
+from dpo_kernels.outputs import SequenceLossOutput
+from dpo_kernels.planning.plan import Execution, make_plan
 from dpo_kernels.shapes import sum_dtype
 
-
-class SequenceLossOutput(NamedTuple):
-    """What ``fused_kto_loss`` and ``fused_group_loss`` return; every field but ``loss`` is detached.
-
-    ``loss`` is a scalar, or by unit with ``reduction="none"``: ``(S,)`` for KTO, ``(G,)`` for groups. ``rewards``
-    (``beta * (logps - ref_logps)``), ``logps`` and ``ref_logps`` are ``(S,)`` in the order of the input. ``stats`` are
-    those of ``DPOLossOutput``.
-    """
-
-    loss: Tensor
-    rewards: Tensor
-    logps: Tensor
-    ref_logps: Tensor
-    stats: dict[str, Tensor]
+# What these losses take of the options of ``fused_dpo_loss``, in its order.
+OPTIONS = (
+    "bias",
+    "ref_hidden",
+    "ref_weight",
+    "ref_bias",
+    "ref_logps",
+    "reference_free",
+    "cu_seqlens",
+    "token_weights",
+    "shift",
+    "ignore_index",
+    "logit_scale",
+    "softcap",
+    "reduction",
+    "denominator",
+    "stats",
+    "backend",
+    "strategy",
+    "scratch_bytes",
+    "max_scored_tokens",
+    "main_grad",
+    "main_grad_scale",
+)
 
 
 def fused_kto_loss(
@@ -83,7 +100,7 @@ def fused_kto_loss(
         ("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight),
     )]  # fmt: skip
 
-    def bound(batch: inputs.Batch) -> LabelledLoss:
+    def bound(batch: Batch) -> LabelledLoss:
         if desirable.shape != (batch.sequences,):
             raise ValueError(
                 f"desirable has shape {tuple(desirable.shape)}, expected ({batch.sequences},): one for each sequence"
@@ -96,7 +113,7 @@ def fused_kto_loss(
         weights = torch.where(desirable, liked, disliked)
         return LabelledLoss(loss_type, beta, desirable, weights, shift.to(batch.hidden.device, real))
 
-    return _run(hidden, weight, labels, bound, options, "fused_kto_loss")
+    return _run((hidden, weight, labels), bound, options, "fused_kto_loss")
 
 
 def fused_group_loss(
@@ -137,23 +154,27 @@ def fused_group_loss(
     for size in group_sizes:
         checks.check_count("group_sizes", size, least=1)
 
-    def bound(batch: inputs.Batch) -> GroupLoss:
+    def bound(batch: Batch) -> GroupLoss:
         if sum(group_sizes) != batch.sequences:
             raise ValueError(f"group_sizes sum to {sum(group_sizes)}, but there are {batch.sequences} sequences")
         return GroupLoss(loss_type, beta, tuple(group_sizes))
 
-    return _run(hidden, weight, labels, bound, options, "fused_group_loss")
+    return _run((hidden, weight, labels), bound, options, "fused_group_loss")
 
 
 def _run(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bound: Any, options: dict[str, Any], name: str
+    policy: tuple[Tensor, Tensor, Tensor],
+    loss_of: Callable[[Batch], SequenceLoss],
+    options: dict[str, Any],
+    function: str,
 ) -> SequenceLossOutput:
-    call = calls.prepare_sequences(hidden, weight, labels, bound, options, name)
-    loss, policy_S, ref_S, stats = calls.run(call, options)
-    dtype = call.batch.result_dtype
-    policy_S, ref_S = policy_S.detach(), ref_S.detach()
-    rewards_S = call.loss.beta * (policy_S - ref_S)
-    return SequenceLossOutput(loss.to(dtype), rewards_S.to(dtype), policy_S.to(dtype), ref_S.to(dtype), stats)
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"{function}() got an unexpected option {name!r}; known: {', '.join(OPTIONS)}")
+    arguments = Arguments.by_name({**dict(zip(("hidden", "weight", "labels"), policy, strict=True)), **options})
+    problem = sequence_problem(arguments, loss_of, function)
+    plan = make_plan(problem.workload, group(Execution, options))
+    return sequence_output(problem, run(problem, plan))
 
 
 def _check_beta(beta: float) -> float:

@@ -1,4 +1,4 @@
-"""The public functions: the contract of each, then a few calls into the layers below.
+"""Losses of pairs, chosen and rejected: ``fused_dpo_loss``, its module, the loss on log-probs alone, ``explain``.
 
 Every function takes hidden states as ``(2B, T, H)`` with labels ``(2B, T)``, or packed as ``(N, H)`` with labels
 ``(N,)`` and ``cu_seqlens`` ``(2B + 1,)``. A position is scored unless its label is ``ignore_index``.
@@ -6,14 +6,30 @@ Every function takes hidden states as ``(2B, T, H)`` with labels ``(2B, T)``, or
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from dpo_kernels import calls, checks, dispatch, inputs, losses
+from dpo_kernels import checks, losses
+from dpo_kernels.engine.run import pair_output, run
+from dpo_kernels.inputs.divisors import check_divisor
+from dpo_kernels.inputs.make_problem import pair_problem
+from dpo_kernels.inputs.options import (
+    Arguments,
+    HeadOptions,
+    Layout,
+    MainGradOptions,
+    PolicyTensors,
+    Reduction,
+    ReferenceTensors,
+    check_stats,
+    group,
+)
+from dpo_kernels.inputs.sequence_logps import check_logps
 from dpo_kernels.loss_interface import LossInputs
 from dpo_kernels.outputs import DPOLossOutput
+from dpo_kernels.planning.plan import Execution, Plan, make_plan
+from dpo_kernels.shapes import number_like
 
 Loss = str | Sequence[str] | Callable[[LossInputs], Tensor]
 
@@ -113,38 +129,19 @@ def fused_dpo_loss(
         RuntimeError: when a gradient is differentiated again, under vmap, in forward mode, and for batched gradients.
 
     """
-    options = {
-        "bias": bias,
-        "ref_hidden": ref_hidden,
-        "ref_weight": ref_weight,
-        "ref_bias": ref_bias,
-        "ref_logps": ref_logps,
-        "reference_free": reference_free,
-        "loss_type": loss_type,
-        "beta": beta,
-        "label_smoothing": label_smoothing,
-        "cu_seqlens": cu_seqlens,
-        "pairs": pairs,
-        "token_weights": token_weights,
-        "shift": shift,
-        "ignore_index": ignore_index,
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "reduction": reduction,
-        "denominator": denominator,
-        "token_denominator": token_denominator,
-        "stats": stats,
-        "backend": backend,
-        "strategy": strategy,
-        "scratch_bytes": scratch_bytes,
-        "max_scored_tokens": max_scored_tokens,
-        "main_grad": main_grad,
-        "main_grad_scale": main_grad_scale,
-        "loss_options": loss_options,
-    }
-    call = calls.prepare(hidden, weight, labels, options)
-    loss, policy_S, ref_S, found = calls.run(call, options)
-    return calls.output(call, loss, policy_S, ref_S, found)
+    loss = losses.bind(loss_type, beta, label_smoothing, loss_options)
+    arguments = Arguments(
+        PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights),
+        HeadOptions(logit_scale, softcap),
+        ReferenceTensors(ref_hidden, ref_weight, ref_bias, ref_logps, reference_free),
+        Layout(pairs, shift, ignore_index, max_scored_tokens),
+        Reduction(reduction, denominator, token_denominator),
+        MainGradOptions(main_grad, main_grad_scale),
+        stats,
+    )
+    execution = Execution(backend, strategy, scratch_bytes)
+    problem = pair_problem(arguments, loss)
+    return pair_output(problem, run(problem, make_plan(problem.workload, execution)))
 
 
 class FusedDPOLoss(nn.Module):
@@ -175,11 +172,11 @@ class FusedDPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         losses.bind(loss_type, beta, label_smoothing, loss_options)
-        checks.check_choice("reduction", reduction, inputs.REDUCTIONS)
-        checks.check_choice("pairs", pairs, calls.PAIRS)
-        checks.check_flag("reference_free", reference_free)
-        inputs.check_scaling(logit_scale, softcap)
-        calls.Run(shift, ignore_index, backend, strategy, scratch_bytes, max_scored_tokens)
+        Reduction(reduction)
+        ReferenceTensors(reference_free=reference_free)
+        HeadOptions(logit_scale, softcap)
+        Layout(pairs, shift, ignore_index, max_scored_tokens)
+        Execution(backend, strategy, scratch_bytes)
         self.options = {
             "loss_type": loss_type,
             "beta": beta,
@@ -191,7 +188,7 @@ class FusedDPOLoss(nn.Module):
             "logit_scale": logit_scale,
             "softcap": softcap,
             "reduction": reduction,
-            "stats": inputs.check_stats(stats),
+            "stats": check_stats(stats),
             "backend": backend,
             "strategy": strategy,
             "scratch_bytes": scratch_bytes,
@@ -238,59 +235,6 @@ class FusedDPOLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def fused_sequence_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    shift: bool = False,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    backend: str = "auto",
-    strategy: str = "auto",
-    scratch_bytes: int | None = None,
-    max_scored_tokens: int | None = None,
-) -> Tensor:
-    """Differentiable log-probs of sequences, ``(S,)``, any number of them; 0 for one without a scored token.
-
-    float32, float64 for float64 inputs. Arguments and errors as in ``fused_dpo_loss``.
-    """
-    batch = inputs.check_batch(
-        hidden, weight, labels, bias, cu_seqlens, token_weights, logit_scale, softcap, paired=False
-    )
-    run = calls.Run(shift, ignore_index, backend, strategy, scratch_bytes, max_scored_tokens)
-    return calls.sequence_or_token_logps(batch, run, per_token=False)
-
-
-def fused_token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    shift: bool = False,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    backend: str = "auto",
-    strategy: str = "auto",
-    scratch_bytes: int | None = None,
-    max_scored_tokens: int | None = None,
-) -> Tensor:
-    """Differentiable log-probs of tokens, in the shape of ``labels`` and at their places, 0 where not scored.
-
-    float32, float64 for float64 inputs. Arguments and errors as in ``fused_dpo_loss``.
-    """
-    batch = inputs.check_batch(hidden, weight, labels, bias, cu_seqlens, None, logit_scale, softcap, paired=False)
-    run = calls.Run(shift, ignore_index, backend, strategy, scratch_bytes, max_scored_tokens)
-    return calls.sequence_or_token_logps(batch, run, per_token=True).view(labels.shape)
-
-
 def dpo_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -315,7 +259,7 @@ def dpo_loss(
     """
     bound = losses.bind(loss_type, beta, label_smoothing, loss_options)
     checks.check_flag("reference_free", reference_free)
-    policy, reference, tokens = inputs.check_logps(
+    policy, reference, tokens = check_logps(
         (policy_chosen_logps, policy_rejected_logps),
         (ref_chosen_logps, ref_rejected_logps),
         (chosen_tokens, rejected_tokens),
@@ -323,27 +267,27 @@ def dpo_loss(
         bound.needs_reference,
         bound.name,
     )
-    inputs.check_divisor("token_denominator", token_denominator, policy[0], "policy_chosen_logps")
+    check_divisor("token_denominator", token_denominator, policy[0], "policy_chosen_logps")
     bound = losses.fit_to_batch(bound, policy[0].shape[0], policy[0].device)
     divisor = tokens[0].sum().clamp(min=1)
     if token_denominator is not None:
-        divisor = calls.number_like(token_denominator, divisor)
+        divisor = number_like(token_denominator, divisor)
     bound = bound.with_token_factor(policy[0].shape[0] / divisor, policy[0].shape[0])
     losses_P = bound.evaluate(LossInputs._make((*policy, *reference, *tokens, bound.beta)))
     chosen, rejected = (bound.beta * (p - r).detach() for p, r in zip(policy, reference, strict=True))
     return losses_P, chosen, rejected
 
 
-def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> dispatch.Plan:
+def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Plan:
     """What ``fused_dpo_loss`` with the same arguments would run, what it costs, and why nothing else.
 
     The result's fields say it to programs (``strategy``, ``backend``, ``units``, ``reference_units``, ``tile``,
     ``scratch_bytes``, ``chunks``, ``extra_bytes``, ``lent``, ``against``), its ``str()`` to people. Nothing is computed
     on the head. Raises what the call itself would raise.
     """
-    parameters = inspect.signature(fused_dpo_loss).parameters
-    call_options = {name: p.default for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    call_options["loss_options"] = {name: value for name, value in options.items() if name not in call_options}
-    call_options |= {name: value for name, value in options.items() if name in call_options}
-    call = calls.prepare(hidden, weight, labels, call_options)
-    return replace(call.plan, against=dispatch.reasons_against(call.problem, call.plan))
+    bound = inspect.signature(fused_dpo_loss).bind(hidden, weight, labels, **options)
+    bound.apply_defaults()
+    named = bound.arguments
+    loss = losses.bind(named["loss_type"], named["beta"], named["label_smoothing"], named["loss_options"])
+    problem = pair_problem(Arguments.by_name(named), loss)
+    return make_plan(problem.workload, group(Execution, named))

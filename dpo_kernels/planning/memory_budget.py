@@ -20,7 +20,9 @@ LEAST_TILE_BYTES = 1024  # below this a tile is more bookkeeping than arithmetic
 FEWEST_WHOLE_ROWS = 128  # fewer rows make a poor GEMM: then the vocabulary is cut instead
 GPU_STREAMING_ROWS = 4096  # each block of rows reads and writes the whole gradient of the head
 ENOUGH_CPU_ROWS = 1024  # of a tile of log-probs; reading the head for more of them at once saves no time
-ALIASED_BLOCK_BYTES = 32 * MIB  # of logits that leave the memory of the head's gradient at once, see ``tile_of_pairs``
+ALIASED_BLOCK_BYTES = (
+    32 * MIB
+)  # of logits that leave the memory of the head's gradient at once, see ``tile_of_examples``
 LEAST_ALIASED_COLS = 512  # fewer columns make a poor GEMM
 
 
@@ -32,7 +34,7 @@ class Budget:
     workspace_bytes: int
     bytes_per_logit: int
     alignment: int = 1  # see shapes.padded
-    lends: bool = False  # see RowKernels.lends_gradient
+    aliases_weight_grad: bool = False  # see RowKernels.can_alias_weight_grad
     enough_rows: int | None = None  # of a tile that accumulates nothing
     streaming_rows: int = FEWEST_WHOLE_ROWS
     streaming_bytes: int = CPU_STREAMING_BYTES
@@ -46,7 +48,7 @@ class Budget:
         return padded(cols, self.alignment) * self.bytes_per_logit
 
     @staticmethod
-    def of(scratch_bytes: int, device_type: str, bytes_per_logit: int, alignment: int, lends: bool) -> "Budget":
+    def of(scratch_bytes: int, device_type: str, bytes_per_logit: int, alignment: int, aliases: bool) -> "Budget":
         """A quarter, up to a limit, for the temporaries, the rest for the tile."""
         workspace = min(scratch_bytes // 4, _workspace_limit(device_type))
         cpu = device_type == "cpu"
@@ -55,7 +57,7 @@ class Budget:
             workspace_bytes=workspace,
             bytes_per_logit=bytes_per_logit,
             alignment=alignment,
-            lends=lends,
+            aliases_weight_grad=aliases,
             enough_rows=ENOUGH_CPU_ROWS if cpu else None,
             streaming_rows=FEWEST_WHOLE_ROWS if cpu else GPU_STREAMING_ROWS,
             streaming_bytes=CPU_STREAMING_BYTES if cpu else GPU_STREAMING_BYTES,
@@ -72,40 +74,45 @@ def _workspace_limit(device_type: str) -> int:
     return CPU_WORKSPACE_BYTES if device_type == "cpu" else GPU_WORKSPACE_BYTES
 
 
-def tile_of_pairs(budget: Budget, rows: int, vocab: int, weight_grad_cols: int) -> Tile:
-    """The logits that the fused pass over pairs holds in its scratch at once.
+def tile_of_examples(budget: Budget, tokens: int, vocab: int, weight_grad_cols: int) -> Tile:
+    """The tile of a pass that forms gradients with the loss: as many whole rows as there is room for.
 
-    Whole rows, as many as there is room for; or, of all rows, a block of columns: where the memory of the head's
-    gradient ``(V, weight_grad_cols)`` can hold all logits until the gradient takes their place. 0: there is none.
+    Or, of all rows, a block of columns: where the memory of the head's gradient ``(V, weight_grad_cols)`` can hold all
+    logits until the gradient takes their place. With ``weight_grad_cols`` 0 there is no such memory.
     """
-    if budget.lends and weight_grad_cols and 0 < rows <= weight_grad_cols:
-        cols = min(ALIASED_BLOCK_BYTES, budget.tile_bytes) // (rows * budget.bytes_per_logit)
-        cols = (cols // 32) * 32 - 16  # an odd multiple of 16: rows a power of two apart share too few places in caches
+    if budget.aliases_weight_grad and weight_grad_cols and 0 < tokens <= weight_grad_cols:
+        cols = min(ALIASED_BLOCK_BYTES, budget.tile_bytes) // (tokens * budget.bytes_per_logit)
+        # The stride is an odd multiple of 16: rows a power of two apart would share too few places in the caches.
+        cols = (cols // 32) * 32 - 16
         if LEAST_ALIASED_COLS <= cols < vocab:
-            return Tile(rows, cols)
-    return Tile(max(1, min(rows, budget.whole_rows(vocab))), vocab)
+            return Tile(tokens, cols)
+    return Tile(max(1, min(tokens, budget.whole_rows(vocab))), vocab)
 
 
-def tile_of(strategy: str, budget: Budget, rows: int, vocab: int) -> Tile:
-    """The logits that a strategy holds at once: whole rows where enough of them fit, else a cut of the vocabulary.
+def tile_of_logps(budget: Budget, tokens: int, vocab: int) -> Tile:
+    """The tile of a pass over log-probs: whole rows where enough of them fit, else a cut of the vocabulary."""
+    return _tile(budget, tokens, vocab, budget.tile_bytes, FEWEST_WHOLE_ROWS)
 
-    Rows are cut evenly, a few left over would cost as much as many.
-    """
-    tile_bytes, good_rows = budget.tile_bytes, FEWEST_WHOLE_ROWS
-    if strategy == "streaming":
-        tile_bytes, good_rows = min(budget.streaming_bytes, tile_bytes or LEAST_TILE_BYTES), budget.streaming_rows
+
+def tile_of_streaming(budget: Budget, tokens: int, vocab: int) -> Tile:
+    """The tile of the streaming strategy, whose size does not grow with the scratch."""
+    tile_bytes = min(budget.streaming_bytes, budget.tile_bytes or LEAST_TILE_BYTES)
+    return _tile(budget, tokens, vocab, tile_bytes, budget.streaming_rows)
+
+
+def _tile(budget: Budget, tokens: int, vocab: int, tile_bytes: int, good_rows: int) -> Tile:
+    """Rows are cut evenly, because a few left over would cost as much as many."""
     elements = max(1, tile_bytes // budget.bytes_per_logit)
     whole = elements // padded(vocab, budget.alignment)
-    if strategy == "chunked" or whole >= min(rows, good_rows):
-        most = max(1, min(rows, whole, budget.enough_rows or whole))
-        return Tile(1 if rows == 0 else math.ceil(rows / math.ceil(rows / most)), vocab)
-    tile_rows = max(1, min(rows, good_rows, math.isqrt(elements)))
+    if whole >= min(tokens, good_rows):
+        most = max(1, min(tokens, whole, budget.enough_rows or whole))
+        return Tile(1 if tokens == 0 else math.ceil(tokens / math.ceil(tokens / most)), vocab)
+    tile_rows = max(1, min(tokens, good_rows, math.isqrt(elements)))
     cols = elements // tile_rows
     if padded(vocab, budget.alignment) <= cols:
         return Tile(tile_rows, vocab)
-    return Tile(
-        tile_rows, cols if padded(cols, budget.alignment) == cols else cols // budget.alignment * budget.alignment
-    )
+    aligned = cols if padded(cols, budget.alignment) == cols else cols // budget.alignment * budget.alignment
+    return Tile(tile_rows, aligned)
 
 
 def default_scratch_bytes(device: torch.device) -> int:

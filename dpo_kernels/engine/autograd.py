@@ -1,0 +1,321 @@
+"""Autograd: each pass as a ``torch.autograd.Function`` and as a custom operator, with one backward for both.
+
+Run eagerly the passes are functions of autograd, so that a loss may be any Python object, and tools that watch torch's
+own operations see them. Inside ``torch.compile`` and ``torch.export``, and under fake tensors, they are the operators
+of ``operators.py``.
+
+What is kept between forward and backward is in accumulation precision: an upstream gradient multiplies it before the
+single rounding to the parameter's dtype. Nothing kept is changed before the last backward: a retained graph may run
+again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import checks, losses
+from dpo_kernels.engine import operators, passes
+from dpo_kernels.engine.passes import GradDtypes, KeptGradients, SavedRows
+from dpo_kernels.planning.plan import Plan
+from dpo_kernels.problem import Problem, traced
+from dpo_kernels.shapes import TOKEN_LOGPS, NeedsGrad
+
+SECOND_DERIVATIVE = (
+    "second derivatives of the fused losses and log-probs are not supported: use dpo_kernels.reference, "
+    "which is plain torch, or call backward without create_graph"
+)
+UPSTREAM_TOLERANCE = 1e-6  # relative; an upstream gradient goes through float32
+
+
+def loss_and_gradients(
+    problem: Problem, plan: Plan, ref_S: Tensor, denominator: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Differentiable sum of the losses over the denominator (); detached log-probs (S,), stats (k, S), tokens (R,).
+
+    The last, log-probs at their labels' places, is empty unless asked for. With ``main_grad`` (never traced) the
+    gradient of the head is added there, now, and autograd gets none for it.
+    """
+    head = problem.head
+    if traced(problem.hidden):
+        assert isinstance(problem.loss, losses.BoundLoss), "a loss without a name is not run by an operator"
+        code, numbers, by_pair = problem.loss.encode(ref_S)
+        packed, numbers, spec = operators.encode(problem, plan, code, (problem.loss.beta, *numbers))
+        loss_tensors = [ref_S, denominator, by_pair]
+        done = operators.loss_operator(problem.hidden, head.weight, head.bias, packed, loss_tensors, numbers, spec)
+    else:
+        weights = problem.packed.weights
+        done = _Loss.apply(problem.hidden, head.weight, head.bias, weights, (ref_S, denominator), problem, plan)
+    total, _, logps, means, *_, tokens = done
+    return total, logps, means, _by_label(tokens, problem)
+
+
+def logps(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiable log-probs, (S,) float64 or by token (R,) at the labels' places, statistics (k, S), tokens (R,)."""
+    head = problem.head
+    if traced(problem.hidden):
+        encoded = operators.encode(problem, plan)
+        done = operators.logps_operator(problem.hidden, head.weight, head.bias, *encoded)
+    else:
+        done = _Logps.apply(problem.hidden, head.weight, head.bias, problem.packed.weights, problem, plan)
+    out, means, *_, tokens = done
+    return out, means, _by_label(tokens, problem)
+
+
+def _by_label(logp_N: Tensor, problem: Problem) -> Tensor:
+    return passes.by_label(logp_N, problem.packed.slot, problem.shift) if TOKEN_LOGPS in problem.stats else logp_N
+
+
+# --- the loss with its gradients ------------------------------------------------------------------------------------
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weights: Tensor | None,
+        loss_tensors: tuple[Tensor, Tensor],
+        problem: Problem,
+        plan: Plan,
+    ) -> tuple[Tensor, ...]:
+        done = passes.loss_and_gradients(_with_tensors(problem, hidden, weight, bias, weights), plan, *loss_tensors)
+        return done.total, done.losses, done.logps, done.means, *done.kept, done.tokens
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, bias, _, _, problem, plan = inputs
+        _keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
+        _keep_loss(ctx, problem.packed.slot, output)
+        ctx.backend, ctx.main_grad = plan.backend, None
+        if problem.main_grad is not None:
+            ctx.main_grad, ctx.upstream_used = problem.main_grad.scale, False
+            ctx.needs = ctx.needs._replace(weight=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*_loss_backward(ctx, grad_total), None, None, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> None:
+        _refuse_vmap()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        _refuse_forward_mode()
+
+
+def _keep_loss(ctx: Any, slot: Tensor, output: tuple[Tensor, ...]) -> None:
+    _, _, _, _, dx, dw, db, _ = output
+    ctx.save_for_backward(slot, dx, dw, db)
+
+
+def _loss_backward(ctx: Any, grad_total: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if grad_total is None:
+        return None, None, None
+    checks.refuse_batched("the upstream of a fused loss", grad_total)
+    slot, *saved = ctx.saved_tensors
+    kept = KeptGradients(*saved)
+    with torch.no_grad():
+        if traced(grad_total):
+            rounding = operators.encode_rounding(ctx.dtypes, ctx.needs)
+            grads = operators.loss_backward_operator(grad_total, list(kept), slot, rounding)
+            return _wrap_gradients(ctx, grads)
+        if ctx.main_grad is not None:
+            grad_total = _check_main_grad_scale(ctx, grad_total)
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            grads = passes.scale_gradients(grad_total, kept, slot, ctx.dtypes, ctx.needs)
+        else:
+            grads = passes.finalize_gradients(grad_total, kept, slot, ctx.dtypes, ctx.needs, ctx.backend)
+    return _wrap_gradients(ctx, grads)
+
+
+def _check_main_grad_scale(ctx: Any, grad_total: Tensor) -> Tensor:
+    """1 if the upstream gradient equals ``main_grad_scale``; otherwise an error on the CPU and NaN on a GPU."""
+    if ctx.upstream_used:
+        raise RuntimeError("main_grad got the gradient of one backward: with it a second one is refused")
+    ctx.upstream_used = True
+    kept = (grad_total - ctx.main_grad).abs() <= UPSTREAM_TOLERANCE * abs(ctx.main_grad)
+    if grad_total.device.type == "cpu" and not kept:
+        raise RuntimeError(
+            f"main_grad holds the gradient for an upstream of main_grad_scale={ctx.main_grad}, but the loss was "
+            f"differentiated with {float(grad_total)}"
+        )
+    return torch.where(kept, torch.ones_like(grad_total), torch.full_like(grad_total, torch.nan))
+
+
+# --- log-probs ------------------------------------------------------------------------------------------------------
+
+
+class _Logps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor | None, problem: Problem, plan: Plan
+    ) -> tuple[Tensor, ...]:
+        done = passes.logps(_with_tensors(problem, hidden, weight, bias, weights), plan)
+        return done.logps, done.means, *done.saved, done.tokens
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, bias, _, problem, plan = inputs
+        _keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
+        ctx.frozen = passes.saves_dlogp_dhidden(plan.strategy, problem.needs_grad)
+        model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
+        encoded = operators.encode(problem, plan)
+        ctx.numbers, ctx.spec, ctx.plan = encoded.numbers, encoded.spec, plan
+        _keep_logps(ctx, model, encoded.packed, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*_logps_backward(ctx, grad_out), None, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> None:
+        _refuse_vmap()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        _refuse_forward_mode()
+
+
+def _keep_logps(
+    ctx: Any, model: tuple[Tensor | None, ...], packed: Sequence[Tensor], output: tuple[Tensor, ...]
+) -> None:
+    _, _, row_max, sumexp, others, dlogp_dhidden, _ = output
+    ctx.save_for_backward(*model, row_max, sumexp, others, dlogp_dhidden, *packed)
+
+
+def _logps_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if grad_out is None:
+        return None, None, None
+    checks.refuse_batched("the upstream of fused log-probs", grad_out)
+    hidden, weight, bias, row_max, sumexp, others, dlogp_dhidden, *packed = ctx.saved_tensors
+    saved = SavedRows(row_max, sumexp, others, dlogp_dhidden)
+    with torch.no_grad():
+        if ctx.frozen:
+            dtype = ctx.dtypes.hidden
+            if traced(grad_out):
+                arguments = (grad_out, dlogp_dhidden, packed, ctx.spec, dtype)
+                return _wrap_gradients(ctx, (operators.frozen_logps_backward_operator(*arguments), None, None))
+            said = operators.decode_spec(ctx.spec)
+            tokens = operators.decode_packed(packed, said)
+            dx = passes.derivative_times_upstream(grad_out, dlogp_dhidden, tokens, said.per_token, said.shift, dtype)
+            return _wrap_gradients(ctx, (dx, None, None))
+        if traced(grad_out):
+            grads = operators.logps_backward_operator(
+                grad_out, hidden, weight, bias, [*packed, *saved], ctx.numbers, ctx.spec
+            )
+        else:
+            problem = operators.decode_problem(hidden, weight, bias, packed, ctx.numbers, ctx.spec)
+            grads = passes.logps_gradients(grad_out, problem, ctx.plan, saved, ctx.dtypes)
+    return _wrap_gradients(ctx, grads)
+
+
+# --- what both share ------------------------------------------------------------------------------------------------
+
+
+def _with_tensors(
+    problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor | None
+) -> Problem:
+    """The problem with tensors as autograd passes them: ``torch.func`` has unwrapped them."""
+    head = replace(problem.head, weight=weight, bias=bias)
+    return replace(problem, hidden=hidden, head=head, packed=replace(problem.packed, weights=weights))
+
+
+def _keep_common(
+    ctx: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: NeedsGrad,
+    output: tuple[Tensor, ...],
+) -> None:
+    """What both functions keep; their first output is the differentiable one."""
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.dtypes, ctx.needs = GradDtypes.of(hidden, weight, bias), needs
+    ctx.anchor = _anchor(hidden, weight, bias)
+
+
+def _wrap_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those that are wanted, each refusing to be differentiated again."""
+    dx, dw, db = (grad if need else None for grad, need in zip(grads, ctx.needs, strict=True))
+    if torch.is_grad_enabled() and ctx.anchor is not None:  # create_graph=True
+        dx, dw, db = (None if g is None else _RefuseSecondDerivative.apply(ctx.anchor, g) for g in (dx, dw, db))
+    return dx, dw, db
+
+
+def _anchor(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """An empty tensor that hangs on the differentiable inputs' graph and holds none of their memory."""
+    if traced(hidden):
+        return None
+    with torch.enable_grad():
+        ends = [
+            t[:0].reshape(-1).to(torch.float32, copy=True)
+            for t in (hidden, weight, bias)
+            if t is not None and t.requires_grad
+        ]
+        return torch.cat(ends) if ends else None
+
+
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """Passes a gradient through; differentiating it again is an error instead of a silent zero."""
+
+    @staticmethod
+    def forward(anchor: Tensor, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass  # torch.func asks for one
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        raise RuntimeError(SECOND_DERIVATIVE)
+
+
+def _refuse_vmap() -> None:
+    """Where a transform around another one has hidden from input validation what it does."""
+    raise RuntimeError(f"this is {checks.UNDER_VMAP}")
+
+
+def _refuse_forward_mode() -> None:
+    raise RuntimeError(f"this is {checks.IN_FORWARD_MODE}")
+
+
+# --- the same backward for the operators ----------------------------------------------------------------------------
+
+
+def _loss_operator_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, packed, loss_tensors, _, spec = inputs
+    said = operators.decode_spec(spec)
+    _keep_common(ctx, hidden, weight, bias, said.needs_grad, output)
+    _keep_loss(ctx, operators.decode_packed(packed, said).slot, output)
+    ctx.backend, ctx.main_grad = said.backend, None
+    ctx.lists = (len(packed), len(loss_tensors))
+
+
+def _loss_operator_backward(ctx: Any, grad_total: Tensor | None, *ignored: Tensor | None) -> tuple[Any, ...]:
+    packed, loss_tensors = ctx.lists
+    return (*_loss_backward(ctx, grad_total), [None] * packed, [None] * loss_tensors, None, None)
+
+
+def _logps_operator_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, packed, numbers, spec = inputs
+    said = operators.decode_spec(spec)
+    _keep_common(ctx, hidden, weight, bias, said.needs_grad, output)
+    ctx.frozen = passes.saves_dlogp_dhidden(said.strategy, said.needs_grad)
+    model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
+    ctx.numbers, ctx.spec = numbers, spec
+    _keep_logps(ctx, model, packed, output)
+
+
+def _logps_operator_backward(ctx: Any, grad_out: Tensor | None, *ignored: Tensor | None) -> tuple[Any, ...]:
+    return (*_logps_backward(ctx, grad_out), [None] * operators.NUM_PACKED, None, None)
+
+
+operators.loss_operator.register_autograd(_loss_operator_backward, setup_context=_loss_operator_setup)
+operators.logps_operator.register_autograd(_logps_operator_backward, setup_context=_logps_operator_setup)

@@ -1,0 +1,277 @@
+"""The three passes that autograd sees: loss with gradients, log-probs, and the gradients of log-probs.
+
+Gradients that a pass keeps are in accumulation precision. They are multiplied by their upstream gradient and rounded
+once to the parameter's dtype. Empty tensors stand for what was not asked for.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.kernel_interface import RowKernels, RowResult
+from dpo_kernels.planning.plan import Plan
+from dpo_kernels.planning.tables import BACKENDS, STRATEGIES
+from dpo_kernels.problem import Problem
+from dpo_kernels.segments import sequence_to_token
+from dpo_kernels.shapes import (
+    STATS,
+    TOKEN_LOGPS,
+    WRAPPERS_THAT_UNWRAP,
+    Head,
+    NeedsGrad,
+    PackedTokens,
+    Schedule,
+    accumulation_dtype,
+)
+
+CPU_COPY_BYTES = 16 * 2**20
+GPU_COPY_BYTES = 256 * 2**20  # a few launches for any batch
+
+
+class KeptGradients(NamedTuple):
+    """Gradients of the loss in accumulation precision, empty where not needed."""
+
+    hidden: Tensor  # (N + 1, H), last row 0
+    weight: Tensor  # (V, H)
+    bias: Tensor  # (V,)
+
+
+class GradDtypes(NamedTuple):
+    """The dtypes of the parameters, which their gradients are rounded to."""
+
+    hidden: torch.dtype
+    weight: torch.dtype
+    bias: torch.dtype
+
+    @staticmethod
+    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "GradDtypes":
+        """Those of tensors; a missing bias has the weight's."""
+        return GradDtypes(hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+
+
+class LossResult(NamedTuple):
+    """What the pass with gradients returns."""
+
+    total: Tensor  # () the sum of the losses over the denominator
+    losses: Tensor  # by example
+    logps: Tensor  # (S,)
+    means: Tensor  # (k, S) statistics
+    kept: KeptGradients
+    tokens: Tensor  # (N,) log-probs, empty unless asked for
+
+
+class SavedRows(NamedTuple):
+    """What the backward pass of log-probs needs: sums by token, or the derivative where that is kept instead."""
+
+    max: Tensor  # (N,)
+    sumexp: Tensor  # (N,)
+    others: Tensor  # (N,)
+    dlogp_dhidden: Tensor  # (N + 1, H)
+
+
+class LogpsResult(NamedTuple):
+    """What the pass without a loss returns."""
+
+    logps: Tensor  # (S,) or by label (R,)
+    means: Tensor  # (k, S) statistics
+    saved: SavedRows
+    tokens: Tensor  # (N,) log-probs, empty unless asked for
+
+
+def loss_and_gradients(problem: Problem, plan: Plan, ref_S: Tensor, denominator: Tensor) -> LossResult:
+    """The loss and its gradients. With ``main_grad`` these are those of ``main_grad.scale`` times the loss."""
+    algorithm = plan.algorithm.loss_and_gradients
+    assert algorithm is not None, "the plan forms gradients"
+    with _autocast_off(problem.hidden), torch.no_grad():
+        kernels, operands, schedule = _prepared(problem, plan)
+        done = algorithm(kernels, operands, schedule, ref_S, denominator)
+        means = _sequence_means(kernels, done.stats, problem)
+    nothing = torch.empty(0, dtype=accumulation_dtype(problem.compute_dtype), device=problem.hidden.device)
+    kept = KeptGradients(*(nothing.clone() if g is None else g for g in (done.hidden, done.weight, done.bias)))
+    tokens = _checked_tokens(done.token_logps, problem, nothing)
+    return LossResult(done.total, done.losses, done.logps, means, kept, tokens)
+
+
+def scale_gradients(
+    grad_total: Tensor, kept: KeptGradients, slot: Tensor, dtypes: GradDtypes, needs: NeedsGrad
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept gradients times the upstream gradient, in the dtypes of the parameters; empty where not needed."""
+    dx, dw, db = kept
+    factor = grad_total.to(dx.dtype)
+    return (
+        _to_input_rows(dx, slot, factor, dtypes.hidden) if needs.hidden else dx.new_zeros(0),
+        _scaled_copy(dw, factor, dtypes.weight) if needs.weight else dx.new_zeros(0),
+        _scaled_copy(db, factor, dtypes.bias) if needs.bias else dx.new_zeros(0),
+    )
+
+
+def finalize_gradients(
+    grad_total: Tensor, kept: KeptGradients, slot: Tensor, dtypes: GradDtypes, needs: NeedsGrad, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``scale_gradients``, where nothing will read the kept gradients again.
+
+    The head's is handed over if its memory serves: a copy of it costs a good part of its GEMM, and its memory.
+    """
+    weight = None
+    if needs.weight:
+        kernels, factor = BACKENDS[backend].load(), grad_total.to(kept.weight.dtype)
+        weight = kernels.finalize_weight_grad(kept.weight, factor, dtypes.weight)
+    if weight is None:
+        return scale_gradients(grad_total, kept, slot, dtypes, needs)
+    dx, _, db = scale_gradients(grad_total, kept, slot, dtypes, needs._replace(weight=False))
+    return dx, weight, db
+
+
+def logps(problem: Problem, plan: Plan) -> LogpsResult:
+    """Log-probs by sequence or by label, and what their backward pass needs."""
+    algorithm, packed = plan.algorithm.logps, problem.packed
+    assert algorithm is not None, "the plan computes log-probs first"
+    with _autocast_off(problem.hidden), torch.no_grad():
+        kernels, operands, schedule = _prepared(problem, plan)
+        rows, dlogp_dhidden = algorithm(kernels, operands, schedule)
+        if problem.per_token:
+            out = by_label(rows.logp, packed.slot, problem.shift)
+        else:
+            out = kernels.segment_sum(rows.logp, packed.weights, packed.counts)
+        means = _sequence_means(kernels, rows.stats, problem)
+        out = out + packed.nan_if_invalid.to(out.dtype)
+    nothing = rows.logp.new_zeros(0)
+    if dlogp_dhidden is None:
+        saved = SavedRows(rows.max, rows.sumexp, rows.others, nothing)
+    else:  # the derivative is all that the backward pass needs
+        saved = SavedRows(nothing, nothing.clone(), nothing.clone(), dlogp_dhidden)
+    return LogpsResult(out, means, saved, _checked_tokens(rows.logp, problem, nothing))
+
+
+def saves_dlogp_dhidden(strategy: str, needs: NeedsGrad) -> bool:
+    """Whether the derivative of the log-probs by the hidden states is formed beside them."""
+    return STRATEGIES[strategy].gradients is None and needs.hidden
+
+
+def derivative_times_upstream(
+    grad_out: Tensor, dlogp_dhidden: Tensor, packed: PackedTokens, per_token: bool, shift: bool, dtype: torch.dtype
+) -> Tensor:
+    """Gradient of the hidden states from the log-probs', where the derivative was kept."""
+    with torch.no_grad():
+        grad_N = _upstream_of_tokens(grad_out, packed, per_token, shift)
+        scale = torch.cat([-grad_N, grad_N.new_zeros(1)]).to(dlogp_dhidden.dtype)
+        return _to_input_rows(dlogp_dhidden, packed.slot, scale, dtype)
+
+
+def logps_gradients(
+    grad_out: Tensor, problem: Problem, plan: Plan, saved: SavedRows, dtypes: GradDtypes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``logps`` (hidden, weight, bias) from recomputed logits; empty where not needed."""
+    algorithm, slot = plan.algorithm.gradients, problem.packed.slot
+    assert algorithm is not None, "strategies without a backward pass keep the derivative"
+    with _autocast_off(grad_out), torch.no_grad():
+        grad_N = _upstream_of_tokens(grad_out, problem.packed, problem.per_token, problem.shift)
+        kernels, operands, schedule = _prepared(problem, plan)
+        rows = RowResult(saved.max[:0], saved.max, saved.sumexp, saved.others)
+        dx, dw, db = algorithm(kernels, operands, schedule, rows, grad_N)
+        one, nothing = saved.max.new_ones(()), saved.dlogp_dhidden.new_zeros(0)
+        return (
+            nothing if dx is None else _to_input_rows(dx, slot, one, dtypes.hidden),
+            nothing.clone() if dw is None else dw.to(dtypes.weight),
+            nothing.clone() if db is None else db.to(dtypes.bias),
+        )
+
+
+# --- what they share ------------------------------------------------------------------------------------------------
+
+
+def _prepared(problem: Problem, plan: Plan) -> tuple[RowKernels, Problem, Schedule]:
+    """The kernels of one call, the problem with the head as the GEMMs read it, and the schedule."""
+    assert plan.schedule is not None, "a plan is executed where the lengths are known"
+    kernels = BACKENDS[plan.backend].make(problem.compute_dtype, plan.budget.workspace_bytes)
+    names = tuple(name for name in problem.stats if name in STATS)
+    return (
+        kernels,
+        replace(problem, head=_operand_head(problem.head, problem.compute_dtype), stats=names),
+        plan.schedule,
+    )
+
+
+def _operand_head(head: Head, dtype: torch.dtype) -> Head:
+    """The head as the GEMMs read it; under autocast a copy in its dtype."""
+    bias = None if head.bias is None else _settled(head.bias.detach().to(dtype))
+    return Head(_settled(head.weight.detach().to(dtype)), bias, head.logit_scale, head.softcap)
+
+
+def _settled(tensor: Tensor) -> Tensor:
+    """What a collective has filled: a launch of a kernel of ours is no operation of torch's and would not wait."""
+    return tensor.wait() if type(tensor).__name__ in WRAPPERS_THAT_UNWRAP else tensor  # type: ignore[attr-defined]
+
+
+def _checked_tokens(logp_N: Tensor, problem: Problem, nothing: Tensor) -> Tensor:
+    """Log-probs by token where they are asked for."""
+    if TOKEN_LOGPS not in problem.stats:
+        return nothing.clone()
+    return logp_N + problem.packed.nan_if_invalid.to(logp_N.dtype)
+
+
+def _autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
+    device_type = tensor.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def _sequence_means(kernels: RowKernels, stats: dict[str, Tensor], problem: Problem) -> Tensor:
+    """Means over scored tokens, ``(k, S)`` float32, 0 for a sequence without any."""
+    packed = problem.packed
+    tokens = packed.counts.clamp(min=1)
+    names = [name for name in problem.stats if name in STATS]
+    means = [kernels.segment_sum(stats[name], None, packed.counts) / tokens for name in names]
+    nothing = packed.nan_if_invalid.new_zeros(0, packed.counts.shape[0])
+    return torch.stack(means).float() if means else nothing.float()
+
+
+def by_label(logp_N: Tensor, slot: Tensor, shift: bool) -> Tensor:
+    """Log-probs at the places of their labels, 0 where none is scored."""
+    out = torch.cat([logp_N, logp_N.new_zeros(1)]).index_select(0, slot)
+    return _labels_to_rows(out, shift, forward=True)
+
+
+def _labels_to_rows(values_R: Tensor, shift: bool, forward: bool) -> Tensor:
+    """Move values between a hidden row and the label it predicts (``forward``: row to label)."""
+    if not shift or values_R.shape[0] == 0:
+        return values_R
+    zero = values_R.new_zeros(1)
+    return torch.cat([zero, values_R[:-1]]) if forward else torch.cat([values_R[1:], zero])
+
+
+def _upstream_of_tokens(grad_out: Tensor, packed: PackedTokens, per_token: bool, shift: bool) -> Tensor:
+    """Upstream gradient of each token's log-prob, float64 by sequence; NaN where the input is invalid."""
+    if not per_token:
+        return sequence_to_token(grad_out, packed.segments, packed.weights) + packed.nan_if_invalid
+    grad_R = _labels_to_rows(grad_out, shift, forward=False)
+    grad_N = grad_R.index_select(0, packed.index) if grad_R.shape[0] else grad_R.new_zeros(packed.capacity)
+    if packed.weights is not None:
+        grad_N = grad_N * packed.weights.to(grad_N.dtype)
+    return grad_N + packed.nan_if_invalid.to(grad_N.dtype)
+
+
+def _to_input_rows(dx: Tensor, slot: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Packed rows back to their places, times one factor or one for each row; rows not scored are exactly 0."""
+    rows, width = slot.shape[0], dx.shape[1]
+    out = torch.empty(rows, width, dtype=dtype, device=dx.device)
+    step = max(1, (GPU_COPY_BYTES if dx.is_cuda else CPU_COPY_BYTES) // max(1, width * dx.dtype.itemsize))
+    for start in range(0, rows, step):
+        places = slot[start : start + step]
+        part = dx.index_select(0, places)
+        out[start : start + step] = part.mul_(scale if scale.dim() == 0 else scale.index_select(0, places)[:, None])
+    return out
+
+
+def _scaled_copy(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    if grad.dtype == dtype:
+        return grad * factor
+    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    if grad.is_cuda:
+        return torch.mul(grad, factor, out=out)  # one kernel that rounds what it writes; on the CPU a copy between
+    step = max(1, CPU_COPY_BYTES // max(1, grad[:1].numel() * grad.dtype.itemsize))
+    for start in range(0, grad.shape[0], step):
+        out[start : start + step] = grad[start : start + step] * factor
+    return out

@@ -1,0 +1,105 @@
+"""A plan carried out: reference, loss or log-probs, and what goes back to the caller."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.engine import autograd
+from dpo_kernels.inputs.pair_order import to_callers_order
+from dpo_kernels.outputs import DPOLossOutput, SequenceLossOutput
+from dpo_kernels.planning.plan import Plan
+from dpo_kernels.problem import CachedReference, Problem, ScoredReference
+from dpo_kernels.shapes import STATS, TOKEN_LOGPS, number_like, sum_dtype
+
+
+class Result(NamedTuple):
+    """What a loss gives: sequences in the packed order, statistics in the caller's."""
+
+    loss: Tensor  # (), or by example with reduction="none"; differentiable
+    policy_logps: Tensor  # (S,)
+    ref_logps: Tensor  # (S,)
+    stats: dict[str, Tensor]
+
+
+def run(problem: Problem, plan: Plan) -> Result:
+    """The loss of a problem and everything beside it."""
+    assert problem.loss is not None, "a problem without a loss is one of run_logps"
+    # The reference comes first: a pass that forms gradients needs the coefficients, and these need the reference.
+    ref_S = _reference_logps(problem, plan)
+    denominator = _denominator(problem, ref_S)
+    if plan.forms_gradients:
+        loss, policy_S, means, tokens = autograd.loss_and_gradients(problem, plan, ref_S, denominator)
+    else:
+        policy_S, means, tokens = autograd.logps(problem, plan)
+        losses_E = problem.loss(policy_S, ref_S, problem.packed.counts)
+        loss = losses_E if problem.reduction == "none" else losses_E.sum() / denominator
+    return Result(loss, policy_S, ref_S, _statistics(problem, means, tokens))
+
+
+def run_logps(problem: Problem, plan: Plan) -> Tensor:
+    """Differentiable log-probs by sequence ``(S,)`` or by token in the shape of the labels."""
+    out, _, _ = autograd.logps(problem, plan)
+    out = out.to(problem.result_dtype)
+    return out.view(problem.labels_shape) if problem.per_token else out
+
+
+def pair_output(problem: Problem, result: Result) -> DPOLossOutput:
+    """The results of pairs in the caller's dtype."""
+    dtype, policy_S, ref_S, rewards_S = _by_sequence(problem, result)
+    return DPOLossOutput(
+        result.loss.to(dtype),
+        rewards_S[0::2].to(dtype),
+        rewards_S[1::2].to(dtype),
+        policy_S[0::2].to(dtype),
+        policy_S[1::2].to(dtype),
+        ref_S[0::2].to(dtype),
+        ref_S[1::2].to(dtype),
+        result.stats,
+    )
+
+
+def sequence_output(problem: Problem, result: Result) -> SequenceLossOutput:
+    """The results of sequences or groups in the caller's dtype."""
+    dtype, policy_S, ref_S, rewards_S = _by_sequence(problem, result)
+    return SequenceLossOutput(
+        result.loss.to(dtype), rewards_S.to(dtype), policy_S.to(dtype), ref_S.to(dtype), result.stats
+    )
+
+
+def _by_sequence(problem: Problem, result: Result) -> tuple[torch.dtype, Tensor, Tensor, Tensor]:
+    assert problem.loss is not None, "rewards are those of a loss"
+    policy_S, ref_S = result.policy_logps.detach(), result.ref_logps.detach()
+    return problem.result_dtype, policy_S, ref_S, problem.loss.beta * (policy_S - ref_S)
+
+
+def _statistics(problem: Problem, means: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    names, stacked = [name for name in problem.stats if name in STATS], problem.stacked
+    found = {name: to_callers_order(means[i], stacked) for i, name in enumerate(names)}
+    found["tokens"] = to_callers_order(problem.packed.counts, stacked).float()
+    if TOKEN_LOGPS in problem.stats:
+        found[TOKEN_LOGPS] = tokens.view(problem.labels_shape).to(problem.result_dtype)
+    return found
+
+
+def _reference_logps(problem: Problem, plan: Plan) -> Tensor:
+    """Log-probs of the reference ``(S,)`` in the packed order and in the dtype of sums: cached, computed, or 0."""
+    device, reference = problem.hidden.device, problem.reference
+    if isinstance(reference, CachedReference):
+        return reference.logps
+    if not isinstance(reference, ScoredReference):
+        return torch.zeros(problem.packed.counts.shape[0], dtype=sum_dtype(device), device=device)
+    assert plan.reference is not None, "a plan has one for a reference that is scored"
+    with torch.no_grad():
+        out, _, _ = autograd.logps(problem.of_reference(reference), plan.reference)
+    return out
+
+
+def _denominator(problem: Problem, like: Tensor) -> Tensor:
+    """What the sum of the losses is divided by, 0-d, in the dtype of sums."""
+    if problem.reduction != "mean":
+        return like.new_ones(())
+    assert problem.loss is not None, "a mean is one over the examples of a loss"
+    examples = len(problem.loss.bounds(problem.packed.counts.shape[0])) - 1
+    denominator = examples if problem.denominator is None else problem.denominator
+    return number_like(denominator, like.new_ones(()))

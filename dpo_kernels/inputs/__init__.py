@@ -1,0 +1,1 @@
+"""Input validation: what users pass is checked here, once, and becomes a ``Problem``."""

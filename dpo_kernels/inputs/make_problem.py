@@ -1,0 +1,129 @@
+"""From the arguments of a public function to a ``Problem``: checked, flattened, packed."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import losses
+from dpo_kernels.checks import refuse_batched, refuse_forward_mode
+from dpo_kernels.inputs.divisors import check_main_grad, check_reduction
+from dpo_kernels.inputs.options import Arguments, HeadOptions, Layout, PolicyTensors, Reduction, check_stats
+from dpo_kernels.inputs.packing import pack
+from dpo_kernels.inputs.pair_order import STACKED, to_alternating
+from dpo_kernels.inputs.reference import LossFacts, check_reference
+from dpo_kernels.inputs.tensors import Batch, check_batch
+from dpo_kernels.loss_interface import SequenceLoss
+from dpo_kernels.problem import CachedReference, Problem, ScoredReference
+from dpo_kernels.shapes import NeedsGrad, PackedTokens, number_like, sum_dtype
+
+LossOfBatch = Callable[[Batch, PackedTokens], SequenceLoss]
+
+
+def pair_problem(arguments: Arguments, loss: losses.BoundLoss) -> Problem:
+    """The loss of pairs, chosen and rejected."""
+
+    def of_batch(batch: Batch, packed: PackedTokens) -> losses.BoundLoss:
+        pairs = batch.sequences // 2
+        fitted = losses.fit_to_batch(loss, pairs, batch.hidden.device)
+        if not fitted.needs_token_factor:
+            return fitted
+        return fitted.with_token_factor(_token_factor(packed, arguments.reduction), pairs)
+
+    for name, value in loss.tensors.items():
+        refuse_batched(name, value)
+        refuse_forward_mode(name, value)
+    return _problem(arguments, of_batch, LossFacts(loss.name, loss.needs_reference), paired=True)
+
+
+def sequence_problem(arguments: Arguments, loss_of: Callable[[Batch], SequenceLoss], function: str) -> Problem:
+    """The loss of single sequences or of groups, in the order of the input."""
+    return _problem(arguments, lambda batch, packed: loss_of(batch), LossFacts(function, True), paired=False)
+
+
+def logps_problem(policy: PolicyTensors, options: HeadOptions, layout: Layout, *, per_token: bool) -> Problem:
+    """Log-probs without a loss, by sequence or by token."""
+    batch = check_batch(policy, options, paired=False)
+    return Problem(
+        hidden=batch.hidden,
+        head=batch.head,
+        packed=pack(batch, layout, stacked=False),
+        compute_dtype=batch.compute_dtype,
+        needs_grad=gradients_wanted(batch),
+        per_token=per_token,
+        shift=layout.shift,
+        static=layout.max_scored_tokens is not None,
+        labels_shape=policy.labels.shape,
+        result_dtype=batch.result_dtype,
+    )
+
+
+def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, paired: bool) -> Problem:
+    given, reduction, main_grad = arguments.reference, arguments.reduction, arguments.main_grad
+    tensors = {
+        "ref_hidden": given.ref_hidden,
+        "ref_weight": given.ref_weight,
+        "ref_bias": given.ref_bias,
+        "ref_logps": given.ref_logps,
+        "token_weights": arguments.policy.token_weights,
+        "denominator": reduction.denominator,
+        "token_denominator": reduction.token_denominator,
+        "main_grad": main_grad.main_grad,
+    }
+    for name, value in tensors.items():
+        refuse_batched(name, value)
+        refuse_forward_mode(name, value)
+    batch = check_batch(arguments.policy, arguments.head, paired=paired)
+    scored = check_reference(batch, arguments.policy, given, arguments.head, facts)
+    check_reduction(reduction, batch)
+    stats = check_stats(arguments.stats)
+    buffer = check_main_grad(main_grad, batch)
+    layout, stacked = arguments.layout, paired and arguments.layout.pairs == STACKED
+    packed = pack(batch, layout, stacked=stacked)
+    needs_grad = gradients_wanted(batch)
+    return Problem(
+        hidden=batch.hidden,
+        head=batch.head,
+        packed=packed,
+        compute_dtype=batch.compute_dtype,
+        needs_grad=needs_grad,
+        stats=stats,
+        loss=loss_of(batch, packed),
+        reference=_in_packed_order(scored, stacked),
+        reduction=reduction.reduction,
+        denominator=reduction.denominator,
+        main_grad=buffer if needs_grad.head else None,
+        shift=layout.shift,
+        stacked=stacked,
+        static=layout.max_scored_tokens is not None,
+        labels_shape=arguments.policy.labels.shape,
+        result_dtype=batch.result_dtype,
+    )
+
+
+def _in_packed_order(
+    reference: ScoredReference | Tensor | None, stacked: bool
+) -> CachedReference | ScoredReference | None:
+    """Cached log-probs in the order of the packed sequences."""
+    if not isinstance(reference, Tensor):
+        return reference
+    return CachedReference(to_alternating(reference.to(sum_dtype(reference.device)), stacked))
+
+
+def gradients_wanted(batch: Batch) -> NeedsGrad:
+    """Which of hidden, weight and bias want a gradient now."""
+    recording, head = torch.is_grad_enabled(), batch.head
+    return NeedsGrad(
+        recording and batch.hidden.requires_grad,
+        recording and head.weight.requires_grad,
+        recording and head.bias is not None and head.bias.requires_grad,
+    )
+
+
+def _token_factor(packed: PackedTokens, reduction: Reduction) -> Tensor:
+    """What turns a pair's sum of chosen log-probs into its part of their mean over tokens; see ``losses.sft``."""
+    counts = packed.counts[0::2]
+    scored = counts.sum().clamp(min=1).to(sum_dtype(counts.device))
+    tokens, pairs = reduction.token_denominator, reduction.denominator
+    over = torch.full_like(scored, counts.shape[0]) if pairs is None else number_like(pairs, scored)
+    return over / (scored if tokens is None else number_like(tokens, scored))

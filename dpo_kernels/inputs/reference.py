@@ -1,0 +1,92 @@
+"""The reference in one of its forms: hidden states to score, cached log-probs, or none."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.checks import check_device
+from dpo_kernels.inputs import notices
+from dpo_kernels.inputs.options import HeadOptions, PolicyTensors, ReferenceTensors
+from dpo_kernels.inputs.tensors import Batch, check_float_tensor, check_floating, check_head, compute_dtype, shape
+from dpo_kernels.problem import ScoredReference
+from dpo_kernels.shapes import Head
+
+
+class LossFacts(NamedTuple):
+    """What errors about the reference say of the loss."""
+
+    name: str
+    needs_reference: bool
+
+
+def check_reference(
+    batch: Batch, policy: PolicyTensors, given: ReferenceTensors, options: HeadOptions, owner: LossFacts
+) -> ScoredReference | Tensor | None:
+    """The reference in its form: to be scored, log-probs in the caller's order, or None."""
+    ref_hidden, ref_logps, hidden = given.ref_hidden, given.ref_logps, policy.hidden
+    names = [n for n, t in (("ref_hidden", ref_hidden), ("ref_logps", ref_logps)) if t is not None]
+    if len(names) == 2:
+        raise ValueError("ref_hidden and ref_logps are both given; pass one of them")
+    if given.reference_free and names:
+        raise ValueError(f"reference_free=True and {names[0]} exclude each other")
+    if names and not owner.needs_reference:
+        raise ValueError(f"{names[0]} is given, but the loss {owner.name!r} has no reference; leave it out")
+    for name, tensor in (("ref_weight", given.ref_weight), ("ref_bias", given.ref_bias)):
+        if tensor is not None and ref_hidden is None:
+            raise ValueError(f"{name} is given without ref_hidden")
+    if ref_logps is not None:
+        check_floating("ref_logps", ref_logps)
+        if ref_logps.shape != (batch.sequences,):
+            raise ValueError(
+                f"ref_logps has shape {shape(ref_logps)}, expected ({batch.sequences},): one per sequence, "
+                "in the order of the input"
+            )
+        check_device("ref_logps", ref_logps, "hidden", batch.hidden)
+        notices.warn_of_16_bits("ref_logps", ref_logps)
+        return ref_logps.detach()
+    if ref_hidden is None:
+        if owner.needs_reference and not given.reference_free:
+            raise ValueError(
+                f"the loss {owner.name!r} needs a reference and got none: give ref_hidden or ref_logps, "
+                "or say reference_free=True"
+            )
+        return None
+    check_float_tensor("ref_hidden", ref_hidden)
+    if ref_hidden.dim() != hidden.dim() or ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(f"ref_hidden has shape {shape(ref_hidden)}, expected that of hidden {shape(hidden)} but for H")
+    check_device("ref_hidden", ref_hidden, "hidden", batch.hidden)
+    return _scored(batch, ref_hidden, given, options)
+
+
+def _scored(batch: Batch, ref_hidden: Tensor, given: ReferenceTensors, options: HeadOptions) -> ScoredReference:
+    weight, bias, weight_name = given.ref_weight, given.ref_bias, "ref_weight"
+    if weight is None:
+        weight, weight_name = batch.head.weight, "weight (ref_weight=None shares it)"
+        bias = batch.head.bias if bias is None else bias
+        if weight.requires_grad and torch.is_grad_enabled():
+            notices.warn_once(
+                "ref_weight=None scores the reference with `weight`, which requires a gradient: the reference will "
+                "drift with the policy. Pass the reference model's own head as ref_weight, or cached ref_logps."
+            )
+    elif bias is None and batch.head.bias is not None and weight.shape == batch.head.weight.shape:
+        notices.warn_once(
+            "bias is given, but a ref_weight of weight's shape comes without ref_bias: the reference is scored without "
+            "a bias. Pass ref_bias, zeros where its head has none."
+        )
+    head = check_head(ref_hidden, weight, bias, options, names=("ref_hidden", weight_name, "ref_bias"))
+    detached = Head(
+        head.weight.detach(),
+        None if head.bias is None else head.bias.detach(),
+        head.logit_scale,
+        head.softcap,
+    )
+    if head.vocab != batch.head.vocab:
+        raise ValueError(
+            f"ref_weight has V = {head.vocab}, but weight has V = {batch.head.vocab}: the labels are shared"
+        )
+    return ScoredReference(
+        hidden=ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
+        head=detached,
+        compute_dtype=compute_dtype(ref_hidden, head.weight, ("ref_hidden", weight_name)),
+    )

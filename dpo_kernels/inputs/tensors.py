@@ -1,0 +1,178 @@
+"""Shapes, dtypes and devices of the tensors that users pass; every error names the argument.
+
+Behind this (and ``packing``, which looks at values) every layer may assume what the docstrings of ``shapes`` say.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import checks
+from dpo_kernels.checks import FLOAT_DTYPES, INDEX_DTYPES, check_device, refuse_batched
+from dpo_kernels.inputs.options import HeadOptions, PolicyTensors
+from dpo_kernels.shapes import Head
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Checked tensors of one model, flattened; ``width`` is T, or 0 when packed by ``cu_seqlens``."""
+
+    hidden: Tensor  # (R, H)
+    head: Head
+    labels: Tensor  # (R,)
+    cu_seqlens: Tensor  # (S + 1,) int64
+    token_weights: Tensor | None  # (R,)
+    sequences: int
+    width: int
+    compute_dtype: torch.dtype
+    result_dtype: torch.dtype
+
+
+def check_batch(policy: PolicyTensors, options: HeadOptions, *, paired: bool) -> Batch:
+    """Check the policy's tensors and flatten them. ``ValueError`` for shapes, ``TypeError`` for dtypes."""
+    hidden, weight, labels, bias = policy.hidden, policy.weight, policy.labels, policy.bias
+    cu_seqlens, token_weights = policy.cu_seqlens, policy.token_weights
+    differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
+    for name, tensor in (differentiable | {"labels": labels, "cu_seqlens": cu_seqlens}).items():
+        refuse_batched(name, tensor)
+    refuse_batched("token_weights", token_weights)
+    for name, tensor in differentiable.items():
+        checks.refuse_forward_mode(name, tensor)
+    check_float_tensor("hidden", hidden)
+    _check_layout(hidden, cu_seqlens)
+    head = check_head(hidden, weight, bias, options, names=("hidden", "weight", "bias"))
+    _check_labels(labels, hidden)
+    if token_weights is not None:
+        check_floating("token_weights", token_weights)
+        if token_weights.shape != labels.shape:
+            raise ValueError(
+                f"token_weights has shape {shape(token_weights)}, expected the shape of labels {shape(labels)}"
+            )
+    for name, tensor in (("labels", labels), ("token_weights", token_weights), ("cu_seqlens", cu_seqlens)):
+        if tensor is not None:
+            check_device(name, tensor, "hidden", hidden)
+    if cu_seqlens is None:
+        sequences, width = hidden.shape[0], hidden.shape[1]
+        cu_seqlens = torch.arange(sequences + 1, device=hidden.device) * width
+    else:
+        sequences, width = cu_seqlens.shape[0] - 1, 0
+        cu_seqlens = cu_seqlens.to(torch.int64)
+    if paired and sequences % 2:
+        raise ValueError(
+            f"pairs need an even number of sequences, got {sequences} (hidden {shape(hidden)}): chosen and rejected"
+        )
+    return Batch(
+        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        head=head,
+        labels=labels.reshape(-1),
+        cu_seqlens=cu_seqlens,
+        token_weights=None if token_weights is None else token_weights.detach().reshape(-1),
+        sequences=sequences,
+        width=width,
+        compute_dtype=compute_dtype(hidden, weight, ("hidden", "weight")),
+        result_dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
+    )
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions, names: tuple[str, str, str]
+) -> Head:
+    """Check an LM head against the hidden states it is applied to."""
+    hidden_name, weight_name, bias_name = names
+    check_float_tensor(weight_name, weight)
+    if weight.dim() != 2 or 0 in weight.shape:
+        sharded = ": DeepSpeed ZeRO-3 has partitioned it, which is not supported: use ZeRO-2, or the model's own logits"
+        raise ValueError(
+            f"{weight_name} must have shape (V, H) with V >= 1 and H >= 1, got {shape(weight)}"
+            f"{sharded if hasattr(weight, 'ds_id') else ''}"
+        )
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{weight_name} has H = {weight.shape[1]} (shape {shape(weight)}) but {hidden_name} has "
+            f"H = {hidden.shape[-1]} (shape {shape(hidden)})"
+        )
+    check_device(weight_name, weight, hidden_name, hidden)
+    compute_dtype(hidden, weight, names[:2])
+    if bias is not None:
+        check_float_tensor(bias_name, bias)
+        if bias.shape != (weight.shape[0],):
+            raise ValueError(
+                f"{bias_name} has shape {shape(bias)}, expected ({weight.shape[0]},) for {weight_name} {shape(weight)}"
+            )
+        check_device(bias_name, bias, hidden_name, hidden)
+        compute_dtype(hidden, bias, (hidden_name, bias_name))
+    softcap = None if options.softcap is None else float(options.softcap)
+    return Head(weight, bias, float(options.logit_scale), softcap)
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str]) -> torch.dtype:
+    """Dtype of the GEMM operands: the tensors' own, or autocast's."""
+    device_type = hidden.device.type
+    if (
+        not hidden.is_meta
+        and torch.is_autocast_enabled(device_type)
+        and torch.float64 not in (hidden.dtype, weight.dtype)
+    ):
+        return torch.get_autocast_dtype(device_type)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"{names[0]} is {hidden.dtype} but {names[1]} is {weight.dtype}: cast one of them, or use autocast"
+        )
+    return hidden.dtype
+
+
+def shape(tensor: Tensor) -> str:
+    """The shape as errors print it."""
+    return str(tuple(tensor.shape))
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """Raise unless ``tensor`` is a plain tensor; a ``DTensor`` gets its remedies."""
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor of shape {shape(tensor)}: how it is sharded cannot be told from it. Call this where "
+            "FSDP holds it whole, inside its module's forward (register_fsdp_forward_method), or gather it so that its "
+            "gradient is the mean over ranks: full_tensor(grad_placements=[Partial('avg')])"
+        )
+    checks.check_tensor(name, tensor)
+
+
+def check_floating(name: str, tensor: Any) -> None:
+    """Raise unless ``tensor`` is a plain tensor of floating-point numbers."""
+    check_tensor(name, tensor)
+    checks.check_floating(name, tensor)
+
+
+def check_float_tensor(name: str, tensor: Any) -> None:
+    """Raise unless ``tensor`` has a dtype that the fused losses compute in."""
+    check_tensor(name, tensor)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def _check_layout(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is None:
+        if hidden.dim() != 3:
+            raise ValueError(
+                f"hidden must have shape (2B, T, H), or (N, H) with cu_seqlens; got {shape(hidden)} without cu_seqlens"
+            )
+        return
+    check_tensor("cu_seqlens", cu_seqlens)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden must have shape (N, H) when cu_seqlens is given, got {shape(hidden)}")
+    if cu_seqlens.dtype not in INDEX_DTYPES:
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape (S + 1,), got {shape(cu_seqlens)}")
+
+
+def _check_labels(labels: Any, hidden: Tensor) -> None:
+    check_tensor("labels", labels)
+    if labels.dtype not in INDEX_DTYPES:
+        raise TypeError(f"labels must be int32 or int64, got {labels.dtype}")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels has shape {shape(labels)}, expected {tuple(hidden.shape[:-1])} to match hidden {shape(hidden)}"
+        )

@@ -1,0 +1,136 @@
+"""What a pass that forms gradients with the loss keeps in memory, and the steps its ways have in common."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowState
+from dpo_kernels.problem import Problem
+from dpo_kernels.segments import sequence_to_token
+from dpo_kernels.shapes import Chunk, Schedule
+from dpo_kernels.strategies.row_results import RowResults
+
+
+@dataclass(frozen=True)
+class LossAndGradients:
+    """What the pass leaves behind; gradients are those of ``total``, None where not needed or already handed over."""
+
+    total: Tensor  # () float64, sum of the losses over the denominator
+    losses: Tensor  # by example
+    logps: Tensor  # (S,)
+    stats: dict[str, Tensor]  # name -> (N,)
+    token_logps: Tensor  # (N,)
+    hidden: Tensor | None  # (N + 1, H), last row 0
+    weight: Tensor | None  # (V, H)
+    bias: Tensor | None  # (V,)
+
+
+@dataclass
+class Buffers:
+    """The memory of one pass: the scratch, the gradients in the making, and the results so far."""
+
+    kernels: RowKernels
+    problem: Problem
+    schedule: Schedule
+    ref: Tensor  # (S,) log-probs of the reference
+    denominator: Tensor  # () float64
+    scratch: Tensor
+    rows: RowResults
+    dx: Tensor | None  # (N + 1, H)
+    dw: Tensor | None  # (V, H)
+    db: Tensor | None  # (V,)
+    written: bool  # whether dw and db hold anything yet
+    losses: list[Tensor] = field(default_factory=list)
+    logps: list[Tensor] = field(default_factory=list)
+
+    @staticmethod
+    def allocate(
+        kernels: RowKernels, problem: Problem, schedule: Schedule, ref_S: Tensor, denominator: Tensor
+    ) -> "Buffers":
+        """The memory of a pass over the problem."""
+        head, packed, need = problem.head, problem.packed, problem.needs_grad
+        device, width = problem.hidden.device, problem.hidden.shape[1]
+        scratch = kernels.scratch(device, schedule.tile.rows, schedule.tile.cols)
+        dx = scratch.new_zeros(packed.capacity + 1, width) if need.hidden else None
+        db = kernels.buffer(device, head.vocab) if need.bias else None
+        dw = None
+        if problem.main_grad is not None:
+            dw = problem.main_grad.buffer
+            if db is not None:
+                db.zero_()
+        elif need.weight:
+            dw = kernels.buffer(device, head.vocab, width)
+        rows = RowResults(kernels, packed, head.vocab, problem.stats, like=scratch, sums=False)
+        written = problem.main_grad is not None
+        return Buffers(kernels, problem, schedule, ref_S, denominator, scratch, rows, dx, dw, db, written)
+
+    def gather(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Hidden states ``(C, H)`` in the dtype of the operands and labels ``(C,)`` of packed tokens."""
+        packed = self.problem.packed
+        return packed.gather(self.problem.hidden, start, stop, self.kernels.dtype), packed.labels[start:stop]
+
+    def close_examples(self, chunk: Chunk) -> Tensor:
+        """The losses of the chunk's examples; returns the derivative of the total by their sequence log-probs."""
+        packed, loss = self.problem.packed, self.problem.loss
+        assert loss is not None, "a pass that forms gradients has a loss"
+        tokens, sequences = slice(chunk.start, chunk.stop), slice(*chunk.sequences)
+        logps_S, losses_E, grad_S = self.kernels.sequence_loss(
+            self.rows.result.logp[tokens],
+            None if packed.weights is None else packed.weights[tokens],
+            packed.counts[sequences],
+            self.ref[sequences],
+            packed.nan_if_invalid,
+            loss.of_examples(chunk.first, chunk.last),
+        )
+        self.losses.append(losses_E)
+        self.logps.append(logps_S)
+        grad_S = grad_S / self.denominator
+        return grad_S if self.problem.main_grad is None else grad_S * self.problem.main_grad.scale
+
+    def row_scale(self, grad_S: Tensor, chunk: Chunk, start: int, stop: int, state: RowState) -> Tensor:
+        """Factor of the logits' rows: minus the coefficient of a token, over its sum of exponentials."""
+        packed, tokens = self.problem.packed, slice(start, stop)
+        weights = None if packed.weights is None else packed.weights[tokens]
+        coefficient_C = sequence_to_token(grad_S, packed.segments[tokens] - chunk.sequences[0], weights)
+        return (-coefficient_C * self.problem.head.logit_scale / state.sumexp).to(self.scratch.dtype)
+
+    def forward(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, RowState]:
+        """The logits of whole rows in the scratch: ``(x, labels, tile, state)``; their log-probs are put away."""
+        kernels, head = self.kernels, self.problem.head
+        x_CH, labels_C = self.gather(start, stop)
+        tile = kernels.tile_in(self.scratch, stop - start, head.vocab)
+        state = kernels.new_state(stop - start, x_CH.device, self.problem.stats)
+        if stop > start:
+            kernels.project(x_CH, head, 0, tile)
+            # The softcap's derivative is taken from the logits; without a cap they have been seen for the last time.
+            kernels.reduce(state, tile, labels_C, 0, keep_logits=head.softcap is not None)
+            self.rows.put(start, stop, state)
+        return x_CH, labels_C, tile, state
+
+    def backward(
+        self, d: LogitsGradient, x_CH: Tensor, start: int, dw: Tensor | None, db: Tensor | None, accumulate: bool
+    ) -> None:
+        """Add the products of the logits' gradient to ``dx``, ``dw`` and ``db``."""
+        kernels, stop = self.kernels, start + x_CH.shape[0]
+        if self.dx is not None:
+            kernels.grad_hidden(d, self.problem.head, 0, self.dx[start:stop], accumulate=False)
+            if d.scale is not None:
+                self.dx[start:stop].mul_(d.scale[:, None])
+        if dw is not None:
+            kernels.grad_weight(d, x_CH, dw, accumulate)
+        if db is not None:
+            kernels.grad_bias(d, 0, db, accumulate)
+
+    def result(self) -> LossAndGradients:
+        """Everything put together."""
+        if not self.written:
+            for empty in (self.dw, self.db):
+                if empty is not None:
+                    empty.zero_()
+        losses = torch.cat(self.losses) if self.losses else self.ref[:0]
+        logps = torch.cat(self.logps) if self.logps else self.ref
+        total = losses.sum() / self.denominator
+        dw = self.dw if self.problem.main_grad is None else None
+        rows = self.rows.result
+        return LossAndGradients(total, losses, logps, rows.stats, rows.logp, self.dx, dw, self.db)
