@@ -1,4 +1,4 @@
-"""What a loss sees, and what the engine asks of it."""
+"""The interface between the losses and the engine: what a loss sees, and what the engine asks of it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class LossInputs(NamedTuple):
-    """What a loss sees: ``(P,)`` sequence log-probs and token counts (floating point), and beta."""
+    """What a loss of pairs sees: ``(P,)`` sequence log-probs, ``(P,)`` token counts in floating point, and beta."""
 
     policy_chosen_logps: Tensor
     policy_rejected_logps: Tensor
@@ -19,9 +19,10 @@ class LossInputs(NamedTuple):
 
 
 class SequenceLoss(Protocol):
-    """A loss bound to its options, as strategies see it: a function of sequences, example by example.
+    """A loss with its options fixed, as the strategies see it: a function of the sequences' log-probs.
 
-    An example is what has one loss: a pair, a group of ranked completions, or one sequence alone.
+    The loss is a sum over examples. An example is a pair, a group of ranked completions, or one labelled sequence.
+    The sequences of an example are adjacent.
     """
 
     @property
@@ -37,25 +38,25 @@ class SequenceLoss(Protocol):
         """Whether the loss is a user's function, which has no name that an operator could carry."""
 
     def bounds(self, sequences: int) -> Sequence[int]:
-        """The first sequence of each example in turn, then ``sequences``."""
+        """Return the index of each example's first sequence, followed by ``sequences``, their total number."""
 
     @property
     def difference(self) -> str | None:
-        """Whether examples are pairs, and one coefficient serves a pair.
+        """Whether the examples are pairs of which one coefficient serves both sides.
 
-        "sum" or "mean" if the loss depends on log-probs only through chosen minus rejected sums or averages; None if
-        the two sides have coefficients of their own.
+        It is "sum" if the loss depends on log-probs only through the chosen sum minus the rejected sum. It is "mean"
+        if the same holds for averages over tokens. It is None if each sequence has a coefficient of its own.
         """
 
     @property
     def sigmoid(self) -> tuple[float, float] | None:
-        """(beta, label smoothing) if the loss is DPO's, which a backend may do in one kernel."""
+        """(beta, label smoothing) if the loss is plain DPO, which a backend may compute in one kernel; else None."""
 
     def of_examples(self, first: int, last: int) -> "SequenceLoss":
-        """The loss of examples ``first..last-1`` alone, where it differs by example."""
+        """Return the loss of examples ``first..last-1`` alone, with their part of its tensors."""
 
     def value_and_grad(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses by example and the derivative of their sum by the policy's sequence log-probs ``(S,)``."""
+        """Return one loss for each example, and the derivative ``(S,)`` of their sum by ``policy_S``."""
 
     def __call__(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> Tensor:
-        """Losses by example, differentiable by the log-probs."""
+        """Return one loss for each example, differentiable by the log-probs."""

@@ -1,4 +1,4 @@
-"""KTO, BCO and ranked groups: values by hand, DPO as the group of two, the oracle's log-probs, units and errors."""
+"""KTO, BCO and ranked groups: values by hand, DPO as the group of two, the oracle's log-probs, chunks and errors."""
 
 import math
 
@@ -156,7 +156,7 @@ def test_compiled():
         close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-# 6, 7, 1, 0, 3 and 5 scored tokens; in whole units two chunks or more.
+# 6, 7, 1, 0, 3 and 5 scored tokens; in whole examples two chunks or more.
 CHUNKS = {
     "kto": {"desirable": torch.tensor([True, False, False, True, False, True]), "undesirable_weight": 3.0},
     "bco": {"desirable": torch.tensor([True, False, False, True, False, True]), "loss_type": "bco", "delta": 0.4},
@@ -167,7 +167,7 @@ CHUNKS = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", CHUNKS)
-def test_every_chunk_has_units_of_its_own(kind, backend, monkeypatch):
+def test_every_chunk_has_examples_of_its_own(kind, backend, monkeypatch):
     """Labels, weights and sizes of a later chunk are those of its sequences, not of the first ones."""
     plans, choose = [], dk.dispatch.choose
     monkeypatch.setattr("dpo_kernels.api.sequences.make_plan", lambda *given: plans.append(choose(*given)) or plans[-1])

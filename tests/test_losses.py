@@ -1,6 +1,7 @@
-"""Each loss of the family: numbers worked out by hand, its derivative, its limits, and the facts its entry claims."""
+"""Each loss of the family: numbers worked out by hand, its derivative, its limits, and the properties of its entry."""
 
 import dataclasses
+import inspect
 import math
 
 import pytest
@@ -420,7 +421,7 @@ def test_the_order_of_the_pairs_does_not_matter(case):
 
 
 @pytest.mark.parametrize("case", HAND)
-def test_facts_of_the_entry(case):
+def test_properties_of_the_entry(case):
     """``difference``, ``separable`` and the like are what the engine relies on: each is tried."""
     options = dict(OPTIONS[case])
     bound = losses.bind(options.pop("loss_type"), options.pop("beta"), options.pop("label_smoothing", 0.0), options)
@@ -498,8 +499,35 @@ def test_register_enters_under_the_functions_name(monkeypatch):
 
     entered = registry.LOSSES
     assert list(entered) == ["fresh"]
-    assert not entered["fresh"].separable
-    assert entered["fresh"].difference == "sum"
+    assert entered["fresh"] == LossSpec("fresh", fresh, separable=False, difference="sum")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'log_ratios'"):
+        losses.register(log_ratios=True)
+
+
+def test_register_has_the_properties_of_an_entry(monkeypatch):
+    """Every property can be given, reaches its own field, and has that field's default."""
+    monkeypatch.setattr("dpo_kernels.losses.registry.LOSSES", {})
+    fields = {field.name: field for field in dataclasses.fields(LossSpec) if field.name not in ("name", "fn")}
+    assert inspect.signature(losses.register).parameters.keys() == fields.keys()
+    plain = losses.register()(lambda x: x.policy_chosen_logps)
+    assert registry.LOSSES["<lambda>"] == LossSpec("<lambda>", plain)
+    values = {
+        "separable": False,
+        "needs_reference": False,
+        "difference": "mean",
+        "averages": True,
+        "beta_positive": True,
+        "limits": {"tau": (0.0, 1.0)},
+        "uses_log_ratios_only": True,
+        "by_pair": ("tau",),
+        "filled_by_engine": ("token_factor",),
+        "nll_weight": 0.5,
+    }
+    assert values.keys() == fields.keys()
+    for name, value in values.items():
+        entered = losses.register(**{name: value})(lambda x: x.policy_chosen_logps)
+        assert registry.LOSSES["<lambda>"] == LossSpec("<lambda>", entered, **{name: value})
+        assert registry.LOSSES["<lambda>"] != LossSpec("<lambda>", entered)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])

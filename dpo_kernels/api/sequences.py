@@ -12,7 +12,7 @@ from dpo_kernels.inputs.make_problem import sequence_problem
 from dpo_kernels.inputs.options import Arguments, group
 from dpo_kernels.inputs.tensors import Batch
 from dpo_kernels.loss_interface import SequenceLoss
-from dpo_kernels.losses.sequences import GROUP_LOSSES, KTO_LOSSES, GroupLoss, LabelledLoss
+from dpo_kernels.losses import GROUP_LOSSES, KTO_LOSSES, GroupLoss, LabelledLoss
 from dpo_kernels.outputs import SequenceLossOutput
 from dpo_kernels.planning.plan import Execution, make_plan
 from dpo_kernels.shapes import sum_dtype

@@ -92,7 +92,7 @@ def _divergence(arguments: dict[str, Any], trainer: Any, specs: list[Any]) -> No
     other = [spec.name for spec in specs if spec.name not in DIVERGING]
     if other:
         raise NotFused(f"f_divergence_type {kind!r} with loss_type {', '.join(other)}")
-    if any(spec.scores for spec in specs):  # sft alone has no reference to diverge from
+    if any(spec.uses_log_ratios_only for spec in specs):  # sft alone has no reference to diverge from
         arguments["f_divergence"] = DIVERGENCES[kind]
         if kind == "alpha_divergence":
             arguments["f_alpha"] = trainer.f_alpha_divergence_coef

@@ -1,18 +1,31 @@
-"""The family of preference losses: pure functions of sequence log-probs that know no vocabulary.
+"""The losses: pure functions of the sequences' log-probs, which know nothing of tokens, logits or vocabularies.
 
-``pairwise`` has those with a reference, ``reference_free`` the others, ``divergence`` the scores of f-divergences;
-``registry`` says what the engine must know about each, ``binding`` makes one function of a name and its options. A loss
-sees ``LossInputs`` (``(P,)`` float64 tensors) and returns ``(P,)``; its derivative is torch autograd on these few
-numbers. To add one: a function, a row in ``tests/test_losses.py``, a row in the README's table.
+- ``pairwise`` has the losses of pairs with a reference, ``reference_free`` those without one, and ``divergence`` the
+  scores of f-divergences.
+- ``registry`` keeps the properties of each loss of pairs. ``bind`` checks a name and its options and makes a
+  ``BoundLoss`` of them.
+- ``kto`` has the losses of single labelled sequences, and ``ranked`` those of ranked groups.
+- ``estimates``, ``weights`` and ``bradley_terry`` are helpers around the losses.
+
+A loss of pairs sees ``LossInputs``, whose tensors are ``(P,)`` float64, and returns ``(P,)``. torch autograd
+differentiates it on these few numbers. To add a loss, write a function, a row in ``tests/test_losses.py`` and a row in
+the table of losses in the documentation.
 """
 
-from dpo_kernels.losses import pairwise, reference_free  # they enter themselves
-from dpo_kernels.losses.binding import BoundLoss, Loss, bind, decode, fit_to_batch
+from dpo_kernels.losses import pairwise, reference_free  # importing them registers their losses
+from dpo_kernels.losses.bind import Loss, bind, fit_to_batch
+from dpo_kernels.losses.bound_loss import BoundLoss, decode
+from dpo_kernels.losses.kto import KTO_LOSSES, LabelledLoss
+from dpo_kernels.losses.ranked import GROUP_LOSSES, GroupLoss
 from dpo_kernels.losses.registry import LOSSES, LossSpec, register
 
 __all__ = [
+    "GROUP_LOSSES",
+    "KTO_LOSSES",
     "LOSSES",
     "BoundLoss",
+    "GroupLoss",
+    "LabelledLoss",
     "Loss",
     "LossSpec",
     "bind",

@@ -1,20 +1,21 @@
-"""Bounds on arguments of losses, with one subgradient at the bound in every release of torch.
+"""Bounds on the arguments of losses, whose gradient at the bound is the same in every release of torch.
 
-``Tensor.clamp`` passes the gradient on at its bound up to torch 2.13 and drops it from 2.14 on. ORPO's two forms of
-``log(1 - exp(a))`` meet at such a bound, and between them they would lose the gradient there.
+At its bound ``Tensor.clamp`` passes the gradient on up to torch 2.13 and drops it from 2.14 on. ORPO needs the former:
+its two forms of ``log(1 - exp(a))`` meet at such a bound, where both would drop the gradient.
 """
 
 import torch
 from torch import Tensor
 
-LARGEST_EXPONENT = 80.0  # a loss of exp(80) is still finite in float32
+# This is the largest exponent that a loss takes. exp(80) = 5.5e34 is finite in float32, whose limit is exp(88.7).
+LARGEST_EXPONENT = 80.0
 
 
 def at_most(value: Tensor, bound: float) -> Tensor:
-    """``min(value, bound)``; the gradient is 1 up to the bound itself and 0 beyond it. NaN stays NaN."""
+    """Return ``min(value, bound)``. The gradient is 1 up to the bound itself and 0 above it. NaN stays NaN."""
     return torch.where(value > bound, bound, value)
 
 
 def at_least(value: Tensor, bound: float) -> Tensor:
-    """``max(value, bound)``; the gradient is 1 down to the bound itself and 0 beyond it. NaN stays NaN."""
+    """Return ``max(value, bound)``. The gradient is 1 down to the bound itself and 0 below it. NaN stays NaN."""
     return torch.where(value < bound, bound, value)

@@ -1,4 +1,7 @@
-"""f-divergences in the place of DPO's reverse KL: a score of each log-ratio. Wang et al., arXiv 2309.16240."""
+"""f-divergences that take the place of DPO's reverse KL (Wang et al., arXiv 2309.16240).
+
+Each is a function of a log-ratio ``x = logp - ref``. The loss then sees this score where it would see ``x``.
+"""
 
 import math
 from collections.abc import Callable
@@ -11,22 +14,22 @@ from dpo_kernels.losses.bounds import LARGEST_EXPONENT, at_most
 
 
 def reverse_kl(ratio: Tensor, alpha: float) -> Tensor:
-    """``x``: DPO itself."""
+    """Return ``x``, which is DPO itself."""
     return ratio
 
 
 def forward_kl(ratio: Tensor, alpha: float) -> Tensor:
-    """``1 - exp(-x)``, the exponent held at 80."""
+    """Return ``1 - exp(-x)``. The exponent is at most 80."""
     return -torch.expm1(at_most(-ratio, LARGEST_EXPONENT))
 
 
 def js(ratio: Tensor, alpha: float) -> Tensor:
-    """``log 2 + log s(x)``, Jensen and Shannon's."""
+    """Return ``log 2 + log s(x)``, the score of the Jensen-Shannon divergence; ``s`` is the logistic function."""
     return math.log(2.0) + F.logsigmoid(ratio)
 
 
 def alpha_divergence(ratio: Tensor, alpha: float) -> Tensor:
-    """``(exp((alpha - 1) x) - 1) / (alpha - 1)``, the exponent held at 80; alpha = 1 is reverse KL."""
+    """Return ``(exp((alpha - 1) x) - 1) / (alpha - 1)``. The exponent is at most 80; alpha = 1 is the reverse KL."""
     power = alpha - 1.0
     if power == 0.0:
         return ratio
