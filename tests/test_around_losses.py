@@ -1,6 +1,9 @@
 """What stands around the losses: metrics, running shift, weights of tokens and pairs, Bradley and Terry."""
 
+import doctest
+import importlib
 import math
+import pkgutil
 
 import pytest
 import torch
@@ -309,3 +312,19 @@ def test_loss_of_a_reward_model():
             dk.bradley_terry_loss(**{"chosen_rewards": chosen, "rejected_rewards": rejected} | bad)
     with pytest.raises(ValueError, match="empty batch"):
         dk.bradley_terry_loss(torch.zeros(0), torch.zeros(0))
+
+
+# --- examples in docstrings -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [module.name for module in pkgutil.iter_modules(dk.losses.__path__)])
+def test_the_examples_of_docstrings_run(module):
+    assert doctest.testmod(importlib.import_module(f"dpo_kernels.losses.{module}")).failed == 0
+
+
+@pytest.mark.parametrize("name", [
+    "RunningDelta", "bradley_terry_loss", "bradley_terry_strengths", "kto_kl", "ld_token_weights", "wpo_pair_weights",
+])  # fmt: skip
+def test_what_is_public_has_an_example(name):
+    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(dk, name), name)
+    assert len(example.examples) >= 3

@@ -1,4 +1,4 @@
-"""Bradley and Terry's model of comparisons: the loss of reward models, and strengths from counts of wins."""
+"""The Bradley-Terry model of comparisons: the loss of reward models, and strengths from counts of wins."""
 
 import torch
 import torch.nn.functional as F
@@ -6,22 +6,47 @@ from torch import Tensor
 
 from dpo_kernels.checks import check_device, check_floating, check_number, check_real, check_tensor
 
+# The iteration ends when no log-strength moves by more than this. A log-strength of order 1 then has about 12 digits.
 LARGEST_STEP = 1e-12
+# The iteration ends after this many steps at the latest. Its rate of convergence depends on the counts.
 MOST_STEPS = 100_000
 
 
 def bradley_terry_loss(
     chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor | float = 0.0, reduction: str = "mean"
 ) -> Tensor:
-    """``-log sigmoid(r_w - r_l - margin)``, the loss of reward-model training.
+    """Return the loss of reward-model training, ``-log sigmoid(r_w - r_l - margin)``.
 
-    Bradley and Terry, Biometrika 39 (1952); with margins Touvron et al., arXiv 2307.09288, eq. 2.
+    ``r_w`` and ``r_l`` are the rewards of the chosen and the rejected completion of a pair. The model of comparisons is
+    Bradley and Terry's (Biometrika 39, 1952). The loss with margins is Touvron et al., arXiv 2307.09288, eq. 2.
 
     Args:
-        chosen_rewards: ``(P,)``, differentiable.
-        rejected_rewards: ``(P,)``, differentiable.
-        margin: a number, or ``(P,)``.
+        chosen_rewards: ``(P,)`` floating point, differentiable.
+        rejected_rewards: ``(P,)`` floating point, on the same device, differentiable.
+        margin: a number, or a tensor ``()`` or ``(P,)`` of real numbers.
         reduction: "mean", "sum" or "none".
+
+    Returns:
+        A 0-d tensor, or ``(P,)`` with ``reduction="none"``, in the dtype that torch gives the difference of the rewards
+        and the margin.
+
+    Raises:
+        TypeError: the rewards are not floating-point tensors, or ``margin`` is neither a number nor a tensor of real
+            numbers.
+        ValueError: shapes or devices do not fit, ``margin`` is not finite, ``reduction`` is unknown, or the mean of no
+            pairs is asked for.
+
+    Example:
+        The reward model prefers the chosen completion with probability 3/4 in the first pair, and 1/2 in the second.
+
+        >>> import torch
+        >>> from dpo_kernels import bradley_terry_loss
+        >>> chosen = torch.tensor([3.0, 1.0]).log()
+        >>> rejected = torch.zeros(2)
+        >>> bradley_terry_loss(chosen, rejected, reduction="none")  # log(4/3) and log(2)
+        tensor([0.2877, 0.6931])
+        >>> bradley_terry_loss(chosen, rejected)
+        tensor(0.4904)
 
     """
     check_floating("chosen_rewards", chosen_rewards)
@@ -51,19 +76,33 @@ def bradley_terry_loss(
 
 
 def bradley_terry_strengths(wins: Tensor) -> Tensor:
-    """Maximum-likelihood log-strengths from counts: ``wins[i, j]`` is how often i beat j.
+    """Return the maximum-likelihood log-strengths of K contestants from counts of wins.
 
-    ``P(i beats j) = sigmoid(s_i - s_j)``. Found by Hunter's minorisation (Annals of Statistics 32, 2004, eq. 3), which
-    rises at every step. A beats B in 8 of 12 and C beats A in 5 of 8: P(B beats C) = 3/13.
+    In the Bradley-Terry model ``P(i beats j) = sigmoid(s_i - s_j)`` with the log-strengths ``s``. They are found by
+    Hunter's minorisation-maximisation (Annals of Statistics 32, 2004, eq. 3), whose likelihood rises at every step.
 
     Args:
-        wins: ``(K, K)``, not negative; the diagonal is ignored.
+        wins: ``(K, K)`` of real numbers or bool, finite and not negative. ``wins[i, j]`` is how often i beat j. The
+            diagonal is ignored.
 
     Returns:
-        ``(K,)`` float64 of mean 0.
+        ``(K,)`` float64 on the CPU, with mean 0.
 
     Raises:
-        ValueError: where no maximum exists: the contestants fall into two sets of which one never beat the other.
+        TypeError: ``wins`` is not a tensor of real numbers or bool.
+        ValueError: the shape or a count is wrong, or no maximum exists. None exists if the contestants fall into two
+            sets of which one never beat the other.
+
+    Example:
+        A beats B in 8 of 12 comparisons, and C beats A in 5 of 8. The odds of A against B are 2, those of C against A
+        are 5/3, so those of C against B are 10/3.
+
+        >>> import torch
+        >>> from dpo_kernels import bradley_terry_strengths
+        >>> wins = torch.tensor([[0, 8, 3], [4, 0, 0], [5, 0, 0]])  # rows and columns are A, B, C
+        >>> a, b, c = bradley_terry_strengths(wins)
+        >>> round(float(torch.sigmoid(b - c)), 4)  # B beats C with probability 3/13
+        0.2308
 
     """
     check_tensor("wins", wins)
@@ -93,11 +132,11 @@ def bradley_terry_strengths(wins: Tensor) -> Tensor:
 
 def _check_connected(counts: Tensor) -> None:
     beat = counts > 0
-    for dlogp_dhidden in (beat, beat.t()):
+    for beats in (beat, beat.t()):
         reached = {0}
         todo = [0]
         while todo:
-            for other in dlogp_dhidden[todo.pop()].nonzero().flatten().tolist():
+            for other in beats[todo.pop()].nonzero().flatten().tolist():
                 if other not in reached:
                     reached.add(other)
                     todo.append(other)

@@ -1,4 +1,4 @@
-"""What some losses keep between steps or need estimated beside the batch."""
+"""Estimates that some losses need beside the batch: BCO's running reward shift and KTO's KL divergence."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,34 @@ from dpo_kernels.checks import check_device, check_floating, check_number
 
 
 class RunningDelta:
-    """The reward shift of BCO, an exponential running mean of rewards. Jung et al., arXiv 2404.04656.
+    """Keep the reward shift of BCO, an exponential running mean of rewards (Jung et al., arXiv 2404.04656).
 
-    ``delta = (mean of chosen rewards + mean of rejected rewards) / 2``, kept without gradient or host sync::
-
-        delta = RunningDelta()
-        out = fused_dpo_loss(..., loss_type="bco_pair", delta=delta.value)
-        delta.update(out.chosen_rewards, out.rejected_rewards)
+    The shift of one step is ``(mean of chosen rewards + mean of rejected rewards) / 2``. It has no gradient, and
+    updating it needs no host sync.
 
     Args:
-        decay: what is kept of the old mean at an update, in [0, 1). The first update takes the rewards as they are.
+        decay: weight of the old mean at an update, in [0, 1). The first update replaces the initial 0.
+
+    Attributes:
+        value: the shift, 0-d float64, for the option ``delta``. It is 0 before the first update.
+        updates: number of updates so far.
+
+    Raises:
+        TypeError: ``decay`` is not a real number.
+        ValueError: ``decay`` does not lie in [0, 1).
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels import RunningDelta, dpo_loss
+        >>> chosen, rejected, reference = torch.tensor([-3.0]), torch.tensor([-6.0]), torch.tensor([-4.0])
+        >>> delta = RunningDelta(decay=0.75)
+        >>> for _ in range(2):
+        ...     loss, chosen_rewards, rejected_rewards = dpo_loss(
+        ...         chosen, rejected, reference, reference, loss_type="bco_pair", beta=1.0, delta=delta.value
+        ...     )
+        ...     shift = delta.update(chosen_rewards, rejected_rewards)  # rewards 1 and -2
+        >>> shift, delta.updates
+        (tensor(-0.5000, dtype=torch.float64), 2)
 
     """
 
@@ -28,9 +46,21 @@ class RunningDelta:
         self.updates = 0
 
     def update(self, chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-        """Fold in the rewards of a step, ``(n,)`` each (not necessarily as many); returns the new value, 0-d.
+        """Fold in the rewards of a step.
 
-        A side without rewards is left out; with none on either side the value stays what it is.
+        A side without rewards is left out. If neither side has any, the value stays what it is.
+
+        Args:
+            chosen_rewards: ``(n,)`` floating point.
+            rejected_rewards: ``(m,)`` floating point, on the same device.
+
+        Returns:
+            The new value, 0-d float64 on the device of the rewards.
+
+        Raises:
+            TypeError: a side is not a floating-point tensor.
+            ValueError: the sides are on different devices.
+
         """
         check_floating("chosen_rewards", chosen_rewards)
         check_floating("rejected_rewards", rejected_rewards)
@@ -45,20 +75,42 @@ class RunningDelta:
         return self.value
 
     def state_dict(self) -> dict[str, float]:
-        """Plain numbers, for checkpoints."""
+        """Return the state as plain numbers, for a checkpoint."""
         return {"decay": self.decay, "value": float(self.value), "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """The inverse of ``state_dict``."""
+        """Restore what ``state_dict`` returned; the value is then on the CPU."""
         self.decay, self.updates = float(state["decay"]), int(state["updates"])
         self.value = torch.tensor(float(state["value"]), dtype=torch.float64, device="cpu")
 
 
 def kto_kl(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """KTO's estimate of the KL to the reference, 0-d, at least 0, without gradient.
+    """Return KTO's estimate of the policy's KL divergence from the reference.
 
-    The mean log-ratio of completions ``(n,)`` that belong to other prompts of the batch (Ethayarajh et al.,
-    arXiv 2402.01306, section 4.2): score the shifted batch with ``fused_sequence_logps``.
+    It is the mean log-ratio of completions to prompts that they do not belong to, or 0 if that mean is negative
+    (Ethayarajh et al., arXiv 2402.01306, section 4.2). ``fused_sequence_logps`` computes the log-probs of a batch whose
+    completions are shifted by one prompt.
+
+    Args:
+        policy_logps: ``(n,)`` floating point, log-probs of the mismatched completions under the policy.
+        ref_logps: ``(n,)`` floating point, the same under the reference, on the same device.
+
+    Returns:
+        The estimate in nats, 0-d float64, at least 0, without gradient. It is the argument ``kl`` of
+        ``fused_kto_loss``.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: shapes or devices differ, or there are no log-probs.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels import kto_kl
+        >>> kto_kl(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -2.5]))  # log-ratios 1 and 1/2
+        tensor(0.7500, dtype=torch.float64)
+        >>> kto_kl(torch.tensor([-3.0]), torch.tensor([-1.0]))
+        tensor(0., dtype=torch.float64)
+
     """
     check_floating("policy_logps", policy_logps)
     check_floating("ref_logps", ref_logps)

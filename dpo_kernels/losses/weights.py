@@ -1,4 +1,4 @@
-"""Weights that methods put on tokens and pairs: LD-DPO's and WPO's."""
+"""Weights of tokens and pairs: those of LD-DPO and of WPO."""
 
 import math
 
@@ -29,21 +29,37 @@ def ld_token_weights(
     shift: bool = False,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Token weights of LD-DPO (Liu et al., arXiv 2409.06411): ``alpha`` beyond the length that both sides share.
+    """Return the token weights of LD-DPO (Liu et al., arXiv 2409.06411).
 
-    A sequence's sum is then ``sum of its first l log-probs + alpha * sum of the rest``, l the scored tokens of the
-    shorter side of its pair.
+    Let l be the number of scored tokens of the shorter side of a pair. The first l scored tokens of both sides have the
+    weight 1, and those beyond have the weight ``alpha``. A sequence's log-prob is then ``sum of its first l + alpha *
+    sum of the rest``.
 
     Args:
-        labels: as for ``fused_dpo_loss``, ``(2B, T)`` or ``(N,)`` with ``cu_seqlens``.
-        alpha: in [0, 1]; 1 is DPO.
-        cu_seqlens: ``(2B + 1,)`` of packed sequences.
-        pairs: "stacked" or "interleaved".
-        shift: whether the call shifts the labels (its first label of a sequence is not scored).
+        labels: ``(2B, T)``, or ``(N,)`` with ``cu_seqlens``, int32 or int64, as for ``fused_dpo_loss``.
+        alpha: weight in [0, 1]. With 1 the loss is DPO.
+        cu_seqlens: ``(2B + 1,)`` int32 or int64, the cumulative lengths of packed sequences.
+        pairs: "stacked" or "interleaved", as in the call of the loss.
+        shift: whether the call of the loss shifts the labels. The first label of a sequence is then not scored.
         ignore_index: label of positions that are not scored.
 
     Returns:
-        float32 in the shape of ``labels``, for ``token_weights``.
+        float32 in the shape of ``labels``, for the argument ``token_weights``. All weights are NaN if ``cu_seqlens`` is
+        wrong where a check would force a host sync: on a GPU, and under ``torch.compile``.
+
+    Raises:
+        TypeError: ``labels`` or ``cu_seqlens`` is not an integer tensor, or another argument has the wrong type.
+        ValueError: shapes or devices do not fit, the number of sequences is odd, ``alpha`` does not lie in [0, 1],
+            ``pairs`` is unknown, or ``cu_seqlens`` on the CPU does not rise from 0 to N.
+
+    Example:
+        The chosen completion has three tokens and the rejected one has two, so the third has the weight ``alpha``.
+
+        >>> import torch
+        >>> from dpo_kernels import ld_token_weights
+        >>> labels = torch.tensor([[-100, 5, 6, 7], [-100, 8, 9, -100]])
+        >>> ld_token_weights(labels, alpha=0.25)[labels != -100]
+        tensor([1.0000, 1.0000, 0.2500, 1.0000, 1.0000])
 
     """
     _check_ld_arguments(labels, alpha, cu_seqlens, pairs, shift, ignore_index)
@@ -56,7 +72,8 @@ def ld_token_weights(
     else:
         sequences, bounds = cu_seqlens.shape[0] - 1, cu_seqlens.to(torch.int64)
         broken = (bounds[0] != 0) | (bounds[-1] != rows) | (bounds.diff() < 0).any()
-        # On other devices a look at the values would be a sync: wrong ones make NaN, and no access out of bounds.
+        # Reading the values on a GPU would be a host sync. The bounds are clamped, so wrong ones make NaN and no access
+        # out of bounds.
         bounds = bounds.clamp(0, rows)
     if sequences == 0 or rows == 0:
         return torch.ones(labels.shape, dtype=torch.float32, device=labels.device).masked_fill(broken, math.nan)
@@ -115,19 +132,37 @@ def _check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
 
 
 def wpo_pair_weights(out: DPOLossOutput, pairs: str = "stacked", *, largest: float | None = None) -> Tensor:
-    """Pair weights of WPO (Zhou et al., arXiv 2406.11827): how likely the policy itself is to write the pair.
+    """Return the pair weights of WPO: how likely the policy is to write both completions of a pair.
 
-    The product over both sides of ``exp(mean over tokens of [log p(y_t) - log sum_v p(v)^2])`` (eq. 2), without a
-    bound, as in TRL 1.16: where both sides are made of tokens that the policy prefers, it exceeds 1.
+    The weight is the product over both sides of ``exp(mean over tokens of [log p(y_t) - log sum_v p(v)^2])`` (Zhou et
+    al., arXiv 2406.11827, eq. 2). It exceeds 1 if the policy prefers the tokens of both sides. By default it has no
+    bound, as in TRL 1.16.
 
     Args:
-        out: result of a call with ``stats=("log_sum_p2",)`` and without ``token_weights``, which would weigh the
-            means. A pass without gradient gives it for one GEMM unit.
+        out: result of a call with ``stats=("log_sum_p2",)`` and without ``token_weights``, which would change the
+            means. A call without gradient takes one GEMM pass.
         pairs: "stacked" or "interleaved", as in that call.
-        largest: bound of the product, > 0. The authors' own code has 1, and so had TRL.
+        largest: upper bound of the product, > 0, or None. The authors' code bounds it by 1, and earlier releases of TRL
+            did.
 
     Returns:
-        ``(P,)`` in the dtype of the log-probs, without gradient, for ``pair_weights``.
+        ``(P,)`` in the dtype of the log-probs, without gradient, for the argument ``pair_weights``.
+
+    Raises:
+        TypeError: ``out`` is not a ``DPOLossOutput``, or ``largest`` is not a number.
+        ValueError: ``out`` lacks the statistic, ``pairs`` is unknown, or ``largest`` is not above 0.
+
+    Example:
+        The next token is one of three, with probabilities 1/2, 1/4 and 1/4, whose squares sum to 3/8. The chosen
+        completion is the likeliest token and the rejected one is another: ``(1/2) / (3/8) * (1/4) / (3/8) = 8/9``.
+
+        >>> import torch
+        >>> from dpo_kernels import fused_dpo_loss, wpo_pair_weights
+        >>> hidden = torch.tensor([0.5, 0.25, 0.25]).log().expand(2, 1, 3).contiguous()
+        >>> labels = torch.tensor([[0], [1]])
+        >>> out = fused_dpo_loss(hidden, torch.eye(3), labels, reference_free=True, stats=("log_sum_p2",))
+        >>> wpo_pair_weights(out)
+        tensor([0.8889])
 
     """
     check_choice("pairs", pairs, PAIRS)
