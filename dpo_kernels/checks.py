@@ -15,6 +15,7 @@ from dpo_kernels.shapes import WRAPPERS_THAT_UNWRAP
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INDEX_DTYPES = (torch.int32, torch.int64)  # labels and cumulative lengths have one of these
 WITHOUT_VALUES = ("FakeTensor", "FunctionalTensor")  # what torch's tracers put in the place of tensors
 INSTEAD = "use dpo_kernels.reference, which is plain torch"
 UNDER_VMAP = (
