@@ -18,9 +18,11 @@ from dpo_kernels.losses.registry import LOSSES, LossFunction, LossSpec
 from dpo_kernels.shapes import sum_dtype
 
 Loss = str | LossFunction | Sequence[str]
-# These options go with every loss, with losses of log-ratios only, and with lists of losses.
+# Every loss of pairs takes these options beside its own.
 MODIFIERS = ("nll_weight", "pair_weights")
+# Losses that use log-ratios only also take these.
 DIVERGENCE = ("f_divergence", "f_alpha")
+# A list of losses also takes this.
 MIX = ("loss_weights",)
 
 

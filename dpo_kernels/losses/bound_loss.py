@@ -13,6 +13,7 @@ from dpo_kernels.losses.divergence import DIVERGENCES
 from dpo_kernels.losses.registry import LOSSES, LossSpec
 from dpo_kernels.shapes import sum_dtype
 
+# The engine fills in this parameter of losses that are means over tokens.
 TOKEN_FACTOR = "token_factor"
 
 
@@ -25,7 +26,8 @@ class Part:
     options: tuple[tuple[str, float], ...]
 
 
-@dataclass(frozen=True, eq=False)  # torch 2.11 hashes what it traces a call of, before it has its fields
+# eq=False keeps the hash by identity: torch 2.11 hashes an object whose call it traces, before it has its fields.
+@dataclass(frozen=True, eq=False)
 class BoundLoss(AutogradLoss):
     """A loss of pairs with beta, options and modifiers fixed; satisfies ``SequenceLoss``. ``bind`` makes it.
 

@@ -15,7 +15,8 @@ from dpo_kernels.losses.base import UnnamedLoss
 KTO_LOSSES = ("kto", "bco")
 
 
-@dataclass(frozen=True, eq=False)  # torch 2.11 hashes what it traces a call of
+# eq=False keeps the hash by identity: torch 2.11 hashes an object whose call it traces, before it has its fields.
+@dataclass(frozen=True, eq=False)
 class LabelledLoss(UnnamedLoss):
     """KTO or unpaired BCO, bound to the labels of a batch; satisfies ``SequenceLoss``.
 

@@ -14,7 +14,8 @@ from dpo_kernels.losses.base import UnnamedLoss
 GROUP_LOSSES = ("plackett_luce", "infonce")
 
 
-@dataclass(frozen=True, eq=False)  # torch 2.11 hashes what it traces a call of
+# eq=False keeps the hash by identity: torch 2.11 hashes an object whose call it traces, before it has its fields.
+@dataclass(frozen=True, eq=False)
 class GroupLoss(UnnamedLoss):
     """Plackett-Luce or InfoNCE, bound to the group sizes of a batch; satisfies ``SequenceLoss``.
 
