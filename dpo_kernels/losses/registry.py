@@ -26,18 +26,8 @@ class LossSpec:
     Attributes:
         name: name of the loss, which is that of its function.
         fn: ``fn(LossInputs, **options) -> (P,)``, differentiable by the policy's log-probs.
-        separable: whether a pair's loss depends on that pair alone.
-        needs_reference: whether the loss reads the reference's log-probs.
-        difference: "sum" if the loss depends on log-probs only through the chosen sum minus the rejected sum, "mean" if
-            the same holds for averages over tokens, else None.
-        averages: whether the loss divides by numbers of tokens.
-        beta_positive: whether ``beta = 0`` is an error.
-        limits: closed interval ``(low, high)`` of each option that has one.
-        uses_log_ratios_only: whether the loss reads log-probs only as log-ratios to the reference. An f-divergence may
-            then score these ratios.
-        by_pair: names of the options that may be ``(P,)`` tensors.
-        filled_by_engine: names of the parameters that the engine fills in and nobody can pass.
-        nll_weight: default of the option ``nll_weight``, which every loss has.
+
+    The other attributes are the arguments of ``register``, which explains them.
     """
 
     name: str
