@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "device_specs": set(),
     "outputs": set(),
     "shapes": set(),
+    "naive": set(),
     "reference": set(),
 }
 WHY = {
