@@ -1,4 +1,4 @@
-"""What the public functions return."""
+"""The result of the public functions for pairs."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,29 @@ from torch import Tensor
 
 
 class DPOLossOutput(NamedTuple):
-    """What ``fused_dpo_loss`` returns; every field but ``loss`` is detached.
+    """What ``fused_dpo_loss`` returns.
 
-    ``loss`` is a scalar, or ``(P,)`` with ``reduction="none"``. The six log-prob and reward fields are
-    ``(P,)``, by pair. ``stats`` maps each requested statistic, and always ``"tokens"``, to an ``(S,)``
-    float32 tensor in the order of the input sequences; ``"token_logps"``, where requested, has the shape of the labels.
-    All are float32, or float64 for float64 inputs.
+    Only ``loss`` carries a gradient. The tensors are float32, or float64 for float64 inputs; the statistics are
+    float32.
+
+    Attributes:
+        loss: The loss, a scalar, or ``(P,)`` with ``reduction="none"``.
+        chosen_rewards: ``beta * (policy - reference)`` of each chosen sequence, ``(P,)``.
+        rejected_rewards: ``beta * (policy - reference)`` of each rejected sequence, ``(P,)``.
+        chosen_logps: The policy's log-prob of each chosen sequence, ``(P,)``.
+        rejected_logps: The policy's log-prob of each rejected sequence, ``(P,)``.
+        ref_chosen_logps: The reference's log-prob of each chosen sequence, ``(P,)``.
+        ref_rejected_logps: The reference's log-prob of each rejected sequence, ``(P,)``.
+        stats: Each requested statistic by name, and always "tokens", the number of scored tokens. Each is ``(S,)``, in
+            the order of the input sequences. "token_logps" has the shape of the labels and the dtype of the results.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels import fused_dpo_loss
+        >>> hidden, weight, labels = torch.ones(2, 2, 8), torch.zeros(4, 8), torch.tensor([[-100, 1], [2, 3]])
+        >>> out = fused_dpo_loss(hidden, weight, labels, reference_free=True, stats=("entropy",))
+        >>> round(out.chosen_logps.item(), 3), round(out.rejected_logps.item(), 3), out.stats["tokens"].tolist()
+        (-1.386, -2.773, [1.0, 2.0])
     """
 
     loss: Tensor
@@ -24,12 +41,37 @@ class DPOLossOutput(NamedTuple):
     stats: dict[str, Tensor]
 
     def metrics(self, pairs: str = "stacked") -> dict[str, Tensor]:
-        """What training code logs, by TRL's names where TRL has them: 0-d tensors, detached, without a host sync.
+        """Return what training code logs, under TRL's names where TRL has them.
 
-        ``rewards/*``, ``logps/*`` are means over pairs, ``rewards/accuracies`` the share of pairs whose chosen reward
-        is the higher. Of the statistics that were asked for: ``logits/*``, ``entropy`` and ``mean_token_accuracy`` (top
-        1, of the chosen) are means over scored tokens. ``scored_tokens`` are those of this batch (TRL's ``num_tokens``
-        counts prompts too, and adds up over steps). ``pairs`` as in the call, for the order of ``stats``.
+        The means over pairs are ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``, ``logps/chosen`` and
+        ``logps/rejected``. ``rewards/accuracies`` is the share of pairs whose chosen reward is the higher one.
+
+        If the statistics were requested, the means over scored tokens are ``logits/chosen``, ``logits/rejected``,
+        ``entropy`` and ``mean_token_accuracy``. The last one counts chosen tokens that are the head's first choice.
+
+        ``scored_tokens`` is the number of scored tokens of this batch. TRL's ``num_tokens`` differs: it counts prompts
+        too, and it adds up over steps.
+
+        Args:
+            pairs: Order of the sequences in the call, "stacked" or "interleaved", a str. It tells which ``stats`` are
+                those of chosen sequences.
+
+        Returns:
+            Each metric by name, a 0-d tensor without gradient. No host sync is needed.
+
+        Raises:
+            ValueError: ``pairs`` is neither of the two names.
+
+        Source:
+            The names are those of TRL's ``DPOTrainer``.
+
+        Example:
+            >>> import torch
+            >>> from dpo_kernels import fused_dpo_loss
+            >>> hidden, weight, labels = torch.ones(2, 2, 8), torch.zeros(4, 8), torch.tensor([[-100, 1], [2, 3]])
+            >>> out = fused_dpo_loss(hidden, weight, labels, reference_free=True, beta=1.0)
+            >>> round(out.metrics()["rewards/margins"].item(), 3)  # -log 4 against -2 log 4
+            1.386
         """
         if pairs not in ("stacked", "interleaved"):
             raise ValueError(f"unknown pairs {pairs!r}; known: stacked, interleaved")
@@ -59,11 +101,26 @@ class DPOLossOutput(NamedTuple):
 
 
 class SequenceLossOutput(NamedTuple):
-    """What ``fused_kto_loss`` and ``fused_group_loss`` return; every field but ``loss`` is detached.
+    """What ``fused_kto_loss`` and ``fused_group_loss`` return.
 
-    ``loss`` is a scalar, or by unit with ``reduction="none"``: ``(S,)`` for KTO, ``(G,)`` for groups. ``rewards``
-    (``beta * (logps - ref_logps)``), ``logps`` and ``ref_logps`` are ``(S,)`` in the order of the input. ``stats`` are
-    those of ``DPOLossOutput``.
+    Only ``loss`` carries a gradient. The tensors are float32, or float64 for float64 inputs; the statistics are
+    float32.
+
+    Attributes:
+        loss: The loss, a scalar. With ``reduction="none"`` it is ``(S,)`` for KTO and ``(G,)`` for G groups.
+        rewards: ``beta * (logps - ref_logps)``, ``(S,)``, in the order of the input sequences.
+        logps: The policy's log-prob of each sequence, ``(S,)``.
+        ref_logps: The reference's log-prob of each sequence, ``(S,)``.
+        stats: Each requested statistic by name, and always "tokens", the number of scored tokens. Each is ``(S,)``;
+            "token_logps" has the shape of the labels.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels import fused_kto_loss
+        >>> hidden, weight, labels = torch.ones(2, 2, 8), torch.zeros(4, 8), torch.tensor([[-100, 1], [2, 3]])
+        >>> out = fused_kto_loss(hidden, weight, labels, torch.tensor([True, False]), reference_free=True)
+        >>> [round(logp, 3) for logp in out.logps.tolist()], out.stats["tokens"].tolist()
+        ([-1.386, -2.773], [1.0, 2.0])
     """
 
     loss: Tensor

@@ -1,9 +1,9 @@
-"""The oracle: the equations in plain torch, materialising everything. Imports torch only; shares no code.
+"""The oracle: the equations in plain torch. It holds all the logits, imports torch only and shares no code.
 
-Every fast path is tested against this file run in float64. Run in the dtype of a model it is the "plain torch" of the
-tolerance rule: logits rounded to that dtype, log-softmax in float32 at least, as training code does it.
+Every other path is tested against this file run in float64. Run in the dtype of a model, this file is the "plain torch"
+of the tolerance rule: it rounds logits to that dtype and takes log-softmax in float32 at least, as training code does.
 
-Rafailov et al., arXiv 2305.18290, eq. 7, with s a sequence's summed log-prob::
+The source is Rafailov et al., arXiv 2305.18290, eq. 7, with ``s`` the summed log-prob of a sequence::
 
     u = beta * [(s_w - ref_w) - (s_l - ref_l)]        loss = -log sigmoid(u)        d loss / d s_w = -beta sigmoid(-u)
 """
@@ -19,7 +19,20 @@ from torch import Tensor
 
 
 class ReferenceOutput(NamedTuple):
-    """The fields of ``DPOLossOutput``."""
+    """What ``dpo_loss_reference`` returns: the fields of ``DPOLossOutput``.
+
+    Only ``loss`` carries a gradient. The tensors have the dtype of the logits, at least float32.
+
+    Attributes:
+        loss: The loss, a scalar, or ``(P,)`` with ``reduction="none"``.
+        chosen_rewards: ``beta * (policy - reference)`` of each chosen sequence, ``(P,)``.
+        rejected_rewards: ``beta * (policy - reference)`` of each rejected sequence, ``(P,)``.
+        chosen_logps: The policy's log-prob of each chosen sequence, ``(P,)``.
+        rejected_logps: The policy's log-prob of each rejected sequence, ``(P,)``.
+        ref_chosen_logps: The reference's log-prob of each chosen sequence, ``(P,)``.
+        ref_rejected_logps: The reference's log-prob of each rejected sequence, ``(P,)``.
+        stats: Each requested statistic by name, and always "tokens", ``(S,)`` each.
+    """
 
     loss: Tensor
     chosen_rewards: Tensor
@@ -43,7 +56,40 @@ def token_logps_reference(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Log-prob of each scored label, in the shape of ``labels``, 0 elsewhere."""
+    """Compute the log-prob of each label from full logits.
+
+    Args:
+        hidden: Hidden states of the policy, ``(S, T, H)``, or ``(N, H)`` with ``cu_seqlens``, in any floating dtype. It
+            is differentiable.
+        weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden``. It is differentiable.
+        labels: Token that each position predicts, ``(S, T)`` or ``(N,)``, int32 or int64. Each label lies in ``[0, V)``
+            or equals ``ignore_index``.
+        bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
+        cu_seqlens: Cumulative lengths of packed sequences, ``(S + 1,)``, int32 or int64. None means that the input is
+            padded.
+        shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
+        ignore_index: Label of the positions that are not scored, an integer.
+        logit_scale: Factor on the logits, a finite number.
+        softcap: Cap of the scaled logits, a number > 0. None means no cap.
+
+    Returns:
+        Log-probs in the shape of ``labels``, each at the place of its label, at least float32. They are 0 where not
+        scored.
+
+    Raises:
+        RuntimeError: A shape or a dtype is wrong; torch raises it. The oracle checks no arguments itself.
+
+    Source:
+        Rafailov et al., arXiv 2305.18290, section 3: the terms whose sum is ``log pi(y | x)``.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels.reference import token_logps_reference
+        >>> hidden, weight = torch.ones(1, 3, 8), torch.zeros(4, 8)  # each token has log-prob -log 4 = -1.386
+        >>> logps = token_logps_reference(hidden, weight, torch.tensor([[-100, 1, 2]]))
+        >>> [round(logp, 3) for logp in logps[0].tolist()]
+        [0.0, -1.386, -1.386]
+    """
     hidden, targets, places = _align(hidden, labels, cu_seqlens, shift, ignore_index)
     keep = targets != ignore_index
     logits = _logits(hidden[keep], weight, bias, logit_scale, softcap)
@@ -60,7 +106,42 @@ def sequence_logps_reference(
     token_weights: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Sums ``(S,)`` of the token log-probs, weighted by ``token_weights``."""
+    """Compute the log-probs of sequences, each a weighted sum over its scored tokens.
+
+    Args:
+        hidden: Hidden states of the policy, ``(S, T, H)``, or ``(N, H)`` with ``cu_seqlens``, in any floating dtype. It
+            is differentiable.
+        weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden``. It is differentiable.
+        labels: Token that each position predicts, ``(S, T)`` or ``(N,)``, int32 or int64. Each label lies in ``[0, V)``
+            or equals ``ignore_index``.
+        cu_seqlens: Cumulative lengths of packed sequences, ``(S + 1,)``, int32 or int64. None means that the input is
+            padded.
+        token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It gets
+            no gradient.
+        **options: The other keyword arguments of ``token_logps_reference``. They follow here.
+        bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
+        shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
+        ignore_index: Label of the positions that are not scored, an integer.
+        logit_scale: Factor on the logits, a finite number.
+        softcap: Cap of the scaled logits, a number > 0. None means no cap.
+
+    Returns:
+        ``(S,)``, at least float32. A sequence without a scored token gets 0.
+
+    Raises:
+        RuntimeError: A shape or a dtype is wrong; torch raises it. The oracle checks no arguments itself.
+
+    Source:
+        Rafailov et al., arXiv 2305.18290, section 3: ``log pi(y | x)``.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels.reference import sequence_logps_reference
+        >>> hidden, weight = torch.ones(2, 3, 8), torch.zeros(4, 8)  # each token has log-prob -log 4 = -1.386
+        >>> labels = torch.tensor([[-100, 1, 2], [-100, -100, 3]])
+        >>> [round(logp, 3) for logp in sequence_logps_reference(hidden, weight, labels).tolist()]
+        [-2.773, -1.386]
+    """
     logps = token_logps_reference(hidden, weight, labels, cu_seqlens=cu_seqlens, **options)
     if token_weights is not None:
         logps = logps * token_weights.detach().to(logps.dtype)
@@ -94,9 +175,79 @@ def dpo_loss_reference(
     stats: tuple[str, ...] = (),
     **loss_options: Any,
 ) -> ReferenceOutput:
-    """``fused_dpo_loss`` with everything materialised; same arguments but for those that say how to run it.
+    """Compute the result of ``fused_dpo_loss`` from full logits, in plain torch.
 
-    Any floating dtype; differentiable as often as torch is. Arguments are taken to be right.
+    The function takes the arguments of ``fused_dpo_loss`` but for those that say how to run it. It can be
+    differentiated as often as torch allows.
+
+    Args:
+        hidden: Hidden states of the policy, ``(2B, T, H)``, or ``(N, H)`` with ``cu_seqlens``, in any floating dtype.
+            It is differentiable.
+        weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden``. It is differentiable.
+        labels: Token that each position predicts, ``(2B, T)`` or ``(N,)``, int32 or int64. Each label lies in
+            ``[0, V)`` or equals ``ignore_index``.
+        bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
+        ref_hidden: Hidden states of the reference model, ``(2B, T, H_ref)`` or ``(N, H_ref)``, floating point. The call
+            scores them without gradient and applies the policy's ``logit_scale`` and ``softcap``. If the reference has
+            another scale, multiply ``ref_weight`` and ``ref_bias`` by the quotient.
+        ref_weight: Weight of the reference's LM head, ``(V, H_ref)``, in the dtype of ``ref_hidden``. None shares
+            ``weight`` and ``bias``.
+        ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
+        ref_logps: Cached log-probs of the reference, ``(2B,)``, floating point, in the order of the input sequences.
+        reference_free: bool. If true, there is no reference, and its log-probs count as 0.
+        loss_type: Name of a loss, a list of names or a callable. A list is summed with ``loss_weights``. A callable
+            maps an object with the fields of ``LossInputs`` to ``(P,)`` losses.
+        beta: Inverse temperature, a finite number >= 0. The losses "ipo", "sppo_hard" and "cal_dpo" need beta > 0.
+        label_smoothing: Probability that a label is flipped, a number in [0, 0.5], for the losses that have this
+            option. With "sigmoid" the loss is then cDPO.
+        cu_seqlens: Cumulative lengths of packed sequences, ``(2B + 1,)``, int32 or int64. None means that the input is
+            padded.
+        pairs: Order of the sequences. "stacked" puts all chosen before all rejected ones, "interleaved" alternates
+            chosen and rejected.
+        token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
+            applies to the policy and to a reference that is scored here. It gets no gradient.
+        shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
+        ignore_index: Label of the positions that are not scored, an integer.
+        logit_scale: Factor on the logits, a finite number.
+        softcap: Cap of the scaled logits, a number > 0. None means no cap.
+        reduction: "mean" over pairs, "sum", or "none" for the loss of each pair.
+        denominator: Number > 0, or a 0-d tensor, that replaces the number of pairs under "mean". Gradient accumulation
+            and data parallel training need it.
+        token_denominator: Number > 0, or a 0-d tensor, that replaces the number of chosen tokens in the means over
+            tokens (``sft``, ``nll_weight``).
+        stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
+            and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
+            squared probabilities.
+        **loss_options: Options of the loss by name, numbers or ``(P,)`` tensors. The options that follow go with every
+            loss, unless they say otherwise.
+        pair_weights: Factor on each pair's loss, ``(P,)`` or 0-d, floating point or integer.
+        nll_weight: Number that multiplies the mean negative log-prob of the chosen tokens, which is added to the loss.
+            The default is 1 for "cpo" and 0 for the others.
+        loss_weights: Weight of each loss in a list of names, as many numbers as names. The default is 1 for each.
+        f_divergence: "reverse_kl", "forward_kl", "js" or "alpha", for losses that depend only on log-ratios. The
+            default is "reverse_kl", DPO's own.
+        f_alpha: Parameter of the divergence "alpha", a number. The default is 0.5.
+
+    Returns:
+        ``ReferenceOutput``, of which only ``loss`` carries a gradient.
+
+    Raises:
+        KeyError: The name of the loss is unknown.
+        RuntimeError: A shape or a dtype is wrong; torch raises it. The oracle checks no arguments itself.
+
+    Source:
+        Rafailov et al., arXiv 2305.18290, eq. 7. The README's table names the paper of each other loss.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels.reference import dpo_loss_reference
+        >>> _ = torch.manual_seed(0)
+        >>> hidden, weight = torch.randn(4, 3, 8).double(), torch.randn(16, 8).double()
+        >>> labels = torch.randint(16, (4, 3))
+        >>> labels[:, 0] = -100  # the prompt is not scored
+        >>> out = dpo_loss_reference(hidden, weight, labels, ref_logps=torch.full((4,), -8.0), beta=0.1)
+        >>> round(out.loss.item(), 3)
+        0.524
     """
     layout: dict[str, Any] = {"cu_seqlens": cu_seqlens, "shift": shift, "ignore_index": ignore_index}
     cap: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap}

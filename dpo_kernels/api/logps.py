@@ -25,9 +25,56 @@ def fused_sequence_logps(
     scratch_bytes: int | None = None,
     max_scored_tokens: int | None = None,
 ) -> Tensor:
-    """Differentiable log-probs of sequences, ``(S,)``, any number of them; 0 for one without a scored token.
+    """Compute the log-probs of sequences from hidden states, differentiably and without vocabulary-sized logits.
 
-    float32, float64 for float64 inputs. Arguments and errors as in ``fused_dpo_loss``.
+    A sequence's log-prob is the sum over its scored tokens of ``log softmax(cap(logit_scale * (W h + b)))[label]``,
+    with ``cap(z) = softcap * tanh(z / softcap)``. The number of sequences S may be odd.
+
+    Args:
+        hidden: Hidden states of the policy, ``(S, T, H)``, or ``(N, H)`` with ``cu_seqlens``; float32, bfloat16,
+            float16 or float64. It is differentiable.
+        weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden`` (under autocast in any dtype). It is
+            differentiable.
+        labels: Token that each position predicts, ``(S, T)`` or ``(N,)``, int32 or int64. Each label lies in ``[0, V)``
+            or equals ``ignore_index``.
+        bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
+        cu_seqlens: Cumulative lengths of packed sequences, ``(S + 1,)``, int32 or int64. None means that the input is
+            padded.
+        token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It gets
+            no gradient.
+        shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
+        ignore_index: Label of the positions that are not scored, an integer.
+        logit_scale: Factor on the logits, a finite number.
+        softcap: Cap of the scaled logits, a number > 0. None means no cap.
+        backend: "auto", "triton", "cuda", "cpp" or "torch".
+        strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
+            "recompute" run "frozen_head".
+        scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
+            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere.
+        max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
+            sync. The log-probs are NaN if there are more.
+
+    Returns:
+        ``(S,)``, float32 (float64 for float64 inputs). A sequence without a scored token gets 0.
+
+    Raises:
+        ValueError: A shape, a value or a combination is wrong; the message names the argument. A label out of range
+            raises on the CPU. On other devices it makes the results and their gradients NaN, because the check would
+            force a sync.
+        TypeError: A dtype or a type is wrong.
+        RuntimeError: A gradient is differentiated again, or the call is under ``vmap``, in forward mode, or asked for
+            batched gradients.
+
+    Source:
+        Rafailov et al., arXiv 2305.18290, section 3: ``log pi(y | x)``.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels import fused_sequence_logps
+        >>> hidden, weight = torch.ones(2, 3, 8), torch.zeros(4, 8)  # each token has log-prob -log 4 = -1.386
+        >>> labels = torch.tensor([[-100, 1, 2], [-100, -100, 3]])
+        >>> [round(logp, 3) for logp in fused_sequence_logps(hidden, weight, labels).tolist()]
+        [-2.773, -1.386]
     """
     policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights)
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)
@@ -51,9 +98,55 @@ def fused_token_logps(
     scratch_bytes: int | None = None,
     max_scored_tokens: int | None = None,
 ) -> Tensor:
-    """Differentiable log-probs of tokens, in the shape of ``labels`` and at their places, 0 where not scored.
+    """Compute the log-prob of each token from hidden states, differentiably and without vocabulary-sized logits.
 
-    float32, float64 for float64 inputs. Arguments and errors as in ``fused_dpo_loss``.
+    A token's log-prob is ``log softmax(cap(logit_scale * (W h + b)))[label]``, with
+    ``cap(z) = softcap * tanh(z / softcap)``. The number of sequences S may be odd.
+
+    Args:
+        hidden: Hidden states of the policy, ``(S, T, H)``, or ``(N, H)`` with ``cu_seqlens``; float32, bfloat16,
+            float16 or float64. It is differentiable.
+        weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden`` (under autocast in any dtype). It is
+            differentiable.
+        labels: Token that each position predicts, ``(S, T)`` or ``(N,)``, int32 or int64. Each label lies in ``[0, V)``
+            or equals ``ignore_index``.
+        bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
+        cu_seqlens: Cumulative lengths of packed sequences, ``(S + 1,)``, int32 or int64. None means that the input is
+            padded.
+        shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
+        ignore_index: Label of the positions that are not scored, an integer.
+        logit_scale: Factor on the logits, a finite number.
+        softcap: Cap of the scaled logits, a number > 0. None means no cap.
+        backend: "auto", "triton", "cuda", "cpp" or "torch".
+        strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
+            "recompute" run "frozen_head".
+        scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
+            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere.
+        max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
+            sync. The log-probs are NaN if there are more.
+
+    Returns:
+        Log-probs in the shape of ``labels``, each at the place of its label, float32 (float64 for float64 inputs). They
+        are 0 where not scored.
+
+    Raises:
+        ValueError: A shape, a value or a combination is wrong; the message names the argument. A label out of range
+            raises on the CPU. On other devices it makes the results and their gradients NaN, because the check would
+            force a sync.
+        TypeError: A dtype or a type is wrong.
+        RuntimeError: A gradient is differentiated again, or the call is under ``vmap``, in forward mode, or asked for
+            batched gradients.
+
+    Source:
+        Rafailov et al., arXiv 2305.18290, section 3: the terms whose sum is ``log pi(y | x)``.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels import fused_token_logps
+        >>> hidden, weight = torch.ones(1, 3, 8), torch.zeros(4, 8)  # each token has log-prob -log 4 = -1.386
+        >>> logps = fused_token_logps(hidden, weight, torch.tensor([[-100, 1, 2]]))
+        >>> [round(logp, 3) for logp in logps[0].tolist()]
+        [0.0, -1.386, -1.386]
     """
     policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, None)
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)

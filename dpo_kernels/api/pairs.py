@@ -67,67 +67,110 @@ def fused_dpo_loss(
     main_grad_scale: float = 1.0,
     **loss_options: Any,
 ) -> DPOLossOutput:
-    """DPO and its family from hidden states, without vocabulary-sized logits.
+    """Compute DPO, or another loss of its family, from hidden states without vocabulary-sized logits.
 
-    ``loss = mean over pairs of -log sigmoid(beta * [(logp_w - ref_w) - (logp_l - ref_l)])`` for the default
-    ``loss_type`` (Rafailov et al., arXiv 2305.18290, eq. 7), where a sequence's log-prob is the sum of those of its
-    scored tokens, ``log softmax(cap(logit_scale * (W h + b)))[label]``, ``cap(z) = softcap * tanh(z / softcap)``.
+    The default loss is DPO, the mean over pairs of ``-log sigmoid(u)``, where w is the chosen and l the rejected
+    sequence::
+
+        u = beta * [(logp_w - ref_w) - (logp_l - ref_l)]
+
+    A sequence's log-prob is the sum over its scored tokens of ``log softmax(cap(logit_scale * (W h + b)))[label]``,
+    with ``cap(z) = softcap * tanh(z / softcap)``.
 
     Args:
-        hidden: ``(2B, T, H)`` or ``(N, H)``, float32, bfloat16, float16 or float64. Differentiable.
-        weight: ``(V, H)`` LM head of the same dtype (any under autocast). Differentiable.
-        labels: ``(2B, T)`` or ``(N,)``, int32 or int64, in ``[0, V)`` or ``ignore_index``.
-        bias: ``(V,)``. Differentiable.
-        ref_hidden: hidden states of the reference, same layout, its own H; scored here without gradient, with the
-            policy's ``logit_scale`` and ``softcap`` (a model with another scale: scale its ``ref_weight`` and bias).
-        ref_weight: ``(V, H_ref)`` head of the reference; None shares ``weight`` (and ``bias``).
-        ref_bias: ``(V,)`` bias of the reference's head.
-        ref_logps: ``(2B,)`` cached reference log-probs, in the order of the input sequences; float32, since 16 bits
-            hold -300 to within a nat.
-        reference_free: no reference: its log-probs count as 0.
-        loss_type: a name of the family (``dpo_kernels.LOSSES``), a list of names, summed with ``loss_weights``, or a
-            callable ``fn(LossInputs) -> (P,)``, which is taken to be coupled over the batch unless ``fn.separable`` is
-            true.
-        beta: inverse temperature, finite, at least 0 (ipo, sppo_hard, cal_dpo: above 0).
-        label_smoothing: in [0, 0.5], for losses that have it; with "sigmoid" it is cDPO.
-        cu_seqlens: ``(2B + 1,)`` cumulative lengths of packed sequences, int32 or int64.
-        pairs: "stacked" (all chosen, then all rejected) or "interleaved" (chosen, rejected, chosen, ...).
-        token_weights: like ``labels``, floating point: weight of each label in its sequence's sum, of the policy and
-            of a reference scored here. Never differentiated.
-        shift: labels are as in Hugging Face models, ``labels[:, t + 1]`` is predicted by ``hidden[:, t]``.
-        ignore_index: label of positions that are not scored.
-        logit_scale: factor on the logits.
-        softcap: soft cap of the logits after scaling, None for none.
-        reduction: "mean" over pairs, "sum", or "none" for the loss by pair.
-        denominator: replaces the number of pairs under "mean" (gradient accumulation, data parallel).
-        token_denominator: replaces the number of chosen tokens in token-level terms (``sft``, ``nll_weight``).
-        stats: any of "entropy", "mean_logits", "top1" and "log_sum_p2" (the log of the sum of squared probabilities
-            over the vocabulary): means over the scored tokens of a sequence; and "token_logps", each label's own
-            log-prob in the shape of ``labels``, 0 where not scored. Detached.
+        hidden: Hidden states of the policy, ``(2B, T, H)``, or ``(N, H)`` with ``cu_seqlens``; float32, bfloat16,
+            float16 or float64. It is differentiable.
+        weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden`` (under autocast in any dtype). It is
+            differentiable.
+        labels: Token that each position predicts, ``(2B, T)`` or ``(N,)``, int32 or int64. Each label lies in
+            ``[0, V)`` or equals ``ignore_index``.
+        bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
+        ref_hidden: Hidden states of the reference model, ``(2B, T, H_ref)`` or ``(N, H_ref)``, floating point. The call
+            scores them without gradient and applies the policy's ``logit_scale`` and ``softcap``. If the reference has
+            another scale, multiply ``ref_weight`` and ``ref_bias`` by the quotient.
+        ref_weight: Weight of the reference's LM head, ``(V, H_ref)``, in the dtype of ``ref_hidden``. None shares
+            ``weight`` and ``bias``.
+        ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
+        ref_logps: Cached log-probs of the reference, ``(2B,)``, floating point, in the order of the input sequences.
+            Keep them in float32, because bfloat16 holds -300 only to within one nat.
+        reference_free: bool. If true, there is no reference, and its log-probs count as 0.
+        loss_type: Name of a loss (a key of ``dpo_kernels.LOSSES``), a list of names or a callable. A list is summed
+            with ``loss_weights``. A callable maps ``LossInputs`` to ``(P,)`` losses. It counts as coupled over the
+            batch, unless it has an attribute ``separable`` that is true.
+        beta: Inverse temperature, a finite number >= 0. The losses "ipo", "sppo_hard" and "cal_dpo" need beta > 0.
+        label_smoothing: Probability that a label is flipped, a number in [0, 0.5], for the losses that have this
+            option. With "sigmoid" the loss is then cDPO.
+        cu_seqlens: Cumulative lengths of packed sequences, ``(2B + 1,)``, int32 or int64. None means that the input is
+            padded.
+        pairs: Order of the sequences. "stacked" puts all chosen before all rejected ones, "interleaved" alternates
+            chosen and rejected.
+        token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
+            applies to the policy and to a reference that is scored here. It gets no gradient.
+        shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
+        ignore_index: Label of the positions that are not scored, an integer.
+        logit_scale: Factor on the logits, a finite number.
+        softcap: Cap of the scaled logits, a number > 0. None means no cap.
+        reduction: "mean" over pairs, "sum", or "none" for the loss of each pair.
+        denominator: Number > 0, or a 0-d tensor, that replaces the number of pairs under "mean". Gradient accumulation
+            and data parallel training need it.
+        token_denominator: Number > 0, or a 0-d tensor, that replaces the number of chosen tokens in the means over
+            tokens (``sft``, ``nll_weight``).
+        stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
+            and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
+            squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
+            not scored.
         backend: "auto", "triton", "cuda", "cpp" or "torch".
-        strategy: "auto", "chunked", "recompute" or "streaming".
-        scratch_bytes: cap on vocabulary-sized scratch; None: 2 GiB on a GPU of 80 GB or more, a fortieth of the memory
-            of a smaller one, 512 MiB elsewhere.
-        max_scored_tokens: static capacity: packs without a host sync; more scored tokens make the loss NaN.
-        main_grad: contiguous ``(V, H)`` float32 (float64 for float64 inputs), ``weight.grad`` or a buffer of the
-            optimizer's: the gradient of ``weight`` is added to it during this call, times ``main_grad_scale``, and
-            autograd gets none. Only a pair longer than the scratch then takes ``(V, H)`` memory. Losses separable by
-            pair only.
-        main_grad_scale: the upstream that ``loss`` will get (1 / accumulation steps, a GradScaler's scale). A backward
-            with another one is an error on the CPU and NaN in the other gradients elsewhere; a second one an error.
-        **loss_options: options of the loss by name, and those that every loss has: ``pair_weights`` ``(P,)`` multiplies
-            its loss, ``nll_weight`` adds as much of the mean negative log-prob of chosen tokens; losses of log-ratios
-            also take ``f_divergence`` ("reverse_kl", "forward_kl", "js", "alpha") and ``f_alpha``.
+        strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
+            "recompute" run "frozen_head".
+        scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
+            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere.
+        max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
+            sync. The loss is NaN if there are more.
+        main_grad: Buffer for the gradient of ``weight``: ``weight.grad``, or one that the optimizer owns. It is
+            ``(V, H)``, contiguous, and float32 (float64 for float64 inputs). The call adds ``main_grad_scale`` times
+            the gradient to it, and autograd then gets none. The loss must be separable by pair. The call allocates
+            ``(V, H)`` memory only if a pair exceeds the scratch.
+        main_grad_scale: Upstream gradient that ``loss`` will get, a number other than 0. It is 1 / accumulation steps,
+            or a GradScaler's scale. If another one arrives, the backward pass raises on the CPU and gives NaN
+            elsewhere. A second backward pass raises.
+        **loss_options: Options of the loss by name; ``dpo_kernels.LOSSES[name].options`` lists those of one loss.
+            "odpo" has ``margin``, "rebel" ``reward_gap``, "bco_pair" ``delta``, and these three may be ``(P,)``
+            tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, and "alphapo" ``alpha``
+            and ``gamma``. The options that follow go with every loss, unless they say otherwise.
+        pair_weights: Factor on each pair's loss, ``(P,)`` or 0-d, floating point or integer.
+        nll_weight: Number that multiplies the mean negative log-prob of the chosen tokens, which is added to the loss.
+            The default is 1 for "cpo" and 0 for the others.
+        loss_weights: Weight of each loss in a list of names, as many numbers as names. The default is 1 for each.
+        f_divergence: "reverse_kl", "forward_kl", "js" or "alpha", for losses that depend only on log-ratios. The
+            default is "reverse_kl", DPO's own.
+        f_alpha: Parameter of the divergence "alpha", a number. The default is 0.5.
 
     Returns:
-        ``DPOLossOutput``; all but ``loss`` detached.
+        ``DPOLossOutput``, of which only ``loss`` carries a gradient.
 
     Raises:
-        ValueError: shapes, values and combinations, with the argument's name. A label out of range is one on the CPU;
-            on other devices it makes loss and gradients NaN instead, since looking would be a sync.
-        TypeError: dtypes and types.
-        RuntimeError: when a gradient is differentiated again, under vmap, in forward mode, and for batched gradients.
+        ValueError: A shape, a value or a combination is wrong; the message names the argument. A label out of range
+            raises on the CPU. On other devices it makes the loss and its gradients NaN, because the check would force a
+            sync.
+        TypeError: A dtype or a type is wrong.
+        RuntimeError: A gradient is differentiated again, or the call is under ``vmap``, in forward mode, or asked for
+            batched gradients.
 
+    Source:
+        Rafailov et al., arXiv 2305.18290, eq. 7. The README's table names the paper of each other loss.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels import fused_dpo_loss
+        >>> _ = torch.manual_seed(0)
+        >>> hidden = torch.randn(4, 3, 8, requires_grad=True)  # two chosen sequences, then two rejected ones
+        >>> weight = torch.randn(16, 8, requires_grad=True)
+        >>> labels = torch.randint(16, (4, 3))
+        >>> labels[:, 0] = -100  # the prompt is not scored
+        >>> out = fused_dpo_loss(hidden, weight, labels, ref_logps=torch.full((4,), -8.0), beta=0.1)
+        >>> out.loss.backward()
+        >>> round(out.loss.item(), 3), tuple(weight.grad.shape)
+        (0.524, (16, 8))
     """
     loss = losses.bind(loss_type, beta, label_smoothing, loss_options)
     arguments = Arguments(
@@ -145,9 +188,62 @@ def fused_dpo_loss(
 
 
 class FusedDPOLoss(nn.Module):
-    """``fused_dpo_loss`` as a module: options in the constructor, tensors in ``forward``.
+    """Module form of ``fused_dpo_loss``: options go to the constructor, tensors to ``forward``.
 
-    Args and errors are those of ``fused_dpo_loss``; a loss or option that does not exist is refused at construction.
+    Args:
+        loss_type: Name of a loss (a key of ``dpo_kernels.LOSSES``), a list of names or a callable. A list is summed
+            with ``loss_weights``. A callable maps ``LossInputs`` to ``(P,)`` losses. It counts as coupled over the
+            batch, unless it has an attribute ``separable`` that is true.
+        beta: Inverse temperature, a finite number >= 0. The losses "ipo", "sppo_hard" and "cal_dpo" need beta > 0.
+        label_smoothing: Probability that a label is flipped, a number in [0, 0.5], for the losses that have this
+            option. With "sigmoid" the loss is then cDPO.
+        reference_free: bool. If true, there is no reference, and its log-probs count as 0.
+        pairs: Order of the sequences. "stacked" puts all chosen before all rejected ones, "interleaved" alternates
+            chosen and rejected.
+        shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
+        ignore_index: Label of the positions that are not scored, an integer.
+        logit_scale: Factor on the logits, a finite number.
+        softcap: Cap of the scaled logits, a number > 0. None means no cap.
+        reduction: "mean" over pairs, "sum", or "none" for the loss of each pair.
+        stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
+            and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
+            squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
+            not scored.
+        backend: "auto", "triton", "cuda", "cpp" or "torch".
+        strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
+            "recompute" run "frozen_head".
+        scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
+            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere.
+        max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
+            sync. The loss is NaN if there are more.
+        **loss_options: Options of the loss by name; ``dpo_kernels.LOSSES[name].options`` lists those of one loss.
+            "odpo" has ``margin``, "rebel" ``reward_gap``, "bco_pair" ``delta``, and these three may be ``(P,)``
+            tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, and "alphapo" ``alpha``
+            and ``gamma``. The options that follow go with every loss, unless they say otherwise.
+        pair_weights: Factor on each pair's loss, ``(P,)`` or 0-d, floating point or integer.
+        nll_weight: Number that multiplies the mean negative log-prob of the chosen tokens, which is added to the loss.
+            The default is 1 for "cpo" and 0 for the others.
+        loss_weights: Weight of each loss in a list of names, as many numbers as names. The default is 1 for each.
+        f_divergence: "reverse_kl", "forward_kl", "js" or "alpha", for losses that depend only on log-ratios. The
+            default is "reverse_kl", DPO's own.
+        f_alpha: Parameter of the divergence "alpha", a number. The default is 0.5.
+
+    Raises:
+        ValueError: The loss or an option does not exist, or a value is out of range. The constructor raises it.
+        TypeError: An option has the wrong type.
+
+    Source:
+        Rafailov et al., arXiv 2305.18290, eq. 7. The README's table names the paper of each other loss.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels import FusedDPOLoss
+        >>> _ = torch.manual_seed(0)
+        >>> loss_fn = FusedDPOLoss(loss_type="ipo", beta=0.5)
+        >>> hidden, weight = torch.randn(4, 3, 8), torch.randn(16, 8)
+        >>> out = loss_fn(hidden, weight, torch.randint(16, (4, 3)), ref_logps=torch.full((4,), -8.0))
+        >>> round(out.loss.item(), 3)
+        0.106
     """
 
     def __init__(
@@ -213,7 +309,46 @@ class FusedDPOLoss(nn.Module):
         token_denominator: float | Tensor | None = None,
         **loss_options: Tensor,
     ) -> DPOLossOutput:
-        """See ``fused_dpo_loss``; ``loss_options`` are tensors by pair (``margin``, ``pair_weights``, ...)."""
+        """Return the loss of a batch, with the options of the constructor.
+
+        Args:
+            hidden: Hidden states of the policy, ``(2B, T, H)``, or ``(N, H)`` with ``cu_seqlens``; float32, bfloat16,
+                float16 or float64. It is differentiable.
+            weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden`` (under autocast in any dtype). It is
+                differentiable.
+            labels: Token that each position predicts, ``(2B, T)`` or ``(N,)``, int32 or int64. Each label lies in
+                ``[0, V)`` or equals ``ignore_index``.
+            bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
+            ref_hidden: Hidden states of the reference model, ``(2B, T, H_ref)`` or ``(N, H_ref)``, floating point. The
+                call scores them without gradient and applies the policy's ``logit_scale`` and ``softcap``. If the
+                reference has another scale, multiply ``ref_weight`` and ``ref_bias`` by the quotient.
+            ref_weight: Weight of the reference's LM head, ``(V, H_ref)``, in the dtype of ``ref_hidden``. None shares
+                ``weight`` and ``bias``.
+            ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
+            ref_logps: Cached log-probs of the reference, ``(2B,)``, floating point, in the order of the input
+                sequences. Keep them in float32, because bfloat16 holds -300 only to within one nat.
+            cu_seqlens: Cumulative lengths of packed sequences, ``(2B + 1,)``, int32 or int64. None means that the input
+                is padded.
+            token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
+                applies to the policy and to a reference that is scored here. It gets no gradient.
+            denominator: Number > 0, or a 0-d tensor, that replaces the number of pairs under "mean". Gradient
+                accumulation and data parallel training need it.
+            token_denominator: Number > 0, or a 0-d tensor, that replaces the number of chosen tokens in the means over
+                tokens (``sft``, ``nll_weight``).
+            **loss_options: Options of the loss that differ by pair, ``(P,)`` or 0-d tensors, such as ``margin`` and
+                ``pair_weights``. They replace those of the constructor.
+
+        Returns:
+            ``DPOLossOutput``, of which only ``loss`` carries a gradient.
+
+        Raises:
+            ValueError: A shape, a value or a combination is wrong; the message names the argument. A label out of range
+                raises on the CPU. On other devices it makes the loss and its gradients NaN, because the check would
+                force a sync.
+            TypeError: A dtype or a type is wrong.
+            RuntimeError: A gradient is differentiated again, or the call is under ``vmap``, in forward mode, or asked
+                for batched gradients.
+        """
         return fused_dpo_loss(
             hidden,
             weight,
@@ -231,7 +366,7 @@ class FusedDPOLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The options."""
+        """Return the options as text, for ``print``."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
@@ -250,12 +385,64 @@ def dpo_loss(
     token_denominator: float | Tensor | None = None,
     **loss_options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss on log-probs alone: ``(losses, chosen_rewards, rejected_rewards)``, each ``(P,)``, no reduction.
+    """Compute the loss and the rewards of each pair from log-probs alone.
 
-    float32, float64 if the policy's are. ``losses`` is differentiable, the rewards ``beta * (policy - ref)`` are
-    detached. Losses that average over tokens (ipo) divide by ``chosen_tokens`` and ``rejected_tokens``; without them
-    the log-probs are taken to be averages. ``reference_free=True`` takes None for the reference. Errors as in
-    ``fused_dpo_loss``.
+    The rewards are ``beta * (policy - reference)``.
+
+    Args:
+        policy_chosen_logps: The policy's log-prob of each chosen sequence, ``(P,)``, floating point. It is
+            differentiable.
+        policy_rejected_logps: The policy's log-prob of each rejected sequence, ``(P,)``, floating point. It is
+            differentiable.
+        ref_chosen_logps: The reference's log-prob of each chosen sequence, ``(P,)``, floating point. Pass None if the
+            loss has no reference, or with ``reference_free``.
+        ref_rejected_logps: The reference's log-prob of each rejected sequence, ``(P,)``, floating point. None has the
+            same meaning.
+        beta: Inverse temperature, a finite number >= 0. The losses "ipo", "sppo_hard" and "cal_dpo" need beta > 0.
+        label_smoothing: Probability that a label is flipped, a number in [0, 0.5], for the losses that have this
+            option. With "sigmoid" the loss is then cDPO.
+        loss_type: Name of a loss (a key of ``dpo_kernels.LOSSES``), a list of names or a callable. A list is summed
+            with ``loss_weights``. A callable maps ``LossInputs`` to ``(P,)`` losses. It counts as coupled over the
+            batch, unless it has an attribute ``separable`` that is true.
+        reference_free: bool. If true, there is no reference, and its log-probs count as 0.
+        chosen_tokens: Number of scored tokens of each chosen sequence, ``(P,)``, integer or floating point. Losses that
+            average over tokens, such as "ipo", divide by it. None means 1, so that the log-probs count as averages.
+        rejected_tokens: Number of scored tokens of each rejected sequence, ``(P,)``, integer or floating point. None
+            means 1.
+        token_denominator: Number > 0, or a 0-d tensor, that replaces the number of chosen tokens in the means over
+            tokens (``sft``, ``nll_weight``).
+        **loss_options: Options of the loss by name; ``dpo_kernels.LOSSES[name].options`` lists those of one loss.
+            "odpo" has ``margin``, "rebel" ``reward_gap``, "bco_pair" ``delta``, and these three may be ``(P,)``
+            tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, and "alphapo" ``alpha``
+            and ``gamma``. The options that follow go with every loss, unless they say otherwise.
+        pair_weights: Factor on each pair's loss, ``(P,)`` or 0-d, floating point or integer.
+        nll_weight: Number that multiplies the mean negative log-prob of the chosen tokens, which is added to the loss.
+            The default is 1 for "cpo" and 0 for the others.
+        loss_weights: Weight of each loss in a list of names, as many numbers as names. The default is 1 for each.
+        f_divergence: "reverse_kl", "forward_kl", "js" or "alpha", for losses that depend only on log-ratios. The
+            default is "reverse_kl", DPO's own.
+        f_alpha: Parameter of the divergence "alpha", a number. The default is 0.5.
+
+    Returns:
+        ``(losses, chosen_rewards, rejected_rewards)``, each ``(P,)``, float32 (float64 if the policy's log-probs are).
+        Only ``losses`` carries a gradient.
+
+    Raises:
+        ValueError: A shape, a value or a combination is wrong; the message names the argument.
+        TypeError: A dtype or a type is wrong.
+        RuntimeError: An option carries a tangent of forward mode.
+
+    Source:
+        Rafailov et al., arXiv 2305.18290, eq. 7. The README's table names the paper of each other loss.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels import dpo_loss
+        >>> chosen, rejected = torch.tensor([-10.0]), torch.tensor([-12.0])
+        >>> reference = torch.tensor([-11.0])
+        >>> losses, *rewards = dpo_loss(chosen, rejected, reference, reference, beta=0.1)  # u = 0.1 * (1 - (-1)) = 0.2
+        >>> round(losses.item(), 4), [round(reward.item(), 4) for reward in rewards]
+        (0.5981, [0.1, -0.1])
     """
     bound = losses.bind(loss_type, beta, label_smoothing, loss_options)
     checks.check_flag("reference_free", reference_free)
@@ -279,11 +466,98 @@ def dpo_loss(
 
 
 def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Plan:
-    """What ``fused_dpo_loss`` with the same arguments would run, what it costs, and why nothing else.
+    """Say what ``fused_dpo_loss`` with the same arguments would run, what it costs, and why nothing else.
 
-    The result's fields say it to programs (``strategy``, ``backend``, ``units``, ``reference_units``, ``tile``,
-    ``scratch_bytes``, ``chunks``, ``extra_bytes``, ``lent``, ``against``), its ``str()`` to people. Nothing is computed
-    on the head. Raises what the call itself would raise.
+    The call checks and packs its arguments, but computes nothing on the head.
+
+    Args:
+        hidden: Hidden states of the policy, ``(2B, T, H)``, or ``(N, H)`` with ``cu_seqlens``; float32, bfloat16,
+            float16 or float64. It is differentiable.
+        weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden`` (under autocast in any dtype). It is
+            differentiable.
+        labels: Token that each position predicts, ``(2B, T)`` or ``(N,)``, int32 or int64. Each label lies in
+            ``[0, V)`` or equals ``ignore_index``.
+        **options: The keyword arguments of ``fused_dpo_loss``. They follow here.
+        bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
+        ref_hidden: Hidden states of the reference model, ``(2B, T, H_ref)`` or ``(N, H_ref)``, floating point. The call
+            scores them without gradient and applies the policy's ``logit_scale`` and ``softcap``. If the reference has
+            another scale, multiply ``ref_weight`` and ``ref_bias`` by the quotient.
+        ref_weight: Weight of the reference's LM head, ``(V, H_ref)``, in the dtype of ``ref_hidden``. None shares
+            ``weight`` and ``bias``.
+        ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
+        ref_logps: Cached log-probs of the reference, ``(2B,)``, floating point, in the order of the input sequences.
+            Keep them in float32, because bfloat16 holds -300 only to within one nat.
+        reference_free: bool. If true, there is no reference, and its log-probs count as 0.
+        loss_type: Name of a loss (a key of ``dpo_kernels.LOSSES``), a list of names or a callable. A list is summed
+            with ``loss_weights``. A callable maps ``LossInputs`` to ``(P,)`` losses. It counts as coupled over the
+            batch, unless it has an attribute ``separable`` that is true.
+        beta: Inverse temperature, a finite number >= 0. The losses "ipo", "sppo_hard" and "cal_dpo" need beta > 0.
+        label_smoothing: Probability that a label is flipped, a number in [0, 0.5], for the losses that have this
+            option. With "sigmoid" the loss is then cDPO.
+        cu_seqlens: Cumulative lengths of packed sequences, ``(2B + 1,)``, int32 or int64. None means that the input is
+            padded.
+        pairs: Order of the sequences. "stacked" puts all chosen before all rejected ones, "interleaved" alternates
+            chosen and rejected.
+        token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
+            applies to the policy and to a reference that is scored here. It gets no gradient.
+        shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
+        ignore_index: Label of the positions that are not scored, an integer.
+        logit_scale: Factor on the logits, a finite number.
+        softcap: Cap of the scaled logits, a number > 0. None means no cap.
+        reduction: "mean" over pairs, "sum", or "none" for the loss of each pair.
+        denominator: Number > 0, or a 0-d tensor, that replaces the number of pairs under "mean". Gradient accumulation
+            and data parallel training need it.
+        token_denominator: Number > 0, or a 0-d tensor, that replaces the number of chosen tokens in the means over
+            tokens (``sft``, ``nll_weight``).
+        stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
+            and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
+            squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
+            not scored.
+        backend: "auto", "triton", "cuda", "cpp" or "torch".
+        strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
+            "recompute" run "frozen_head".
+        scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
+            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere.
+        max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
+            sync. The loss is NaN if there are more.
+        main_grad: Buffer for the gradient of ``weight``: ``weight.grad``, or one that the optimizer owns. It is
+            ``(V, H)``, contiguous, and float32 (float64 for float64 inputs). The call adds ``main_grad_scale`` times
+            the gradient to it, and autograd then gets none. The loss must be separable by pair. The call allocates
+            ``(V, H)`` memory only if a pair exceeds the scratch.
+        main_grad_scale: Upstream gradient that ``loss`` will get, a number other than 0. It is 1 / accumulation steps,
+            or a GradScaler's scale. If another one arrives, the backward pass raises on the CPU and gives NaN
+            elsewhere. A second backward pass raises.
+        loss_options: Further options of the loss, each by its own name.
+        pair_weights: Factor on each pair's loss, ``(P,)`` or 0-d, floating point or integer.
+        nll_weight: Number that multiplies the mean negative log-prob of the chosen tokens, which is added to the loss.
+            The default is 1 for "cpo" and 0 for the others.
+        loss_weights: Weight of each loss in a list of names, as many numbers as names. The default is 1 for each.
+        f_divergence: "reverse_kl", "forward_kl", "js" or "alpha", for losses that depend only on log-ratios. The
+            default is "reverse_kl", DPO's own.
+        f_alpha: Parameter of the divergence "alpha", a number. The default is 0.5.
+
+    Returns:
+        A ``Plan``, whose ``str()`` is meant for people. Programs read ``strategy``, ``backend``, ``gemms``,
+        ``reference_gemms``, ``tile``, ``scratch_bytes``, ``chunks``, ``extra_bytes``, ``logits_in_weight_grad`` and
+        ``rejected``. A GEMM pass is 2 N H V FLOP, with N scored tokens. The older names ``units``, ``reference_units``,
+        ``lent`` and ``against`` are aliases.
+
+    Raises:
+        ValueError: A shape, a value or a combination is wrong, or what was asked for by name cannot run.
+        TypeError: A dtype or a type is wrong.
+        RuntimeError: An argument is batched by ``vmap`` or carries a tangent of forward mode.
+
+    Source:
+        The costs are derived in ``docs/design.md``.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels import explain
+        >>> hidden, weight = torch.ones(4, 3, 8), torch.zeros(16, 8, requires_grad=True)
+        >>> labels = torch.zeros(4, 3, dtype=torch.int64)
+        >>> plan = explain(hidden, weight, labels, reference_free=True, backend="torch")
+        >>> plan.strategy, plan.backend
+        ('chunked', 'torch')
     """
     bound = inspect.signature(fused_dpo_loss).bind(hidden, weight, labels, **options)
     bound.apply_defaults()

@@ -57,35 +57,91 @@ def fused_kto_loss(
     undesirable_weight: float = 1.0,
     **options: Any,
 ) -> SequenceLossOutput:
-    """KTO and unpaired BCO from hidden states: each sequence is desirable or not, on its own.
+    """Compute KTO or unpaired BCO from hidden states, where each sequence is desirable or not.
 
-    ``loss_type="kto"`` (Ethayarajh et al., arXiv 2402.01306, eq. 8): ``1 - sigmoid(beta x - z0)`` for a desirable
-    sequence, ``1 - sigmoid(z0 - beta x)`` for another, x its log-ratio to the reference and ``z0 = beta max(0, kl)``.
-    ``loss_type="bco"`` (Jung et al., arXiv 2404.04656): ``-log sigmoid(beta x - delta)`` and
+    ``x`` is a sequence's log-ratio to the reference. KTO is ``1 - sigmoid(beta x - z0)`` for a desirable sequence and
+    ``1 - sigmoid(z0 - beta x)`` for another, with ``z0 = beta max(0, kl)``. BCO is ``-log sigmoid(beta x - delta)`` and
     ``-log sigmoid(delta - beta x)``.
 
     Args:
-        hidden: ``(S, T, H)``, or ``(N, H)`` with ``cu_seqlens``; any number of sequences.
-        weight: ``(V, H)``.
-        labels: ``(S, T)`` or ``(N,)``.
-        desirable: ``(S,)`` bool.
+        hidden: Hidden states of the policy, ``(S, T, H)``, or ``(N, H)`` with ``cu_seqlens``; float32, bfloat16,
+            float16 or float64. It is differentiable.
+        weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden`` (under autocast in any dtype). It is
+            differentiable.
+        labels: Token that each position predicts, ``(S, T)`` or ``(N,)``, int32 or int64. Each label lies in ``[0, V)``
+            or equals ``ignore_index``.
+        desirable: Whether each sequence is desirable, ``(S,)`` bool.
         loss_type: "kto" or "bco".
-        beta: inverse temperature, at least 0.
-        kl: estimate of the policy's KL to the reference in nats, the mean log-ratio of mismatched completions
-            (``kto_kl``); a number or a 0-d tensor, never differentiated.
-        delta: reward shift of BCO, a number or a 0-d tensor (``RunningDelta``).
-        desirable_weight: factor of desirable sequences' losses.
-        undesirable_weight: factor of the others'.
-        **options: as in ``fused_dpo_loss``: bias, ref_hidden, ref_weight, ref_bias, ref_logps ``(S,)``, reference_free,
-            cu_seqlens, token_weights, shift, ignore_index, logit_scale, softcap, reduction ("mean" is over sequences),
-            denominator, stats, backend, strategy, scratch_bytes, max_scored_tokens.
+        beta: Inverse temperature, a finite number >= 0.
+        kl: Estimate of the policy's KL divergence from the reference, in nats, a number or a 0-d tensor. ``kto_kl``
+            computes it. It gets no gradient.
+        delta: Reward shift of BCO, a number or a 0-d tensor. ``RunningDelta`` keeps it. It gets no gradient.
+        desirable_weight: Factor on the losses of desirable sequences, a number.
+        undesirable_weight: Factor on the losses of the other sequences, a number.
+        **options: The keyword arguments that follow, with the meaning and default they have in ``fused_dpo_loss``.
+        bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
+        ref_hidden: Hidden states of the reference model, ``(S, T, H_ref)`` or ``(N, H_ref)``, floating point. The call
+            scores them without gradient and applies the policy's ``logit_scale`` and ``softcap``. If the reference has
+            another scale, multiply ``ref_weight`` and ``ref_bias`` by the quotient.
+        ref_weight: Weight of the reference's LM head, ``(V, H_ref)``, in the dtype of ``ref_hidden``. None shares
+            ``weight`` and ``bias``.
+        ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
+        ref_logps: Cached log-probs of the reference, ``(S,)``, floating point, in the order of the input sequences.
+            Keep them in float32, because bfloat16 holds -300 only to within one nat.
+        reference_free: bool. If true, there is no reference, and its log-probs count as 0.
+        cu_seqlens: Cumulative lengths of packed sequences, ``(S + 1,)``, int32 or int64. None means that the input is
+            padded.
+        token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
+            applies to the policy and to a reference that is scored here. It gets no gradient.
+        shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
+        ignore_index: Label of the positions that are not scored, an integer.
+        logit_scale: Factor on the logits, a finite number.
+        softcap: Cap of the scaled logits, a number > 0. None means no cap.
+        reduction: "mean" over sequences, "sum", or "none" for the loss of each sequence.
+        denominator: Number > 0, or a 0-d tensor, that replaces the number of sequences under "mean". Gradient
+            accumulation and data parallel training need it.
+        stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
+            and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
+            squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
+            not scored.
+        backend: "auto", "triton", "cuda", "cpp" or "torch".
+        strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
+            "recompute" run "frozen_head".
+        scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
+            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere.
+        max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
+            sync. The loss is NaN if there are more.
+        main_grad: Buffer for the gradient of ``weight``: ``weight.grad``, or one that the optimizer owns. It is
+            ``(V, H)``, contiguous, and float32 (float64 for float64 inputs). The call adds ``main_grad_scale`` times
+            the gradient to it, and autograd then gets none. The call allocates ``(V, H)`` memory only if a sequence
+            exceeds the scratch.
+        main_grad_scale: Upstream gradient that ``loss`` will get, a number other than 0. It is 1 / accumulation steps,
+            or a GradScaler's scale. If another one arrives, the backward pass raises on the CPU and gives NaN
+            elsewhere. A second backward pass raises.
 
     Returns:
-        ``SequenceLossOutput``.
+        ``SequenceLossOutput``, of which only ``loss`` carries a gradient.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as ``fused_dpo_loss``.
+        ValueError: A shape, a value or a combination is wrong; the message names the argument. A label out of range
+            raises on the CPU. On other devices it makes the loss and its gradients NaN, because the check would force a
+            sync.
+        TypeError: A dtype or a type is wrong.
+        RuntimeError: A gradient is differentiated again, or the call is under ``vmap``, in forward mode, or asked for
+            batched gradients.
 
+    Source:
+        KTO: Ethayarajh et al., arXiv 2402.01306, eq. 8. BCO: Jung et al., arXiv 2404.04656.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels import fused_kto_loss
+        >>> _ = torch.manual_seed(0)
+        >>> hidden, weight = torch.randn(3, 2, 8), torch.randn(16, 8)
+        >>> labels, desirable = torch.randint(16, (3, 2)), torch.tensor([True, False, True])
+        >>> out = fused_kto_loss(hidden, weight, labels, desirable, ref_logps=torch.full((3,), -8.0), beta=0.5)
+        >>> round(out.loss.item(), 3)
+        0.52
     """
     checks.check_choice("loss_type", loss_type, KTO_LOSSES)
     for given in (("desirable", desirable), ("kl", kl), ("delta", delta)):
@@ -126,26 +182,84 @@ def fused_group_loss(
     beta: float = 0.1,
     **options: Any,
 ) -> SequenceLossOutput:
-    """A ranking of K completions of one prompt, or one chosen and m rejected; groups adjacent, the best first.
+    """Compute a loss of ranked groups of completions from hidden states.
 
-    ``loss_type="plackett_luce"`` (Rafailov et al., arXiv 2305.18290, appendix A.3) or "infonce" (Chen et al., arXiv
-    2402.05369), on ``beta`` times the log-ratios; with groups of two both are DPO.
+    The completions of one prompt are adjacent, the best first. "plackett_luce" is the negative log-probability of the
+    whole ranking, and "infonce" contrasts the first with all others. Both work on ``beta`` times the log-ratios, and
+    with groups of two both are DPO.
 
     Args:
-        hidden: ``(S, T, H)``, or ``(N, H)`` with ``cu_seqlens``; S the sum of ``group_sizes``.
-        weight: ``(V, H)``.
-        labels: ``(S, T)`` or ``(N,)``.
-        group_sizes: sequences of each group, integers of at least 1.
+        hidden: Hidden states of the policy, ``(S, T, H)``, or ``(N, H)`` with ``cu_seqlens``; float32, bfloat16,
+            float16 or float64. It is differentiable.
+        weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden`` (under autocast in any dtype). It is
+            differentiable.
+        labels: Token that each position predicts, ``(S, T)`` or ``(N,)``, int32 or int64. Each label lies in ``[0, V)``
+            or equals ``ignore_index``.
+        group_sizes: Number of sequences in each group, a list or tuple of integers >= 1.
         loss_type: "plackett_luce" or "infonce".
-        beta: inverse temperature, at least 0.
-        **options: as in ``fused_kto_loss``; "mean" is over groups.
+        beta: Inverse temperature, a finite number >= 0.
+        **options: The keyword arguments that follow, with the meaning and default they have in ``fused_dpo_loss``.
+        bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
+        ref_hidden: Hidden states of the reference model, ``(S, T, H_ref)`` or ``(N, H_ref)``, floating point. The call
+            scores them without gradient and applies the policy's ``logit_scale`` and ``softcap``. If the reference has
+            another scale, multiply ``ref_weight`` and ``ref_bias`` by the quotient.
+        ref_weight: Weight of the reference's LM head, ``(V, H_ref)``, in the dtype of ``ref_hidden``. None shares
+            ``weight`` and ``bias``.
+        ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
+        ref_logps: Cached log-probs of the reference, ``(S,)``, floating point, in the order of the input sequences.
+            Keep them in float32, because bfloat16 holds -300 only to within one nat.
+        reference_free: bool. If true, there is no reference, and its log-probs count as 0.
+        cu_seqlens: Cumulative lengths of packed sequences, ``(S + 1,)``, int32 or int64. None means that the input is
+            padded.
+        token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
+            applies to the policy and to a reference that is scored here. It gets no gradient.
+        shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
+        ignore_index: Label of the positions that are not scored, an integer.
+        logit_scale: Factor on the logits, a finite number.
+        softcap: Cap of the scaled logits, a number > 0. None means no cap.
+        reduction: "mean" over groups, "sum", or "none" for the loss of each group.
+        denominator: Number > 0, or a 0-d tensor, that replaces the number of groups under "mean". Gradient accumulation
+            and data parallel training need it.
+        stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
+            and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
+            squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
+            not scored.
+        backend: "auto", "triton", "cuda", "cpp" or "torch".
+        strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
+            "recompute" run "frozen_head".
+        scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
+            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere.
+        max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
+            sync. The loss is NaN if there are more.
+        main_grad: Buffer for the gradient of ``weight``: ``weight.grad``, or one that the optimizer owns. It is
+            ``(V, H)``, contiguous, and float32 (float64 for float64 inputs). The call adds ``main_grad_scale`` times
+            the gradient to it, and autograd then gets none. The call allocates ``(V, H)`` memory only if a group
+            exceeds the scratch.
+        main_grad_scale: Upstream gradient that ``loss`` will get, a number other than 0. It is 1 / accumulation steps,
+            or a GradScaler's scale. If another one arrives, the backward pass raises on the CPU and gives NaN
+            elsewhere. A second backward pass raises.
 
     Returns:
-        ``SequenceLossOutput``.
+        ``SequenceLossOutput``, of which only ``loss`` carries a gradient.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as ``fused_dpo_loss``.
+        ValueError: A shape, a value or a combination is wrong; the message names the argument. A label out of range
+            raises on the CPU. On other devices it makes the loss and its gradients NaN, because the check would force a
+            sync.
+        TypeError: A dtype or a type is wrong.
+        RuntimeError: A gradient is differentiated again, or the call is under ``vmap``, in forward mode, or asked for
+            batched gradients.
 
+    Source:
+        Plackett-Luce: Rafailov et al., arXiv 2305.18290, appendix A.3. InfoNCE: Chen et al., arXiv 2402.05369.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels import fused_group_loss
+        >>> hidden, weight, labels = torch.ones(3, 2, 8), torch.zeros(4, 8), torch.zeros(3, 2, dtype=torch.int64)
+        >>> out = fused_group_loss(hidden, weight, labels, [3], reference_free=True)  # 3! equal rankings
+        >>> round(out.loss.exp().item(), 3)
+        6.0
     """
     checks.check_choice("loss_type", loss_type, GROUP_LOSSES)
     beta = _check_beta(beta)
@@ -168,6 +282,7 @@ def _run(
     options: dict[str, Any],
     function: str,
 ) -> SequenceLossOutput:
+    """Check the arguments, run the loss, and return its results in the result dtype."""
     for name in options:
         if name not in OPTIONS:
             raise TypeError(f"{function}() got an unexpected option {name!r}; known: {', '.join(OPTIONS)}")
@@ -178,6 +293,7 @@ def _run(
 
 
 def _check_beta(beta: float) -> float:
+    """Return ``beta`` as a float; raise unless it is a finite number >= 0."""
     beta = checks.check_number("beta", beta)
     if beta < 0:
         raise ValueError(f"beta must be >= 0, got {beta}")
@@ -185,6 +301,7 @@ def _check_beta(beta: float) -> float:
 
 
 def _zero_dimensional(name: str, value: float | Tensor) -> Tensor:
+    """Return a number or a 0-d tensor as a 0-d tensor without gradient, in the dtype of sums."""
     if not isinstance(value, Tensor):
         return torch.tensor(checks.check_number(name, value), dtype=torch.float64, device="cpu")
     checks.check_floating(name, value)
