@@ -1,4 +1,4 @@
-"""Checks of plain values. Each names the argument: ``TypeError`` for a type, ``ValueError`` for a value."""
+"""Checks of single values. Each error names the argument: ``TypeError`` for its type, ``ValueError`` for its value."""
 
 import math
 from collections.abc import Sequence
@@ -12,11 +12,14 @@ from torch.autograd import forward_ad
 
 from dpo_kernels.shapes import WRAPPERS_THAT_UNWRAP
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# These are the dtypes that hidden states, heads and log-probs may have.
+# Labels and cumulative lengths have one of these.
 INDEX_DTYPES = (torch.int32, torch.int64)
+# These are the dtypes that a count, a weight or an option may have beside the floating ones.
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-INDEX_DTYPES = (torch.int32, torch.int64)  # labels and cumulative lengths have one of these
-WITHOUT_VALUES = ("FakeTensor", "FunctionalTensor")  # what torch's tracers put in the place of tensors
+# These are the classes that torch's tracers put in the place of tensors. They hold shapes and no numbers.
+WITHOUT_VALUES = ("FakeTensor", "FunctionalTensor")
+# The following texts end an error message. They say what to do instead.
 INSTEAD = "use dpo_kernels.reference, which is plain torch"
 UNDER_VMAP = (
     "batched by vmap, under which jacrev, jacfwd, is_grads_batched=True and vectorize=True run too: the fused losses "
@@ -35,7 +38,7 @@ def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """Raise unless ``value`` is None or an integer of at least ``least``."""
+    """Raise unless ``value`` is None or an integer >= ``least``."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
@@ -51,7 +54,10 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a tensor whose numbers lie in memory of its own: dense, not nested, no wrapper."""
+    """Raise unless ``value`` is a plain dense tensor.
+
+    A nested, sparse or wrapper tensor is refused, because its numbers do not lie in strided memory of its own.
+    """
     kind = type(value)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {kind.__name__}")
@@ -70,21 +76,27 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def check_floating(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a tensor of floating-point numbers."""
+    """Raise unless ``value`` is a dense tensor of a floating-point dtype."""
     check_tensor(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be floating point, of 16, 32 or 64 bits, got {value.dtype}")
 
 
 def check_real(name: str, value: Any, noun: str = "of real numbers") -> None:
-    """Raise unless ``value`` is a tensor of real numbers, integers or floating point; ``noun`` says so."""
+    """Raise unless ``value`` is a dense tensor of integers or floating-point numbers.
+
+    The error says that the argument must be ``noun``.
+    """
     check_tensor(name, value)
     if value.dtype not in (*FLOAT_DTYPES, *INTEGER_DTYPES):
         raise TypeError(f"{name} must be {noun}, got {value.dtype}")
 
 
 def check_device(name: str, tensor: Tensor, beside: str, like: Tensor) -> None:
-    """Raise unless a tensor is on the device of ``like``, which the caller knows as ``beside``."""
+    """Raise unless ``tensor`` is on the device of ``like``.
+
+    The error calls the two tensors ``name`` and ``beside``.
+    """
     if tensor.device == like.device:
         return
     advice = "move one of them"
@@ -97,7 +109,10 @@ def check_device(name: str, tensor: Tensor, beside: str, like: Tensor) -> None:
 
 
 def check_cumulative(values: Sequence[int], rows: int, of: str) -> None:
-    """Raise unless the values of ``cu_seqlens`` rise from 0 to the ``rows`` of the tensor named ``of``."""
+    """Raise unless ``values``, those of ``cu_seqlens``, rise from 0 to ``rows`` without falling.
+
+    ``of`` is the name of the tensor whose rows they divide.
+    """
     if values[0] != 0 or values[-1] != rows or any(b < a for a, b in pairwise(values)):
         raise ValueError(
             f"cu_seqlens must rise from 0 to N = {rows} (rows of {of}) without falling, got {values[:8]}"
@@ -106,12 +121,18 @@ def check_cumulative(values: Sequence[int], rows: int, of: str) -> None:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there are numbers to look at: not on meta, nor where a tracer or fake tensors are at work."""
+    """Return whether the tensor has numbers to look at.
+
+    It has none on the meta device, as a fake tensor, and while ``torch.compile`` traces.
+    """
     return not (tensor.is_meta or type(tensor).__name__ in WITHOUT_VALUES or torch.compiler.is_compiling())
 
 
 def refuse_batched(name: str, value: Any) -> None:
-    """Raise where ``value`` is a tensor that ``vmap`` has batched, in whichever of torch's two ways."""
+    """Raise if ``value`` is a tensor that ``vmap`` has batched.
+
+    torch marks such a tensor in two ways, one for ``torch.func`` and an older one for autograd. Both are looked for.
+    """
     if not isinstance(value, Tensor) or torch.compiler.is_compiling():
         return
     inner = value
@@ -124,7 +145,7 @@ def refuse_batched(name: str, value: Any) -> None:
 
 
 def refuse_forward_mode(name: str, value: Any) -> None:
-    """Raise where ``value`` is a tensor that carries a tangent of forward-mode differentiation."""
+    """Raise if ``value`` is a tensor that carries a tangent of forward-mode differentiation."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return
     if forward_ad.unpack_dual(value).tangent is not None:
@@ -132,7 +153,7 @@ def refuse_forward_mode(name: str, value: Any) -> None:
 
 
 def check_integer(name: str, value: Any) -> None:
-    """Raise unless ``value`` is an integer."""
+    """Raise unless ``value`` is an integer that fits 64 bits."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if not -(2**63) <= int(value) < 2**63:
@@ -140,10 +161,10 @@ def check_integer(name: str, value: Any) -> None:
 
 
 def check_number(name: str, value: Any) -> float:
-    """``value`` as a finite float; a ``TypeError`` or ``ValueError`` names the argument."""
+    """Return ``value`` as a float; raise unless it is a finite real number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     number = float(value)
-    if not -math.inf < number < math.inf:  # math.isfinite cannot be traced with a symbolic float
+    if not -math.inf < number < math.inf:  # torch cannot trace math.isfinite of a symbolic float
         raise ValueError(f"{name} must be finite, got {number}")
     return number

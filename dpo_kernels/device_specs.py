@@ -1,56 +1,67 @@
-"""What is known of GPUs: the constants that chunks are planned with, each entry with the source of its numbers.
+"""Published constants of GPUs, from which chunks are planned. Each entry names the source of its numbers.
 
-No entry has been tuned on its hardware; ``benchmarks/model.py`` predicts with the same numbers, and the pages
-``docs/benchmarks/nvidia-*.md`` say what they lead to. A measurement that contradicts one replaces it, and its source.
+No entry has been tuned on its hardware. ``benchmarks/model.py`` predicts times from the same numbers, and the pages
+``docs/benchmarks/nvidia-*.md`` show the predictions. A measurement that contradicts a number replaces it.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-# Part of the peak that a library's large GEMMs reach: three bare ones of N=8192, H=4096, V=151936 in 42 ms on an H100
-# (huggingface/trl #7244).
+# This is the part of the tensor cores' peak that large GEMMs of a library reach. It comes from three bare GEMMs of
+# N=8192, H=4096, V=151936, which took 42 ms on an H100 (huggingface/trl #7244).
 EFFICIENCY = 0.736
-# Rows of a library GEMM's tile of 16-bit operands on these GPUs; a part of one takes as long as a whole.
+# A library's GEMM of 16-bit operands computes tiles of this many rows on these GPUs. A part of a tile takes as long as
+# a whole one.
 TILE_ROWS = 128
-ACCUMULATION_BYTES = 8  # of each element of dW that a further chunk reads and writes, float32
-UNIT_FLOP = 6  # of each element of dW for a row: logits, dX and dW
-# A kernel that keeps its logits in registers, against a library's GEMM: an assumption, on the low side of what plain
-# Triton matmuls are said to reach; not measured.
+# A further chunk reads and writes each float32 element of the weight's gradient, which moves this many bytes.
+ACCUMULATION_BYTES = 8
+# A row costs this many FLOP per element of the weight: 2 each for the logits, for d hidden and for d weight.
+UNIT_FLOP = 6
+# This is the speed of a kernel that keeps its logits in registers, relative to a library's GEMM. It is an assumption,
+# on the low side of what plain Triton matmuls are said to reach. It is not measured.
 STREAMING_EFFICIENCY = 0.7
-LOGIT_BYTES = 8  # a float32 logit, written by the GEMM and read by the reduction
+# The GEMM writes a float32 logit and the reduction reads it, which moves this many bytes.
+LOGIT_BYTES = 8
 
 
 @dataclass(frozen=True)
 class ChunkCosts:
-    """What a chunk costs beyond its rows; without either the fewest chunks are best, and even ones."""
+    """What a chunk costs beyond its rows.
 
-    tile_rows: int = 1  # a chunk costs as much as the next multiple of these
-    extra_chunk_cost_rows: int = 10**9  # in rows that could be computed instead
+    With the defaults every further chunk is too expensive. The plan then has as few chunks as fit, of equal size.
+    """
+
+    tile_rows: int = 1  # a chunk costs as much as one of the next multiple of this many rows
+    extra_chunk_cost_rows: int = 10**9  # a further chunk costs as much as this many rows
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Constants of a GPU (dense, without sparsity; SXM boards)."""
+    """Constants of a GPU. Rates are those of SXM boards and of dense matrices, without sparsity."""
 
     name: str
-    tensor_flops: float  # FLOP/s of 16-bit tensor cores
-    plain_flops: float  # FLOP/s of float32 without TF32, which torch leaves off
-    bandwidth: float  # of HBM, byte/s
+    tensor_flops: float  # FLOP/s of the tensor cores with 16-bit operands
+    plain_flops: float  # FLOP/s in float32; torch leaves TF32 off by default
+    bandwidth: float  # byte/s of the memory (HBM)
     source: str
 
     @property
     def chunking(self) -> ChunkCosts:
-        """A chunk more costs the traffic of dW, in rows that could be computed instead; H and V cancel out."""
+        """Costs of a chunk on this GPU.
+
+        A further chunk reads and writes the gradient of the weight once more. ``extra_chunk_cost_rows`` is the number
+        of rows that could be computed in that time. H and V cancel out of it.
+        """
         rows = ACCUMULATION_BYTES / self.bandwidth * EFFICIENCY * self.tensor_flops / UNIT_FLOP
         return ChunkCosts(TILE_ROWS, round(rows))
 
     @property
     def streaming_width(self) -> int:
-        """The largest H for which log-probs alone are faster without logits in memory; N and V cancel out.
+        """Largest H for which log-probs alone are predicted to be faster without logits in memory.
 
-        The GEMM's time grows with H and the traffic of a logit does not: below this, the traffic is more than what the
-        slower GEMM loses.
+        The time of a logit's GEMM grows with H, and the time of its memory traffic does not. Up to this width the
+        traffic costs more than the slower GEMM of the streaming kernel loses. N and V cancel out.
         """
         per_column = 2 / (EFFICIENCY * self.tensor_flops)
         lost = per_column / STREAMING_EFFICIENCY - per_column
@@ -80,16 +91,17 @@ GPUS = {
         "H200 SXM data sheet: 1979 TFLOP/s sparse / 2, 67, 4.8 TB/s; prediction: docs/benchmarks/nvidia-h200.md",
     ),
 }
-UNKNOWN = GPUS["H100"]  # of a GPU without an entry
+# A GPU without an entry is planned for as if it were this one.
+UNKNOWN = GPUS["H100"]
 
 
 def gpu_of(name: str) -> Gpu | None:
-    """The entry for a device's name as the driver reports it."""
+    """Return the entry for a device name as the driver reports it, or None if there is no entry."""
     return next((gpu for key, gpu in GPUS.items() if key in name), None)
 
 
 def gpu_at(device: torch.device) -> Gpu | None:
-    """The entry for a device; None where there is no GPU."""
+    """Return the entry for a device, ``UNKNOWN`` for a GPU without an entry, or None where there is no GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return gpu_of(torch.cuda.get_device_name(device)) or UNKNOWN

@@ -291,7 +291,10 @@ def dpo_loss_reference(
 
 
 def _softplus(z: Tensor) -> Tensor:
-    """``log(1 + exp(z)) = -log sigmoid(-z)``; torch's own is off by exp(-20) beyond its threshold."""
+    """Return ``log(1 + exp(z)) = -log sigmoid(-z)``.
+
+    torch's own ``softplus`` is off by exp(-20) beyond its threshold.
+    """
     return torch.logaddexp(z, torch.zeros_like(z))
 
 
@@ -308,8 +311,9 @@ def _loss(
     nll_scale: Tensor | float,
     options: dict[str, Any],
 ) -> Tensor:
-    """Losses by pair. Written out once more, apart from the library's, so that a slip in one is seen.
+    """Return the losses by pair.
 
+    The formulas are written a second time here, apart from the library's, so that a slip in one of them is seen.
     ``nll_scale`` turns a pair's sum of chosen log-probs into its part of the mean over tokens.
     """
     options = dict(options)
@@ -352,20 +356,22 @@ def _loss(
 
 
 def _positive_part(x: Tensor) -> Tensor:
-    """``max(0, x)`` whose slope at 0 is 0, in every release of torch."""
+    """Return ``max(0, x)``, whose slope at 0 is 0 in every release of torch."""
     return torch.where(x <= 0, torch.zeros_like(x), x)
 
 
 def _at_most(x: Tensor, bound: float) -> Tensor:
-    """``min(x, bound)`` whose slope at the bound is 1, in every release of torch."""
+    """Return ``min(x, bound)``, whose slope at the bound is 1 in every release of torch."""
     return torch.where(x > bound, torch.full_like(x, bound), x)
 
 
 def _smoothed(x: Any, u: Tensor) -> Tensor:
+    """Return ``-log sigmoid(u)``, with the labels smoothed by ``x.e`` (cDPO)."""
     return (1 - x.e) * _softplus(-u) + x.e * _softplus(u)
 
 
 def _kl_to_preference(x: Any) -> Tensor:
+    """Return EXO's divergence ``KL(sigmoid(u) || 1 - e)``; e = 0 is replaced by 1e-3."""
     u, e = x.b * (x.c - x.r), x.e or 1e-3
     p = 1 / (1 + torch.exp(-u))
     q = 1 / (1 + torch.exp(u))
@@ -373,12 +379,14 @@ def _kl_to_preference(x: Any) -> Tensor:
 
 
 def _odds_ratio(x: Any) -> Tensor:
+    """Return ORPO's loss, eq. 6 and 7: the negative log-prob of the chosen side plus the log odds ratio's term."""
     a, b = x.p_c / x.n_c, x.p_r / x.n_r
     odds = [torch.exp(v) / -torch.expm1(v) for v in (_at_most(a, -1e-30), _at_most(b, -1e-30))]
     return -a + x.b * torch.log1p(odds[1] / odds[0])
 
 
 def _shaped(average: Tensor, alpha: float) -> Tensor:
+    """Return AlphaPO's reward of an average log-prob; alpha = 0 is its limit, the average itself."""
     return average if alpha == 0 else (1 - torch.exp(-alpha * average)) / alpha
 
 
@@ -424,11 +432,13 @@ _SCORES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def _discovered(u: Tensor, tau: float) -> Tensor:
+    """Return DiscoPOP's blend of a logistic and an exponential loss."""
     m = torch.sigmoid(u / tau)
     return _softplus(-u) * (1 - m) + torch.exp(-u - _softplus(-u / tau))
 
 
 def _option(x: Any, name: str, default: float = 0.0) -> Any:
+    """Return the option ``name`` of the loss, or its default."""
     return getattr(x.o, name, default)
 
 
@@ -441,7 +451,7 @@ def _stats(
     layout: dict[str, Any],
     cap: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """Means over scored tokens, ``(S,)``, by input sequence."""
+    """Return the mean of each named statistic over the scored tokens of each input sequence, ``(S,)``."""
     if not names:
         return {}
     cu_seqlens, shift, ignore_index = layout.values()
@@ -463,7 +473,7 @@ def _stats(
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
-    """Final logits of rows, at least float32."""
+    """Return the final logits of rows, in float32 at least."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if softcap is not None:
@@ -474,7 +484,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: fl
 def _align(
     hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden rows, the label each predicts, and the place of that label among all; sequence by sequence."""
+    """Return the hidden rows, the label each predicts, and that label's place among all, sequence by sequence."""
     flat, rows = labels.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
     bounds = list(range(0, flat.numel() + 1, max(1, labels.shape[-1]))) if cu_seqlens is None else cu_seqlens.tolist()
     places = torch.arange(flat.numel(), device=labels.device)
@@ -491,6 +501,7 @@ def _align(
 
 
 def _sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return the sum over each sequence, ``(S,)``."""
     if cu_seqlens is None:
         return values.sum(-1)
     bounds = cu_seqlens.tolist()
@@ -498,6 +509,7 @@ def _sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def _split(values: Tensor, pairs: str) -> tuple[Tensor, Tensor]:
+    """Return the values of the chosen and of the rejected sequences, ``(P,)`` each."""
     if pairs == "interleaved":
         return values[0::2], values[1::2]
     half = values.shape[0] // 2

@@ -1,4 +1,7 @@
-"""Tokens to sequences, and the transpose."""
+"""Sums over the tokens of a sequence, and their transpose.
+
+These functions are the boundary between the two halves of the library: kernels know tokens, losses know sequences.
+"""
 
 import torch
 from torch import Tensor
@@ -7,10 +10,18 @@ from dpo_kernels.shapes import sum_dtype
 
 
 def segment_sum(values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) -> Tensor:
-    """(Weighted) sums ``(S,)`` of consecutive runs of ``counts_S`` values, float64, each in the order of its own run.
+    """Return the weighted sum of each sequence's token values, ``(S,)``, in the dtype of sums.
 
-    The sum of a run does not depend on what surrounds it, so padding and batch composition change no bit. Values
-    beyond ``counts_S.sum()`` are left out.
+    Each sum adds its own tokens in their order. It does not depend on what surrounds them, so padding and the other
+    sequences of a batch change no bit. Values beyond ``counts_S.sum()`` are left out.
+
+    Args:
+        values_N: One value per scored token, ``(N,)``, packed sequence by sequence.
+        weights_N: One weight per scored token, ``(N,)``. None means 1.
+        counts_S: Number of scored tokens of each sequence, ``(S,)``, integer.
+
+    Returns:
+        ``(S,)``, float64 (float32 on MPS, which lacks float64). A sequence without tokens gets 0.
     """
     values = values_N.to(sum_dtype(values_N.device))
     if weights_N is not None:
@@ -22,20 +33,28 @@ def segment_sum(values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) ->
         out = values.new_zeros(counts_S.shape[0])
         return out.index_add_(0, segments, values[: segments.shape[0]])
     offsets = offsets_of(counts_S, values.shape[0])
-    # unsafe skips a check that would read the offsets back to the host.
+    # ``unsafe`` skips a check that would copy the offsets to the host, which is a sync.
     return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)
 
 
 def offsets_of(counts_S: Tensor, length: int) -> Tensor:
-    """Where each run begins and the last ends, ``(S + 1,)``.
+    """Return the offset at which each sequence begins, and the end of the last one, ``(S + 1,)``.
 
-    A static capacity that overflowed has more tokens than there is room for (the result is NaN): nothing is read
-    beyond it.
+    Offsets are clamped to ``length``. If more tokens are scored than a static capacity holds, the counts exceed it. The
+    result is NaN then, and the clamp keeps reads within memory.
     """
     return torch.cat([counts_S.new_zeros(1), counts_S.cumsum(0)]).clamp(max=length)
 
 
 def sequence_to_token(values_S: Tensor, segments_N: Tensor, weights_N: Tensor | None) -> Tensor:
-    """The transpose of the (weighted) sum: one value per row, ``values[segment] * weight``."""
+    """Return ``values_S[segment] * weight`` for each token, ``(N,)``.
+
+    This is the transpose of ``segment_sum``: it takes a gradient by sequences to one by tokens.
+
+    Args:
+        values_S: One value per sequence, ``(S,)``.
+        segments_N: Sequence of each token, ``(N,)``, int64.
+        weights_N: One weight per token, ``(N,)``. None means 1.
+    """
     values_N = values_S.index_select(0, segments_N)
     return values_N if weights_N is None else values_N * weights_N.to(values_N.dtype)

@@ -1,15 +1,18 @@
-"""The legend of the shapes, and the values that every layer knows.
+"""The legend of shapes, and the values that every layer knows.
 
-Shapes, used as suffixes of names throughout (``x_CH`` is a ``(C, H)`` tensor):
+Names end in the shape of their tensor, so ``x_CH`` is a ``(C, H)`` tensor. The letters mean:
 
 ====  =================================================================
 R     rows of the flattened input: ``2B * T`` padded, ``N`` packed
 N     scored rows, packed pair by pair (chosen first), or their capacity
 S     sequences
 P     pairs, ``S = 2P``; sequence ``2p`` is chosen, ``2p + 1`` rejected
+G     groups of ranked sequences
 C     rows of one chunk
 H     hidden size
 V     vocabulary size (rows of the LM head)
+Vt    columns of one tile of logits, part of the vocabulary
+k     statistics that were requested
 ====  =================================================================
 """
 
@@ -21,50 +24,52 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STATS = ("entropy", "mean_logits", "top1", "log_sum_p2")  # means over tokens, from the row kernels
+# The row kernels compute these statistics, and a call returns their means over the scored tokens of each sequence.
+STATS = ("entropy", "mean_logits", "top1", "log_sum_p2")
 
+# This name may be requested among them. Its values are per token and not per sequence.
+TOKEN_LOGPS = "token_logps"
 
-TOKEN_LOGPS = "token_logps"  # by token; may be asked for among them
-
-
-# Tensors that torch wraps because a collective has yet to fill them: every operation of torch's on one waits for it.
+# torch wraps a tensor in this class while a collective has yet to fill it. Every torch operation on it waits for that.
 WRAPPERS_THAT_UNWRAP = ("AsyncCollectiveTensor",)
 
 
-def number_like(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number of the caller's, in the dtype and on the device of a 0-d tensor."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device=like.device, dtype=like.dtype, copy=True)
-    return torch.full_like(like, value)
-
-
-GPU_ROW_ALIGNMENT = 16  # elements; what a Triton launch specialises on, and wide accesses in every dtype
+# Rows of tiles on a GPU begin at multiples of this many elements. Triton compiles faster code for addresses and strides
+# divisible by 16, and such rows allow wide memory accesses in every dtype.
+GPU_ROW_ALIGNMENT = 16
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of logits tiles, reductions and gradients in flight."""
+    """Return the dtype of logits tiles, of reductions and of gradients that are still added up."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """Dtype of what there is one of by sequence or pair: float64 (they are few), but for MPS, which has none."""
+    """Return the dtype of values per sequence or pair: float64, or float32 on MPS, which lacks float64.
+
+    Such values are few, so float64 costs little.
+    """
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def padded(cols: int, alignment: int) -> int:
-    """Elements from one row of a tile of ``cols`` columns to the next; rows too short to profit are not padded."""
+    """Return the distance in elements between the rows of a tile of ``cols`` columns.
+
+    It is the next multiple of ``alignment``. Rows shorter than four of these stay as they are, since they would gain
+    little.
+    """
     return cols if cols < 4 * alignment else -(-cols // alignment) * alignment
 
 
 def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
-    """Cut ``0..total`` into pieces of at most ``step``."""
+    """Yield the ``(start, stop)`` of pieces of ``0..total``, each at most ``step`` long."""
     for start in range(0, total, step):
         yield start, min(start + step, total)
 
 
 @dataclass(frozen=True)
 class Head:
-    """An LM head: logits are ``cap(scale * (x W^T + b))`` with ``cap(z) = softcap * tanh(z / softcap)``."""
+    """An LM head. Its logits are ``cap(logit_scale * (x W^T + b))`` with ``cap(z) = softcap * tanh(z / softcap)``."""
 
     weight: Tensor  # (V, H)
     bias: Tensor | None = None  # (V,)
@@ -73,7 +78,7 @@ class Head:
 
     @property
     def vocab(self) -> int:
-        """V."""
+        """V, the size of the vocabulary."""
         return self.weight.shape[0]
 
 
@@ -81,40 +86,40 @@ class Head:
 class PackedTokens:
     """The scored rows of a batch, packed sequence by sequence in the internal order of sequences.
 
-    ``counts_host`` lies on the CPU so that strategies can plan without a sync; with a static capacity
-    (``max_scored_tokens``) nothing is known on the host and it is filled with -1.
+    ``counts_host`` lies on the CPU, so that strategies can plan without a sync. With a static capacity
+    (``max_scored_tokens``) the host knows no counts, and ``counts_host`` is filled with -1.
     """
 
     index: Tensor  # (N,) int64, row of the flattened hidden states
     labels: Tensor  # (N,) int64, in [0, V)
-    weights: Tensor | None  # (N,) float32 or float64, weight in the sequence's sum; 0 on unused capacity
+    weights: Tensor | None  # (N,) float32 or float64, weight in the sequence's sum, 0 on unused capacity
     segments: Tensor  # (N,) int64, sequence of each row
     slot: Tensor  # (R,) int64, place of each input row among the packed ones, N where not scored
     counts: Tensor  # (S,) int64 on the device of the inputs
     counts_host: Tensor  # (S,) int64 on the CPU
-    nan_if_invalid: Tensor  # () float64: 0, or NaN when the input cannot be scored honestly
+    nan_if_invalid: Tensor  # () float64: 0, or NaN if the input is invalid
 
     @property
     def capacity(self) -> int:
-        """N, the rows that are allocated."""
+        """N, the number of rows that are allocated."""
         return self.index.shape[0]
 
     @cached_property
     def host_counts(self) -> list[int] | None:
-        """Scored tokens of each sequence, or None where the host does not know them."""
+        """Scored tokens of each sequence, or None if the host does not know them."""
         counts: list[int] = self.counts_host.tolist()
         return None if counts and counts[0] < 0 else counts
 
     @cached_property
     def used(self) -> int:
-        """Rows to compute: those that are scored, or the whole capacity where the host does not know."""
+        """Number of rows to compute: the scored ones, or the whole capacity if the host knows no counts."""
         return self.capacity if self.host_counts is None else sum(self.host_counts)
 
     def gather(self, hidden_RH: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows ``start..stop-1`` of the hidden states as a contiguous ``(C, H)`` tensor of ``dtype``."""
+        """Return rows ``start..stop-1`` of the hidden states, a contiguous ``(C, H)`` tensor of ``dtype``."""
         x_CH = hidden_RH.index_select(0, self.index[start:stop]).to(dtype)
         if self.host_counts is None:
-            # Unused capacity points at row 0, which may be padding that holds anything, NaN included.
+            # Unused capacity points at row 0. That row may be padding and hold anything, NaN included.
             used = torch.arange(start, stop, device=x_CH.device) < self.counts.sum()
             x_CH = torch.where(used[:, None], x_CH, x_CH.new_zeros(()))
         return x_CH
@@ -122,7 +127,7 @@ class PackedTokens:
 
 @dataclass(frozen=True)
 class Tile:
-    """How much of the logits is held at once."""
+    """The part of the logits that is held at once, as a number of rows and of vocabulary columns."""
 
     rows: int
     cols: int
@@ -171,3 +176,10 @@ class Schedule:
     block_rows: int = 1  # rows of a GEMM's own tile; an oversized example is cut at multiples of them
     logits_in_weight_grad: bool = False  # the logits lie in the memory of the head's gradient
     recompute_in_library: bool = False  # recomputed logits come from torch's GEMM, not from the backend's own kernel
+
+
+def number_like(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number of the caller's, in the dtype and on the device of a 0-d tensor."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device=like.device, dtype=like.dtype, copy=True)
+    return torch.full_like(like, value)
