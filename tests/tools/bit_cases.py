@@ -118,7 +118,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "nll": {"nll_weight": 0.2},
     "nll, divisors": {"nll_weight": 0.2, "denominator": 5.0, "token_denominator": 40.0},
     "hinge nll": {"loss_type": "hinge", "nll_weight": 0.5},
-    "pair weights": {"pair_weights": ByPair(0.0, 2.0)},
+    "pair weights": {"pair_weights": ByPair(2.0, 0.0)},
     "orpo pair weights": {"loss_type": "orpo", "pair_weights": ByPair(0.5, 1.5)},
     "mix": {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)},
     "mix plain": {"loss_type": ["ipo", "sigmoid_norm"]},
@@ -453,10 +453,13 @@ def _run(case: Case, function: Callable[..., Any], **options: Any) -> dict[str, 
         step = torch.compile(step, backend="aot_eager", fullgraph=True)
     if case.within == "export":
         step = torch.export.export(_Step(function, options), (), kwargs=given).module()
-    with torch.autocast("cpu", torch.bfloat16, enabled=case.within == "autocast"):
-        with torch.set_grad_enabled(case.within != "no_grad"):
-            found = step(**given)
+    with _autocast(case), torch.set_grad_enabled(case.within != "no_grad"):
+        found = step(**given)
     return _with_gradients(case, given, found, found["loss"])
+
+
+def _autocast(case: Case) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=case.within == "autocast")
 
 
 def _dpo(case: Case) -> dict[str, Any]:
@@ -490,17 +493,21 @@ def _metrics(case: Case) -> dict[str, Any]:
     return found
 
 
+PLANNED = ("strategy", "backend", "units", "reference_units", "scratch_bytes", "chunks", "extra_bytes", "lent")
+
+
 def _explain(case: Case) -> dict[str, Any]:
     options = options_of(case) | family_options(case.loss, len(SIZES[case.size].lengths) // 2)
     if not has_reference(case.loss):
         options["reference_free"] = False
-    return {"plan": str(dk.explain(**tensors_of(case), **options))}
+    plan = dk.explain(**tensors_of(case), **options)
+    return {name: str(getattr(plan, name)) for name in PLANNED} | {"tile": (plan.tile.rows, plan.tile.cols)}
 
 
 def _sequence_or_token(case: Case) -> dict[str, Any]:
     function = dk.fused_sequence_logps if case.call == "sequence" else dk.fused_token_logps
     given = tensors_of(case)
-    with torch.autocast("cpu", torch.bfloat16, enabled=case.within == "autocast"):
+    with _autocast(case):
         out = function(**given, **how_of(case))
     return _with_gradients(case, given, {"logps": out}, out)
 
@@ -661,20 +668,25 @@ def _on_the_cpu() -> Iterator[Case]:
 
 
 def _interpreted() -> Iterator[Case]:
-    for case in products(
-        backend=("triton",),
+    few = {"backend": ("triton",), "dtype": DTYPES[:3]}
+    core = products(
+        **few,
         size=("tiny",),
-        dtype=DTYPES[:3],
-        strategy=STRATEGIES[1:],
+        strategy=STRATEGIES,
         scratch=("roomy", "three"),
-        trained=("all", "frozen head"),
-    ):
-        yield mixed(case, "loss", *OPTIONS, "reduction", "capacity", "logits", **MOSTLY_PLAIN)
+        trained=("all", "frozen head", "frozen hidden"),
+    )
+    yield from (mixed(case, "loss", *MIXED, **MOSTLY_PLAIN) for case in core)
+    yield from (Case(**row) for row in cover({**FACTORS, **few, "size": ("tiny", "one", "ragged")}))
     for call in ("sequence", "token", "kto", "group"):
-        for case in products(call=(call,), backend=("triton",), size=("tiny",), strategy=STRATEGIES[2:]):
-            yield mixed(case, "dtype", *OPTIONS, dtype=DTYPES[:3])
+        for case in products(call=(call,), **few, size=("tiny",), strategy=STRATEGIES):
+            yield mixed(case, "scratch", "trained", *MIXED, **MOSTLY_PLAIN)
 
 
 def all_cases() -> dict[str, Case]:
     """By name, the interpreted ones last."""
-    return {case.name: case for case in (each.settled() for each in (*_on_the_cpu(), *_interpreted()))}
+    found: dict[str, Case] = {}
+    for case in (each.settled() for each in (*_on_the_cpu(), *_interpreted())):
+        if found.setdefault(case.name, case) != case:
+            raise ValueError(f"two cases have the name {case.name}")
+    return found

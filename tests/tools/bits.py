@@ -36,9 +36,9 @@ ELSEWHERE = """\
 Bits are comparable only where all of this is the same. To compare two commits on this machine, record the first one
 here: check it out in a folder of its own (git worktree add), build its extension there as it was built here, give it
 this script (a copy of tests/tools, if it has none), and run in that folder
-    python -m tests.tools.bits --write {new}
+    python -m tests.tools.bits --write FILE
 then, in this one,
-    python -m tests.tools.bits --check {new}"""
+    python -m tests.tools.bits --check FILE"""
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def check(file: Path, only: str = "") -> int:
     """Compare with a file: 1 where anything differs, or where nothing could be compared."""
     kept = json.loads(file.read_text())
     if elsewhere := differences(kept["machine"], machine()):
-        print(ELSEWHERE.format(file=file, differences="\n".join(f"    {line}" for line in elsewhere), new="bits.json"))
+        print(ELSEWHERE.format(file=file, differences="\n".join(f"    {line}" for line in elsewhere)))
         return 1
     digests = record_all(only)
     changed = differences(kept["digests"], digests, only)
