@@ -41,18 +41,17 @@ class Size:
         return sum(max(0, length - prompt) for length, prompt in zip(self.lengths, self.prompts, strict=True))
 
 
-# The second and the last of "ragged" have a sequence without a scored token.
-RAGGED = ((9, 7, 1, 8, 5, 9, 6, 4), (3, 0, 0, 8, 2, 0, 1, 4))
+# Numbers of pairs by which nothing divides evenly. Two sequences of "ragged" have no scored token.
+RAGGED = ((9, 7, 1, 8, 5, 9, 6, 4, 7, 3), (3, 0, 0, 8, 2, 0, 1, 4, 0, 1))
 SIZES = {
     "ragged": Size(*RAGGED, 24, 83),
     "one": Size((9, 4), (2, 0), 24, 83),
-    "long": Size((90, 31, 64, 20), (7, 0, 3, 5), 24, 83),  # more rows than a tile of a cut vocabulary has
+    "long": Size((90, 31, 20, 64, 25, 47), (7, 0, 3, 5, 0, 2), 24, 83),  # more rows than a tile of a cut vocabulary has
     "wide": Size(*RAGGED, 24, 4099),
-    "few": Size(
-        (7, 5, 6, 8), (2, 0, 1, 3), 24, 4099
-    ),  # fewer rows than H: logits fit where the head's gradient will lie
+    # Fewer rows than H: their logits fit where the head's gradient will lie.
+    "few": Size((6, 5, 3, 6, 4, 2), (2, 1, 0, 1, 2, 0), 24, 4099),
     "large": Size(*RAGGED, 64, 20011),  # gradients of more than 4 MiB
-    "tiny": Size((4, 3, 2, 4), (1, 0, 0, 2), 8, 37),  # for the interpreter
+    "tiny": Size((4, 3, 2, 4, 1, 3), (1, 0, 0, 2, 0, 0), 8, 37),  # for the interpreter
 }
 REF_HIDDEN = 16
 # Rows of logits that the scratch holds, less what is kept back for temporaries.
@@ -522,7 +521,7 @@ def _kto(case: Case) -> dict[str, Any]:
 
 def _group(case: Case) -> dict[str, Any]:
     count = len(SIZES[case.size].lengths)
-    sizes = [count] if count < 4 else [3, 1] if count == 4 else [3, 1, count - 4]
+    sizes = [count] if count < 5 else [3, 1, count - 4]
     loss = "infonce" if case.loss == "infonce" else "plackett_luce"
     return _run(case, dk.fused_group_loss, group_sizes=sizes, loss_type=loss, beta=0.3, **options_of(case))
 
