@@ -139,6 +139,7 @@ FEW_LOSSES = (
     "pair weights",
     "aot",
 )
+SIGMOIDS = ("sigmoid", "sigmoid smoothed", "sigmoid beta 5")  # which backends do in one kernel
 
 
 def has_reference(loss: str) -> bool:
@@ -626,6 +627,7 @@ def _on_the_cpu() -> Iterator[Case]:
         yield from (mixed(case, "scratch", "loss", *MIXED, **MOSTLY_PLAIN) for case in rest)
     yield from products(backend=BACKENDS, dtype=DTYPES, size=("large",), strategy=("auto", "streaming"))
     yield from products(backend=("cpp",), dtype=DTYPES, size=("few",), scratch=("dozen",), loss=FEW_LOSSES)
+    yield from products(backend=("cpp",), dtype=DTYPES, strategy=("chunked",), loss=SIGMOIDS, weights=(False, True))
     # Gradients added to a buffer.
     for case in products(
         main_grad=(1.0,), backend=BACKENDS, dtype=DTYPES, size=("ragged", "few"), scratch=("roomy", "dozen", "three")
@@ -677,6 +679,7 @@ def _interpreted() -> Iterator[Case]:
     )
     yield from (mixed(case, "loss", *MIXED, **MOSTLY_PLAIN) for case in core)
     yield from (Case(**row) for row in cover({**FACTORS, **few, "size": ("tiny", "one", "ragged")}))
+    yield from products(**few, size=("tiny",), strategy=("chunked",), loss=SIGMOIDS, weights=(False, True))
     for call in ("sequence", "token", "kto", "group"):
         for case in products(call=(call,), **few, size=("tiny",), strategy=STRATEGIES):
             yield mixed(case, "scratch", "trained", *MIXED, **MOSTLY_PLAIN)
