@@ -126,7 +126,6 @@ FAMILY: dict[str, dict[str, Any]] = {
     "coupled": {"loss_type": coupled},
     "one-sided": {"loss_type": one_sided},
 }
-COUPLED = ("aot", "aot smoothed", "aot_unpaired", "aot_unpaired smoothed", "aot_unpaired js", "mix coupled", "coupled")
 FEW_LOSSES = (
     "sigmoid",
     "sigmoid smoothed",
