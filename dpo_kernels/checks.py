@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from dpo_kernels.shapes import WRAPPERS_THAT_UNWRAP
 
 # These are the dtypes that hidden states, heads and log-probs may have.
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Labels and cumulative lengths have one of these.
 INDEX_DTYPES = (torch.int32, torch.int64)
 # These are the dtypes that a count, a weight or an option may have beside the floating ones.
