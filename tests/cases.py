@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import dpo_kernels
-from dpo_kernels.engine import autograd
+from dpo_kernels.engine import autograd, operators
+from dpo_kernels.inputs import packing
 from dpo_kernels.kernels import extension
 from dpo_kernels.kernels.extension import CppKernels
 from dpo_kernels.reference import dpo_loss_reference
@@ -257,9 +258,11 @@ def recorded_operators(monkeypatch: Any, case: Case, backend: str = "auto") -> l
             return self.op(*args)
 
     with monkeypatch.context() as patches:
-        patches.setattr(autograd, "traced", lambda tensor: True)
-        for name in ("_pack_op", "_pair_loss_op", "_scale_op", "_logps_op", "_logps_grad_op"):
-            patches.setattr(autograd, name, Recorder(getattr(autograd, name)))
+        for module in (packing, autograd):
+            patches.setattr(module, "traced", lambda tensor: True)
+        patches.setattr(packing, "pack_operator", Recorder(packing.pack_operator))
+        for name in [name for name in vars(operators) if name.endswith("_operator")]:
+            patches.setattr(operators, name, Recorder(getattr(operators, name)))
         out = dpo_kernels.fused_dpo_loss(**case.tensors(), **case.keywords(), backend=backend)
         out.loss.sum().backward()
     return seen

@@ -105,7 +105,9 @@ def test_pack_of_unknown_length_has_a_fake(monkeypatch):
     """Outside a tracer the capacity is what the data says: an unbacked size to the fake."""
     (op, args), *_ = recorded_operators(monkeypatch, Case(F64))
     assert op._qualname == "dpo_kernels::pack"
-    torch.library.opcheck(op, (*args[:-2], -1, args[-1]), test_utils=("test_schema", "test_faketensor"))
+    *tensors, sizes, flags = args
+    unknown = (*tensors, [*sizes[:-1], -1], flags)
+    torch.library.opcheck(op, unknown, test_utils=("test_schema", "test_faketensor"))
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------

@@ -120,13 +120,12 @@ def _loss_backward(ctx: Any, grad_total: Tensor | None) -> tuple[Tensor | None, 
     slot, *saved = ctx.saved_tensors
     kept = KeptGradients(*saved)
     with torch.no_grad():
+        if ctx.main_grad is not None:
+            grad_total = _check_main_grad_scale(ctx, grad_total)
         if traced(grad_total):
             rounding = operators.encode_rounding(ctx.dtypes, ctx.needs)
             grads = operators.loss_backward_operator(grad_total, list(kept), slot, rounding)
-            return _wrap_gradients(ctx, grads)
-        if ctx.main_grad is not None:
-            grad_total = _check_main_grad_scale(ctx, grad_total)
-        if torch._C._autograd._get_current_graph_task_keep_graph():
+        elif torch._C._autograd._get_current_graph_task_keep_graph():
             grads = passes.scale_gradients(grad_total, kept, slot, ctx.dtypes, ctx.needs)
         else:
             grads = passes.finalize_gradients(grad_total, kept, slot, ctx.dtypes, ctx.needs, ctx.backend)
@@ -164,9 +163,8 @@ class _Logps(torch.autograd.Function):
         _keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
         ctx.frozen = passes.saves_dlogp_dhidden(plan.strategy, problem.needs_grad)
         model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
-        encoded = operators.encode(problem, plan)
-        ctx.numbers, ctx.spec, ctx.plan = encoded.numbers, encoded.spec, plan
-        _keep_logps(ctx, model, encoded.packed, output)
+        ctx.numbers, ctx.spec, ctx.plan = *operators.encode_options(problem, plan), plan
+        _keep_logps(ctx, model, operators.packed_tensors(problem.packed), output)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -182,7 +180,7 @@ class _Logps(torch.autograd.Function):
 
 
 def _keep_logps(
-    ctx: Any, model: tuple[Tensor | None, ...], packed: Sequence[Tensor], output: tuple[Tensor, ...]
+    ctx: Any, model: tuple[Tensor | None, ...], packed: Sequence[Tensor | None], output: tuple[Tensor, ...]
 ) -> None:
     _, _, row_max, sumexp, others, dlogp_dhidden, _ = output
     ctx.save_for_backward(*model, row_max, sumexp, others, dlogp_dhidden, *packed)
@@ -194,24 +192,28 @@ def _logps_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, T
     checks.refuse_batched("the upstream of fused log-probs", grad_out)
     hidden, weight, bias, row_max, sumexp, others, dlogp_dhidden, *packed = ctx.saved_tensors
     saved = SavedRows(row_max, sumexp, others, dlogp_dhidden)
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None]
     with torch.no_grad():
         if ctx.frozen:
-            dtype = ctx.dtypes.hidden
-            if traced(grad_out):
-                arguments = (grad_out, dlogp_dhidden, packed, ctx.spec, dtype)
-                return _wrap_gradients(ctx, (operators.frozen_logps_backward_operator(*arguments), None, None))
-            said = operators.decode_spec(ctx.spec)
-            tokens = operators.decode_packed(packed, said)
-            dx = passes.derivative_times_upstream(grad_out, dlogp_dhidden, tokens, said.per_token, said.shift, dtype)
-            return _wrap_gradients(ctx, (dx, None, None))
-        if traced(grad_out):
+            grads = (_times_upstream(ctx, grad_out, dlogp_dhidden, packed), None, None)
+        elif traced(grad_out):
             grads = operators.logps_backward_operator(
                 grad_out, hidden, weight, bias, [*packed, *saved], ctx.numbers, ctx.spec
             )
         else:
             problem = operators.decode_problem(hidden, weight, bias, packed, ctx.numbers, ctx.spec)
-            grads = passes.logps_gradients(grad_out, problem, ctx.plan, saved, ctx.dtypes)
+            plan = ctx.plan or operators.plan_of(problem, ctx.spec)
+            grads = passes.logps_gradients(grad_out, problem, plan, saved, ctx.dtypes)
     return _wrap_gradients(ctx, grads)
+
+
+def _times_upstream(ctx: Any, grad_out: Tensor, dlogp_dhidden: Tensor, packed: Sequence[Tensor]) -> Tensor:
+    dtype = ctx.dtypes.hidden
+    if traced(grad_out):
+        return operators.frozen_logps_backward_operator(grad_out, dlogp_dhidden, packed, ctx.spec, dtype)
+    said = operators.decode_spec(ctx.spec)
+    tokens = operators.decode_packed(packed, said)
+    return passes.derivative_times_upstream(grad_out, dlogp_dhidden, tokens, said.per_token, said.shift, dtype)
 
 
 # --- what both share ------------------------------------------------------------------------------------------------
@@ -309,7 +311,7 @@ def _logps_operator_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     _keep_common(ctx, hidden, weight, bias, said.needs_grad, output)
     ctx.frozen = passes.saves_dlogp_dhidden(said.strategy, said.needs_grad)
     model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
-    ctx.numbers, ctx.spec = numbers, spec
+    ctx.numbers, ctx.spec, ctx.plan = numbers, spec, None
     _keep_logps(ctx, model, packed, output)
 
 

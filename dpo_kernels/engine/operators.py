@@ -54,23 +54,28 @@ class Encoded(NamedTuple):
     spec: str
 
 
-def encode(problem: Problem, plan: Plan, loss_code: str = "", loss_numbers: Sequence[float] = ()) -> Encoded:
-    """The arguments of an operator."""
-    head, packed = problem.head, problem.packed
-    nothing = packed.nan_if_invalid.new_zeros(0)
-    tensors = [
+def packed_tensors(packed: PackedTokens) -> list[Tensor | None]:
+    """The fields of packed tokens, in the order of ``decode_packed``."""
+    return [
         packed.index,
         packed.labels,
-        nothing if packed.weights is None else packed.weights,
+        packed.weights,
         packed.segments,
         packed.slot,
         packed.counts,
         packed.counts_host,
         packed.nan_if_invalid,
     ]
+
+
+def encode_options(
+    problem: Problem, plan: Plan, loss_code: str = "", loss_numbers: Sequence[float] = ()
+) -> tuple[list[float], str]:
+    """The numbers and the string of a problem and its plan."""
+    head = problem.head
     flags = (
         *problem.needs_grad,
-        packed.weights is not None,
+        problem.packed.weights is not None,
         head.softcap is not None,
         problem.per_token,
         problem.shift,
@@ -86,7 +91,14 @@ def encode(problem: Problem, plan: Plan, loss_code: str = "", loss_numbers: Sequ
         loss_code,
     )
     softcap = 0.0 if head.softcap is None else head.softcap
-    return Encoded(tensors, [head.logit_scale, softcap, *loss_numbers], "|".join(words))
+    return [head.logit_scale, softcap, *loss_numbers], "|".join(words)
+
+
+def encode(problem: Problem, plan: Plan, loss_code: str = "", loss_numbers: Sequence[float] = ()) -> Encoded:
+    """The arguments of an operator beside the tensors of the model; missing weights are an empty tensor."""
+    nothing = problem.packed.nan_if_invalid.new_zeros(0)
+    packed = [nothing if tensor is None else tensor for tensor in packed_tensors(problem.packed)]
+    return Encoded(packed, *encode_options(problem, plan, loss_code, loss_numbers))
 
 
 @functools.lru_cache(maxsize=256)
@@ -143,7 +155,7 @@ def decode_problem(
     )
 
 
-def _plan(problem: Problem, spec: str) -> Plan:
+def plan_of(problem: Problem, spec: str) -> Plan:
     """The plan that was encoded, with the chunks of these lengths."""
     said = decode_spec(spec)
     return lay_out(problem.workload, said.strategy, said.backend, said.scratch_bytes)
@@ -178,7 +190,7 @@ def _loss(
     _, _, beta, *loss_numbers = numbers
     loss = losses.decode(decode_spec(spec).loss, beta, loss_numbers, by_pair)
     problem = decode_problem(hidden, weight, bias, packed, numbers, spec, loss)
-    done = passes.loss_and_gradients(problem, _plan(problem, spec), ref_S, denominator)
+    done = passes.loss_and_gradients(problem, plan_of(problem, spec), ref_S, denominator)
     return done.total, done.losses, done.logps, done.means, *done.kept, done.tokens
 
 
@@ -199,7 +211,7 @@ def _logps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``passes.logps``: log-probs, means, what is saved (max, sumexp, others, derivative), tokens."""
     problem = decode_problem(hidden, weight, bias, packed, numbers, spec)
-    done = passes.logps(problem, _plan(problem, spec))
+    done = passes.logps(problem, plan_of(problem, spec))
     return done.logps, done.means, *done.saved, done.tokens
 
 
@@ -216,7 +228,7 @@ def _logps_backward(
     packed, saved = packed_and_saved[:NUM_PACKED], packed_and_saved[NUM_PACKED:]
     problem = decode_problem(hidden, weight, bias, packed, numbers, spec)
     dtypes = GradDtypes.of(hidden, weight, bias)
-    return passes.logps_gradients(grad_out, problem, _plan(problem, spec), SavedRows(*saved), dtypes)
+    return passes.logps_gradients(grad_out, problem, plan_of(problem, spec), SavedRows(*saved), dtypes)
 
 
 def _frozen_logps_backward(

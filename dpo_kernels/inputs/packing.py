@@ -52,7 +52,7 @@ def pack(batch: Batch, layout: Layout, *, stacked: bool) -> PackedTokens:
         return pack_labels(batch.labels, batch.cu_seqlens, batch.token_weights, how)
     sizes = [how.vocab, how.ignore_index, how.width, -1 if how.capacity is None else how.capacity]
     flags = [how.shift, how.stacked, how.static]
-    packed = PackedTokens(*_pack_operator(batch.labels, batch.cu_seqlens, batch.token_weights, sizes, flags))
+    packed = PackedTokens(*pack_operator(batch.labels, batch.cu_seqlens, batch.token_weights, sizes, flags))
     return packed if batch.token_weights is not None or how.static else replace(packed, weights=None)
 
 
@@ -186,10 +186,10 @@ def _packing(sizes: Sequence[int], flags: Sequence[bool]) -> Packing:
     return Packing(vocab, ignore_index, shift, stacked, width, None if capacity < 0 else capacity, static)
 
 
-_pack_operator = torch.library.custom_op("dpo_kernels::pack", _pack_as_operator, mutates_args=())
+pack_operator = torch.library.custom_op("dpo_kernels::pack", _pack_as_operator, mutates_args=())
 
 
-@_pack_operator.register_fake
+@pack_operator.register_fake
 def _fake_pack(
     labels: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None, sizes: Sequence[int], flags: Sequence[bool]
 ) -> tuple[Tensor, ...]:
