@@ -11,8 +11,8 @@ from dpo_kernels import (
     fused_dpo_loss,
     fused_sequence_logps,
     fused_token_logps,
-    inputs,
 )
+from dpo_kernels.inputs import notices
 from dpo_kernels.planning import tables
 from dpo_kernels.reference import dpo_loss_reference
 from tests.small import (
@@ -41,7 +41,7 @@ BACKENDS = sorted({"torch", CPU_BACKEND})
 
 @pytest.fixture(autouse=True)
 def _forget_warnings(monkeypatch):
-    monkeypatch.setattr(inputs, "_warned", set())
+    monkeypatch.setattr(notices, "_given", set())
 
 
 @pytest.fixture(params=STRATEGIES)

@@ -216,7 +216,7 @@ VALUE_ERRORS = {
         "backend='triton' cannot run this: ... float64"),
     "backend cuda": ({"backend": "cuda"}, "backend='cuda' cannot run this: hidden is on cpu"),
     "strategy unknown": ({"strategy": "tiled"},
-        "unknown strategy 'tiled' ... known: auto, chunked, recompute, streaming"),
+        "unknown strategy 'tiled' ... known: auto, chunked, frozen_head, recompute, streaming"),
     "scratch_bytes negative": ({"scratch_bytes": -1}, "scratch_bytes must be at least 0 ... got -1"),
     "scratch too small for chunked": ({"scratch_bytes": 10, "strategy": "chunked"},
         "strategy='chunked' cannot run this ... scratch_bytes=10 is less than the ... one row of logits"),

@@ -12,8 +12,8 @@ from dpo_kernels import (
     fused_dpo_loss,
     fused_sequence_logps,
     fused_token_logps,
-    inputs,
 )
+from dpo_kernels.inputs import notices
 from dpo_kernels.reference import dpo_loss_reference, sequence_logps_reference, token_logps_reference
 from tests.small import (
     BY_PAIR,
@@ -37,7 +37,7 @@ from tests.small import (
 
 @pytest.fixture(autouse=True)
 def _forget_warnings(monkeypatch):
-    monkeypatch.setattr(inputs, "_warned", set())
+    monkeypatch.setattr(notices, "_given", set())
 
 
 @pytest.fixture(params=STRATEGIES)

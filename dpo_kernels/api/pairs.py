@@ -23,7 +23,6 @@ from dpo_kernels.inputs.options import (
     Reduction,
     ReferenceTensors,
     check_stats,
-    group,
 )
 from dpo_kernels.inputs.sequence_logps import check_logps
 from dpo_kernels.loss_interface import LossInputs
@@ -564,4 +563,4 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
     named = bound.arguments
     loss = losses.bind(named["loss_type"], named["beta"], named["label_smoothing"], named["loss_options"])
     problem = pair_problem(Arguments.by_name(named), loss)
-    return make_plan(problem.workload, group(Execution, named))
+    return make_plan(problem.workload, Execution(named["backend"], named["strategy"], named["scratch_bytes"]))

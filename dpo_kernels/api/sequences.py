@@ -9,7 +9,7 @@ from torch import Tensor
 from dpo_kernels import checks
 from dpo_kernels.engine.run import run, sequence_output
 from dpo_kernels.inputs.make_problem import sequence_problem
-from dpo_kernels.inputs.options import Arguments, group
+from dpo_kernels.inputs.options import Arguments
 from dpo_kernels.inputs.tensors import Batch
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.losses import GROUP_LOSSES, KTO_LOSSES, GroupLoss, LabelledLoss
@@ -288,7 +288,8 @@ def _run(
             raise TypeError(f"{function}() got an unexpected option {name!r}; known: {', '.join(OPTIONS)}")
     arguments = Arguments.by_name({**dict(zip(("hidden", "weight", "labels"), policy, strict=True)), **options})
     problem = sequence_problem(arguments, loss_of, function)
-    plan = make_plan(problem.workload, group(Execution, options))
+    wished = {name: options[name] for name in ("backend", "strategy", "scratch_bytes") if name in options}
+    plan = make_plan(problem.workload, Execution(**wished))
     return sequence_output(problem, run(problem, plan))
 
 

@@ -125,7 +125,14 @@ class Arguments:
 
 def group(kind: type[T], named: Mapping[str, Any]) -> T:
     """A group of options from those of the named arguments that are its fields."""
-    return kind(**{f.name: named[f.name] for f in fields(kind) if f.name in named})  # type: ignore[arg-type]
+    return kind(**{name: named[name] for name in FIELDS[kind] if name in named})
+
+
+# The fields of each group; torch.compile cannot look at those of a class.
+FIELDS: dict[type, tuple[str, ...]] = {
+    kind: tuple(each.name for each in fields(kind))
+    for kind in (PolicyTensors, ReferenceTensors, HeadOptions, Layout, Reduction, MainGradOptions)
+}
 
 
 def check_stats(stats: Any) -> tuple[str, ...]:

@@ -135,14 +135,14 @@ def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
     asked = wished.strategy
     if asked == AUTO:
         asked = next((name for name, each in STRATEGIES.items() if each.preferred(workload, backend)), AUTO)
-    elif not workload.needs_grad.head:
-        asked = STRATEGIES[asked].with_frozen_head or asked
     strategy = _first(
         tuple(STRATEGIES),
         asked,
         "strategy",
         lambda name: STRATEGIES[name].refuse(workload, budget, scratch_bytes),
     )
+    if not workload.needs_grad.head:
+        strategy = STRATEGIES[strategy].with_frozen_head or strategy
     if workload.fills_main_grad and workload.needs_grad.head:
         _check_main_grad(workload, strategy, budget, scratch_bytes)
     reference = None
@@ -190,6 +190,8 @@ def _reasons_against(plan: Plan) -> dict[str, str]:
             reason = (
                 f"it could run; at H={workload.width} the traffic of its logits is predicted to cost more than it saves"
             )
+        if not workload.needs_grad.head and strategy.with_frozen_head == plan.strategy:
+            reason = reason or f"with a head that wants no gradient it is {plan.strategy}"
         rejected[name] = reason or f"it could run, at {strategy.gemms(workload)} GEMM passes against {plan.gemms}"
     return rejected
 

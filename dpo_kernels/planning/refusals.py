@@ -11,13 +11,9 @@ from dpo_kernels.planning.memory_budget import LEAST_TILE_BYTES, MIB, Budget
 from dpo_kernels.planning.schedules import extra_bytes, schedule_examples, tile_with_gradients
 from dpo_kernels.problem import Workload
 
-FROZEN = "the head wants no gradient: frozen_head forms that of the hidden states beside the log-probs"
-
 
 def refuse_chunked(workload: Workload, budget: Budget, scratch_bytes: int) -> str | None:
-    """It needs a loss that is separable by example, a trainable head, and room for one row of logits."""
-    if not workload.needs_grad.head:
-        return FROZEN
+    """It needs a loss that is separable by example, and room for one row of logits."""
     if workload.loss is not None and not workload.loss.separable:
         return "the loss is coupled over the batch: a chunk of pairs does not determine its coefficients"
     fits = budget.whole_rows(workload.vocab)
@@ -25,6 +21,8 @@ def refuse_chunked(workload: Workload, budget: Budget, scratch_bytes: int) -> st
     if fits < 1 and not aliased:
         least = budget.minimum_scratch(workload.vocab, workload.device.type)
         return f"scratch_bytes={scratch_bytes} is less than the {least} bytes that one row of logits needs"
+    if not workload.needs_grad.head:
+        return None  # frozen_head takes its place
     if workload.loss is None:
         return "log-probs have upstreams that are known only in the backward pass, and the head wants a gradient"
     if not workload.scalar:
@@ -65,8 +63,8 @@ def refuse_frozen_head(workload: Workload, budget: Budget, scratch_bytes: int) -
 
 
 def refuse_recompute(workload: Workload, budget: Budget, scratch_bytes: int) -> str | None:
-    """It needs a tile; where the head is frozen another strategy does the same with a GEMM pass less."""
-    return _refuse_small_tile(workload, budget, scratch_bytes) if workload.needs_grad.head else FROZEN
+    """It needs a tile."""
+    return _refuse_small_tile(workload, budget, scratch_bytes)
 
 
 def refuse_streaming(workload: Workload, budget: Budget, scratch_bytes: int) -> str | None:
