@@ -28,9 +28,9 @@ from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from dpo_kernels import losses  # noqa: E402
-from dpo_kernels.integrations import trl_loss  # noqa: E402
 from dpo_kernels.integrations.trl import FusedDPOTrainer  # noqa: E402
-from dpo_kernels.integrations.trl_batch import REFERENCE, pair_batch  # noqa: E402
+from dpo_kernels.integrations.trl.batch import REFERENCE, pair_batch  # noqa: E402
+from dpo_kernels.integrations.trl.options import NotFused, loss_options  # noqa: E402
 from tests.test_integration_transformers import SMALL, tiny  # noqa: E402
 
 pytestmark = [
@@ -276,8 +276,8 @@ def test_a_divergence_is_fused_only_where_trl_takes_it_too():
     for name in losses.LOSSES:
         trainer.loss_types = [name]
         try:
-            trl_loss.loss_options(trainer)
-        except trl_loss.NotFused:
+            loss_options(trainer)
+        except NotFused:
             continue
         fused.add(name)
     # TRL 1.16 takes it with these and, averaged over tokens, with ipo and sigmoid_norm.

@@ -11,9 +11,8 @@ pytest.importorskip("peft", reason="peft is not installed")
 from datasets import Dataset  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
-from dpo_kernels.integrations import trl_patch  # noqa: E402
-from dpo_kernels.integrations.token_logps import token_logps  # noqa: E402
-from dpo_kernels.integrations.trl import patch_trl, unpatch_trl  # noqa: E402
+from dpo_kernels.integrations.trl import patch, patch_trl, unpatch_trl  # noqa: E402
+from dpo_kernels.integrations.trl.token_logps import token_logps  # noqa: E402
 from tests.test_integration_trl import (  # noqa: E402
     LARGEST,
     NOT_LOGGED_TWICE,
@@ -117,7 +116,7 @@ def test_what_cannot_be_scored_is_named(options, error, words):
 # --- the patch --------------------------------------------------------------------------------------------------------
 
 needs_the_fused_head = pytest.mark.skipif(
-    bool(REASON := trl_patch.why_not_patchable(getattr(utils, trl_patch.NAME, None))), reason=REASON
+    bool(REASON := patch.why_not_patchable(getattr(utils, patch.NAME, None))), reason=REASON
 )
 
 
@@ -125,7 +124,7 @@ needs_the_fused_head = pytest.mark.skipif(
 def test_the_patch_is_put_on_and_taken_off():
     stock = utils._ChunkedLogProbFunction
     with patch_trl():
-        assert utils._ChunkedLogProbFunction is trl_patch.FusedLogProbFunction
+        assert utils._ChunkedLogProbFunction is patch.FusedLogProbFunction
         patch_trl()
     assert utils._ChunkedLogProbFunction is stock
     unpatch_trl()
@@ -146,7 +145,7 @@ def test_a_with_leaves_a_patch_that_was_there():
     try:
         with patch_trl(), patch_trl():
             pass
-        assert utils._ChunkedLogProbFunction is trl_patch.FusedLogProbFunction
+        assert utils._ChunkedLogProbFunction is patch.FusedLogProbFunction
     finally:
         unpatch_trl()
     assert utils._ChunkedLogProbFunction is stock
@@ -154,7 +153,7 @@ def test_a_with_leaves_a_patch_that_was_there():
 
 @pytest.mark.parametrize("other", [None, torch.autograd.Function])
 def test_another_trl_is_refused(other, monkeypatch):
-    monkeypatch.setattr(utils, trl_patch.NAME, other, raising=False)
+    monkeypatch.setattr(utils, patch.NAME, other, raising=False)
     with pytest.raises(RuntimeError, match=r"knows the fused LM head of TRL 1\.15 and 1\.16"):
         patch_trl()
 
@@ -229,7 +228,7 @@ def train(name, tmp_path, model="gemma2"):
 def test_every_trainer_logs_the_same_with_the_patch(name, tmp_path, monkeypatch):
     stock = train(name, tmp_path / "stock")
     calls = []
-    monkeypatch.setattr(trl_patch, "token_logps", lambda *args: calls.append(1) or token_logps(*args))
+    monkeypatch.setattr(patch, "token_logps", lambda *args: calls.append(1) or token_logps(*args))
     with patch_trl():
         ours = train(name, tmp_path / "ours")
     assert len(calls) >= 3

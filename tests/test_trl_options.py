@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpo_kernels.integrations import trl_loss
+pytest.importorskip("trl", reason="trl is not installed")
+
+from dpo_kernels.integrations.trl import options
 
 
 def trainer(**given):
@@ -54,6 +56,6 @@ WORDS = {
 @pytest.mark.parametrize("name", WORDS)
 def test_words_of_trl_and_ours(name):
     given, expected = WORDS[name]
-    found = trl_loss.loss_options(trainer(**given))
+    found = options.loss_options(trainer(**given))
     assert found.arguments == expected
     assert found.needs_reference == ("sft" not in expected["loss_type"] or len(expected["loss_type"]) == 2)

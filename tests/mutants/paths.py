@@ -55,14 +55,14 @@ PATHS: tuple[Mutant, ...] = (
         "autocast is left on inside a pass",
     ),
     Mutant(
-        "dpo_kernels/integrations/token_logps.py",
+        "dpo_kernels/integrations/trl/token_logps.py",
         "                    dw.addmm_(d.t(), x)",
         "                    torch.mm(d.t(), x, out=dw)",
         "tests/test_token_logps.py",
         "the entropy's gradient of the head is that of the last tile",
     ),
     Mutant(
-        "dpo_kernels/integrations/token_logps.py",
+        "dpo_kernels/integrations/trl/token_logps.py",
         "                    db += d.sum(dim=0)",
         "                    db = d.sum(dim=0)",
         "tests/test_token_logps.py",
@@ -365,14 +365,14 @@ PATHS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "dpo_kernels/integrations/transformers.py",
-        "return (self.logit_scale, self.softcap, *heads.state(self.output_embedding))",
+        "return (self.logit_scale, self.softcap, *lm_head.state(self.output_embedding))",
         "return (self.logit_scale, self.softcap)",
         "tests/test_integration_peft.py::test_each_state_of_the_adapters_is_compared",
         "the policy's adapter on the head is never compared where its reference came first",
     ),
     Mutant(
         "dpo_kernels/integrations/transformers.py",
-        "        if reason := heads.left_out(self.model, self.peft_model):",
+        "        if reason := lm_head.left_out(self.model, self.peft_model):",
         "        if reason := None:",
         "tests/test_integration_peft.py::test_an_adapter_that_is_not_active_is_no_reason_to_refuse",
         "an adapter that acts in PEFT's own forward is left out once it is switched on",

@@ -1,4 +1,4 @@
-"""Per-token log-probs and statistics of a list of positions, differentiable: what TRL's chunked head returns."""
+"""Differentiable log-probs and statistics of single tokens, as TRL's chunked head returns them."""
 
 from typing import Any
 
@@ -8,8 +8,10 @@ from torch import Tensor
 from dpo_kernels import LossInputs, fused_dpo_loss
 from dpo_kernels.checks import check_choice, check_number, check_tensor
 
+# TRL's names of the statistics, and ours.
 STATS = {"entropy": "entropy", "log_sum_sq_probs": "log_sum_p2", "mean_logits": "mean_logits", "is_top1": "top1"}
-ENTROPY_TILE = 1 << 26  # numbers in one tile of logits while an entropy is differentiated: 256 MiB of float32
+# How many logits are held at once while an entropy is differentiated: 256 MiB of float32.
+ENTROPY_TILE = 1 << 26
 
 
 def token_logps(
@@ -22,11 +24,39 @@ def token_logps(
     logit_scale: float = 1.0,
     outputs: tuple[str, ...] = (),
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1) of ``targets (N,)`` at ``hidden (N, H)``.
+    """Compute log-probs and statistics of tokens from hidden states and the LM head.
 
-    Each is ``(N,)``, or None where not among ``outputs``. Logits are ``cap(logit_scale (W h + b)) / temperature``.
-    Log-probs and entropy are differentiable; an entropy costs its own pass over the head only where it is in fact
-    differentiated. Errors as in ``fused_dpo_loss``; a ``temperature`` that is not > 0 is one too.
+    Logits are ``cap(logit_scale (W h + b)) / temperature``. Log-probs and entropy are differentiable. An entropy costs
+    a pass over the head of its own only where its gradient is in fact computed.
+
+    Args:
+        hidden: floating point ``(N, H)``.
+        weight: floating point ``(V, H)``.
+        bias: floating point ``(V,)``, or None.
+        targets: int64 or int32 ``(N,)``, the tokens that are scored.
+        temperature: > 0.
+        softcap: soft cap of the logits before the temperature, > 0, or None.
+        logit_scale: factor on the logits.
+        outputs: names among "log_probs", "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1". Log-probs are
+            always returned.
+
+    Returns:
+        Log-probs, entropy, log_sum_sq_probs, mean_logits and is_top1 in this order. Each is ``(N,)``, or None if it
+        was not asked for. Log-probs are float32, or float64 for float64 hidden states. ``is_top1`` is bool, the other
+        statistics are float32.
+
+    Raises:
+        ValueError: a shape or a value is wrong, an output is unknown, or ``temperature`` is not > 0.
+        TypeError: an argument has the wrong type or dtype.
+
+    Example:
+        >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> logps, entropy, *_, is_top1 = token_logps(
+        ...     hidden, weight, None, torch.tensor([0, 2]), outputs=("entropy", "is_top1")
+        ... )
+        >>> logps, entropy, is_top1
+        (tensor([-0.2395, -1.5514]), tensor([0.6656, 0.9753]), tensor([ True, False]))
+
     """
     for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         check_tensor(name, tensor)
@@ -41,15 +71,16 @@ def token_logps(
     scale = check_number("logit_scale", logit_scale)
     cap = None if softcap is None else check_number("softcap", softcap)
     wanted = tuple(stat for name, stat in STATS.items() if name in outputs)
-    # cap(z) / t = (c / t) tanh((s / t) z / (c / t)): the temperature is a matter of scale and cap.
+    # With z = W h + b, scale s and cap c: c tanh(s z / c) / t = (c / t) tanh((s / t) z / (c / t)). The temperature t
+    # therefore divides the scale and the cap.
     head: dict[str, Any] = {
         "logit_scale": scale / temperature,
         "softcap": None if cap is None else cap / temperature,
     }
     hidden, weight, bias = _same_dtype(hidden, weight, bias)
     rows = targets.shape[0]
-    # One pair for each token, whose rejected side is empty: its loss is the token's log-prob, and the statistics of
-    # its chosen side are the token's own.
+    # Each token is the chosen side of a pair whose rejected side is empty. The pair's loss is the token's log-prob, and
+    # the statistics of the chosen side are the token's own.
     ends = torch.arange(1, rows + 1, device=targets.device).repeat_interleave(2)
     out = fused_dpo_loss(
         hidden,
@@ -84,7 +115,7 @@ def _same_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
 
 
 class _Entropy(torch.autograd.Function):
-    """Entropies that were computed elsewhere, with their derivative ``dH / dz = -p (log p + H)`` in tiles of rows."""
+    """Give entropies that were computed elsewhere their derivative, ``dH / dz = -p (log p + H)``, in tiles of rows."""
 
     @staticmethod
     def forward(

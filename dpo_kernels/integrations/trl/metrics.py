@@ -1,4 +1,7 @@
-"""TRL's logged values from the statistics of the fused loss: the same keys, gathered in the same way."""
+"""TRL's logged values, computed from the statistics of the fused loss.
+
+The keys are those of TRL, and the values are gathered over processes in the same way.
+"""
 
 from typing import Any
 
@@ -6,15 +9,31 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import DPOLossOutput
-from dpo_kernels.integrations.trl_batch import PairBatch
+from dpo_kernels.integrations.trl.batch import PairBatch
 
+# The statistics that these values are computed from; a call of ``fused_dpo_loss`` must ask for them.
 STATS = ("entropy", "mean_logits", "top1")
 
 
 def record(
     trainer: Any, mode: str, out: DPOLossOutput, batch: PairBatch, reference: Tensor, aux_loss: Tensor | None
 ) -> None:
-    """Append one batch's values to the trainer's metrics; ``reference`` is ``(2B,)``, chosen first."""
+    """Append one batch's values to the trainer's metrics.
+
+    Args:
+        trainer: a ``DPOTrainer``, of which the metrics and the count of tokens are changed.
+        mode: "train" or "eval".
+        out: the result of ``fused_dpo_loss`` with ``stats=STATS``.
+        batch: the batch that it was computed from.
+        reference: the reference's log-probs ``(2B,)``, all chosen ones first.
+        aux_loss: the router loss ``()``, or None.
+
+    Example::
+
+        out = fused_dpo_loss(hidden, weight, batch.labels, ref_logps=reference, stats=STATS, shift=True)
+        record(trainer, "train", out, batch, reference, aux_loss=None)
+
+    """
     accelerator, metrics = trainer.accelerator, trainer._metrics[mode]
 
     def total(value: Tensor) -> Tensor:
@@ -39,7 +58,7 @@ def record(
     metrics["logits/chosen"].append(ratio(sums["mean_logits"][0], sides[0]))
     metrics["logits/rejected"].append(ratio(sums["mean_logits"][1], sides[1]))
     metrics["mean_token_accuracy"].append(ratio(sums["top1"][0], sides[0]))
-    # A loss without a reference is not given one, but the rewards are those against it.
+    # Losses such as simpo do not read the reference, but TRL logs rewards against it for them too.
     logps = torch.stack([out.chosen_logps, out.rejected_logps])
     chosen, rejected = trainer.beta * (logps - reference.to(logps).view(2, -1))
     metrics["rewards/chosen"].append(mean(chosen))

@@ -1,18 +1,25 @@
-"""The options of TRL's DPOConfig in the words of ``fused_dpo_loss``, or the reason why they have none."""
+"""The options of TRL's DPOConfig as arguments of ``fused_dpo_loss``, or the reason why there are no such arguments."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_kernels import FusedDPOLoss, losses
 
+# Our names of TRL's f-divergences.
 DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
-# The losses whose scores TRL too takes from the divergence, and sft, which has none. Those of ipo and sigmoid_norm TRL
-# averages over tokens; with any other loss TRL 1.16 refuses a divergence.
+# The losses for which TRL 1.16 and the fused loss compute the same divergence; sft has no scores to take one of. For
+# ipo and sigmoid_norm TRL averages the scores over tokens. With any other loss TRL refuses a divergence.
 DIVERGING = ("sigmoid", "robust", "hinge", "exo_pair", "discopop", "sft")
 
 
 class NotFused(ValueError):
-    """A combination of options that TRL computes and the fused loss does not; the message says why."""
+    """TRL computes a combination of options, and the fused loss does not. The message says why.
+
+    Example:
+        >>> str(NotFused("loss_type sft with ld_alpha"))
+        'loss_type sft with ld_alpha'
+
+    """
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,11 @@ class LossOptions:
     Attributes:
         arguments: ``loss_type``, ``beta`` and the options of the loss.
         needs_reference: whether the loss reads the reference's log-probs.
-        honoured: what the fused loss does that TRL leaves out, for the log; or an empty string.
+        differences_from_trl: what the fused loss does that TRL leaves out, as a line for the log. It may be empty.
+
+    Example:
+        >>> LossOptions({"loss_type": "sft", "beta": 0.1}, needs_reference=False, differences_from_trl="").arguments
+        {'loss_type': 'sft', 'beta': 0.1}
 
     """
 
@@ -32,9 +43,27 @@ class LossOptions:
 
 
 def loss_options(trainer: Any) -> LossOptions:
-    """The loss of a ``DPOTrainer``, from the attributes its constructor has set.
+    """Read the loss of a ``DPOTrainer`` from the attributes that its constructor has set.
 
-    Raises ``NotFused`` for what only TRL computes, ``ValueError`` for options that would have no effect.
+    Args:
+        trainer: a ``DPOTrainer``, or an object with the same attributes.
+
+    Returns:
+        The arguments for ``fused_dpo_loss``.
+
+    Raises:
+        NotFused: only TRL computes this combination.
+        ValueError: an option would have no effect, or ``ld_alpha`` is outside [0, 1].
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> trainer = SimpleNamespace(
+        ...     loss_types=["sigmoid", "sft"], loss_weights=[1.0, 0.5], beta=0.1, label_smoothing=0.0,
+        ...     ld_alpha=None, use_weighting=False, f_divergence_type="reverse_kl",
+        ... )
+        >>> loss_options(trainer).arguments
+        {'beta': 0.1, 'loss_type': ('sigmoid', 'sft'), 'loss_weights': [1.0, 0.5]}
+
     """
     weights: dict[str, float] = {}
     for name, weight in zip(trainer.loss_types, trainer.loss_weights, strict=True):
@@ -59,6 +88,7 @@ def loss_options(trainer: Any) -> LossOptions:
 
 
 def _smoothing(arguments: dict[str, Any], label_smoothing: float, specs: list[Any]) -> str:
+    """Add ``label_smoothing`` to the arguments; return how this differs from TRL, or an empty string."""
     taking = [spec.name for spec in specs if "label_smoothing" in spec.options]
     if label_smoothing == 0.0:
         return ""

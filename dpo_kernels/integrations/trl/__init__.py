@@ -1,0 +1,11 @@
+"""Drop-ins for TRL: the DPO trainer on the fused loss, and a patch that serves the LM head of TRL's other trainers.
+
+    from dpo_kernels.integrations.trl import FusedDPOTrainer as DPOTrainer
+
+Importing this package imports TRL.
+"""
+
+from dpo_kernels.integrations.trl.patch import patch_trl, unpatch_trl
+from dpo_kernels.integrations.trl.trainer import FusedDPOTrainer
+
+__all__ = ["FusedDPOTrainer", "patch_trl", "unpatch_trl"]
