@@ -15,7 +15,7 @@ pytest.importorskip("safetensors", reason="safetensors is not installed")
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dpo_kernels.integrations import precompute
+from dpo_kernels.integrations import precompute, precompute_files, precompute_rows
 from dpo_kernels.integrations.precompute import FINAL, PART, precompute_reference_logps
 from tests.test_integration_fingerprint_leaving import leaving
 from tests.test_integration_transformers import V, tiny
@@ -274,10 +274,12 @@ def test_a_stream_and_other_rows_simply_work(kind, tmp_path):
 
 
 def test_a_stream_is_kept_in_little_memory():
-    kept = precompute._by_index(Stream([{"prompt_ids": list(range(1000, 2000)), "text": "left out"}]))
+    kept = precompute_rows.rows_by_index(Stream([{"prompt_ids": list(range(1000, 2000)), "text": "left out"}]))
     assert set(kept[0]) == {"prompt_ids"}
     assert sys.getsizeof(kept[0]["prompt_ids"]) < 5000
-    large = precompute._by_index(Stream([{"prompt_ids": [1, 2**40]}]))  # which no model has: refused as any other id
+    large = precompute_rows.rows_by_index(
+        Stream([{"prompt_ids": [1, 2**40]}])
+    )  # which no model has: refused as any other id
     assert list(large[0]["prompt_ids"]) == [1, 2**40]
 
 
@@ -289,7 +291,7 @@ def test_every_row_is_fetched_once_for_the_fingerprint():
             fetched.append(number)
             return super().__getitem__(number)
 
-    precompute._Rows(Fetching(rows(5)), None, (V, V))
+    precompute_rows.TokenRows(Fetching(rows(5)), None, (V, V))
     assert fetched == list(range(5))
 
 
@@ -344,7 +346,7 @@ def test_log_probs_that_are_not_numbers_are_neither_kept_nor_returned(value, tmp
 
 def test_a_file_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
     model, data = tiny("llama"), rows(12)
-    save, written = precompute.save_file, []
+    save, written = precompute_files.save_file, []
 
     def interrupted(tensors, file, metadata):
         written.append(file.name)
@@ -353,7 +355,7 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         save(tensors, file, metadata=metadata)
 
-    monkeypatch.setattr(precompute, "save_file", interrupted)
+    monkeypatch.setattr(precompute_files, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quiet(model, data, tmp_path, batch_size=4, save_every=1)
     assert [file.name for file in tmp_path.iterdir()] == ["part-000000.safetensors"]

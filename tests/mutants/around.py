@@ -67,14 +67,14 @@ _INTEGRATIONS = [
         "an adapter's bias is not scaled",
     ),
     Mutant(
-        "dpo_kernels/integrations/precompute.py",
+        "dpo_kernels/integrations/precompute_rows.py",
         "labels[row, len(prompt) : len(both)]",
         "labels[row, len(prompt) - 1 : len(both)]",
         "tests/test_integration_precompute.py::test_every_row_has_its_own_log_prob",
         "the last token of the prompt is scored",
     ),
     Mutant(
-        "dpo_kernels/integrations/precompute.py",
+        "dpo_kernels/integrations/precompute_files.py",
         "max(numbers, default=-1) + 1",
         "0",
         "tests/test_edges.py::test_a_run_that_is_stopped_twice_loses_nothing",
