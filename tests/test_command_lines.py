@@ -15,9 +15,9 @@ pytest.importorskip("trl", reason="trl is not installed")
 
 from demo import online
 from examples import material, plain_loop, trl_dpo
-from tests.test_integration_trl import pytestmark
+from tests.trl_helpers import OTHERS_WARNINGS
 
-assert pytestmark  # the same warnings of the same packages
+pytestmark = OTHERS_WARNINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {

@@ -100,8 +100,7 @@ def test_a_run_that_is_stopped_twice_loses_nothing(tmp_path):
     """What the second run has written stands beside what the first one has, not in its place."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     from dpo_kernels.integrations.precompute import PART, precompute_reference_logps
-    from tests.test_integration_precompute import rows
-    from tests.test_integration_transformers import tiny
+    from tests.integration_helpers import rows, tiny
 
     model, data, calls = tiny("llama"), rows(8), []
     how = {"batch_size": 4, "save_every": 1, "progress": False}  # four batches of sequences, each written by itself

@@ -10,7 +10,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from dpo_kernels import fused_dpo_loss
 from dpo_kernels.integrations.transformers import fused_lm_head
-from tests.test_integration_transformers import V, tiny
+from tests.integration_helpers import V, tiny
 
 MODELS = ("llama", "gemma2", "gpt2")  # plain; a soft cap; a tied head
 

@@ -23,10 +23,10 @@ pytest.importorskip("peft", reason="peft is not installed")
 from dpo_kernels import fused_dpo_loss  # noqa: E402
 from dpo_kernels.integrations.transformers import fused_lm_head  # noqa: E402
 from dpo_kernels.integrations.trl import FusedDPOTrainer  # noqa: E402
-from tests.test_integration_transformers import V, tiny  # noqa: E402
-from tests.test_integration_trl import NOT_LOGGED_TWICE, calm, pytestmark, run  # noqa: E402
+from tests.integration_helpers import V, tiny  # noqa: E402
+from tests.trl_helpers import NOT_LOGGED_TWICE, OTHERS_WARNINGS, calm, run  # noqa: E402
 
-assert pytestmark  # the same warnings of the same packages
+pytestmark = OTHERS_WARNINGS
 
 PAIRS, RANKS = 4, 2
 HANGS_S = 200  # after which a process is taken to hang; 20 s is usual

@@ -14,9 +14,9 @@ from accelerate.state import AcceleratorState
 from benchmarks import trainer_table
 from dpo_kernels.integrations.precompute import precompute_reference_logps
 from examples import plain_loop, trl_dpo
-from tests.test_integration_trl import pytestmark
+from tests.trl_helpers import OTHERS_WARNINGS
 
-assert pytestmark  # the same warnings of the same packages
+pytestmark = OTHERS_WARNINGS
 
 
 @pytest.mark.parametrize("options", [[], ["--precompute"]])

@@ -11,7 +11,7 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 
 from dpo_kernels.integrations.fingerprint import model_fingerprint  # noqa: E402
 from dpo_kernels.integrations.transformers import fused_lm_head  # noqa: E402
-from tests.test_integration_transformers import CONFIGS, tiny  # noqa: E402
+from tests.integration_helpers import CONFIGS, tiny  # noqa: E402
 
 pytestmark = [
     # PEFT 0.21 on transformers 5.23.

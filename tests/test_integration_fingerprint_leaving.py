@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
 from dpo_kernels.integrations.fingerprint import model_fingerprint  # noqa: E402
-from tests.test_integration_transformers import SMALL, H, V, tiny  # noqa: E402
+from tests.integration_helpers import LEAVING, leaving, tiny  # noqa: E402
 
 IDS = torch.arange(3, 14)[None]
 
@@ -17,35 +17,6 @@ IDS = torch.arange(3, 14)[None]
 def logits(model):
     with torch.no_grad():
         return model(input_ids=IDS).logits
-
-
-LEAVING = {  # models whose forward leaves something behind
-    "recurrent_gemma": lambda t: t.RecurrentGemmaConfig(
-        **(SMALL | {"num_hidden_layers": 3}), lru_width=32, attention_window_size=8
-    ),
-    "rwkv": lambda t: t.RwkvConfig(
-        vocab_size=V, hidden_size=H, num_hidden_layers=3, intermediate_size=48, rescale_every=1, context_length=64
-    ),
-    "xglm": lambda t: t.XGLMConfig(  # whose table of positions grows
-        vocab_size=V, d_model=H, ffn_dim=48, num_layers=1, attention_heads=4, max_position_embeddings=8
-    ),
-    "trocr": lambda t: t.TrOCRConfig(  # likewise, but no buffer
-        vocab_size=V,
-        d_model=H,
-        decoder_layers=1,
-        decoder_attention_heads=4,
-        decoder_ffn_dim=48,
-        max_position_embeddings=8,
-        use_learned_position_embeddings=False,
-    ),
-}
-
-
-def leaving(name, seed=0, **options):
-    config = LEAVING[name](transformers)
-    config.update(options)
-    torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def state(model):

@@ -8,8 +8,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
 from dpo_kernels.integrations.fingerprint import model_fingerprint
-from tests.test_integration_fingerprint_values import told
-from tests.test_integration_transformers import tiny
+from tests.integration_helpers import tiny, told
 
 
 class Codes(torch.Tensor):

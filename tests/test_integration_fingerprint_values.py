@@ -16,15 +16,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
 from dpo_kernels.integrations.fingerprint import model_fingerprint  # noqa: E402
-from dpo_kernels.integrations.fingerprint_values import Values, is_dropout  # noqa: E402
-from tests.test_integration_transformers import tiny  # noqa: E402
-
-
-def told(value):
-    """What the fingerprint takes of a value that a module holds."""
-    parts = []
-    Values(lambda data: parts.append(bytes(data)), lambda path, module: None).value("held", value)
-    return b"".join(parts)
+from dpo_kernels.integrations.fingerprint_values import is_dropout  # noqa: E402
+from tests.integration_helpers import tiny, told  # noqa: E402
 
 
 class Colour(enum.Enum):

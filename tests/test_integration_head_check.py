@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from dpo_kernels.integrations.transformers import fused_lm_head  # noqa: E402
-from tests.test_integration_transformers import SMALL, H, V, batch, tiny, without  # noqa: E402
+from tests.integration_helpers import SMALL, H, V, batch, tiny, without  # noqa: E402
 
 assert batch  # a fixture
 
@@ -316,13 +316,14 @@ def test_a_compiled_model(compiled, attached, batch):
 @pytest.fixture
 def train(tmp_path):
     """Two steps of TRL's trainer and of the fused one; the log, by entry."""
-    tests = pytest.importorskip("tests.test_integration_trl", reason="trl, peft or datasets is not installed")
+    helpers = pytest.importorskip("tests.trl_helpers", reason="trl, peft or datasets is not installed")
+    from dpo_kernels.integrations.trl import FusedDPOTrainer
 
     def run(stock=False, check_head=True, **options):
         changes = {"check_head": check_head, "evaluate": lambda *args, **options: {}}
-        kind = type("Trainer", (tests.FusedDPOTrainer,), changes)
-        kind = tests.trl.DPOTrainer if stock else kind
-        log, trainer = tests.run(kind, tmp_path, precompute_ref_log_probs=True, **{"steps": 2} | options)
+        kind = type("Trainer", (FusedDPOTrainer,), changes)
+        kind = helpers.trl.DPOTrainer if stock else kind
+        log, trainer = helpers.run(kind, tmp_path, precompute_ref_log_probs=True, **{"steps": 2} | options)
         assert stock or trainer.fallback_reason == ""
         return [entry["loss"] for entry in log if "loss" in entry]
 
@@ -347,7 +348,7 @@ class TestTrainer:
     @pytest.mark.slow
     @pytest.mark.usefixtures("_forgotten")
     def test_a_compiled_model_which_is_not_compiled_anew_for_every_batch(self, train):
-        from tests.test_integration_trl import ratings, with_columns
+        from tests.trl_helpers import ratings, with_columns
 
         def one_layer(model):
             model.model.layers = model.model.layers[:1]

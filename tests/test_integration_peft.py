@@ -12,7 +12,7 @@ from dpo_kernels import fused_dpo_loss  # noqa: E402
 from dpo_kernels.integrations import lm_head  # noqa: E402
 from dpo_kernels.integrations.precompute import precompute_reference_logps  # noqa: E402
 from dpo_kernels.integrations.transformers import fused_lm_head  # noqa: E402
-from tests.test_integration_transformers import V, assert_same, batch, both, full_logits_loss, tiny  # noqa: E402
+from tests.integration_helpers import V, assert_same, batch, both, full_logits_loss, tiny  # noqa: E402
 
 assert batch  # a fixture
 

@@ -17,17 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_kernels.integrations import precompute, precompute_files, precompute_rows
 from dpo_kernels.integrations.precompute import FINAL, PART, precompute_reference_logps
-from tests.test_integration_fingerprint_leaving import leaving
-from tests.test_integration_transformers import V, tiny
-
-
-def rows(count=9, seed=0):
-    g = torch.Generator().manual_seed(seed)
-
-    def ids(least, most):
-        return torch.randint(3, V, (int(torch.randint(least, most, (), generator=g)),), generator=g).tolist()
-
-    return [{"prompt_ids": ids(1, 5), "chosen_ids": ids(1, 9), "rejected_ids": ids(1, 9)} for _ in range(count)]
+from tests.integration_helpers import V, leaving, rows, tiny
 
 
 def directly(model, row, side, max_length=None):
@@ -93,7 +83,7 @@ def test_a_run_that_stopped_goes_on_where_it_was(tmp_path):
 KILLED = """
 import pathlib, sys, time, torch
 from dpo_kernels.integrations.precompute import PART, precompute_reference_logps
-from tests.test_integration_precompute import rows, tiny
+from tests.integration_helpers import rows, tiny
 torch.set_num_threads(1)
 model = tiny("llama")
 folder = pathlib.Path(sys.argv[1])

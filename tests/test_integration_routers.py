@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from dpo_kernels.integrations import routers  # noqa: E402
 from dpo_kernels.integrations.routers import router_loss, why_no_router_loss  # noqa: E402
-from tests.test_integration_transformers import SMALL, V, without  # noqa: E402
+from tests.integration_helpers import SMALL, V, without  # noqa: E402
 
 HEADS = without("head_dim")
 ONE_LAYER = {"num_hidden_layers": 1}
@@ -93,10 +93,12 @@ def test_outputs_without_router_logits_are_named():
 
 # --- in the trainer ---------------------------------------------------------------------------------------------------
 
-trl_tests = pytest.importorskip("tests.test_integration_trl", reason="trl, peft or datasets is not installed")
-pytestmark = trl_tests.pytestmark
+trl_helpers = pytest.importorskip("tests.trl_helpers", reason="trl, peft or datasets is not installed")
+from dpo_kernels.integrations.trl import FusedDPOTrainer  # noqa: E402
+
+pytestmark = trl_helpers.OTHERS_WARNINGS
 needs_the_option = pytest.mark.skipif(
-    not hasattr(trl_tests.trl.DPOConfig, "router_aux_loss_coef"), reason="this TRL has no router_aux_loss_coef"
+    not hasattr(trl_helpers.trl.DPOConfig, "router_aux_loss_coef"), reason="this TRL has no router_aux_loss_coef"
 )
 
 
@@ -104,11 +106,11 @@ needs_the_option = pytest.mark.skipif(
 def test_a_model_without_one_trains_with_one_line_in_the_log(tmp_path, caplog):
     options = {"model": model_of(llama4()), "steps": 2, "precompute_ref_log_probs": True}
     with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.1 weighs a router loss that is not to be had: "):
-        trl_tests.run(trl_tests.FusedDPOTrainer, tmp_path, **options, router_aux_loss_coef=0.1)
+        trl_helpers.run(FusedDPOTrainer, tmp_path, **options, router_aux_loss_coef=0.1)
     with caplog.at_level(logging.WARNING, logger="dpo_kernels.integrations.trl"):
-        without_one, _ = trl_tests.run(trl_tests.FusedDPOTrainer, tmp_path, **options, router_aux_loss_coef=0.0)
+        without_one, _ = trl_helpers.run(FusedDPOTrainer, tmp_path, **options, router_aux_loss_coef=0.0)
         assert not caplog.records
-        log, trainer = trl_tests.run(trl_tests.FusedDPOTrainer, tmp_path, **options)
+        log, trainer = trl_helpers.run(FusedDPOTrainer, tmp_path, **options)
     assert [record.getMessage() for record in caplog.records] == [
         "FusedDPOTrainer: there is no router loss: Llama4ForCausalLM computes no router loss"
     ]
@@ -121,8 +123,8 @@ def test_a_model_without_one_trains_with_one_line_in_the_log(tmp_path, caplog):
 @needs_the_option
 def test_a_model_with_one_has_it_in_its_first_loss(tmp_path):
     options = {"model": model_of(CONFIGS["ernie4_5_moe"](transformers)), "steps": 2, "router_aux_loss_coef": 0.1}
-    kinds = (trl_tests.trl.DPOTrainer, trl_tests.FusedDPOTrainer)
-    stock, ours = (trl_tests.run(kind, tmp_path, **options)[0] for kind in kinds)
+    kinds = (trl_helpers.trl.DPOTrainer, FusedDPOTrainer)
+    stock, ours = (trl_helpers.run(kind, tmp_path, **options)[0] for kind in kinds)
     for key in ("aux_loss", "loss", "grad_norm", "eval_loss", "eval_aux_loss"):
         theirs, mine = (next(entry[key] for entry in log if key in entry) for log in (stock, ours))
         assert mine == pytest.approx(theirs, rel=1e-4), key

@@ -13,17 +13,17 @@ from trl.trainer import utils  # noqa: E402
 
 from dpo_kernels.integrations.trl import patch, patch_trl, unpatch_trl  # noqa: E402
 from dpo_kernels.integrations.trl.token_logps import token_logps  # noqa: E402
-from tests.test_integration_trl import (  # noqa: E402
+from tests.trl_helpers import (  # noqa: E402
     LARGEST,
     NOT_LOGGED_TWICE,
+    OTHERS_WARNINGS,
     calm,
-    pytestmark,
     ratings,
     run,
     tokenizer,
 )
 
-assert pytestmark  # the same warnings of the same packages
+pytestmark = OTHERS_WARNINGS
 
 H, V, N = 6, 13, 9
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
