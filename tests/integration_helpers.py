@@ -108,7 +108,12 @@ def both(model, batch, **options):
 def assert_same(plain, fused):
     torch.testing.assert_close(fused[0], plain[0], rtol=1e-5, atol=1e-6)
     assert fused[1].keys() == plain[1].keys()
+    largest = max(grad.norm() for grad in plain[1].values())
     for name, grad in plain[1].items():
+        if name.endswith("k_proj.bias") and grad.norm() < 1e-8 * largest:
+            # A bias of the keys adds the same to all scores of a query, so that its gradient is 0 but for rounding.
+            assert fused[1][name].norm() < 1e-8 * largest, name
+            continue
         error = (fused[1][name] - grad).norm() / grad.norm().clamp(min=1e-6)
         assert error < 2e-5, f"{name}: {error:.1e}"
 
