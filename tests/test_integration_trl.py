@@ -432,7 +432,7 @@ def test_a_wrong_scale_in_the_configuration_stops_the_first_step(tmp_path):
 
 
 def test_a_wrong_scale_stops_the_first_step_where_the_chosen_are_short(tmp_path, monkeypatch):
-    monkeypatch.setattr("dpo_kernels.integrations.transformers.DIVIDERS", ())
+    monkeypatch.setattr("dpo_kernels.integrations.model_parts.DIVIDERS", ())
     words = " ".join(WORDS[:30])
     rows = [{"prompt": f"w{i} ", "chosen": f"w{i + 1} w{i + 2}", "rejected": words} for i in range(4)]
     with pytest.raises(RuntimeError, match="does not reproduce the logits of GraniteForCausalLM"):

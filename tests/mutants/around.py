@@ -81,7 +81,7 @@ _INTEGRATIONS = [
         "a run that goes on overwrites what it found",
     ),
     Mutant(
-        "dpo_kernels/integrations/transformers.py",
+        "dpo_kernels/integrations/model_parts.py",
         "else 1.0 / divider",
         "else divider",
         "tests/test_integration_transformers.py::test_loss_and_gradients_are_those_of_full_logits",

@@ -1,8 +1,8 @@
 """TRL's DPO trainer on the fused loss.
 
-The reference is scored first. The policy's loss and its gradients are then computed in one pass inside the model's own
-``forward``, where DistributedDataParallel and autocast see them. What the fused loss does not support goes to TRL's own
-loss, and one line in the log says why. This module is written for TRL 0.29 to 1.16.
+The reference is scored first. The policy's loss and gradients are then computed in one pass inside the model's own
+``forward``, where DistributedDataParallel and autocast see them. TRL's own loss serves what the fused loss does not
+support. This module is written for TRL 0.29 to 1.16.
 """
 
 import inspect
@@ -20,8 +20,9 @@ from trl.trainer import dpo_trainer as trl_module
 from dpo_kernels import fused_dpo_loss, fused_sequence_logps, wpo_pair_weights
 from dpo_kernels.integrations import lm_head
 from dpo_kernels.integrations.head_check import evaluating
+from dpo_kernels.integrations.model_parts import CALL, innermost
 from dpo_kernels.integrations.routers import router_loss, why_no_router_loss
-from dpo_kernels.integrations.transformers import CALL, FusedLMHead, fused_lm_head, innermost
+from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
 from dpo_kernels.integrations.trl.batch import REFERENCE, PairBatch, check_packing, pair_batch
 from dpo_kernels.integrations.trl.compatibility import adapter_on_the_head_allowed, why_not_this_setup
 from dpo_kernels.integrations.trl.metrics import STATS, record
@@ -229,9 +230,8 @@ class FusedDPOTrainer(DPOTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         if self.ref_model is None and hasattr(policy, "peft_config"):
             adapter = trl_module.use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
-        checkpointing_off = trl_module.disable_gradient_checkpointing(
-            self.model, self.args.gradient_checkpointing_kwargs
-        )
+        kwargs = self.args.gradient_checkpointing_kwargs
+        checkpointing_off = trl_module.disable_gradient_checkpointing(self.model, kwargs)
         with torch.no_grad(), checkpointing_off, adapter, self.accelerator.autocast():
             logps: Tensor = self._within(model, {**batch.inputs, "use_cache": False}, work)
         return logps.to(batch.labels.device)
@@ -273,7 +273,7 @@ class FusedDPOTrainer(DPOTrainer):
     def _policy(
         self, batch: PairBatch, reference: Tensor, outputs: Any, hidden: Tensor, weight: Tensor, options: dict[str, Any]
     ) -> dict[str, Any]:
-        """Compute the fused loss; the policy's forward calls this."""
+        """Compute the fused loss and the router loss. The policy's forward calls this."""
         assert self._loss_options is not None, "set when it was decided to come here"
         aux_loss = None
         if getattr(self, "aux_loss_enabled", False):
