@@ -1,16 +1,16 @@
 """A fingerprint of everything that a model's log-probs depend on.
 
-Weights and buffers, whether or not ``state_dict`` keeps them, the configuration, the numbers and functions that modules
-hold beside their tensors (an attention scale, LoRA's scaling), and the adapters that are active, whatever they are
-called. What does not compute is left out: training modes, dropout, adapters that are off, names and paths, and what
-a forward leaves behind.
+It covers weights and buffers, whether or not ``state_dict`` keeps them, and the configuration. It covers the numbers
+and functions that modules hold beside their tensors, such as an attention scale or LoRA's scaling. It covers the
+adapters that are active, but not their names.
 
-What code does that was put in place of a model's own at run time (forward hooks, a patched forward) is not seen.
+What does not compute is left out: training modes, dropout, adapters that are off, names and paths, and what a forward
+leaves behind. Code that replaces a model's own at run time (forward hooks, a patched forward) is not seen.
 """
 
-# Why not by the model's answers to a probe, which would show even that: no threshold serves. Bits differ between batch
-# sizes, numbers of threads and machines, in 16 bits by some 0.1 nats for a token, and a small change of a model moves
-# log-probs by less. And a probe would need a forward of the model where everything is on disk already.
+# The model's answers to a probe would show even such code, but no threshold would serve. Between batch sizes, numbers
+# of threads and machines log-probs differ, in 16 bits by some 0.1 nats for a token. A small change of a model moves
+# them by less. A probe would also need a forward of the model where everything is on disk already.
 
 import contextlib
 import hashlib
@@ -25,26 +25,54 @@ from torch import Tensor, nn
 from dpo_kernels.integrations.fingerprint_values import Values, computed_with, is_dropout
 from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
 
+# Attributes of configurations that choose a kernel, and with it the last bits.
 IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
+# Modules that compute nothing in evaluation mode.
 NOTHING = {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}
-SHARDING = "torch.distributed.fsdp"  # which puts a class of its own before that of a module
-# Attributes of modules that no forward reads; "forward" is replaced by FusedLMHead.attach and by accelerate.
+SHARDING = "torch.distributed.fsdp"  # FSDP puts a class of this package before the class of a module
+# Attributes of modules that no forward reads. FusedLMHead.attach and accelerate replace "forward".
 NOT_READ = {
     "training", "forward", "config", "generation_config", "gradient_checkpointing", "is_gradient_checkpointing",
     "is_parallelizable", "model_parallel", "hf_device_map", "name_or_path", "warnings_issued", "model_tags",
     "loss_type", "kernel_config", "all_tied_weights_keys", "peft_config", "merged_adapters",
     "base_layer",
-    # What a forward leaves for the next steps of a generation, in RecurrentGemma and vision-language models; RWKV's
-    # mark that its weights are divided.
+    # A forward of RecurrentGemma and of vision-language models leaves these for the next steps of a generation. The
+    # last is RWKV's mark that its weights are divided.
     "recurrent_states", "conv1d_state", "rope_deltas", "layers_are_rescaled",
 }  # fmt: skip
-# Of a table that a forward makes anew for longer inputs: as many rows as show the numbers that all of them follow from.
+# A forward makes some tables anew for longer inputs. This many rows of such a table show the numbers that all of them
+# follow from.
 FIRST_ROWS = 8
 ROPE_BY_LENGTH = re.compile(r"(Dynamic|NTK|LongRoPE|SuScaled)\w*Rotary")  # names of classes that have no rope_type
 
 
 def model_fingerprint(model: nn.Module, head: FusedLMHead | None = None) -> str:
-    """Of the model, of the scale and softcap of its ``head`` (the one it has by default), and of autocast."""
+    """Hash what a model computes with, scale and softcap of its head, and the state of autocast.
+
+    Args:
+        model: a model as ``fused_lm_head`` takes it.
+        head: its head where scale or softcap were changed; None for the one that the model has by default.
+
+    Returns:
+        32 hexadecimal digits, the same in every process.
+
+    Raises:
+        ValueError: weights are on the meta device, or as in ``fused_lm_head``.
+        TypeError: a tensor does not tell its numbers, or as in ``fused_lm_head``.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> before = model_fingerprint(model)
+        >>> model_fingerprint(model.train()) == before
+        True
+        >>> with torch.no_grad():
+        ...     model.lm_head.weight[0, 0] += 1.0
+        >>> model_fingerprint(model) == before
+        False
+
+    """
     head = fused_lm_head(model) if head is None else head
     digest = hashlib.blake2b(digest_size=16)
     walk = _Walk(digest.update)
@@ -59,7 +87,19 @@ def model_fingerprint(model: nn.Module, head: FusedLMHead | None = None) -> str:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its token ids; an offloaded embedding has no weight there."""
+    """Find the device on which a model takes its token ids, where its embedding is offloaded too.
+
+    Args:
+        model: a causal model of transformers.
+
+    Returns:
+        The device.
+
+    Example::
+
+        hidden = model(input_ids.to(input_device(model)))
+
+    """
     embedding = model.get_input_embeddings()
     device: torch.device = next(embedding.parameters()).device
     if device.type != "meta":
@@ -70,7 +110,7 @@ def input_device(model: Any) -> torch.device:
 
 
 class _Walk:
-    """Everything that modules compute with, in a fixed order, as bytes."""
+    """A walk over modules that gives everything they compute with to ``add``, as bytes and in a fixed order."""
 
     def __init__(self, add: Callable[[Any], None]) -> None:
         self.add = add
@@ -88,10 +128,10 @@ class _Walk:
             self.plain_module(path, module, module.named_children())
 
     def adapted(self, path: str, layer: Any) -> None:
-        """A layer of PEFT as what it computes: where no adapter acts, that is the layer inside it and nothing else."""
+        """Add a layer of PEFT as what it computes. Where no adapter acts, that is the layer inside it alone."""
         self.module(path, layer.base_layer)
         merged = list(getattr(layer, "merged_adapters", ()))
-        # Merged they are in the weights already, and merged but off the next forward takes them out again.
+        # Merged adapters are in the weights already. If they are merged but off, the next forward takes them out again.
         on = [] if merged else list(layer.active_adapters)
         acting = merged if layer.disable_adapters else on
         parts = {
@@ -130,7 +170,7 @@ class _Walk:
             self.module(f"{path}.{name}", child)
 
     def held(self, path: str, module: nn.Module, name: str, tensor: Tensor) -> None:
-        """A parameter or buffer, and what a quantised one has beside its codes."""
+        """Add a parameter or buffer, and what a quantised one has beside its codes."""
         if name == "weight" and id(module) in self.divided and tensor.is_floating_point():
             tensor = tensor.detach() / self.divided[id(module)]
         tensor = _first_rows(module, name, tensor)
@@ -164,13 +204,14 @@ def _is_ignored(attribute: str) -> bool:
 
 
 def _set_by_forward(module: Any) -> set[str]:
-    """What a module's own forward sets anew and what follows from the configuration, or what none reads."""
+    """Return names of attributes that say nothing: a forward sets them anew, or they follow from the configuration."""
     names = set()
     if (isinstance(module, nn.Embedding) or hasattr(module, "get_input_embeddings")) and not _counts_padding(module):
-        names.add("padding_idx")  # which only gradients depend on; models hand it on to their embeddings
-    if hasattr(module, "compute_type_is_set"):  # bitsandbytes: by the configuration, otherwise by the first input
+        names.add("padding_idx")  # only gradients depend on it; models hand it on to their embeddings
+    if hasattr(module, "compute_type_is_set"):  # bitsandbytes sets them by the configuration or by the first input
         names |= {"compute_type_is_set", "compute_dtype"}
-    # A rotary embedding for the lengths it meets; in code that comes with a model the class says of which kind it is.
+    # Some rotary embeddings change with the lengths that they meet. In code that comes with a model the name of the
+    # class says which kind it is.
     types: Any = getattr(module, "rope_type", None)
     if types is None and ROPE_BY_LENGTH.search(type(module).__name__):
         types = "dynamic"
@@ -181,14 +222,17 @@ def _set_by_forward(module: Any) -> set[str]:
 
 
 def _counts_padding(module: nn.Module) -> bool:
-    """Whether a forward reads the padding's id itself, as one that counts positions from it does."""
+    """Say whether a forward reads the padding's id itself, as one that counts positions from it does."""
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     return forward is not nn.Embedding.forward and (code is None or "padding_idx" in code.co_names)
 
 
 def _first_rows(module: Any, name: str, value: Any) -> Any:
-    """Of a table of positions that a forward makes longer the first rows; one of ``state_dict`` does not grow."""
+    """Return the first rows of a table of positions that a forward makes longer, and any other value as it is.
+
+    A table of ``state_dict`` does not grow.
+    """
     table = "cached" in name or (name == "weights" and "Sinusoidal" in type(module).__name__)
     kept = name in module._parameters or (name in module._buffers and name not in module._non_persistent_buffers_set)
     if not table or kept or not isinstance(value, Tensor) or value.dim() < 2:
@@ -197,7 +241,10 @@ def _first_rows(module: Any, name: str, value: Any) -> Any:
 
 
 def _yet_to_be_divided(module: Any) -> dict[int, int]:
-    """RWKV in evaluation mode divides weights in place at its first forward: by id of the layer, by how much."""
+    """Return by how much RWKV will divide the weights of its layers, by id of the layer.
+
+    In evaluation mode its first forward divides them in place.
+    """
     every = getattr(getattr(module, "config", None), "rescale_every", 0)
     if getattr(module, "layers_are_rescaled", True) or every <= 0:
         return {}
@@ -211,7 +258,7 @@ def _yet_to_be_divided(module: Any) -> dict[int, int]:
 
 @contextlib.contextmanager
 def _loaded(module: nn.Module) -> Iterator[None]:
-    """With the weights that accelerate has offloaded brought back."""
+    """Bring the weights that accelerate has offloaded back while this context is open."""
     own = (*module._parameters.values(), *module._buffers.values())
     if not hasattr(module, "_hf_hook") or all(tensor is None or tensor.device.type != "meta" for tensor in own):
         yield

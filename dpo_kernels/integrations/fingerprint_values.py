@@ -1,7 +1,8 @@
-"""Plain Python values and tensors as bytes, for the fingerprint of a model: equal where they compute the same.
+"""Python values and tensors as bytes, for the fingerprint of a model: equal where they compute the same.
 
-The bytes are the same in every process. Functions count by their code, what they close over and the plain globals that
-they read, objects by their class and their attributes; those of ``BY_CLASS`` and of C code by their class only.
+The bytes are the same in every process. A function counts by its code, what it closes over and the plain globals that
+it reads. An object counts by its class and its attributes. Objects of ``BY_CLASS`` and of C code count by their class
+only.
 """
 
 import functools
@@ -18,31 +19,58 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# Keys of configurations that no forward of a causal model reads, or not in evaluation mode; loading, saving, trainers
+# Keys of configurations that no forward of a causal model reads, or not in evaluation mode. Loading, saving, trainers
 # and tokenizers change them.
 NOT_COMPUTED_WITH = {
     "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict",
     "output_attentions", "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "id2label", "label2id",
     "bos_token_id", "eos_token_id", "pad_token_id", "gradient_checkpointing", "problem_type", "auto_map",
 }  # fmt: skip
-# Names of dropout as transformers and timm spell them. In evaluation mode it does nothing; ESM's token_dropout does.
+# Names of dropout as transformers and timm spell them. Dropout does nothing in evaluation mode, except ESM's
+# token_dropout.
 DROPOUT = re.compile(
     r"(?<!token_)dropouts?$|^dropout_|dropout_(p|prob|rate|ratio|value)$|(layer_?|path_?|p|^|(?<!token)_)drop$"
     r"|drop_?path|drop_(\w+_)?(prob|rate)$"
 )
+# Types whose ``repr`` says all.
 PLAIN = (bool, int, float, complex, str, bytes, range, torch.dtype, torch.Size, type(None), type(...))
-# Packages, and a class of bitsandbytes, whose objects hold what running and loading leaves in them (caches, handles).
+# Packages whose objects hold what running and loading leaves in them, such as caches and handles. The last is a class
+# of bitsandbytes.
 BY_CLASS = {"torch", "triton", "transformers", "peft", "accelerate", "logging", "threading", "weakref", "MatmulLtState"}
 REMOTE = "transformers_modules"  # the package in which transformers puts code that comes with a model
 
 
 def is_dropout(name: str) -> bool:
-    """Whether it is the name of a dropout, which does nothing in evaluation mode."""
+    """Say whether a name is that of a dropout, which does nothing in evaluation mode.
+
+    Args:
+        name: of an attribute or of a key of a configuration.
+
+    Returns:
+        True for a dropout.
+
+    Example:
+        >>> is_dropout("attention_dropout"), is_dropout("hidden_size")
+        (True, False)
+
+    """
     return DROPOUT.search(name) is not None
 
 
 def computed_with(value: Any) -> Any:
-    """A configuration without what no forward reads; the configurations inside it too."""
+    """Leave out of a configuration what no forward reads, and out of the configurations inside it too.
+
+    Args:
+        value: a configuration as a mapping, or any other value.
+
+    Returns:
+        A dictionary, or the value itself if it is not a mapping.
+
+    Example:
+        >>> computed_with({"hidden_size": 16, "use_cache": True, "attention_dropout": 0.1})
+        {'hidden_size': 16}
+
+    """
     if not isinstance(value, Mapping):
         return value
     return {
@@ -53,30 +81,43 @@ def computed_with(value: Any) -> Any:
 
 
 class Values:
-    """Gives bytes to ``add``, and the modules that it meets to ``module``."""
+    """A walk over values that gives bytes to ``add``, and the modules that it meets to ``module``.
+
+    Args:
+        add: takes bytes, or what can be read as bytes.
+        module: takes a path and a module.
+
+    Example:
+        >>> parts = []
+        >>> Values(parts.append, lambda path, module: None).value("scale", 0.5)
+        >>> parts
+        [b'scale 0.5;']
+
+    """
 
     def __init__(self, add: Callable[[Any], None], module: Callable[[str, Any], None]) -> None:
         self.add, self.module = add, module
-        self.first: dict[int, tuple[str, Any]] = {}  # by id: where it was met; kept, so that no id is used twice
-        self.inside: set[int] = set()  # containers that are being read: one may hold itself
+        # Where each thing was first met, by its id. The things are kept, so that no id is used twice.
+        self.first: dict[int, tuple[str, Any]] = {}
+        self.inside: set[int] = set()  # ids of containers that are being read, since one may hold itself
         self.remote: dict[str, str] = {}
 
     def met(self, path: str, thing: Any) -> bool:
-        """Whether it was read before; then it is only named."""
+        """Say whether a thing was read before, and add where if so."""
         first, _ = self.first.setdefault(id(thing), (path, thing))
         if known := first != path:
             self.add(f"{path} is {first};".encode())
         return known
 
     def value(self, path: str, value: Any) -> None:
-        """Whatever a module or a configuration may hold."""
+        """Add whatever a module or a configuration may hold."""
         if isinstance(value, Tensor):
             self.tensor(path, value)
         elif isinstance(value, nn.Module):
             self.module(path, value)
         elif isinstance(value, np.generic | np.ndarray):
             self.array(path, np.asarray(value))
-        elif isinstance(value, Enum):  # before the plain ones: it may be one of them
+        elif isinstance(value, Enum):  # this comes before the plain types, since an Enum may be one of them
             self.add(f"{path} {self.class_name(type(value))} {value.name};".encode())
             self.value(f"{path}.value", value.value)
         elif isinstance(value, PLAIN):
@@ -90,7 +131,7 @@ class Values:
             self.thing(path, value)
 
     def container(self, path: str, value: Any) -> None:
-        """A mapping, a sequence or a set, in an order that every process finds."""
+        """Add a mapping, a sequence or a set, in an order that every process finds."""
         self.add(f"{path} {len(value)};".encode())
         if id(value) in self.inside:
             return
@@ -109,7 +150,7 @@ class Values:
         self.inside.discard(id(value))
 
     def bytes_of(self, path: str, value: Any) -> bytes:
-        """What it would give to ``add``: an order for what has none."""
+        """Return what a value would give to ``add``. It is used to sort what has no order."""
         parts: list[bytes] = []
         add, self.add = self.add, lambda data: parts.append(bytes(data))
         try:
@@ -119,7 +160,7 @@ class Values:
         return b"".join(parts)
 
     def thing(self, path: str, value: Any) -> None:
-        """A function, or an object, that is met for the first time."""
+        """Add a function or an object that is met for the first time."""
         value = getattr(value, "_torchdynamo_orig_callable", value)  # a compiled function is the function
         name = self.class_name(value if hasattr(value, "__qualname__") else type(value))
         self.add(f"{path} {name};".encode())
@@ -131,7 +172,7 @@ class Values:
             self.value(f"{path}.self", value.__self__)
         elif isinstance(value, types.FunctionType):
             self.function(path, value)
-        elif hasattr(value, "__wrapped__"):  # such as functools.cache makes
+        elif hasattr(value, "__wrapped__"):  # functools.cache makes such objects
             self.value(f"{path}.wrapped", value.__wrapped__)
         elif not isinstance(value, type) and BY_CLASS.isdisjoint(
             (type(value).__module__.split(".")[0], type(value).__qualname__)
@@ -139,7 +180,7 @@ class Values:
             self.attributes(path, value)
 
     def attributes(self, path: str, value: Any) -> None:
-        """What an object holds."""
+        """Add what an object holds."""
         held = dict(getattr(value, "__dict__", {}))
         for kind in type(value).__mro__:
             slots = vars(kind).get("__slots__", ())
@@ -151,7 +192,7 @@ class Values:
                 self.value(f"{path}.{name}", held[name])
 
     def function(self, path: str, function: types.FunctionType) -> None:
-        """A function of Python as what it computes."""
+        """Add a Python function as what it computes."""
         self.value(f"{path}.defaults", (function.__defaults__, function.__kwdefaults__))
         for code in _codes(function.__code__):
             self.add(f"{path} {code.co_names} {len(code.co_code)};".encode())
@@ -163,19 +204,19 @@ class Values:
         for number, cell in enumerate(function.__closure__ or ()):
             try:
                 inside = cell.cell_contents
-            except ValueError:  # not yet filled
+            except ValueError:  # the cell is not yet filled
                 continue
             self.value(f"{path}.closure.{number}", inside)
 
     def class_name(self, kind: Any) -> str:
-        """Of a class or function, with the last part of its module's name: the rest of it may be a path."""
+        """Return the name of a class or function after the last part of its module's name; the rest may be a path."""
         module = str(getattr(kind, "__module__", None))
         if module not in self.remote:
             self.remote[module] = _source(module) if module.startswith(f"{REMOTE}.") else ""
         return f"{module.rsplit('.', 1)[-1]}.{kind.__qualname__}{self.remote[module]}"
 
     def array(self, path: str, array: "np.ndarray[Any, Any]") -> None:
-        """An array or a number of numpy."""
+        """Add an array or a number of numpy."""
         if array.dtype.hasobject:
             self.value(path, array.tolist())
             return
@@ -183,7 +224,7 @@ class Values:
         self.add(array.tobytes())
 
     def tensor(self, path: str, tensor: Tensor) -> None:
-        """A tensor by its numbers; where it wraps others, by theirs."""
+        """Add a tensor by its numbers. If it wraps other tensors, add theirs."""
         name = path.strip(".")
         if tensor.device.type == "meta":
             raise ValueError(
@@ -192,7 +233,7 @@ class Values:
             )
         tensor = tensor.detach()
         kind: Any = type(tensor)
-        if hasattr(tensor, "full_tensor"):  # a DTensor, of which every process asks for the whole
+        if hasattr(tensor, "full_tensor"):  # every process asks for the whole of a DTensor
             self.tensor(path, tensor.full_tensor())
             return
         if kind is not Tensor and hasattr(kind, "__tensor_flatten__"):
@@ -215,12 +256,12 @@ class Values:
 
 
 def _order(key: Any) -> str:
-    """By which keys are sorted; what would be told by its address comes in the order that it has."""
+    """Return by what a key is sorted. Keys that would show their address keep the order that they have."""
     return str(key) if isinstance(key, (*PLAIN, Enum)) else type(key).__qualname__
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A function's code and that of the functions inside it."""
+    """Yield a function's code and that of the functions inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -228,7 +269,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _source(module: str) -> str:
-    """A hash of the files of code that came with a model; where they cannot be read, the whole name of the module."""
+    """Hash the files of code that came with a model. Where they cannot be read, return the module's whole name."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
     try:

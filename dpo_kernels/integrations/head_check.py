@@ -1,8 +1,8 @@
 """The self-check of a fused head: it must give the logits that the model itself gives.
 
-What the output embedding receives in the model's own forward is compared with what the backbone returns, and the logits
-which the model makes of it with those of the fused head. A hook on the output embedding sees both, whatever part of the
-backbone the model calls and whatever its inputs are.
+Two things are compared. What the output embedding receives in the model's own forward must be what the backbone
+returns, and the model's logits must be those of the fused head. A hook on the output embedding sees both, whatever part
+of the backbone the model calls and whatever its inputs are.
 """
 
 import functools
@@ -14,27 +14,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The logits are compared for this many sequences, positions and columns of the vocabulary, natural and stretched to
-# this largest logit, at which a soft cap of any model shows.
+# The logits are compared for this many sequences, positions and tokens of the vocabulary. At every other position the
+# hidden states are stretched until the largest logit is STRETCHED, at which a soft cap of any model shows.
 ROWS, POSITIONS, COLUMNS, STRETCHED = 2, 8, 1024, 100.0
-# Largest difference at a position by its largest logit: float32 with TF32 off and on loses 1e-6 to 1e-3, 16-bit logits
-# 2^-8. Logits all below 1 are compared as if one were 1.
+# The largest difference of logits at a position, relative to the largest logit there, by dtype. float32 loses 1e-6
+# without and 1e-3 with TF32, bfloat16 loses 2^-8. Where all logits are below LEAST_LARGEST, it takes the place of the
+# largest.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 LEAST_LARGEST = 1.0
 
+# This stands in the error where the output embedding does not receive the backbone's hidden states.
 BETWEEN = " (what its output embedding receives is not what its backbone returns)"
-NOT_FOR_THE_CHECK = ("labels", "output_router_logits", "logits_to_keep")  # no loss is wanted, and every position
+# The check leaves these inputs of the model out, since it wants no loss and the logits of every position.
+NOT_FOR_THE_CHECK = ("labels", "output_router_logits", "logits_to_keep")
 SWITCH_OFF = "check=False leaves this check out (check_head = False on FusedDPOTrainer)"
 
 
-# Never traced: the hooks and the numbers that are read here would break a graph, or the tracer.
+# The check is never traced. Its hooks and the numbers that it reads would break a graph, or the tracer.
 @torch.compiler.disable(reason="a fused head is checked eagerly: call head.check(**inputs) before, or give check=False")
 @torch.no_grad()
 def check(head: Any, inputs: dict[str, Any], called: Any) -> bool:
-    """Raise ``RuntimeError`` where a ``FusedLMHead`` does not give the logits of its model for these inputs.
+    """Check that a ``FusedLMHead`` gives the logits of its model.
 
-    ``called`` is what is called for them: the model, or PEFT's model around it. False where they have no position that
-    could be compared, so that nothing is known.
+    Args:
+        head: the ``FusedLMHead``.
+        inputs: the model's own inputs by name.
+        called: what is called with them, the model or PEFT's model around it.
+
+    Returns:
+        True where the logits agree. False where all positions are padding, so that nothing could be compared.
+
+    Raises:
+        RuntimeError: the logits differ, or the model does something between its backbone and its logits.
+
+    Example::
+
+        check(fused_lm_head(model), {"input_ids": ids, "attention_mask": mask}, model)
+
     """
     name, few = type(head.model).__name__, _few(inputs)
     if few is None:
@@ -69,7 +85,20 @@ def check(head: Any, inputs: dict[str, Any], called: Any) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, no checkpointing, and afterwards every module as it was."""
+    """Put a model into evaluation mode while this context is open, and then every module back into its own mode.
+
+    Args:
+        model: the model. Without training mode it uses no dropout and no gradient checkpointing.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        >>> with evaluating(model):
+        ...     model[1].training
+        False
+        >>> model[1].training
+        True
+
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -80,7 +109,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _few(inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """A few sequences where every input certainly has one row for each sequence, otherwise all; None if all padding."""
+    """Take a few sequences of the inputs; None if all is padding.
+
+    All sequences are taken unless every input certainly has one row for each sequence.
+    """
     inputs = {n: value for n, value in inputs.items() if value is not None and n not in NOT_FOR_THE_CHECK}
     ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if not isinstance(ids, Tensor) or ids.dim() < 2:
@@ -89,7 +121,7 @@ def _few(inputs: dict[str, Any]) -> dict[str, Any] | None:
     rows = _kept(inputs.get("attention_mask"), ids.shape[:2])[0]
     if not len(rows):
         return None
-    # Image patches, position ids (3, B, T) and the like do not begin with the batch, or only by chance.
+    # The first dimension of image patches, position ids (3, B, T) and the like is not the batch, or only by chance.
     by_row = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == ids.shape[:2]}
     by_row.add("input_ids" if "input_ids" in inputs else "inputs_embeds")
     rest = (value for name, value in inputs.items() if name not in by_row)
@@ -99,11 +131,11 @@ def _few(inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _kept(mask: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Which sequences ``(R,)`` and positions ``(R, POSITIONS)`` of ``shape`` ``(B, T)`` are compared; CPU indices.
+    """Choose which sequences ``(R,)`` and positions ``(R, POSITIONS)`` of ``shape`` ``(B, T)`` are compared.
 
-    The last positions that are no padding, since what stands at padding may be anything, NaN included, of the first
-    sequences that have the most of them. Where a sequence has fewer, they come again: of one position alone both the
-    natural and the stretched logits are compared.
+    They are CPU indices: the last positions that are no padding, of the first sequences that have the most of them.
+    Padding is left out because anything may stand there, NaN included. A sequence with fewer positions repeats them, so
+    that of a single position both the natural and the stretched logits are compared.
     """
     kept = torch.ones(shape, dtype=torch.bool, device="cpu")
     if isinstance(mask, Tensor) and (mask.shape == shape or (shape[0] == 1 and mask.numel() == shape[1])):
@@ -118,23 +150,23 @@ def _kept(mask: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
 
 
 def _taken(hidden: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
-    """What is compared of hidden states ``(B, T, H)`` or ``(T, H)``."""
+    """Take the compared positions of hidden states ``(B, T, H)`` or ``(T, H)``."""
     rows, columns = places
     return hidden[rows[:, None], columns] if hidden.dim() > 2 else hidden[columns[0]]
 
 
 def _stretched(hidden: Tensor, factor: float) -> Tensor:
-    """Every other position of ``(R, POSITIONS, ..., H)`` or ``(POSITIONS, H)`` by a factor."""
+    """Multiply every other position of ``(R, POSITIONS, ..., H)`` or ``(POSITIONS, H)`` by a factor."""
     odd = torch.arange(POSITIONS, device=hidden.device) % 2 == 1
     return torch.where(odd.view(-1, *[1] * max(1, hidden.dim() - 2)), hidden * factor, hidden)
 
 
 @contextmanager
 def _stretching(head: Any, mask: Any) -> Iterator[dict[str, Any]]:
-    """Let the output embedding see a few positions only, every other one stretched.
+    """Let the output embedding see a few positions only, and every other one of them stretched.
 
-    Yields what it was to receive (``natural``), which of it was compared (``places``), and by what ``factor`` that was
-    stretched, once the model has run.
+    The dictionary is filled once the model has run. ``natural`` is what the output embedding was to receive, ``places``
+    says which positions are compared, and ``factor`` by how much they were stretched.
     """
     seen: dict[str, Any] = {}
 
@@ -142,7 +174,7 @@ def _stretching(head: Any, mask: Any) -> Iterator[dict[str, Any]]:
         if seen or not args or not isinstance(args[0], Tensor):
             return None
         received = args[0]
-        # Without the axis of the batch, one sequence, or all of them end to end.
+        # Hidden states without a batch dimension are one sequence, or all sequences end to end.
         places = _kept(mask, received.shape[:2] if received.dim() > 2 else torch.Size([1, len(received)]))
         if not len(places[0]):
             seen.update(natural=received, places=places)
@@ -151,7 +183,7 @@ def _stretching(head: Any, mask: Any) -> Iterator[dict[str, Any]]:
         given, weight, _ = head.operands(hidden)
         columns = torch.arange(min(COLUMNS, weight.shape[0]), device=weight.device)
         plain = (given.float() @ weight[columns].float().t()).abs().amax() * abs(head.logit_scale)
-        # Hidden states of 16 bits must stay in their range.
+        # This bound keeps hidden states of 16 bits in their range.
         most = 1e4 / float(hidden.abs().amax().clamp(min=1e-6))
         factor = float((STRETCHED / plain.clamp(min=1e-6)).clamp(max=most))
         seen.update(natural=received, places=places, factor=factor)
@@ -166,7 +198,7 @@ def _stretching(head: Any, mask: Any) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _watching(backbone: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yields what a backbone was called with and what it returned, once the model has run."""
+    """Yield a dictionary that holds a backbone's ``inputs`` and ``hidden`` states once the model has run."""
     seen: dict[str, Any] = {}
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
@@ -181,7 +213,7 @@ def _watching(backbone: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _hidden_states(head: Any, inputs: dict[str, Any], seen: dict[str, Any]) -> Tensor:
-    """What the backbone returns for these inputs; called again only if the model has not called it with just them."""
+    """Return the backbone's hidden states; call it again only if the model has called it with other inputs."""
     if seen and _same_tensors(seen["inputs"], inputs):
         hidden: Tensor = seen["hidden"]
         return hidden
@@ -233,7 +265,8 @@ def _compare(head: Any, logits: Tensor, hidden: Tensor, between: str) -> None:
 
 
 def _fused_logits(head: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor) -> Tensor:
-    # Rounded as the model rounds them: where a cap squeezes large logits, their errors show beside small ones.
+    # Operands are rounded as the model rounds them. Where a cap squeezes large logits, their errors would otherwise
+    # show beside small ones.
     narrow, wide = _operand_dtype(weight), torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = hidden.to(narrow).to(wide) @ weight[columns].to(narrow).to(wide).t()

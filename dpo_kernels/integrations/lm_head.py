@@ -1,10 +1,11 @@
 """An output embedding as ``(hidden, weight, bias)`` of one linear map, whatever PEFT has wrapped around it.
 
 A LoRA adapter on the head is the same linear map one block wider: ``h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T``.
-So ``W + s B A`` is never built, and the map is exact in every dtype: a small update is not rounded away in 16-bit
-weights. It costs one GEMM of rank r and a ``(V, H + r)`` copy for each call; and because ``[W, B]`` requires a
-gradient, a frozen W counts as a trainable head: three units of GEMMs for two, and a float32 gradient ``(V, H + r)`` of
-which all but B's r columns are dropped.
+So ``W + s B A`` is never built. The map is exact in every dtype, and 16-bit weights do not round a small update away.
+
+Each call costs one GEMM of rank r and a copy ``(V, H + r)``. Since ``[W, B]`` requires a gradient, a frozen W counts as
+a trainable head: three GEMM passes instead of two. A float32 gradient ``(V, H + r)`` is formed, and all but B's r
+columns of it are dropped.
 """
 
 from typing import Any
@@ -12,13 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Adapters of these sorts, and aLoRA, do a part of their work in PEFT's own forward, around the model's.
+# PEFT's names of adapters that do a part of their work in PEFT's own forward, around the model's. aLoRA does so too.
 IN_PEFTS_FORWARD = ("XLORA", "POLY", "SHADOW")
+# How the class names of quantised layers begin, in bitsandbytes, GPTQ, AWQ, HQQ, AQLM and EETQ.
 QUANTISED = ("Linear4bit", "Linear8bitLt", "QuantLinear", "WQLinear", "HQQLinear", "AqlmLinear", "EetqLinear")
 
 
 def why_not_linear(module: nn.Module | None) -> str:
-    """Why an output embedding cannot be used, or an empty string."""
+    """Say why an output embedding cannot be used.
+
+    Args:
+        module: the output embedding, with what PEFT has put around it, or None.
+
+    Returns:
+        The reason in words, or an empty string.
+
+    Example:
+        >>> why_not_linear(nn.Linear(4, 8))
+        ''
+        >>> why_not_linear(nn.Embedding(8, 4))
+        'the head is a Embedding, not torch.nn.Linear'
+
+    """
     if module is None:
         return "the model has no output embedding (get_output_embeddings() is None)"
     layer = unwrapped(module)
@@ -44,7 +60,20 @@ def why_not_linear(module: nn.Module | None) -> str:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module at the core of what PEFT and ``torch.compile`` have put around it."""
+    """Find the module at the core of what PEFT and ``torch.compile`` have put around it.
+
+    Args:
+        module: any module.
+
+    Returns:
+        The innermost module.
+
+    Example:
+        >>> layer = nn.Linear(4, 8)
+        >>> unwrapped(torch.compile(layer)) is layer
+        True
+
+    """
     while True:
         for attribute in ("_orig_mod", "base_layer", "original_module"):
             if isinstance(inner := getattr(module, attribute, None), nn.Module):
@@ -55,7 +84,19 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def state(module: nn.Module) -> tuple[Any, ...]:
-    """What decides which of its adapters an output embedding applies, its wrappers from the outermost inwards."""
+    """Collect what decides which of its adapters an output embedding applies.
+
+    Args:
+        module: the output embedding, with what PEFT has put around it.
+
+    Returns:
+        A value that can be compared and hashed. It lists the wrappers from the outermost inwards.
+
+    Example:
+        >>> state(nn.Linear(4, 8))
+        ('Linear', None, (), ())
+
+    """
     found: list[Any] = []
     while True:
         found += [type(module).__name__, getattr(module, "disable_adapters", None)]
@@ -69,14 +110,36 @@ def state(module: nn.Module) -> tuple[Any, ...]:
 
 
 def has_adapter(module: nn.Module | None) -> bool:
-    """Whether PEFT has an adapter on the module itself (``modules_to_save`` is none: it replaces the module)."""
+    """Say whether PEFT has an adapter on the module itself. ``modules_to_save`` is none, since it replaces the module.
+
+    Args:
+        module: any module, or None.
+
+    Returns:
+        True where there is an adapter, active or not.
+
+    Example:
+        >>> has_adapter(nn.Linear(4, 8))
+        False
+
+    """
     return module is not None and hasattr(module, "base_layer")
 
 
 def left_out(model: Any, peft_model: Any) -> str:
-    """Which active adapter acts outside of the model, so that its backbone alone leaves it out; or an empty string.
+    """Say which active adapter acts outside of the model, so that a call of its backbone alone would leave it out.
 
-    ``peft_model`` is PEFT's around it, or None where it is not known.
+    Args:
+        model: the causal model.
+        peft_model: PEFT's model around it, or None where it is not known.
+
+    Returns:
+        The reason in words, or an empty string where there is no such adapter.
+
+    Example:
+        >>> left_out(nn.Linear(4, 8), None)
+        ''
+
     """
     kinds = {
         name: _acts_in_pefts_forward(config) for name, config in (getattr(model, "peft_config", None) or {}).items()
@@ -84,7 +147,7 @@ def left_out(model: Any, peft_model: Any) -> str:
     if not any(kinds.values()) or getattr(peft_model, "_adapters_disabled", False):
         return ""
     if peft_model is not None:
-        names = peft_model.active_adapter  # X-LoRA's own name: active_adapters has those of its experts
+        names = peft_model.active_adapter  # X-LoRA's own name; active_adapters has the names of its experts
         active = [*([names] if isinstance(names, str) else names), *peft_model.active_adapters]
     else:  # X-LoRA's layers do not tell that they are switched off
         layers = [module for module in model.modules() if hasattr(module, "adapter_layer_names")]
@@ -100,7 +163,7 @@ def left_out(model: Any, peft_model: Any) -> str:
 
 
 def _acts_in_pefts_forward(config: Any) -> str:
-    """The sort of an adapter that does, or an empty string."""
+    """Return the kind of an adapter that acts in PEFT's own forward, or an empty string."""
     if getattr(config, "alora_invocation_tokens", None):
         return "aLoRA"
     kind = getattr(config, "peft_type", "")
@@ -109,10 +172,27 @@ def _acts_in_pefts_forward(config: Any) -> str:
 
 
 def operands(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(hidden', weight', bias')``: the head's logits for ``hidden (..., H)`` are ``hidden' weight'^T + bias'``.
+    """Give the head's linear map for hidden states: its logits are ``hidden' weight'^T + bias'``.
 
-    Differentiable with respect to the hidden states and to whatever is trainable in the head. Raises ``ValueError``
-    for an adapter that is not linear in the hidden states, or whose sort is not known, and for several in one batch.
+    The result is differentiable with respect to the hidden states and to whatever is trainable in the head.
+
+    Args:
+        module: the output embedding, with what PEFT has put around it.
+        hidden: floating point ``(..., H)``.
+
+    Returns:
+        ``hidden'`` ``(..., H + r)``, ``weight'`` ``(V, H + r)`` and ``bias'`` ``(V,)`` or None. Here r is the rank of
+        the active LoRA adapters together, 0 without them.
+
+    Raises:
+        ValueError: an adapter is not linear in the hidden states or is of an unknown kind. Or ``adapter_names`` chooses
+            an adapter for each sequence.
+
+    Example:
+        >>> hidden, weight, bias = operands(nn.Linear(4, 8), torch.zeros(2, 3, 4))
+        >>> hidden.shape, weight.shape, bias.shape
+        (torch.Size([2, 3, 4]), torch.Size([8, 4]), torch.Size([8]))
+
     """
     if isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
         return operands(compiled, hidden)
@@ -130,7 +210,7 @@ def operands(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor 
 def _same_dtype(hidden: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     hidden = hidden.to(weight.device)
     if not torch.is_autocast_enabled(weight.device.type):
-        hidden = hidden.to(weight.dtype)  # a model in several dtypes casts before its head too
+        hidden = hidden.to(weight.dtype)  # a model in several dtypes casts before its own head too
     return hidden, weight, bias
 
 

@@ -1,7 +1,7 @@
-"""The router loss of a mixture of experts, from the outputs of its backbone: the one that its own forward computes.
+"""The router loss of a mixture of experts, computed from the outputs of its backbone as its own forward computes it.
 
-Most such models of transformers balance the load of their experts by ``load_balancing_loss_func`` of their own module.
-Others (Llama 4, DeepSeek) have router logits and a coefficient in their configuration, but no loss.
+Most such models of transformers balance the load of their experts with ``load_balancing_loss_func`` of their own
+module. Others (Llama 4, DeepSeek) have router logits and a coefficient in their configuration, but no loss.
 """
 
 import inspect
@@ -10,14 +10,27 @@ from typing import Any
 
 from torch import Tensor
 
-FUNCTION = "load_balancing_loss_func"
-# What models and configurations call them.
+FUNCTION = "load_balancing_loss_func"  # the name of the router loss in the modules of transformers
+# The names by which models and configurations call the number of experts, and the number of them that a token uses.
 EXPERTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")
 PER_TOKEN = ("num_experts_per_tok", "moe_top_k")
 
 
 def why_no_router_loss(model: Any) -> str:
-    """Why a causal model has no router loss to be had, or an empty string."""
+    """Say why a router loss cannot be computed for a causal model.
+
+    Args:
+        model: a causal model of transformers, without wrappers.
+
+    Returns:
+        The reason in words, or an empty string.
+
+    Example:
+        >>> from torch import nn
+        >>> why_no_router_loss(nn.Linear(4, 8))
+        'Linear computes no router loss'
+
+    """
     name = type(model).__name__
     function = _function(model)
     if function is None:
@@ -31,7 +44,24 @@ def why_no_router_loss(model: Any) -> str:
 
 
 def router_loss(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
-    """The load-balancing loss ``()`` of a backbone's outputs, whose router logits must be among them."""
+    """Compute the load-balancing loss from a backbone's outputs.
+
+    Args:
+        model: a causal model of transformers for which ``why_no_router_loss`` finds no reason.
+        outputs: what its backbone returned with ``output_router_logits=True``.
+        attention_mask: ``(B, T)``, 0 at padding, or None.
+
+    Returns:
+        The loss ``()``, not yet multiplied by its coefficient.
+
+    Raises:
+        RuntimeError: there are no router logits among the outputs.
+
+    Example::
+
+        loss = out.loss + 0.001 * router_loss(model, outputs, attention_mask)
+
+    """
     logits = getattr(outputs, "router_logits", None)
     if not logits:
         raise RuntimeError(
@@ -44,7 +74,7 @@ def router_loss(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tens
 
 
 def _function(model: Any) -> Any:
-    """The function that the model's forward calls, or None."""
+    """Return the router loss that the model's forward calls, or None."""
     for kind in type(model).__mro__:
         forward = inspect.unwrap(vars(kind).get("forward", lambda: None))
         if FUNCTION in getattr(getattr(forward, "__code__", None), "co_names", ()):
@@ -53,7 +83,7 @@ def _function(model: Any) -> Any:
 
 
 def _has_routers(model: Any) -> bool:
-    """Whether a module is there whose router logits transformers records; True where that is not to be told."""
+    """Say whether transformers records router logits of a module of the model; True where this cannot be told."""
     recorders = [
         names["router_logits"]
         for module in model.modules()
@@ -77,7 +107,8 @@ def _arguments(function: Any, model: Any, logits: Any, attention_mask: Tensor | 
     known = {
         "gate_logits": logits,
         "num_experts": experts,
-        "num_keys": None if experts is None else math.floor(math.sqrt(experts)),  # Doge: a product of two sets of keys
+        # Doge finds an expert by a pair of keys, so that it has as many keys as the root of the number of experts.
+        "num_keys": None if experts is None else math.floor(math.sqrt(experts)),
         "top_k": first(PER_TOKEN),
         "attention_mask": attention_mask,
     }
