@@ -1,6 +1,9 @@
 """The examples run, learn, and do with the fused loss what they do without."""
 
 import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from accelerate.state import AcceleratorState
 from benchmarks import trainer_table
 from dpo_kernels.integrations.precompute import precompute_reference_logps
 from examples import plain_loop, trl_dpo
+from tests.integration_helpers import V, tiny
 from tests.trl_helpers import OTHERS_WARNINGS
 
 pytestmark = OTHERS_WARNINGS
@@ -87,3 +91,44 @@ def test_the_plain_loop_scores_the_reference_in_the_precision_of_the_training(tm
         AcceleratorState._reset_state(reset_partial_state=True)
     assert seen == [True]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+
+
+PAGES = Path(__file__).parents[1] / "docs/integrations"
+
+
+def code_of(page):
+    return re.findall(r"```python\n(.*?)```", (PAGES / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_page_of_transformers_computes_one_loss_in_three_ways():
+    ids = torch.randint(3, V, (4, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(9) < 3, -100)
+    accelerator = SimpleNamespace(prepare=lambda model: model, backward=lambda loss: loss.backward())
+    space = {"torch": torch, "model": tiny("gemma2"), "ids": ids, "mask": torch.ones_like(ids), "labels": labels}
+    space |= {"ref_logps": torch.tensor([-20.0, -21.0, -22.0, -20.0]), "accelerator": accelerator}
+    before, after, inside = code_of("transformers.md")
+    exec(before, space)
+    loss = space.pop("loss")
+    exec(after, space)
+    torch.testing.assert_close(space["loss"], loss)
+    exec(inside, space)
+    torch.testing.assert_close(space["out"].loss, loss)
+    assert space["model"].get_output_embeddings().weight.grad.abs().max() > 0
+
+
+def test_the_code_of_every_page_is_python():
+    pages = sorted(path.name for path in PAGES.glob("*.md"))
+    assert len(pages) == 3
+    for page in pages:
+        for code in code_of(page):
+            compile(code, page, "exec")
+
+
+def test_links_between_the_pages_lead_somewhere():
+    for path in PAGES.glob("*.md"):
+        for link, _, anchor in re.findall(r"\]\((?!http)([^)#]*)(#([^)]*))?\)", path.read_text(encoding="utf-8")):
+            target = (path.parent / link).resolve() if link else path
+            assert target.exists(), f"{path.name}: {link}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
