@@ -1,7 +1,8 @@
-"""The README's measured table, from the results of ``make demo``.
+"""The measured table of docs/performance.md, from the results of ``make demo``.
 
-``python -m benchmarks.demo_table demo_out/summary.json`` keeps what the README shows, with date and processor, in
-``benchmarks/results/`` and rewrites the README's section; without an argument it only rewrites it. A test compares.
+``python -m benchmarks.demo_table demo_out/summary.json`` keeps what the page shows, with date and processor, in
+``benchmarks/results/`` and rewrites the page's section. Without an argument it only rewrites the section. A test
+compares.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "demo-cpu.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 MB = 1e6
 KEPT = ("model", "device", "torch", "before", "after", "comparison", "stage_seconds")
@@ -32,7 +33,7 @@ def keep(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def section(results: dict[str, Any]) -> str:
-    """The README's section in Markdown."""
+    """The page's section in Markdown."""
     compared, options = results["comparison"], results["options"]
     full, fused = compared["full_logits"], compared["fused"]
     before, after = results["before"], results["after"]
@@ -45,7 +46,7 @@ def section(results: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"`make demo` on {results['processor']}, {results['device']}, torch {results['torch']}, {results['date']} "
-            f"([raw numbers](benchmarks/results/{RESULTS.name})): {results['model']}, V = 49152, H = 576, trainable "
+            f"([raw numbers](../benchmarks/results/{RESULTS.name})): {results['model']}, V = 49152, H = 576, trainable "
             f"tied head, float32, {compared['rows']} × {compared['width']} tokens, {compared['scored_tokens']} scored, "
             f"medians of {compared['repeats']} runs in turn.",
             "",
@@ -65,7 +66,7 @@ def section(results: dict[str, Any]) -> str:
 
 
 def with_section(text: str, results: dict[str, Any]) -> str:
-    """The README's text with its section made from ``results``."""
+    """The page's text with its section made from ``results``."""
     return between_marks(text, section(results))
 
 
@@ -75,7 +76,7 @@ def between_marks(text: str, made: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Keep a summary if one is given, and rewrite the README."""
+    """Keep a summary if one is given, and rewrite the page's section."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_table", description=__doc__)
     parser.add_argument("summary", nargs="?", type=Path, help="a demo's summary.json, to be kept")
     summary = parser.parse_args(arguments).summary
@@ -83,7 +84,7 @@ def main(arguments: list[str]) -> None:
         kept = keep(json.loads(summary.read_text(encoding="utf-8")))
         RESULTS.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    README.write_text(with_section(README.read_text(encoding="utf-8"), results), encoding="utf-8")
+    PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 def processor() -> str:

@@ -34,6 +34,9 @@ MARKERS = dict(zip(COLOURS, "osD^vP*x", strict=True))
 MAIN = {"cpu", "gpu-models"}  # groups of cases that differ in nothing but shape, dtype and head
 DPI = 110
 MIB = 2**20
+OVERVIEW = ("full logits", "TRL", "Liger", "ours")  # families in the README's picture
+# Settings that draw text, axes and ticks.
+INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 Point = tuple[float, float, float]  # value, low, high
 
 
@@ -103,6 +106,44 @@ def draw(cases: Sequence[Measured], folder: Path, slug: str, *, save: bool) -> l
         pyplot.close(figure)
         drawn.append((path.name, title, about))
     return drawn
+
+
+def overview(cases: Sequence[Measured], folder: Path, slug: str) -> list[Path]:
+    """The README's picture, for light and for dark pages: time over the floor, and extra memory, by shape."""
+    written = []
+    with pyplot.rc_context({"svg.hashsalt": slug, "font.size": 9}):
+        for theme, ink in (("light", "#1f2328"), ("dark", "#e6edf3")):
+            with pyplot.rc_context(dict.fromkeys(INKED, ink)):
+                figure = _overview(cases, ink)
+            path = folder / f"{slug}-{theme}.svg"
+            figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+            pyplot.close(figure)
+            written.append(path)
+    return written
+
+
+def _overview(cases: Sequence[Measured], ink: str) -> Figure:
+    """Two panels of bars: a group for each shape, a bar for each family."""
+    cases = sorted(cases, key=lambda m: (m.case.vocab, m.case.hidden))
+    panels: list[tuple[str, Callable[[Line], float | None]]] = [
+        ("time / bare GEMMs", lambda one: one.over_floor),
+        ("extra memory, GiB", lambda one: None if one.extra_bytes is None else one.extra_bytes / 2**30),
+    ]
+    figure, axes = pyplot.subplots(1, 2, figsize=(8.4, 2.9), layout="constrained")
+    width = 0.8 / len(OVERVIEW)
+    for ax, (label, value) in zip(axes, panels, strict=True):
+        for at, family in enumerate(OVERVIEW):
+            best = [m.best(family) for m in cases]
+            heights = [(value(one) if one else None) or 0.0 for one in best]
+            places = [place + (at - (len(OVERVIEW) - 1) / 2) * width for place in range(len(cases))]
+            ax.bar(places, heights, width * 0.92, color=COLOURS[family], label=family)
+        ax.set_xticks(range(len(cases)), [f"H={m.case.hidden}\nV={m.case.vocab}" for m in cases])
+        ax.set_ylabel(label)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].axhline(1.0, color=ink, linewidth=0.8, linestyle="--")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(OVERVIEW), frameon=False)
+    return figure
 
 
 def _over_floor(one: Line | None) -> Point | None:

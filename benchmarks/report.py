@@ -1,7 +1,8 @@
-"""Pages from results: ``python -m benchmarks.report`` writes docs/benchmarks/ and the README's table.
+"""Pages from results: ``python -m benchmarks.report`` writes docs/benchmarks/ and the tables of other pages.
 
-A page per results file, an index, a page of predictions for GPUs that were never measured, and the README's section
-between its markers. ``--check`` writes nothing and fails where a page or the section is not what the results say.
+It writes a page for each results file, an index, a page of predictions for each GPU that was never measured, the table
+of docs/performance.md, and the README's short table and picture. ``--check`` writes nothing. It fails where a page or a
+section between markers is not what the results say.
 """
 
 import argparse
@@ -20,9 +21,11 @@ from dpo_kernels.device_specs import GPUS, Gpu, gpu_of
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "benchmarks"
 README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
+IMAGES = "docs/images"  # seen from the root, where the README is
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-PEERS_IN_README = ("full logits", "TRL chunked head", "Liger DPO")
-README_TOKENS = 2048  # of the README's CPU rows
+SHOWN_PEERS = ("full logits", "TRL chunked head", "Liger DPO")
+SHOWN_TOKENS = {"cpu": ("cpu", 2048), "cuda": ("gpu-models", 8192)}  # group and scored tokens of the cases in tables
 PREDICTED = ("chunked", "recompute", "streaming", "full logits", "full logits, compiled", "TRL chunked head")
 
 
@@ -246,43 +249,88 @@ def model_page() -> str:
     )
 
 
-# --- the README -------------------------------------------------------------------------------------------------------
+# --- sections of other pages ------------------------------------------------------------------------------------------
 
 
-def readme_section(known: dict[str, dict[str, Any]]) -> str:
-    """The README's table: plain cases of CPUs at N=2048 and of GPUs at N=8192, trainable head."""
+def performance_section(known: dict[str, dict[str, Any]]) -> str:
+    """The table of docs/performance.md: plain cases of CPUs at N=2048 and of GPUs at N=8192, trainable head."""
     parts: list[Any] = []
     for slug, state in known.items():
-        rows = [row for case in state["cases"].values() if case["done"] and (row := _readme_row(case))]
+        rows = [_performance_row(case) for case in shown_cases(state)]
         if not rows:
             continue
-        peers = " | ".join(f"{name} / floor" for name in PEERS_IN_README)
+        peers = " | ".join(f"{name} / floor" for name in SHOWN_PEERS)
         head = f"| case | floor | ours / floor | {peers} | extra MiB, ours | full logits |"
-        first = next(case for case in state["cases"].values() if case["done"])["environment"]
         parts += [
-            f"[{state['machine']['name']}](docs/benchmarks/{slug}.md), {first['threads']} threads, "
-            f"torch {first['torch']}, {first['date']}: "
-            "forward and backward over the floor of bare GEMMs, trainable head, cached reference.",
+            f"[{state['machine']['name']}](benchmarks/{slug}.md), {_conditions(state)}: forward and backward over the "
+            "floor of bare GEMMs, trainable head, cached reference.",
             [head, "|" + "---|" * (head.count("|") - 1), *rows],
         ]
-    missing = [gpu.name for gpu in GPUS.values() if gpu.name not in measured_gpus(known)]
-    if missing:
-        predictions = ", ".join(f"[{name}](docs/benchmarks/nvidia-{name.lower()}.md)" for name in missing)
-        parts.append(f"Not measured, only predicted: {predictions}.")
+    parts.append(_predicted_only(known, "benchmarks"))
     return _text(*parts).strip()
 
 
-def _readme_row(results: dict[str, Any]) -> str | None:
-    case = tables.case_of(results)
-    wanted = {"cpu": ("cpu", README_TOKENS), "cuda": ("gpu-models", 8192)}[case.device]
-    if wanted[0] not in case.groups or case.tokens != wanted[1] or not case.trainable or case.prompt or case.padding:
-        return None
+def readme_section(known: dict[str, dict[str, Any]]) -> str:
+    """The README's picture and short table: float32, trainable head, the largest vocabulary of each machine."""
+    parts: list[Any] = []
+    for slug, state in known.items():
+        cases = [case for case in shown_cases(state) if tables.case_of(case).dtype == "float32"]
+        if not cases:
+            continue
+        vocab = max(tables.case_of(case).vocab for case in cases)
+        rows = [_readme_row(case) for case in cases if tables.case_of(case).vocab == vocab]
+        head = f"| case | ours | {' | '.join(SHOWN_PEERS)} |"
+        picture = f"{IMAGES}/{slug}"
+        about = f"Time and extra memory on {state['machine']['name']}: full logits, TRL, Liger and ours"
+        parts += [
+            [
+                "<picture>",
+                f'  <source media="(prefers-color-scheme: dark)" srcset="{picture}-dark.svg">',
+                f'  <img alt="{about}" src="{picture}-light.svg">',
+                "</picture>",
+            ],
+            f"Seconds and extra MiB, forward and backward, float32, trainable head, cached reference, on "
+            f"[{state['machine']['name']}](docs/benchmarks/{slug}.md), {_conditions(state)}:",
+            [head, "|" + "---|" * (head.count("|") - 1), *rows],
+        ]
+    parts.append(_predicted_only(known, "docs/benchmarks"))
+    return _text(*parts).strip()
+
+
+def shown_cases(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Results of the finished cases that the tables show, those of ours that have a time."""
+    found = []
+    for results in state["cases"].values():
+        case = tables.case_of(results)
+        group, tokens = SHOWN_TOKENS[case.device]
+        plain = group in case.groups and case.tokens == tokens and not (case.prompt or case.padding)
+        if results["done"] and plain and case.trainable and _ours(results) is not None:
+            found.append(results)
+    return found
+
+
+def _ours(results: dict[str, Any]) -> Line | None:
+    """Our fastest row of a case."""
+    timed = [one for one in tables.lines(results) if one.family == "ours" and one.seconds is not None]
+    return min(timed, key=lambda one: one.seconds or 0.0) if timed else None
+
+
+def _conditions(state: dict[str, Any]) -> str:
+    first = next(case for case in state["cases"].values() if case["done"])["environment"]
+    return f"{first['threads']} threads, torch {first['torch']}, {first['date']}"
+
+
+def _predicted_only(known: dict[str, dict[str, Any]], folder: str) -> str:
+    missing = [gpu.name for gpu in GPUS.values() if gpu.name not in measured_gpus(known)]
+    links = ", ".join(f"[{name}]({folder}/nvidia-{name.lower()}.md)" for name in missing)
+    return f"Not measured, only predicted: {links}." if missing else ""
+
+
+def _performance_row(results: dict[str, Any]) -> str:
+    case, ours = tables.case_of(results), _ours(results)
+    assert ours is not None
     lines = {one.provider: one for one in tables.lines(results)}
-    timed = [one for one in lines.values() if one.family == "ours" and one.seconds is not None]
-    if not timed:
-        return None
-    ours = min(timed, key=lambda one: one.seconds or 0.0)
-    peers = [tables.ratio(lines[name].over_floor) if name in lines else "–" for name in PEERS_IN_README]
+    peers = [tables.ratio(lines[name].over_floor) if name in lines else "–" for name in SHOWN_PEERS]
     floor = tables.duration(lines["floor"].seconds)
     backend = ours.provider.removeprefix("ours/")
     full = tables.mebibytes(lines["full logits"].extra_bytes) if "full logits" in lines else "–"
@@ -293,19 +341,36 @@ def _readme_row(results: dict[str, Any]) -> str | None:
     )
 
 
-def with_section(text: str, known: dict[str, dict[str, Any]]) -> str:
-    """The README's text with its section made from the results. Raises ``ValueError`` where it has no markers."""
+def _readme_row(results: dict[str, Any]) -> str:
+    case, ours = tables.case_of(results), _ours(results)
+    lines = {one.provider: one for one in tables.lines(results)}
+    cells = [
+        f"{tables.duration(one.seconds)}, {tables.mebibytes(one.extra_bytes)} MiB" if one and one.seconds else "–"
+        for one in (ours, *(lines.get(name) for name in SHOWN_PEERS))
+    ]
+    return f"| H={case.hidden} V={case.vocab} N={case.tokens} | **{cells[0]}** | {' | '.join(cells[1:])} |"
+
+
+def with_section(text: str, made: str) -> str:
+    """A page's text with its section replaced. Raises ``ValueError`` where it has no markers."""
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"the README has no section between {BEGIN} and {END}")
-    return pattern.sub(lambda _: f"{BEGIN}\n{readme_section(known)}\n{END}", text)
+        raise ValueError(f"the page has no section between {BEGIN} and {END}")
+    return pattern.sub(lambda _: f"{BEGIN}\n{made}\n{END}", text)
+
+
+def sections(results: Path, readme: Path, performance: Path) -> dict[Path, str]:
+    """The pages with a section between markers, as their text should be."""
+    known = machines(results)
+    made = {readme: readme_section(known), performance: performance_section(known)}
+    return {path: with_section(path.read_text(encoding="utf-8"), section) for path, section in made.items()}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def stale(results: Path, pages: Path, readme: Path) -> list[str]:
-    """Pages, and the README, that are not what the results say; pictures are not compared."""
+def stale(results: Path, pages: Path, readme: Path, performance: Path) -> list[str]:
+    """Pages and sections that are not what the results say; pictures are not compared."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         fresh = [path for path in write(results, Path(folder), pictures=False) if path.suffix == ".md"]
@@ -315,33 +380,49 @@ def stale(results: Path, pages: Path, readme: Path) -> list[str]:
                 found.append(str(kept))
         left = {path.name for path in pages.glob("*.md")} - {path.name for path in fresh}
         found += [str(pages / name) for name in sorted(left)]
-    text = readme.read_text(encoding="utf-8")
-    if with_section(text, machines(results)) != text:
-        found.append(str(readme))
+    for path, text in sections(results, readme, performance).items():
+        if path.read_text(encoding="utf-8") != text:
+            found.append(str(path))
     return found
 
 
 def main(arguments: list[str]) -> int:
-    """Write, or check, pages and README."""
+    """Write, or check, the pages and the sections of others."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=store.RESULTS)
     parser.add_argument("--pages", type=Path, default=PAGES)
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--readme", type=Path, default=README, help="its pictures go to docs/images beside it")
+    parser.add_argument("--performance", type=Path, default=PERFORMANCE)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where something is not current")
     asked = parser.parse_args(arguments)
     if asked.check:
-        found = stale(asked.results, asked.pages, asked.readme)
+        found = stale(asked.results, asked.pages, asked.readme, asked.performance)
         print("\n".join(f"not current: {path}" for path in found) or "all current")
         return int(bool(found))
     written = write(asked.results, asked.pages)
     print(f"{asked.pages}: {len(written)} files")
     try:
-        text = with_section(asked.readme.read_text(encoding="utf-8"), machines(asked.results))
+        texts = sections(asked.results, asked.readme, asked.performance)
     except ValueError as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 1
-    asked.readme.write_text(text, encoding="utf-8")
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    draw_overviews(machines(asked.results), asked.readme.parent / IMAGES)
     return 0
+
+
+def draw_overviews(known: dict[str, dict[str, Any]], folder: Path) -> None:
+    """The README's pictures, light and dark; those of results that are gone are removed."""
+    from benchmarks import plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.svg"):
+        old.unlink()
+    for slug, state in known.items():
+        cases = [case for case in shown_cases(state) if tables.case_of(case).dtype == "float32"]
+        if cases:
+            plots.overview([plots.measured(case, None) for case in cases], folder, slug)
 
 
 def _span(dates: list[str]) -> str:

@@ -826,9 +826,11 @@ def planted_results(tmp_path):
 
 
 def test_the_report_has_a_page_per_machine(planted_results, tmp_path):
-    pages, readme = tmp_path / "pages", tmp_path / "README.md"
-    readme.write_text(f"# x\n\n{report.BEGIN}\nold\n{report.END}\n")
-    command = ["--results", str(planted_results), "--pages", str(pages), "--readme", str(readme)]
+    pages, readme, performance = tmp_path / "pages", tmp_path / "README.md", tmp_path / "performance.md"
+    for page in (readme, performance):
+        page.write_text(f"# x\n\n{report.BEGIN}\nold\n{report.END}\n")
+    command = ["--results", str(planted_results), "--pages", str(pages)]
+    command += ["--readme", str(readme), "--performance", str(performance)]
     assert report.main(command) == 0
     names = {path.name for path in pages.iterdir()}
     assert {"README.md", "model.md", "cpu-one.md", "nvidia-h200.md", "nvidia-a100.md", "nvidia-h100.md"} <= names
@@ -843,9 +845,12 @@ def test_the_report_has_a_page_per_machine(planted_results, tmp_path):
     assert "predicted on H200" in page
     assert "driver 580.1" in page
     assert "TRL cannot be imported" in page
-    section = readme.read_text()
-    assert "| **1.09** (cpp/chunked) | 2.00 | – | 2.50 | 50 | 400 |" in section
-    assert "Not measured, only predicted: [A100]" in section
+    assert "| **1.09** (cpp/chunked) | 2.00 | – | 2.50 | 50 | 400 |" in performance.read_text()
+    assert "| H=1024 V=128256 N=2048 | **1.09 s, 50 MiB** | 2.00 s, 400 MiB | – | 2.50 s, 800 MiB |" in readme.read_text()
+    for page in (readme, performance):
+        assert "Not measured, only predicted: [A100]" in page.read_text()
+    for picture in re.findall(r'(?:src|srcset)="([^"]+)"', readme.read_text()):
+        assert (tmp_path / picture).read_text().startswith("<?xml")
     for path in pages.glob("*.md"):
         for link in (part.split(")")[0] for part in path.read_text().split("](")[1:]):
             assert link.startswith("../../") or (pages / link).exists(), (path.name, link)
@@ -859,17 +864,15 @@ def test_the_report_has_a_page_per_machine(planted_results, tmp_path):
     assert report.main([*command, "--check"]) == 1
 
 
-def test_a_readme_without_markers_is_an_error():
+def test_a_page_without_markers_is_an_error():
     with pytest.raises(ValueError, match="no section between"):
-        report.with_section("# nothing", {})
+        report.with_section("# nothing", "")
 
 
 def test_the_readme_and_the_pages_are_what_the_results_say(monkeypatch):
-    """`python -m benchmarks.report` makes them; the README needs its two markers."""
+    """`python -m benchmarks.report` makes them."""
     monkeypatch.delitem(CASES, GPU_TINY.name)  # planted above, and predicted for GPUs if it were left
-    text = report.README.read_text(encoding="utf-8")
-    assert report.BEGIN in text, f"README.md lacks {report.BEGIN} and {report.END}"
-    assert report.stale(store.RESULTS, report.PAGES, report.README) == []
+    assert report.stale(store.RESULTS, report.PAGES, report.README, report.PERFORMANCE) == []
 
 
 def test_the_bars_of_planted_results(planted_results, capsys):
