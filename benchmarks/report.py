@@ -26,6 +26,7 @@ IMAGES = "docs/images"  # seen from the root, where the README is
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SHOWN_PEERS = ("full logits", "TRL chunked head", "Liger DPO")
 SHOWN_TOKENS = {"cpu": ("cpu", 2048), "cuda": ("gpu-models", 8192)}  # group and scored tokens of the cases in tables
+README_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # what each kind of device multiplies fast
 PREDICTED = ("chunked", "recompute", "streaming", "full logits", "full logits, compiled", "TRL chunked head")
 
 
@@ -271,13 +272,13 @@ def performance_section(known: dict[str, dict[str, Any]]) -> str:
 
 
 def readme_section(known: dict[str, dict[str, Any]]) -> str:
-    """The README's picture and short table: float32, trainable head, the largest vocabulary of each machine."""
+    """The README's picture and short table: one dtype, trainable head, the largest vocabulary of each machine."""
     parts: list[Any] = []
     for slug, state in known.items():
-        cases = [case for case in shown_cases(state) if tables.case_of(case).dtype == "float32"]
+        cases = readme_cases(state)
         if not cases:
             continue
-        vocab = max(tables.case_of(case).vocab for case in cases)
+        dtype, vocab = tables.case_of(cases[0]).dtype, max(tables.case_of(case).vocab for case in cases)
         rows = [_readme_row(case) for case in cases if tables.case_of(case).vocab == vocab]
         head = f"| case | ours | {' | '.join(SHOWN_PEERS)} |"
         picture = f"{IMAGES}/{slug}"
@@ -289,7 +290,7 @@ def readme_section(known: dict[str, dict[str, Any]]) -> str:
                 f'  <img alt="{about}" src="{picture}-light.svg">',
                 "</picture>",
             ],
-            f"Seconds and extra MiB, forward and backward, float32, trainable head, cached reference, on "
+            f"Time and extra memory, forward and backward, {dtype}, trainable head, cached reference, on "
             f"[{state['machine']['name']}](docs/benchmarks/{slug}.md), {_conditions(state)}:",
             [head, "|" + "---|" * (head.count("|") - 1), *rows],
         ]
@@ -307,6 +308,12 @@ def shown_cases(state: dict[str, Any]) -> list[dict[str, Any]]:
         if results["done"] and plain and case.trainable and _ours(results) is not None:
             found.append(results)
     return found
+
+
+def readme_cases(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of the shown cases that the README has a picture and a table of."""
+    found = [(tables.case_of(results), results) for results in shown_cases(state)]
+    return [results for case, results in found if case.dtype == README_DTYPES[case.device]]
 
 
 def _ours(results: dict[str, Any]) -> Line | None:
@@ -420,8 +427,7 @@ def draw_overviews(known: dict[str, dict[str, Any]], folder: Path) -> None:
     for old in folder.glob("*.svg"):
         old.unlink()
     for slug, state in known.items():
-        cases = [case for case in shown_cases(state) if tables.case_of(case).dtype == "float32"]
-        if cases:
+        if cases := readme_cases(state):
             plots.overview([plots.measured(case, None) for case in cases], folder, slug)
 
 
