@@ -847,7 +847,9 @@ def test_the_report_has_a_page_per_machine(planted_results, tmp_path):
     assert "driver 580.1" in page
     assert "TRL cannot be imported" in page
     assert "| **1.09** (cpp/chunked) | 2.00 | – | 2.50 | 50 | 400 |" in performance.read_text()
-    assert "| H=1024 V=128256 N=2048 | **17.8 s, 50 MiB** | 32.6 s, 400 MiB | – | 40.7 s, 300 MiB |" in readme.read_text()
+    assert (
+        "| H=1024 V=128256 N=2048 | **17.8 s, 50 MiB** | 32.6 s, 400 MiB | – | 40.7 s, 300 MiB |" in readme.read_text()
+    )
     for page in (readme, performance):
         assert "Not measured, only predicted: [A100]" in page.read_text()
     for picture in re.findall(r'(?:src|srcset)="([^"]+)"', readme.read_text()):
