@@ -24,7 +24,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test test-gpu mutants kernels-check sanitize bench bench-quick report demo lint format clean
+.PHONY: help venv test test-gpu mutants kernels-check sanitize bench bench-quick report docs demo lint format clean
 
 help: ## show this list
 	@echo 'usage: make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]'
@@ -48,8 +48,11 @@ bench: $(VENV)/.bench $(VENV)/.extension ## measure this machine against every p
 bench-quick: $(VENV)/.bench $(VENV)/.extension ## regressions of speed against the stored ratios
 	$(PY) -m pytest benchmarks/test_regressions.py $(ARGS)
 
-report: $(VENV)/.bench ## pages of docs/benchmarks and the README's table, from results
+report: $(VENV)/.bench ## pages of docs/benchmarks, and the tables and picture of README and docs/performance.md, from results
 	$(PY) -m benchmarks.report $(ARGS)
+
+docs: $(VENV)/.docs ## the pages of docs/ as a site in build/site; a broken link or a name that is not there is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(ARGS)
 
 kernels-check: $(VENV)/.test ## compile every kernel, Triton's and CUDA's, for GPUs that are not here, and judge the code
 	$(PY) -m tests.triton_tools.gate
@@ -125,6 +128,10 @@ $(VENV)/.extension: $(VENV)/.base setup.py $(CSRC)
 
 $(VENV)/.bench: $(VENV)/.base pyproject.toml
 	$(EDITABLE) '.[bench]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base pyproject.toml
+	$(EDITABLE) '.[docs]'
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base pyproject.toml
