@@ -156,7 +156,7 @@ def _cpu_axes() -> Iterator[Case]:
 
 
 def _cpu_small() -> Iterator[Case]:
-    """The shapes of the first measurements (docs/design.md), and the few cases of ``--quick``."""
+    """The shapes of the first measurements (docs/decisions.md), and the few cases of ``--quick``."""
     shapes = ((48, 16, 576, 49152), (48, 0, 576, 49152), (128, 0, 1024, 32000))
     for tokens, prompt, hidden, vocab in shapes:
         yield Case(
