@@ -1,4 +1,4 @@
-"""The arrows of the package (docs/design.md): who may import whom, read from the source with ``ast``.
+"""The arrows of the package (docs/architecture.md): who may import whom, read from the source with ``ast``.
 
 ``violations(root)`` reads ``root/dpo_kernels`` and ``root/csrc`` and imports nothing. It sees every import
 statement, wherever it stands (functions and ``if TYPE_CHECKING`` included: a type is knowledge too),
@@ -16,22 +16,39 @@ PACKAGE = "dpo_kernels"
 
 # The layers of ours that each layer may import, beside its own. Whatever is not here is forbidden.
 MAY_IMPORT = {
-    "public": {"api", "beyond_pairs", "dispatch", "losses", "outputs", "reference"},
-    "integrations": {"public", "api", "checks", "losses", "outputs", "shapes"},
-    "api": {"calls", "checks", "dispatch", "inputs", "losses", "outputs"},
-    "beyond_pairs": {"calls", "checks", "inputs", "losses", "shapes"},
-    "calls": {"autograd", "checks", "dispatch", "inputs", "losses", "outputs", "tiles", "shapes"},
-    "autograd": {"checks", "dispatch", "inputs", "losses", "passes", "shapes"},
-    "passes": {"dispatch", "kernels", "losses", "packing", "segments", "strategies", "tiles", "shapes"},
-    "dispatch": {"device_specs", "kernels", "losses", "strategies", "tiles", "shapes"},
-    "tiles": {"shapes"},
-    "inputs": {"checks", "shapes"},
-    "packing": {"checks", "shapes"},
-    "losses": {"checks", "inputs", "shapes"},
+    "public": {"api", "kernels", "losses", "loss_interface", "outputs"},
+    "integrations": {"public", "api", "checks", "losses", "loss_interface", "outputs", "shapes"},
+    "api": {"checks", "engine", "inputs", "loss_interface", "losses", "outputs", "planning", "shapes"},
+    "engine": {
+        "checks",
+        "inputs",
+        "kernel_interface",
+        "losses",
+        "outputs",
+        "planning",
+        "problem",
+        "segments",
+        "shapes",
+    },
+    "planning": {
+        "checks",
+        "device_specs",
+        "kernel_interface",
+        "kernels",
+        "loss_interface",
+        "problem",
+        "shapes",
+        "strategies",
+    },
+    "strategies": {"kernel_interface", "problem", "segments", "shapes"},
+    "inputs": {"checks", "loss_interface", "losses", "problem", "shapes"},
+    "kernels": {"kernel_interface", "loss_interface", "segments", "shapes"},
+    "losses": {"checks", "loss_interface", "outputs", "shapes"},
+    "kernel_interface": {"loss_interface", "segments", "shapes"},
+    "problem": {"loss_interface", "shapes"},
     "checks": {"shapes"},
-    "strategies": {"device_specs", "kernels", "losses", "segments", "shapes"},
-    "kernels": {"device_specs", "losses", "segments", "shapes"},
     "segments": {"shapes"},
+    "loss_interface": set(),
     "device_specs": set(),
     "outputs": set(),
     "shapes": set(),
@@ -40,10 +57,11 @@ MAY_IMPORT = {
 }
 WHY = {
     "kernels": "kernels know rows, not preferences",
-    "losses": "losses know pairs, not vocabularies",
-    "sequence": "it stands right of the waist",
-    "strategies": "they are given their kernels and their loss",
-    "types": "everything rests on it",
+    "losses": "losses know sequences, not vocabularies",
+    "segments": "it knows sequences, not vocabularies",
+    "strategies": "they are given their kernels, their problem and their schedule",
+    "shapes": "everything rests on it",
+    "naive": "a newcomer reads it alone",
     "reference": "the oracle shares no code with what it judges",
 }
 # Third parties that only one place may import: a prefix of module names.
@@ -59,8 +77,8 @@ ONLY_IN = {
 OUTSIDE = ("tests", "benchmarks", "demo", "examples")
 # Imported at its first use: whoever imports the package must not import triton with it.
 LAZY = f"{PACKAGE}.kernels.triton"
-# dispatch.py loads a backend by the name in its table; everywhere else a computed name would hide an arrow.
-COMPUTED_NAMES_IN = {"dispatch"}
+# A computed name of a module would hide an arrow; the tables of planning may load by one.
+COMPUTED_NAMES_IN = {"planning"}
 TORCH_HEADERS = ("torch", "ATen", "c10")
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(?P<open>[<"])(?P<name>[^>"]+)[>"]', re.MULTILINE)
 

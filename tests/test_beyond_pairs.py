@@ -169,7 +169,7 @@ CHUNKS = {
 @pytest.mark.parametrize("kind", CHUNKS)
 def test_every_chunk_has_examples_of_its_own(kind, backend, monkeypatch):
     """Labels, weights and sizes of a later chunk are those of its sequences, not of the first ones."""
-    plans, choose = [], dk.dispatch.choose
+    plans, choose = [], api_sequences.make_plan
     monkeypatch.setattr("dpo_kernels.api.sequences.make_plan", lambda *given: plans.append(choose(*given)) or plans[-1])
     function = dk.fused_group_loss if "group_sizes" in CHUNKS[kind] else dk.fused_kto_loss
     inputs = Case(F64).tensors()

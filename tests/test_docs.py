@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dpo_kernels
 from benchmarks import demo_table
 from dpo_kernels import LOSSES as REGISTER
-from dpo_kernels.dispatch import BACKENDS, STRATEGIES
+from dpo_kernels.planning.tables import BACKENDS, STRATEGIES
 from tests.tools import layer_picture, site_links
 from tests.tools.structure import prose
 

@@ -18,7 +18,7 @@ from dpo_kernels import (
     losses,
 )
 from dpo_kernels.losses import LOSSES, LossSpec
-from dpo_kernels.planning import tables
+from tests.small import STRATEGIES
 
 S, T, H, V = 4, 3, 5, 7
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -473,7 +473,7 @@ EMPTY = {
 
 
 # chunked refuses per-pair upstreams of a trainable head.
-EMPTY_RUNS = [(c, s) for c in EMPTY for s in ("auto", *tables.STRATEGIES) if (c, s) != ("none", "chunked")]
+EMPTY_RUNS = [(c, s) for c in EMPTY for s in ("auto", *STRATEGIES) if (c, s) != ("none", "chunked")]
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -492,7 +492,7 @@ def test_an_empty_batch_is_no_error_where_it_has_a_value(layout, case, strategy)
     assert out.chosen_logps.shape == out.rejected_rewards.shape == out.stats["entropy"].shape == (0,)
 
 
-@pytest.mark.parametrize("strategy", tables.STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_fully_masked_sequence_is_no_error(strategy):
     inputs = valid()
     inputs["labels"][2] = -100  # the rejected sequence of pair 0

@@ -13,6 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import dpo_kernels as dk
 from dpo_kernels.engine import passes
+from dpo_kernels.shapes import Head
 
 S, T, H, V = 4, 3, 5, 7
 LABELS = torch.tensor([[1, 2, 3], [-100, 4, 5], [6, 0, -100], [3, 2, 1]])
@@ -198,10 +199,11 @@ def test_a_head_that_a_collective_has_yet_to_fill_is_waited_for():
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
     weight, bias = torch.randn(5, 3), torch.randn(5)
-    head = passes._operand_head(AsyncCollectiveTensor(weight), AsyncCollectiveTensor(bias), 1.0, None, torch.float32)
-    for got, given in ((head.weight, weight), (head.bias, bias)):
+    given = Head(AsyncCollectiveTensor(weight), AsyncCollectiveTensor(bias))
+    head = passes._operand_head(given, torch.float32)
+    for got, wanted in ((head.weight, weight), (head.bias, bias)):
         assert type(got) is torch.Tensor
-        assert got.data_ptr() == given.data_ptr()
+        assert got.data_ptr() == wanted.data_ptr()
 
 
 def test_none_to_average_over():

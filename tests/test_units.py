@@ -62,7 +62,7 @@ def costs(call):
 
 
 UNITS = [
-    # strategy, trainable head, hidden with gradient -> units of 2 N H V
+    # strategy asked for, trainable head, hidden with gradient -> GEMM passes of 2 N H V
     ("chunked", True, True, 3),
     ("chunked", False, True, 2),
     ("chunked", True, False, 2),
@@ -89,7 +89,8 @@ def test_units_and_largest_allocation(scratch, dtype, prompt, strategy, trainabl
     flops, (largest, shape) = costs(lambda: dk.fused_dpo_loss(hidden, weight, labels, **options).loss)
     scored = 8 * (ROWS - prompt)
     assert flops == units * 2 * scored * HIDDEN * VOCAB
-    assert (plan.strategy, plan.units, plan.reference_units) == (strategy, units, 0)
+    runs = strategy if trainable or strategy == "streaming" else "frozen_head"
+    assert (plan.strategy, plan.gemms, plan.reference_gemms) == (runs, units, 0)
     assert largest <= scratch, shape
     assert scored * VOCAB * 4 > 2 * scratch  # the logits would not have fit
 
@@ -124,7 +125,7 @@ def test_what_explain_says_is_what_runs(trainable, reduction, loss_type):
         assert flops == plan.units * 2 * 8 * (ROWS - prompt) * HIDDEN * VOCAB
     upstream_is_late = reduction == "none" or loss_type is coupled
     assert plan.units == (2 if not trainable else 4 if upstream_is_late else 3)
-    assert plan.strategy == ("recompute" if loss_type is coupled or (trainable and upstream_is_late) else "chunked")
+    assert plan.strategy == ("frozen_head" if not trainable else "recompute" if upstream_is_late else "chunked")
 
 
 @pytest.mark.parametrize("function", [dk.fused_sequence_logps, dk.fused_token_logps])
