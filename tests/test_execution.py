@@ -324,7 +324,7 @@ PLANS = {
     "head alone": (("weight",), {}, "chunked", 2, {"recompute": "could run, at 3", "streaming": "could run, at 3"}),
     "nothing": ((), {}, "frozen_head", 1, {"recompute": "it is frozen_head", "streaming": "could run, at 1"}),
     "reduction none": (TRAINED, {"reduction": "none"}, "recompute", 4, {"chunked": "reduction='none'"}),
-    "reduction none, frozen": (("hidden",), {"reduction": "none"}, "frozen_head", 2, 
+    "reduction none, frozen": (("hidden",), {"reduction": "none"}, "frozen_head", 2,
                {"recompute": "it is frozen_head"}),
     "coupled": (TRAINED, {"loss_type": COUPLED}, "recompute", 4, {"chunked": "coupled over the batch"}),
     "coupled, frozen": (("hidden",), {"loss_type": COUPLED}, "frozen_head", 2, {"chunked": "coupled over the batch"}),
