@@ -1,7 +1,9 @@
 """Fused preference-optimisation losses: DPO and its family without vocabulary-sized logits."""
 
+from dpo_kernels.api.from_logps import dpo_loss
 from dpo_kernels.api.logps import fused_sequence_logps, fused_token_logps
-from dpo_kernels.api.pairs import FusedDPOLoss, dpo_loss, explain, fused_dpo_loss
+from dpo_kernels.api.module import FusedDPOLoss
+from dpo_kernels.api.pairs import explain, fused_dpo_loss
 from dpo_kernels.api.sequences import fused_group_loss, fused_kto_loss
 from dpo_kernels.kernels.extension import empty_cache
 from dpo_kernels.loss_interface import LossInputs

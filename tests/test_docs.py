@@ -190,7 +190,12 @@ def test_a_page_that_shows_another_output_is_noticed(monkeypatch):
 def test_contributing_shows_how_a_loss_came_in():
     """What it shows stands in the files, to the letter."""
     odpo = [code for _, _, code in fences("CONTRIBUTING.md") if "odpo" in code]
-    places = ("dpo_kernels/losses/pairwise.py", "tests/test_losses.py", "dpo_kernels/reference.py", "docs/losses.md")
+    places = (
+        "dpo_kernels/losses/pairwise.py",
+        "tests/test_losses.py",
+        "dpo_kernels/reference/losses.py",
+        "docs/losses.md",
+    )
     assert len(odpo) == len(places)
     for block, place in zip(odpo, places, strict=True):
         assert block in (ROOT / place).read_text(encoding="utf-8"), place
