@@ -7,7 +7,30 @@ from torch import Tensor
 
 
 class LossInputs(NamedTuple):
-    """What a loss of pairs sees: ``(P,)`` sequence log-probs, ``(P,)`` token counts in floating point, and beta."""
+    """What a loss of pairs sees.
+
+    The tensors are ``(P,)`` float64, or float32 on devices without float64.
+
+    Attributes:
+        policy_chosen_logps: The policy's log-prob of each chosen sequence.
+        policy_rejected_logps: The policy's log-prob of each rejected sequence.
+        ref_chosen_logps: The reference's log-prob of each chosen sequence, 0 without a reference.
+        ref_rejected_logps: The reference's log-prob of each rejected sequence, 0 without a reference.
+        chosen_tokens: The number of scored tokens of each chosen sequence.
+        rejected_tokens: The number of scored tokens of each rejected sequence.
+        beta: The inverse temperature, a number.
+
+    Example:
+        A loss of one's own is a function of these.
+
+        >>> import torch
+        >>> from dpo_kernels import dpo_loss
+        >>> def squared(x):
+        ...     return (x.policy_chosen_logps - x.policy_rejected_logps - 1) ** 2
+        >>> one, two = torch.tensor([-3.0]), torch.tensor([-6.0])
+        >>> dpo_loss(one, two, None, None, loss_type=squared, reference_free=True)[0]
+        tensor([4.])
+    """
 
     policy_chosen_logps: Tensor
     policy_rejected_logps: Tensor

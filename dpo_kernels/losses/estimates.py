@@ -87,8 +87,8 @@ class RunningDelta:
 def kto_kl(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Return KTO's estimate of the policy's KL divergence from the reference.
 
-    It is the mean log-ratio of completions to prompts that they do not belong to, or 0 if that mean is negative
-    (Ethayarajh et al., arXiv 2402.01306, section 4.2). ``fused_sequence_logps`` computes the log-probs of a batch whose
+    It is the mean log-ratio of completions to prompts that they do not belong to, or 0 if that is negative. The source
+    is Ethayarajh et al., arXiv 2402.01306, section 4.2. ``fused_sequence_logps`` computes the log-probs of a batch whose
     completions are shifted by one prompt.
 
     Args:

@@ -36,7 +36,7 @@ def ld_token_weights(
     sum of the rest``.
 
     Args:
-        labels: ``(2B, T)``, or ``(N,)`` with ``cu_seqlens``, int32 or int64, as for ``fused_dpo_loss``.
+        labels: ``(2B, T)``, or ``(N,)`` with ``cu_seqlens``, int32 or int64.
         alpha: weight in [0, 1]. With 1 the loss is DPO.
         cu_seqlens: ``(2B + 1,)`` int32 or int64, the cumulative lengths of packed sequences.
         pairs: "stacked" or "interleaved", as in the call of the loss.
