@@ -91,7 +91,7 @@ SESSION = """if True:
         gate.regressions([same], kept, kept["triton"]), gate.regressions([worse], kept, "0.0")
     ]
     said["worse"] = [line.split(": ")[1].split()[0] for line in gate.regressions([worse], kept, kept["triton"])]
-    ours = gate.all_jobs(gate.kernel_modules())
+    ours = gate.all_jobs([gate.CONFIGURED])
     named = [f"{gate._configuration(job).name} @ {job.target}" for job in ours]
     said["unlike what is kept"] = sorted({*named} ^ {*kept["kernels"]})
 

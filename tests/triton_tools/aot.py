@@ -21,7 +21,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, MockTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dpo_kernels.kernels.triton.configs import Configuration, Matrix
+from tests.triton_tools.configurations import Configuration, Matrix
 
 KiB = 1024
 

@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from dpo_kernels.kernels.triton.configs import Configuration
     from tests.triton_tools.aot import Measured
+    from tests.triton_tools.configurations import Configuration
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = "dpo_kernels.kernels.triton"
+KERNELS, CONFIGURED = "dpo_kernels.kernels.triton", "tests.triton_tools.configurations"
 PROCESSES = 2
 STACK_CAP = 128  # bytes; a few spills outside the loop cost nothing, so that "no stack at all" is too strict
 NARROW_CAP = 8  # a bias is read once a tile, in its own 16 bits
@@ -188,7 +188,7 @@ def _workers() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.triton_tools.aot", *kernel_modules()])
+    context.set_forkserver_preload(["tests.triton_tools.aot", CONFIGURED])
     return context
 
 
@@ -278,7 +278,7 @@ def _key(job: Job) -> str:
     own = {name: value for name, value in os.environ.items() if re.match(r"TRITON_(PTXAS|DEFAULT)", name)}
     parts = [
         triton.__version__,
-        [job.module, getattr(configuration.kernel, "__name__", ""), source],
+        [getattr(configuration.kernel, "__module__", ""), getattr(configuration.kernel, "__name__", ""), source],
         sorted((name, repr(value)) for name, value in configuration.arguments.items()),
         sorted(configuration.options.items()),
         job.target,
@@ -378,7 +378,7 @@ def line(verdict: Verdict) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 where every rule holds."""
     parser = argparse.ArgumentParser(prog="python -m tests.triton_tools.gate", description=__doc__)
-    parser.add_argument("--modules", nargs="+", help="with a list CONFIGURATIONS; default: every module of the kernels")
+    parser.add_argument("--modules", nargs="+", help=f"with a list CONFIGURATIONS; default: {CONFIGURED}")
     parser.add_argument("--targets", nargs="+", help="default: all that the configurations name")
     parser.add_argument("--only", default="", metavar="TEXT", help="configurations with this in their names")
     parser.add_argument("--json", type=Path, help="write the table there as well")
@@ -395,9 +395,9 @@ def main(arguments: list[str] | None = None) -> int:
     import triton
 
     started = time.perf_counter()
-    modules = options.modules or kernel_modules()
+    modules = options.modules or [CONFIGURED]
     jobs = every = all_jobs(modules)
-    uncovered = [] if options.modules else ungated(modules, jobs)
+    uncovered = [] if options.modules else ungated(kernel_modules(), jobs)
     jobs = [job for job in jobs if options.only in _configuration(job).name]
     jobs = [job for job in jobs if job.target in (options.targets or [job.target])]
     if not jobs:

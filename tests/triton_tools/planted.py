@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from dpo_kernels.kernels.triton import row_kernels
-from dpo_kernels.kernels.triton.configs import Configuration
+from tests.triton_tools.configurations import Configuration
 
 
 @triton.jit

@@ -1,43 +1,11 @@
-"""How the kernels are launched, and the configurations that the ahead-of-time gate compiles.
+"""How the kernels are launched: blocks, warps and stages by kind of GPU."""
 
-A configuration is a launch in every detail that specialises the code: dtypes of pointers, which integers are
-divisible by 16, constants, warps and stages.
-"""
-
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix that a kernel reads by a descriptor, in blocks of its ``BLOCK_*``."""
-
-    dtype: torch.dtype
-    rows: int
-    cols: int
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One specialisation of one kernel.
-
-    ``arguments`` maps every parameter of the kernel to a ``torch.dtype`` (a pointer to that, 16-byte aligned), a
-    ``Matrix``, an int or float (a runtime value, specialised as a launch would), None, or the value of a
-    ``tl.constexpr``.
-    """
-
-    name: str
-    kernel: Any  # triton.JITFunction
-    arguments: dict[str, torch.dtype | Matrix | int | float | bool | str | None]
-    options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages
-    matrix: bool = False  # a matrix instruction is expected, with pipelined loads
-    targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
-
-
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 ROW_BLOCK, ROW_WARPS = 4096, 8  # 16 warps with 8192 do as well; 32 with 32768 spill
 SAFE_SHIFT = 40.0  # nats between a row's maximum and its shift; V * exp(40) is far from overflow, exp(-80) from 0
 TAIL_BLOCK, TAIL_WARPS = 256, 4

@@ -8,14 +8,9 @@ A launch is compiled anew for other alignments and divisibilities of what it is 
 count and of slices by rows, and would bring compilations into the middle of a training: they are left out of it.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.triton.configs import TARGETS, Configuration, Matrix, MatrixLaunch, family_of
 from dpo_kernels.kernels.triton.row_kernels import _capped
 
 
@@ -223,96 +218,3 @@ def linear_dlogits(
         first = start + first_col
         here = (labels >= first) & (labels < tl.minimum(first + BLOCK_V, start + tile_cols))
         tl.store(residual_ptr + rows, lost, mask=row_inside & here)
-
-
-def _common(
-    dtype: torch.dtype, rows: int, width: int, vocab: int, launch: MatrixLaunch, extras: bool
-) -> dict[str, Any]:
-    matrices = {"x_ptr": Matrix(dtype, rows, width), "w_ptr": Matrix(dtype, vocab, width)}
-    return {
-        **(matrices if launch.tma else dict.fromkeys(matrices, dtype)),
-        "b_ptr": dtype,
-        "labels_ptr": torch.int64,
-        **dict.fromkeys(("max_ptr", "others_ptr"), torch.float32),
-        "width": width,
-        "x_stride": width,
-        "w_stride": width,
-        "scale": 1.0,
-        "softcap": 30.0,
-        "HAS_BIAS": extras,
-        "HAS_SOFTCAP": extras,
-        **launch.blocks,
-        "PRECISION": "ieee",
-    }
-
-
-def _forward(
-    target: str, launch: MatrixLaunch, dtype: torch.dtype, width: int, vocab: int, extras: bool, stats: bool
-) -> Configuration:
-    f32, i64 = torch.float32, torch.int64
-    kept: dict[str, Any] = dict.fromkeys(("target_ptr", "entropy_ptr", "logit_sum_ptr", "square_sum_ptr"), f32)
-    sizes: dict[str, Any] = {"total_rows": 8192, "vocab": vocab, "split": launch.block_cols * 64}
-    common = _common(dtype, 8192, width, vocab, launch, extras)
-    return Configuration(
-        f"linear_logprob {_kind(dtype, width, vocab, extras, stats)} {launch}",
-        linear_logprob,
-        {**common, **kept, "argmax_ptr": i64, **sizes, "HAS_STATS": stats},
-        launch.options,
-        dtype != torch.float32,
-        (target,),
-    )
-
-
-def _gradient(
-    target: str, launch: MatrixLaunch, dtype: torch.dtype, width: int, vocab: int, extras: bool
-) -> Configuration:
-    tile: dict[str, Any] = {
-        "out_ptr": torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,  # float16 is rounded afterwards
-        "scale_ptr": torch.float32,
-        "residual_ptr": torch.float32,
-        "HAS_SCALE": dtype == torch.bfloat16,
-        "HAS_RESIDUAL": dtype == torch.bfloat16,
-        "total_rows": 2048,
-        "tile_cols": 8192,
-        "start": 8192,
-        "out_stride": 8192,
-    }
-    return Configuration(
-        f"linear_dlogits {_kind(dtype, width, vocab, extras, stats=False)} {launch}",
-        linear_dlogits,
-        {**_common(dtype, 2048, width, vocab, launch, extras), **tile},
-        launch.options,
-        dtype != torch.float32,
-        (target,),
-    )
-
-
-def _kind(dtype: torch.dtype, width: int, vocab: int, extras: bool, stats: bool) -> str:
-    plain = f"H={width} V={vocab} {str(dtype).removeprefix('torch.')}"
-    return f"{plain}{' bias softcap' if extras else ''}{' stats' if stats else ''}"
-
-
-def _configurations() -> Iterator[Configuration]:
-    """Of every family each launch at one size, with statistics too, and the first one at all of them."""
-    bf16, common = torch.bfloat16, (torch.bfloat16, 4096, 128256)
-    others = (
-        (bf16, 2304, 256000, True),
-        (bf16, 4104, 50257, False),
-        (torch.float16, 4096, 32000, False),
-        (torch.float32, 2048, 50257, False),
-    )
-    for target in TARGETS:
-        for launch in family_of("linear_logprob", target, bf16):
-            yield _forward(target, launch, *common, extras=False, stats=False)
-            yield _forward(target, launch, *common, extras=True, stats=False)
-        for launch in family_of("linear_logprob", target, bf16, stats=True):
-            yield _forward(target, launch, *common, extras=True, stats=True)
-        for launch in family_of("linear_dlogits", target, bf16):
-            yield _gradient(target, launch, *common, extras=False)
-        for dtype, width, vocab, extras in others:
-            forward, gradient = (family_of(name, target, dtype)[0] for name in ("linear_logprob", "linear_dlogits"))
-            yield _forward(target, forward, dtype, width, vocab, extras, stats=False)
-            yield _gradient(target, gradient, dtype, width, vocab, extras)
-
-
-CONFIGURATIONS = list(_configurations())

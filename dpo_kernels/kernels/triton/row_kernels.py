@@ -4,14 +4,8 @@ A program owns a row (``reduce_rows``, ``softmax_grad_rows``) or a stretch of on
 Strides are in elements, offsets that multiply a row are 64-bit.
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-
-from dpo_kernels.kernels.triton.configs import ROW_BLOCK, ROW_WARPS, SAFE_SHIFT, Configuration
-from dpo_kernels.shapes import padded
 
 
 @triton.jit
@@ -249,102 +243,3 @@ def dlogits_rows(
         lost = tl.sum(tl.where(own, d - rounded.to(tl.float32), 0.0), axis=0)
         if (column >= first) & (column < tl.minimum(first + BLOCK, cols)):
             tl.store(residual_ptr + row, lost)
-
-
-def _finish(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
-    return Configuration(
-        f"finish_rows V={cols} {str(dtype).removeprefix('torch.')}{' softcap' if softcap else ''}",
-        apply_bias_scale_cap,
-        {
-            "tile_ptr": torch.float32,
-            "b_ptr": dtype,
-            "cols": cols,
-            "row_stride": padded(cols, 16),
-            "scale": 0.5,
-            "softcap": 30.0,
-            "HAS_BIAS": not softcap,
-            "HAS_SOFTCAP": softcap,
-            "PADDED": True,
-            "BLOCK": ROW_BLOCK,
-        },
-        {"num_warps": ROW_WARPS},
-    )
-
-
-def _reduce(cols: int, stats: bool) -> Configuration:
-    f32, i64 = torch.float32, torch.int64
-    kept = dict.fromkeys(("max_ptr", "others_ptr", "target_ptr", "entropy_ptr", "logit_sum_ptr"), f32)
-    flags = dict.fromkeys(("HAS_ENTROPY", "HAS_LOGIT_SUM", "HAS_ARGMAX", "HAS_SQUARE_SUM"), stats)
-    arguments: dict[str, Any] = {
-        "tile_ptr": f32,
-        "labels_ptr": i64,
-        **kept,
-        "argmax_ptr": i64,
-        "square_sum_ptr": f32,
-        "cols": cols,
-        "row_stride": padded(cols, 16),
-    }
-    return Configuration(
-        f"reduce_rows V={cols}{' stats' if stats else ''}",
-        reduce_rows,
-        {**arguments, "start": 0, **flags, "PADDED": True, "BLOCK": ROW_BLOCK},
-        {"num_warps": ROW_WARPS},
-    )
-
-
-def _exp(cols: int) -> Configuration:
-    written = ("max_ptr", "others_ptr", "target_ptr", "factor_ptr", "residual_ptr")
-    arguments: dict[str, Any] = {
-        "tile_ptr": torch.float32,
-        "out_ptr": torch.bfloat16,
-        "labels_ptr": torch.int64,
-        **dict.fromkeys(written, torch.float32),
-        "cols": cols,
-        "row_stride": padded(cols, 16),
-        "out_stride": padded(cols, 16),
-    }
-    return Configuration(
-        f"exp_rows V={cols}",
-        softmax_grad_rows,
-        {**arguments, "SAFE": SAFE_SHIFT, "PADDED": True, "BLOCK": ROW_BLOCK},
-        {"num_warps": ROW_WARPS},
-    )
-
-
-def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
-    f32, i64, narrow = torch.float32, torch.int64, dtype == torch.bfloat16
-    arguments: dict[str, Any] = {
-        "tile_ptr": f32,
-        "out_ptr": dtype if narrow else f32,  # float16 is rounded afterwards
-        "labels_ptr": i64,
-        "max_ptr": f32,
-        "others_ptr": f32,
-        "scale_ptr": f32,
-        "residual_ptr": f32,
-    }
-    sizes = {"cols": cols, "row_stride": padded(cols, 16), "out_stride": padded(cols, 16), "start": 0, "softcap": 30.0}
-    return Configuration(
-        f"dlogits_rows V={cols} {str(dtype).removeprefix('torch.')}{' softcap' if softcap else ''}",
-        dlogits_rows,
-        {
-            **arguments,
-            **sizes,
-            "HAS_SCALE": narrow,
-            "HAS_RESIDUAL": narrow,
-            "HAS_SOFTCAP": softcap,
-            "PADDED": True,
-            "BLOCK": ROW_BLOCK,
-        },
-        {"num_warps": ROW_WARPS},
-    )
-
-
-CONFIGURATIONS = [
-    _finish(50257, torch.bfloat16, softcap=False),
-    _finish(256000, torch.bfloat16, softcap=True),
-    *(_reduce(cols, stats) for cols in (128256, 50257) for stats in (False, True)),
-    *(_exp(cols) for cols in (128256, 50257)),
-    *(_dlogits(128256, dtype, False) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
-    _dlogits(50257, torch.bfloat16, False),
-    _dlogits(256000, torch.bfloat16, True),
-]

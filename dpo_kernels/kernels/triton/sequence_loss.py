@@ -4,13 +4,8 @@ One program for each pair sums its two runs of token log-probs in float64, in th
 DPO's loss with label smoothing (Rafailov et al., arXiv 2305.18290, eq. 7) and its derivatives.
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-
-from dpo_kernels.kernels.triton.configs import TAIL_BLOCK, TAIL_WARPS, Configuration
 
 
 @triton.jit
@@ -75,20 +70,3 @@ def dpo_tail(
     tl.store(losses_ptr + pair, loss)
     tl.store(grad_ptr + 2 * pair, grad)
     tl.store(grad_ptr + 2 * pair + 1, -grad)
-
-
-def _configuration(weights: torch.dtype | None) -> Configuration:
-    f64 = torch.float64
-    arguments: dict[str, Any] = {
-        "logp_ptr": torch.float32,
-        "weights_ptr": torch.float32 if weights is None else weights,
-        "offsets_ptr": torch.int64,
-        **dict.fromkeys(("ref_ptr", "poison_ptr", "sums_ptr", "losses_ptr", "grad_ptr", "numbers_ptr"), f64),
-        "HAS_WEIGHTS": weights is not None,
-        "BLOCK": TAIL_BLOCK,
-    }
-    kind = "" if weights is None else f" weights {str(weights).removeprefix('torch.')}"
-    return Configuration(f"dpo_tail{kind}", dpo_tail, arguments, {"num_warps": TAIL_WARPS})
-
-
-CONFIGURATIONS = [_configuration(weights) for weights in (None, torch.float32, torch.float64)]

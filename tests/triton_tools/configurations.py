@@ -1,0 +1,265 @@
+"""The configurations of the Triton kernels that the ahead-of-time gate compiles.
+
+A configuration is a launch in every detail that specialises the code: dtypes of pointers, which integers are
+divisible by 16, constants, warps and stages. The sizes are those of real models.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dpo_kernels.kernels.triton import matmul_kernels, row_kernels, sequence_loss
+from dpo_kernels.kernels.triton.configs import (
+    ROW_BLOCK,
+    ROW_WARPS,
+    SAFE_SHIFT,
+    TAIL_BLOCK,
+    TAIL_WARPS,
+    MatrixLaunch,
+    family_of,
+)
+from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, padded
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix that a kernel reads by a descriptor, in blocks of its ``BLOCK_*``."""
+
+    dtype: torch.dtype
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One specialisation of one kernel.
+
+    ``arguments`` maps every parameter of the kernel to a ``torch.dtype`` (a pointer to that, 16-byte aligned), a
+    ``Matrix``, an int or float (a runtime value, specialised as a launch would), None, or the value of a
+    ``tl.constexpr``.
+    """
+
+    name: str
+    kernel: Any  # triton.JITFunction
+    arguments: dict[str, torch.dtype | Matrix | int | float | bool | str | None]
+    options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages
+    matrix: bool = False  # the gate expects a matrix instruction and pipelined loads
+    targets: tuple[str, ...] = TARGETS
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- row kernels --------------------------------------------------------------------------------------------
+
+ROWS = {"num_warps": ROW_WARPS}
+PADDED_ROWS = {"PADDED": True, "BLOCK": ROW_BLOCK}
+
+
+def _bias_scale_cap(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
+    arguments: dict[str, Any] = {
+        "tile_ptr": torch.float32,
+        "b_ptr": dtype,
+        "cols": cols,
+        "row_stride": padded(cols, GPU_ROW_ALIGNMENT),
+        "scale": 0.5,
+        "softcap": 30.0,
+        "HAS_BIAS": not softcap,
+        "HAS_SOFTCAP": softcap,
+    }
+    return Configuration(
+        f"finish_rows V={cols} {_plain(dtype)}{' softcap' if softcap else ''}",
+        row_kernels.apply_bias_scale_cap,
+        {**arguments, **PADDED_ROWS},
+        ROWS,
+    )
+
+
+def _reduce(cols: int, stats: bool) -> Configuration:
+    state = ("max_ptr", "others_ptr", "target_ptr", "entropy_ptr", "logit_sum_ptr", "square_sum_ptr")
+    arguments: dict[str, Any] = {
+        "tile_ptr": torch.float32,
+        "labels_ptr": torch.int64,
+        **dict.fromkeys(state, torch.float32),
+        "argmax_ptr": torch.int64,
+        "cols": cols,
+        "row_stride": padded(cols, GPU_ROW_ALIGNMENT),
+        "start": 0,
+        **dict.fromkeys(("HAS_ENTROPY", "HAS_LOGIT_SUM", "HAS_ARGMAX", "HAS_SQUARE_SUM"), stats),
+    }
+    return Configuration(
+        f"reduce_rows V={cols}{' stats' if stats else ''}", row_kernels.reduce_rows, {**arguments, **PADDED_ROWS}, ROWS
+    )
+
+
+def _softmax_grad(cols: int) -> Configuration:
+    written = ("max_ptr", "others_ptr", "target_ptr", "factor_ptr", "residual_ptr")
+    arguments: dict[str, Any] = {
+        "tile_ptr": torch.float32,
+        "out_ptr": torch.bfloat16,
+        "labels_ptr": torch.int64,
+        **dict.fromkeys(written, torch.float32),
+        "cols": cols,
+        **dict.fromkeys(("row_stride", "out_stride"), padded(cols, GPU_ROW_ALIGNMENT)),
+        "SAFE": SAFE_SHIFT,
+    }
+    return Configuration(f"exp_rows V={cols}", row_kernels.softmax_grad_rows, {**arguments, **PADDED_ROWS}, ROWS)
+
+
+def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
+    bf16_operands = dtype == torch.bfloat16
+    arguments: dict[str, Any] = {
+        "tile_ptr": torch.float32,
+        "out_ptr": dtype if bf16_operands else torch.float32,  # torch rounds to float16 afterwards
+        "labels_ptr": torch.int64,
+        **dict.fromkeys(("max_ptr", "others_ptr", "scale_ptr", "residual_ptr"), torch.float32),
+        "cols": cols,
+        **dict.fromkeys(("row_stride", "out_stride"), padded(cols, GPU_ROW_ALIGNMENT)),
+        "start": 0,
+        "softcap": 30.0,
+        **dict.fromkeys(("HAS_SCALE", "HAS_RESIDUAL"), bf16_operands),
+        "HAS_SOFTCAP": softcap,
+    }
+    return Configuration(
+        f"dlogits_rows V={cols} {_plain(dtype)}{' softcap' if softcap else ''}",
+        row_kernels.dlogits_rows,
+        {**arguments, **PADDED_ROWS},
+        ROWS,
+    )
+
+
+def _of_row_kernels() -> Iterator[Configuration]:
+    yield _bias_scale_cap(50257, torch.bfloat16, softcap=False)
+    yield _bias_scale_cap(256000, torch.bfloat16, softcap=True)
+    for cols in (128256, 50257):
+        yield _reduce(cols, stats=False)
+        yield _reduce(cols, stats=True)
+        yield _softmax_grad(cols)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield _dlogits(128256, dtype, softcap=False)
+    yield _dlogits(50257, torch.bfloat16, softcap=False)
+    yield _dlogits(256000, torch.bfloat16, softcap=True)
+
+
+# --- the sequence loss --------------------------------------------------------------------------------------
+
+
+def _sequence_loss(weights: torch.dtype | None) -> Configuration:
+    float64 = ("ref_ptr", "poison_ptr", "sums_ptr", "losses_ptr", "grad_ptr", "numbers_ptr")
+    arguments: dict[str, Any] = {
+        "logp_ptr": torch.float32,
+        "weights_ptr": torch.float32 if weights is None else weights,
+        "offsets_ptr": torch.int64,
+        **dict.fromkeys(float64, torch.float64),
+        "HAS_WEIGHTS": weights is not None,
+        "BLOCK": TAIL_BLOCK,
+    }
+    kind = "" if weights is None else f" weights {_plain(weights)}"
+    return Configuration(f"dpo_tail{kind}", sequence_loss.dpo_tail, arguments, {"num_warps": TAIL_WARPS})
+
+
+# --- matmul kernels -----------------------------------------------------------------------------------------
+
+
+def _matmul_arguments(
+    dtype: torch.dtype, rows: int, width: int, vocab: int, launch: MatrixLaunch, extras: bool
+) -> dict[str, Any]:
+    matrices = {"x_ptr": Matrix(dtype, rows, width), "w_ptr": Matrix(dtype, vocab, width)}
+    return {
+        **(matrices if launch.tma else dict.fromkeys(matrices, dtype)),
+        "b_ptr": dtype,
+        "labels_ptr": torch.int64,
+        **dict.fromkeys(("max_ptr", "others_ptr"), torch.float32),
+        "width": width,
+        "x_stride": width,
+        "w_stride": width,
+        "scale": 1.0,
+        "softcap": 30.0,
+        "HAS_BIAS": extras,
+        "HAS_SOFTCAP": extras,
+        **launch.blocks,
+        "PRECISION": "ieee",
+    }
+
+
+def _logps(
+    target: str, launch: MatrixLaunch, dtype: torch.dtype, width: int, vocab: int, extras: bool, stats: bool
+) -> Configuration:
+    rows, written = 8192, ("target_ptr", "entropy_ptr", "logit_sum_ptr", "square_sum_ptr")
+    return Configuration(
+        f"linear_logprob {_kind(dtype, width, vocab, extras, stats)} {launch}",
+        matmul_kernels.linear_logprob,
+        {
+            **_matmul_arguments(dtype, rows, width, vocab, launch, extras),
+            **dict.fromkeys(written, torch.float32),
+            "argmax_ptr": torch.int64,
+            "total_rows": rows,
+            "vocab": vocab,
+            "split": launch.block_cols * 64,
+            "HAS_STATS": stats,
+        },
+        launch.options,
+        dtype != torch.float32,
+        (target,),
+    )
+
+
+def _logits_gradient(
+    target: str, launch: MatrixLaunch, dtype: torch.dtype, width: int, vocab: int, extras: bool
+) -> Configuration:
+    rows, bf16_operands = 2048, dtype == torch.bfloat16
+    return Configuration(
+        f"linear_dlogits {_kind(dtype, width, vocab, extras, stats=False)} {launch}",
+        matmul_kernels.linear_dlogits,
+        {
+            **_matmul_arguments(dtype, rows, width, vocab, launch, extras),
+            "out_ptr": dtype if bf16_operands else torch.float32,  # torch rounds to float16 afterwards
+            **dict.fromkeys(("scale_ptr", "residual_ptr"), torch.float32),
+            **dict.fromkeys(("HAS_SCALE", "HAS_RESIDUAL"), bf16_operands),
+            "total_rows": rows,
+            **dict.fromkeys(("tile_cols", "start", "out_stride"), 8192),
+        },
+        launch.options,
+        dtype != torch.float32,
+        (target,),
+    )
+
+
+def _kind(dtype: torch.dtype, width: int, vocab: int, extras: bool, stats: bool) -> str:
+    sizes = f"H={width} V={vocab} {_plain(dtype)}"
+    return f"{sizes}{' bias softcap' if extras else ''}{' stats' if stats else ''}"
+
+
+def _of_matmul_kernels() -> Iterator[Configuration]:
+    """Each launch of every family at one size, with statistics too, and the first launch at all sizes."""
+    bf16, common = torch.bfloat16, (torch.bfloat16, 4096, 128256)
+    others = (
+        (bf16, 2304, 256000, True),
+        (bf16, 4104, 50257, False),
+        (torch.float16, 4096, 32000, False),
+        (torch.float32, 2048, 50257, False),
+    )
+    for target in TARGETS:
+        for launch in family_of("linear_logprob", target, bf16):
+            yield _logps(target, launch, *common, extras=False, stats=False)
+            yield _logps(target, launch, *common, extras=True, stats=False)
+        for launch in family_of("linear_logprob", target, bf16, stats=True):
+            yield _logps(target, launch, *common, extras=True, stats=True)
+        for launch in family_of("linear_dlogits", target, bf16):
+            yield _logits_gradient(target, launch, *common, extras=False)
+        for dtype, width, vocab, extras in others:
+            logps, gradient = (family_of(name, target, dtype)[0] for name in ("linear_logprob", "linear_dlogits"))
+            yield _logps(target, logps, dtype, width, vocab, extras, stats=False)
+            yield _logits_gradient(target, gradient, dtype, width, vocab, extras)
+
+
+CONFIGURATIONS = [
+    *_of_row_kernels(),
+    *(_sequence_loss(weights) for weights in (None, torch.float32, torch.float64)),
+    *_of_matmul_kernels(),
+]
