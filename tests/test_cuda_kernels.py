@@ -275,7 +275,7 @@ MUTATIONS: dict[str, tuple[str, str, str, Check]] = {
                                     check_offsets_beyond_int32),
     "rejected added": ("tail.cuh", "- (rejected - ref", "+ (rejected - ref", tail_checks),
     "one gradient for both": ("tail.cuh", "= -grad;", "= grad;", tail_checks),
-    "poison left out": ("tail.cuh", "(2 * pair) + *poison", "(2 * pair)", tail_checks),
+    "invalid input let through": ("tail.cuh", "(2 * pair) + *nan_if_invalid", "(2 * pair)", tail_checks),
     "a run of one too few": ("tail.cuh", "at < end", "at < end - 1", tail_checks),
     "runs beyond the capacity": ("tail.cuh", "Smaller()(offsets[run + 1], count)", "offsets[run + 1]", tail_checks),
     "0 times infinity": ("tail.cuh", "smoothing == 0 ? softplus(-u) : ", "", tail_checks),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels.kernels import extension, torch_rows
+from dpo_kernels.kernels import extension, torch_kernels
 from dpo_kernels.kernels.extension import CppKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.shapes import STATS, Head
@@ -211,7 +211,7 @@ class Sigmoid:
 
 
 @built
-@pytest.mark.parametrize("poison", [0.0, NAN])
+@pytest.mark.parametrize("nan_if_invalid", [0.0, NAN])
 def test_tail_of_the_sigmoid_loss(nan_if_invalid):
     cpp, _ = kernels(torch.float32)
     counts = torch.tensor([3, 0, 5, 1, 2, 2, 1, 1])
@@ -350,7 +350,7 @@ def _gemms_on_one_thread(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(torch_rows, "_matmul_into", alone(torch_rows._matmul_into))
+    monkeypatch.setattr(torch_kernels, "_matmul_into", alone(torch_kernels._matmul_into))
     monkeypatch.setattr(CppKernels, "grad_bias", alone(CppKernels.grad_bias))
 
 
@@ -512,7 +512,7 @@ def clear_cache():
     extension._load.cache_clear()
 
 
-@pytest.mark.usefixtures("_forget")
+@pytest.mark.usefixtures("clear_cache")
 def test_without_the_extension_torch_is_taken_and_the_reason_given(monkeypatch):
     monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: None)
     plan = dk.explain(**problem())
@@ -523,7 +523,7 @@ def test_without_the_extension_torch_is_taken_and_the_reason_given(monkeypatch):
 
 
 @built
-@pytest.mark.usefixtures("_forget")
+@pytest.mark.usefixtures("clear_cache")
 def test_an_extension_for_another_torch_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     assert "not 2.99.0; build it again: in a checkout of dpo_kernels: pip install" in str(extension.why_not("cpu"))
@@ -544,7 +544,7 @@ def test_a_gpu_that_there_is_no_code_for_is_refused(monkeypatch, architectures, 
         assert "TORCH_CUDA_ARCH_LIST=7.5" in reason
 
 
-@pytest.mark.usefixtures("_forget")
+@pytest.mark.usefixtures("clear_cache")
 def test_an_extension_that_does_not_load_says_so(monkeypatch):
     def broken(name):
         raise ImportError("undefined symbol: _ZN3c10")

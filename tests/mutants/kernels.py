@@ -147,35 +147,35 @@ _TORCH = [
     ),
 ]
 
-_TUNING = "tests/test_tuning.py"
+_AUTOTUNE = "tests/test_autotune.py"
 _BACKEND = "dpo_kernels/kernels/triton/backend.py"
 _TRITON = [
     Mutant(
         _BACKEND,
         "(str(x_CH.dtype), *sizes",
         "(*sizes",
-        f"{_TUNING}::test_calls_that_differ_in_their_work_are_timed_apart",
+        f"{_AUTOTUNE}::test_calls_that_differ_in_their_work_are_timed_apart",
         "a launch timed in one dtype serves another",
     ),
     Mutant(
         _BACKEND,
         ', f"H={x_CH.shape[1]}")',
         ")",
-        f"{_TUNING}::test_calls_that_differ_in_their_work_are_timed_apart",
+        f"{_AUTOTUNE}::test_calls_that_differ_in_their_work_are_timed_apart",
         "a launch timed at one width serves another",
     ),
     Mutant(
         _BACKEND,
         "torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()",
         "nullcontext()",
-        f"{_TUNING}::test_the_device_of_a_launch_is_that_of_its_tensors",
+        f"{_AUTOTUNE}::test_the_device_of_a_launch_is_that_of_its_tensors",
         "kernels are launched on the current device, wherever their tensors are",
     ),
     Mutant(
         _BACKEND,
         "        with _on(logp_N):",
         "        with nullcontext():",
-        f"{_TUNING}::test_every_launch_is_guarded",
+        f"{_AUTOTUNE}::test_every_launch_is_guarded",
         "the tail is launched without its device guard",
     ),
     Mutant(
@@ -231,49 +231,49 @@ _TRITON = [
         "dpo_kernels/kernels/triton/autotune.py",
         "fastest = min(times",
         "fastest = max(times",
-        f"{_TUNING}::test_the_fastest_is_taken_and_kept",
+        f"{_AUTOTUNE}::test_the_fastest_is_taken_and_kept",
         "the slowest launch is kept",
     ),
     Mutant(
         "dpo_kernels/kernels/triton/autotune.py",
         'if mode != "1" or (like.is_cuda and torch.cuda.is_current_stream_capturing()):',
         'if mode != "1":',
-        f"{_TUNING}::test_nothing_is_timed_inside_a_graph_and_what_was_taken_there_stays",
+        f"{_AUTOTUNE}::test_nothing_is_timed_inside_a_graph_and_what_was_taken_there_stays",
         "launches are timed while a graph is captured",
     ),
     Mutant(
         "dpo_kernels/kernels/triton/autotune.py",
         "max(0, size - 1).bit_length()",
         "size.bit_length()",
-        f"{_TUNING}::test_sizes_of_a_kind",
+        f"{_AUTOTUNE}::test_sizes_of_a_kind",
         "a power of two is of a kind with what is larger",
     ),
     Mutant(
         "dpo_kernels/kernels/triton/autotune.py",
         "if first is not None:",
         "if first is None and not path:",
-        f"{_TUNING}::test_a_process_that_was_first_decides",
+        f"{_AUTOTUNE}::test_a_process_that_was_first_decides",
         "two processes may take different launches",
     ),
     Mutant(
         "dpo_kernels/kernels/triton/autotune.py",
         "statistics.median(found)",
         "found[-1]",
-        f"{_TUNING}::test_one_round_does_not_decide",
+        f"{_AUTOTUNE}::test_one_round_does_not_decide",
         "one round decides",
     ),
     Mutant(
         "dpo_kernels/kernels/triton/configs.py",
         '11: "sm_100"}',
         '11: "sm_100", 12: "sm_100"}',
-        f"{_TUNING}::test_targets_of_devices",
+        f"{_AUTOTUNE}::test_targets_of_devices",
         "an RTX 50 gets launches that it has no memory for",
     ),
     Mutant(
         "dpo_kernels/kernels/triton/configs.py",
         "block_cols=self.block_cols // 2",
         "block_cols=self.block_cols",
-        f"{_TUNING}::test_families",
+        f"{_AUTOTUNE}::test_families",
         "statistics spill",
     ),
 ]

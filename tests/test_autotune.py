@@ -305,7 +305,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(backend, "_on", on)
     for module, names in (
-        (row_kernels, ("finish_rows", "reduce_rows", "dlogits_rows", "exp_rows")),
+        (row_kernels, ("apply_bias_scale_cap", "reduce_rows", "dlogits_rows", "softmax_grad_rows")),
         (sequence_loss, ("dpo_tail",)),
         (matmul_kernels, ("linear_logprob", "linear_dlogits")),
     ):
@@ -329,6 +329,14 @@ def test_every_launch_is_guarded(launched):
     index, segments = torch.arange(4), torch.tensor([0, 0, 1, 1])
     rows = PackedTokens(index, labels, None, segments, index, counts, counts, zero)
     kernels.stream_logprob(x, head, rows, Tile(4, 64), ())
-    names = {"finish_rows", "reduce_rows", "dlogits_rows", "exp_rows", "dpo_tail", "linear_logprob", "linear_dlogits"}
+    names = {
+        "apply_bias_scale_cap",
+        "reduce_rows",
+        "dlogits_rows",
+        "softmax_grad_rows",
+        "dpo_tail",
+        "linear_logprob",
+        "linear_dlogits",
+    }
     assert launched.keys() == names
     assert [name for name, tensor in launched.items() if tensor is None] == []
