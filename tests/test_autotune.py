@@ -14,7 +14,16 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from dpo_kernels import losses
-from dpo_kernels.kernels.triton import autotune, backend, configs, matmul_kernels, row_kernels, sequence_loss
+from dpo_kernels.kernels.triton import (
+    autotune,
+    backend,
+    configs,
+    launch_matmul,
+    launch_rows,
+    matmul_kernels,
+    row_kernels,
+    sequence_loss,
+)
 from dpo_kernels.kernels.triton.configs import MatrixLaunch
 from dpo_kernels.shapes import Head, PackedTokens, Tile
 
@@ -255,7 +264,9 @@ def kind_of(monkeypatch, kernel="linear_logprob", rows=100, vocab=500, width=24,
     stats = more.pop("stats", False)
     head = Head(torch.empty(vocab, width, dtype=dtype), **more)
     monkeypatch.setattr(autotune, "fastest_launch", lambda kernel, family, facts, like, run: (kernel, *facts))
-    return backend._best(kernel, torch.empty(rows, width, dtype=dtype), head.weight, head, stats, lambda launch: None)
+    return launch_matmul.choose_launch(
+        kernel, torch.empty(rows, width, dtype=dtype), head.weight, head, stats, lambda launch: None
+    )
 
 
 CHANGES = {
@@ -280,7 +291,7 @@ def test_calls_that_differ_in_their_work_are_timed_apart(monkeypatch):
 def test_the_device_of_a_launch_is_that_of_its_tensors():
     """Triton launches on the current device: on a machine of two GPUs, tensors of the second would be out of reach."""
     second = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
-    guard = backend._on(second)
+    guard = launch_rows.on_device(second)
     assert isinstance(guard, torch.cuda.device)
     assert guard.idx == 1
 
@@ -303,7 +314,8 @@ def launched(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: seen.setdefault(self.name, guarding[-1] if guarding else None)
 
-    monkeypatch.setattr(backend, "_on", on)
+    for module in (launch_rows, launch_matmul):
+        monkeypatch.setattr(module, "on_device", on)
     for module, names in (
         (row_kernels, ("apply_bias_scale_cap", "reduce_rows", "dlogits_rows", "softmax_grad_rows")),
         (sequence_loss, ("dpo_tail",)),

@@ -168,9 +168,15 @@ def good_logits() -> dict[str, object]:
 
 
 def good_tail() -> dict[str, object]:
-    zeros = torch.zeros(3, dtype=torch.int64)
-    return {"logp": torch.zeros(4), "weights": torch.zeros(4), "offsets": zeros, "beta": 0.1, "label_smoothing": 0.0,
-            "ref": torch.zeros(2, dtype=torch.float64), "nan_if_invalid": torch.zeros((), dtype=torch.float64)}  # fmt: skip
+    return {
+        "logp": torch.zeros(4),
+        "weights": torch.zeros(4),
+        "offsets": torch.zeros(3, dtype=torch.int64),
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+        "ref": torch.zeros(2, dtype=torch.float64),
+        "nan_if_invalid": torch.zeros((), dtype=torch.float64),
+    }
 
 
 REFUSED = [
@@ -207,7 +213,12 @@ REFUSED = [
     ("sigmoid_tail", good_tail, {"offsets": torch.zeros(4).long()}, "offsets must hold pairs of sequences, got 3"),
     ("sigmoid_tail", good_tail, {"offsets": torch.zeros(3)}, "offsets must be Long, got Float"),
     ("sigmoid_tail", good_tail, {"ref": torch.zeros(2)}, "ref must be Double, got Float"),
-    ("sigmoid_tail", good_tail, {"nan_if_invalid": torch.zeros(1).double()}, "nan_if_invalid must be a float64 tensor without dim"),
+    (
+        "sigmoid_tail",
+        good_tail,
+        {"nan_if_invalid": torch.zeros(1).double()},
+        "nan_if_invalid must be a float64 tensor without dim",
+    ),
     ("sigmoid_tail", good_tail, {"beta": float("inf")}, "beta must be finite, got inf"),
 ]
 

@@ -142,13 +142,13 @@ def test_losses_and_upstreams(upstream, loss, strategy, backend):
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "rich"])
 def test_every_launch_of_the_families(monkeypatch, extras, number, dtype):
     """By descriptors too, and with fewer columns for statistics."""
-    from dpo_kernels.kernels.triton import backend, configs
+    from dpo_kernels.kernels.triton import configs, launch_matmul
 
     def one(kernel, x, stats):
         family = configs.family_of(kernel, configs.target_of(x.device), x.dtype, stats)
         return (family[number % len(family)],)
 
-    monkeypatch.setattr(backend, "_family", one)
+    monkeypatch.setattr(launch_matmul, "_family", one)
     case = Case(dtype, bias=extras, weights=extras, options=RICH if extras else {})
     assert not broken_rules(case, "streaming", "triton", device="cuda")
 

@@ -8,7 +8,15 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 import dpo_kernels as dk
-from dpo_kernels.kernels.triton import autotune, backend, matmul_kernels, row_kernels, sequence_loss
+from dpo_kernels.kernels.triton import (
+    autotune,
+    backend,
+    launch_matmul,
+    launch_rows,
+    matmul_kernels,
+    row_kernels,
+    sequence_loss,
+)
 from dpo_kernels.kernels.triton.backend import TritonKernels
 from dpo_kernels.kernels.triton.configs import INTERPRETED
 from dpo_kernels.shapes import STATS, Head
@@ -23,14 +31,14 @@ from tests.triton_tools.interpreter import sanitize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BY_DESCRIPTORS = replace(INTERPRETED, tma=True)
-SHARES = backend.num_vocab_splits
+SPLITS = launch_matmul.num_vocab_splits
 COUNTS = (40_000, 0, 3_000, 255)  # of the tail's blocks of 256, a hundred to a lane and more
 
 
 @pytest.fixture(autouse=True)
 def _sanitized(monkeypatch):
-    # Shares of the vocabulary of several tiles each, as on a GPU.
-    monkeypatch.setattr("dpo_kernels.kernels.triton.backend.num_vocab_splits", lambda *_: 2)
+    # Splits of the vocabulary have several tiles each, as on a GPU.
+    monkeypatch.setattr(launch_matmul, "num_vocab_splits", lambda *_: 2)
     monkeypatch.setattr("dpo_kernels.inputs.notices.warn_once", lambda message: None)
     with sanitize():
         yield
@@ -39,7 +47,7 @@ def _sanitized(monkeypatch):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of the row kernels: a row of a few hundred columns has several of them, with a rest."""
-    monkeypatch.setattr(backend, "ROW_BLOCK", 128)
+    monkeypatch.setattr(launch_rows, "ROW_BLOCK", 128)
     return 128
 
 
@@ -82,7 +90,7 @@ def launches():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("triton.runtime.interpreter.InterpretedFunction.run", launched)
-            patch.setattr(backend, "num_vocab_splits", lambda *_: 2)
+            patch.setattr(launch_matmul, "num_vocab_splits", lambda *_: 2)
             patch.setattr("dpo_kernels.inputs.notices.warn_once", lambda message: None)
             fused(case.tensors(), strategy, **case.keywords())
         return found
@@ -132,7 +140,7 @@ def test_equivalence(rows, strategy):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equivalence_by_descriptors(monkeypatch, dtype):
     """The same with operands as Hopper's copy engine takes them, whole blocks with 0 for what lies outside."""
-    monkeypatch.setattr("dpo_kernels.kernels.triton.backend.INTERPRETED", BY_DESCRIPTORS)
+    monkeypatch.setattr(launch_matmul, "INTERPRETED", BY_DESCRIPTORS)
     for row in cover({"layout": tuple(LAYOUTS), "rich": (False, True)}):
         assert not broken_rules(case_with(dtype, **row), "streaming", "triton"), row
 
@@ -152,13 +160,13 @@ def test_equivalence_by_descriptors(monkeypatch, dtype):
 def test_tiles_of_a_wide_model_are_recomputed_by_the_library(monkeypatch, row):
     """Where a GPU is predicted to lose by a kernel of its own; the forward pass of the streaming strategy keeps its."""
     launched = []
-    best = backend._best
+    choose = launch_matmul.choose_launch
 
     def seen(kernel, *arguments):
         launched.append(kernel)
-        return best(kernel, *arguments)
+        return choose(kernel, *arguments)
 
-    monkeypatch.setattr(backend, "_best", seen)
+    monkeypatch.setattr(launch_matmul, "choose_launch", seen)
     gpu = SimpleNamespace(streaming_width=HIDDEN - 1 if row["wide"] else HIDDEN)
     monkeypatch.setattr(backend, "gpu_at", lambda device: gpu)
     assert not broken_rules(case_with(row["dtype"], "padded", row["rich"]), row["strategy"], "triton")
@@ -168,17 +176,17 @@ def test_tiles_of_a_wide_model_are_recomputed_by_the_library(monkeypatch, row):
 def test_parts_of_the_vocabulary_fill_the_gpu():
     """Waves of an H200's 132 multiprocessors, by 501 blocks of 256 columns; blocks of 128 rows by H = 4096."""
     narrow, wide = 1, 128 * 4096 * 2
-    assert [SHARES(blocks, 501, 132, narrow) for blocks in (1, 2, 64, 132)] == [126, 63, 2, 1]
+    assert [SPLITS(blocks, 501, 132, narrow) for blocks in (1, 2, 64, 132)] == [126, 63, 2, 1]
     for blocks in (*range(1, 70), 266, 547, 5000):
         for block_bytes in (narrow, wide):
-            parts = SHARES(blocks, 501, 132, block_bytes)
+            parts = SPLITS(blocks, 501, 132, block_bytes)
             assert 1 <= parts <= 501
-            assert blocks * parts <= max(backend.MOST_WAVES * 132, blocks)
+            assert blocks * parts <= max(launch_matmul.MOST_WAVES * 132, blocks)
             waves = -(-blocks * parts // 132)
             assert blocks * 501 / (waves * -(-501 // parts) * 132) > 0.89, blocks
             at_once = min(blocks, -(-132 // parts)) * block_bytes
-            assert at_once <= backend.CACHED_BYTES or parts == max(1, backend.MOST_WAVES * 132 // blocks)
-    assert [SHARES(blocks, 1, 132, wide) for blocks in (1, 10**6)] == [1, 1]
+            assert at_once <= launch_matmul.X_CACHE_BYTES or parts == max(1, launch_matmul.MOST_WAVES * 132 // blocks)
+    assert [SPLITS(blocks, 1, 132, wide) for blocks in (1, 10**6)] == [1, 1]
 
 
 @pytest.mark.parametrize("fastest", [0, 1])
@@ -197,7 +205,7 @@ def test_timing_changes_nothing_but_the_launch(monkeypatch, tmp_path, fastest):
     case = Case(torch.bfloat16, bias=True, weights=True, options=RICH)
     found = []
     for launches in ((family[fastest],), family, family):
-        monkeypatch.setattr("dpo_kernels.kernels.triton.backend._family", lambda *_, launches=launches: launches)
+        monkeypatch.setattr(launch_matmul, "_family", lambda *_, launches=launches: launches)
         found.append(fused(case.tensors(), "streaming", **case.keywords()))
     assert tried
     assert len(tried) % 2 == 0
@@ -263,7 +271,7 @@ def test_vocabularies(vocab, strategy):
 
 def test_a_vocabulary_of_more_than_a_block():
     """As launched: a block of the row kernels holds fewer columns."""
-    assert backend.ROW_BLOCK < 5000
+    assert launch_rows.ROW_BLOCK < 5000
     inputs = extreme(labels=torch.randint(0, 5000, (4, 5)))
     inputs["weight"] = torch.randn(5000, 8).requires_grad_()
     assert not broken_by(inputs, {"stats": ("entropy",)}, torch.float32, "chunked", "triton")

@@ -7,77 +7,78 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_kernels.kernels.triton import backend, matmul_kernels, row_kernels, sequence_loss
+from dpo_kernels.kernels.triton import backend, launch_matmul, launch_rows, matmul_kernels, row_kernels, sequence_loss
 from dpo_kernels.shapes import Head
 from tests.cases import Case, broken_rules
 from tests.certain import broken, certain, off_log_probs
 from tests.triton_tools.interpreter import IntegerOverflow, sanitize
 
-MODULES = {"rows": row_kernels, "dpo_tail": sequence_loss, "linear_logprob": matmul_kernels}
-NAMES = {"rows": "row_kernels", "dpo_tail": "sequence_loss", "linear_logprob": "matmul_kernels"}
+# The modules of the kernels, and those that launch them.
+MODULES = {"row_kernels": row_kernels, "sequence_loss": sequence_loss, "matmul_kernels": matmul_kernels}
+LAUNCHED_BY = {"row_kernels": launch_rows, "sequence_loss": launch_rows, "matmul_kernels": launch_matmul}
 
 # what: (module, text of the kernel, text instead of its first occurrence)
 MUTATIONS = {
-    "a masked lane is a logit of 0": ("rows", 'tl.where(inside, z, -float("inf"))', "tl.where(inside, z, 0.0)"),
-    "no mask at all": ("rows", 'base + at, mask=at < reach, other=-float("inf")', "base + at"),
-    "no rescale of the running sum": ("rows", "others = others * kept + tl.sum", "others = others + tl.sum"),
-    "the label among the others": ("rows", '-float("inf"), z)  # the label\'s own', "z, z)"),
+    "a masked lane is a logit of 0": ("row_kernels", 'tl.where(inside, z, -float("inf"))', "tl.where(inside, z, 0.0)"),
+    "no mask at all": ("row_kernels", 'base + at, mask=at < reach, other=-float("inf")', "base + at"),
+    "no rescale of the running sum": ("row_kernels", "others = others * kept + tl.sum", "others = others + tl.sum"),
+    "the label among the others": ("row_kernels", '-float("inf"), z)  # the label\'s own', "z, z)"),
     "the label among the others of one reading": (
-        "rows",
+        "row_kernels",
         '-float("inf"), z)\n        e = tl.exp(z - shift)\n        tl.store',
         "z, z)\n        e = tl.exp(z - shift)\n        tl.store",
     ),
     "digits of the others": (
-        "rows",
+        "row_kernels",
         "others * kept + tl.sum(e, axis=0)",
         "others * kept + tl.sum(e, axis=0) + 1.0 - 1.0",
     ),
     "digits of the others while streaming": (
-        "linear_logprob",
+        "matmul_kernels",
         "others * kept + tl.sum(e, axis=1)",
         "others * kept + tl.sum(e, axis=1) + 1.0 - 1.0",
     ),
-    "the label among the streamed others": ("linear_logprob", 'z = tl.where(hit, -float("inf"), z)', "z = z"),
-    "target off by one": ("rows", "tl.load(base + column)", "tl.load(base + tl.maximum(column - 1, 0))"),
-    "entropy without the moved shift": ("rows", "(entropy + drop) * kept", "entropy * kept"),
-    "last maximum wins ties": ("rows", "block_max > running", "block_max >= running"),
-    "onehot with the wrong sign": ("rows", "-tl.load(others_ptr + row)", "tl.load(others_ptr + row)"),
-    "no derivative of the softcap": ("rows", "d = d * (1.0 - capped * capped)", "d = d"),
-    "the scale of another row": ("rows", "tl.load(scale_ptr + row)", "tl.load(scale_ptr)"),
-    "a row far from its first block is not done again": ("rows", "shift = highest\n", "shift = shift\n"),
-    "the sum stays under the first block's shift": ("rows", "total * factor", "total"),
+    "the label among the streamed others": ("matmul_kernels", 'z = tl.where(hit, -float("inf"), z)', "z = z"),
+    "target off by one": ("row_kernels", "tl.load(base + column)", "tl.load(base + tl.maximum(column - 1, 0))"),
+    "entropy without the moved shift": ("row_kernels", "(entropy + drop) * kept", "entropy * kept"),
+    "last maximum wins ties": ("row_kernels", "block_max > running", "block_max >= running"),
+    "onehot with the wrong sign": ("row_kernels", "-tl.load(others_ptr + row)", "tl.load(others_ptr + row)"),
+    "no derivative of the softcap": ("row_kernels", "d = d * (1.0 - capped * capped)", "d = d"),
+    "the scale of another row": ("row_kernels", "tl.load(scale_ptr + row)", "tl.load(scale_ptr)"),
+    "a row far from its first block is not done again": ("row_kernels", "shift = highest\n", "shift = shift\n"),
+    "the sum stays under the first block's shift": ("row_kernels", "total * factor", "total"),
     "nothing is taken from the label's own value": (
-        "rows",
+        "row_kernels",
         "residual_ptr + row, -total",
         "residual_ptr + row, 0.0 * total",
     ),
-    "bias of the first columns only": ("rows", "tl.load(b_ptr + at, ", "tl.load(b_ptr + at % 16, "),
-    "a cap that forgets the sign": ("rows", "tl.where(y < 0, -size, size)", "size"),
-    "a cap that is none near 0": ("rows", "near = small * (1.0", "near = small + 0.0 * (1.0"),
-    "rejected added instead of subtracted": ("dpo_tail", "- (rejected - ref", "+ (rejected - ref"),
+    "bias of the first columns only": ("row_kernels", "tl.load(b_ptr + at, ", "tl.load(b_ptr + at % 16, "),
+    "a cap that forgets the sign": ("row_kernels", "tl.where(y < 0, -size, size)", "size"),
+    "a cap that is none near 0": ("row_kernels", "near = small * (1.0", "near = small + 0.0 * (1.0"),
+    "rejected added instead of subtracted": ("sequence_loss", "- (rejected - ref", "+ (rejected - ref"),
     "coefficient of the wrong sequence": (
-        "dpo_tail",
+        "sequence_loss",
         "grad_ptr + 2 * pair + 1, -grad",
         "grad_ptr + 2 * pair + 1, grad",
     ),
-    "chosen and rejected swapped": ("dpo_tail", "sums_ptr + 2 * pair, chosen", "sums_ptr + 2 * pair, rejected"),
-    "a sequence ends one early": ("dpo_tail", "inside = place < end", "inside = place < end - 1"),
-    "label smoothing ignored": ("dpo_tail", "(1.0 - smoothing) * wrong - smoothing * right", "wrong"),
-    "token weights ignored": ("dpo_tail", "if HAS_WEIGHTS:", "if False:"),
+    "chosen and rejected swapped": ("sequence_loss", "sums_ptr + 2 * pair, chosen", "sums_ptr + 2 * pair, rejected"),
+    "a sequence ends one early": ("sequence_loss", "inside = place < end", "inside = place < end - 1"),
+    "label smoothing ignored": ("sequence_loss", "(1.0 - smoothing) * wrong - smoothing * right", "wrong"),
+    "token weights ignored": ("sequence_loss", "if HAS_WEIGHTS:", "if False:"),
     "columns beyond the vocabulary count": (
-        "linear_logprob",
+        "matmul_kernels",
         'z = tl.where(col_inside[None, :], z, -float("inf"))',
         "z = z",
     ),
-    "no rescale while streaming": ("linear_logprob", "others = others * kept + tl.sum", "others = others + tl.sum"),
+    "no rescale while streaming": ("matmul_kernels", "others = others * kept + tl.sum", "others = others + tl.sum"),
     "streamed target off by one": (
-        "linear_logprob",
+        "matmul_kernels",
         "hit = tl.arange(0, BLOCK_V)[None, :] == own_col",
         "hit = tl.arange(0, BLOCK_V)[None, :] + 1 == own_col",
     ),
-    "a tile forgets where it starts": ("linear_logprob", "cols = start + at", "cols = at"),
-    "the last part of H is dropped": ("linear_logprob", "inside = h + at < width", "inside = h + at < width - 1"),
-    "bias of the wrong columns": ("linear_logprob", "tl.load(b_ptr + cols, ", "tl.load(b_ptr + cols - cols, "),
+    "a tile forgets where it starts": ("matmul_kernels", "cols = start + at", "cols = at"),
+    "the last part of H is dropped": ("matmul_kernels", "inside = h + at < width", "inside = h + at < width - 1"),
+    "bias of the wrong columns": ("matmul_kernels", "tl.load(b_ptr + cols, ", "tl.load(b_ptr + cols - cols, "),
 }
 
 
@@ -97,8 +98,8 @@ STRATEGIES = ("chunked", "recompute-tiles", "streaming")
 
 def _caught(module: str = "") -> bool:
     """By any of the cases; those that say the most about ``module`` come first."""
-    strategies = STRATEGIES[::-1] if module == "linear_logprob" else STRATEGIES
-    of_rows = module == "rows"
+    strategies = STRATEGIES[::-1] if module == "matmul_kernels" else STRATEGIES
+    of_rows = module == "row_kernels"
     plain = {"label_smoothing": 0.2}
     rich = {**plain, "softcap": 12.0, "logit_scale": 0.7, "stats": ("entropy", "mean_logits", "top1")}
     try:
@@ -155,8 +156,8 @@ def test_the_kernels_as_they_are_pass():
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mutation_is_caught(tmp_path, monkeypatch, mutation):
     name, old, new = MUTATIONS[mutation]
-    monkeypatch.setattr(backend, "num_vocab_splits", lambda *_: 2)
-    monkeypatch.setattr(backend, NAMES[name], _mutated(tmp_path, name, old, new))
+    monkeypatch.setattr(launch_matmul, "num_vocab_splits", lambda *_: 2)
+    monkeypatch.setattr(LAUNCHED_BY[name], name, _mutated(tmp_path, name, old, new))
     assert _caught(name), mutation
 
 
@@ -212,19 +213,19 @@ def _operands():
 ROWS = "rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_N)\n    row_inside = rows < total_rows\n"
 # what: (module, text of the kernel whose 64 bits are dropped, what runs it with one operand's rows placed so)
 OFFSETS = {
-    "rows of reduce_rows": ("rows", "row = tl.program_id(0).to(tl.int64)\n    base", _reduced),
-    "rows of apply_bias_scale_cap": ("rows", "tl.program_id(0).to(tl.int64) * row_stride", _finished),
-    "rows of dlogits_rows": ("rows", "row = tl.program_id(0).to(tl.int64)\n    first", _differentiated),
-    "hidden rows of linear_logprob": ("linear_logprob", ROWS + "    labels", lambda place: _streamed(x_at=place)),
+    "rows of reduce_rows": ("row_kernels", "row = tl.program_id(0).to(tl.int64)\n    base", _reduced),
+    "rows of apply_bias_scale_cap": ("row_kernels", "tl.program_id(0).to(tl.int64) * row_stride", _finished),
+    "rows of dlogits_rows": ("row_kernels", "row = tl.program_id(0).to(tl.int64)\n    first", _differentiated),
+    "hidden rows of linear_logprob": ("matmul_kernels", ROWS + "    labels", lambda place: _streamed(x_at=place)),
     "head rows of linear_logprob": (
-        "linear_logprob",
+        "matmul_kernels",
         "cols = left + tl.arange(0, BLOCK_V).to(tl.int64)",
         lambda place: _streamed(w_at=place),
     ),
-    "hidden rows of linear_dlogits": ("linear_logprob", ROWS + "    first_col", lambda place: _recomputed(x_at=place)),
-    "tile rows of linear_dlogits": ("linear_logprob", ROWS + "    first_col", lambda place: _recomputed(out_at=place)),
+    "hidden rows of linear_dlogits": ("matmul_kernels", ROWS + "    first_col", lambda place: _recomputed(x_at=place)),
+    "tile rows of linear_dlogits": ("matmul_kernels", ROWS + "    first_col", lambda place: _recomputed(out_at=place)),
     "head rows of linear_dlogits": (
-        "linear_logprob",
+        "matmul_kernels",
         "at = first_col.to(tl.int64)",
         lambda place: _recomputed(w_at=place),
     ),
@@ -238,7 +239,7 @@ def test_row_offsets_in_int32_are_caught(tmp_path, monkeypatch, offset):
     expected = launch(torch.clone)
     with sanitize(races=False):  # the record of what was read would be as long as the addresses are apart
         torch.testing.assert_close(launch(_far), expected, rtol=0, atol=0)
-    monkeypatch.setattr(backend, NAMES[name], _mutated(tmp_path, name, old, old.replace(".to(tl.int64)", "")))
+    monkeypatch.setattr(LAUNCHED_BY[name], name, _mutated(tmp_path, name, old, old.replace(".to(tl.int64)", "")))
     torch.testing.assert_close(launch(torch.clone), expected, rtol=0, atol=0)
     with sanitize(races=False), pytest.raises(IntegerOverflow):
         launch(_far)

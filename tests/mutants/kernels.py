@@ -149,59 +149,61 @@ _TORCH = [
 
 _AUTOTUNE = "tests/test_autotune.py"
 _BACKEND = "dpo_kernels/kernels/triton/backend.py"
+_LAUNCH_ROWS = "dpo_kernels/kernels/triton/launch_rows.py"
+_LAUNCH_MATMUL = "dpo_kernels/kernels/triton/launch_matmul.py"
 _TRITON = [
     Mutant(
-        _BACKEND,
+        _LAUNCH_MATMUL,
         "(str(x_CH.dtype), *sizes",
         "(*sizes",
         f"{_AUTOTUNE}::test_calls_that_differ_in_their_work_are_timed_apart",
         "a launch timed in one dtype serves another",
     ),
     Mutant(
-        _BACKEND,
+        _LAUNCH_MATMUL,
         ', f"H={x_CH.shape[1]}")',
         ")",
         f"{_AUTOTUNE}::test_calls_that_differ_in_their_work_are_timed_apart",
         "a launch timed at one width serves another",
     ),
     Mutant(
-        _BACKEND,
+        _LAUNCH_ROWS,
         "torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()",
         "nullcontext()",
         f"{_AUTOTUNE}::test_the_device_of_a_launch_is_that_of_its_tensors",
         "kernels are launched on the current device, wherever their tensors are",
     ),
     Mutant(
-        _BACKEND,
-        "        with _on(logp_N):",
-        "        with nullcontext():",
+        _LAUNCH_ROWS,
+        "    with on_device(logp_N):",
+        "    with nullcontext():",
         f"{_AUTOTUNE}::test_every_launch_is_guarded",
         "the tail is launched without its device guard",
     ),
     Mutant(
-        _BACKEND,
+        _LAUNCH_ROWS,
         "pad(head.bias[start : start + cols]",
         "pad(head.bias[:cols]",
         "tests/interpreted/test_kernels.py::test_each_tile_adds_its_own_bias",
         "each tile adds the first tile's bias",
     ),
     Mutant(
-        _BACKEND,
-        "(highest - kept[0]) * kept[1], torch",
-        "torch.zeros_like(kept[1]), torch",
+        _LAUNCH_MATMUL,
+        "(highest - sums[0]) * sums[1], torch",
+        "torch.zeros_like(sums[1]), torch",
         "tests/interpreted/test_kernels.py::test_equivalence_by_descriptors",
-        "entropies of shares are added up as if they had one maximum",
+        "entropies of splits are added up as if they had one maximum",
     ),
     Mutant(
-        _BACKEND,
+        _LAUNCH_MATMUL,
         ".to(torch.int8).argmax(dim=0)",
         ".to(torch.int8).argmin(dim=0)",
         "tests/interpreted/test_kernels.py::test_equivalence_by_descriptors",
-        "the most likely token is looked up in another share of the vocabulary",
+        "the most likely token is looked up in another split of the vocabulary",
     ),
     Mutant(
-        _BACKEND,
-        "least = min(most, -(-multiprocessors * block_bytes // CACHED_BYTES))",
+        _LAUNCH_MATMUL,
+        "least = min(most, -(-multiprocessors * block_bytes // X_CACHE_BYTES))",
         "least = 1",
         "tests/interpreted/test_kernels.py::test_parts_of_the_vocabulary_fill_the_gpu",
         "X does not stay in the cache of the GPU",

@@ -47,8 +47,8 @@ def _logits(
             w = w_ptr.load([first_col, h])
             z = tl.dot(x, w.T, z, input_precision=PRECISION)
     else:
-        # Strides and widths are multiples of 16 bytes (backend._aligned); a launch specialises on multiples of 16
-        # elements only, and what the compiler does not know costs it wide copies and the pipeline. This tells it.
+        # Strides and widths are multiples of 16 bytes (launch_matmul.aligned_rows). A launch specialises on multiples
+        # of 16 elements only. This tells the compiler, which would otherwise use neither wide copies nor a pipeline.
         WIDE: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
         width = width // WIDE * WIDE
         x_stride = x_stride // WIDE * WIDE
