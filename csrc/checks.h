@@ -70,7 +70,7 @@ inline void check_softcap(std::optional<double> softcap) {
                 "dpo_kernels: softcap must be positive, got ", *softcap);
 }
 
-// What the row operators but finish_logits_ take.
+// What the row operators but apply_bias_scale_cap_ take.
 inline TileShape check_rows(const at::Tensor& tile, const at::Tensor& labels, int64_t start, const at::Tensor& max,
                             const at::Tensor& others) {
     const TileShape shape = check_matrix("tile", tile);
@@ -82,7 +82,7 @@ inline TileShape check_rows(const at::Tensor& tile, const at::Tensor& labels, in
     return shape;
 }
 
-inline TileShape check_finish_logits(const at::Tensor& tile, const std::optional<at::Tensor>& bias,
+inline TileShape check_apply_bias_scale_cap(const at::Tensor& tile, const std::optional<at::Tensor>& bias,
                                      std::optional<double> softcap) {
     const TileShape shape = check_matrix("tile", tile);
     check_wide("tile", tile);
@@ -164,16 +164,17 @@ inline SegmentShape check_segments(const char* name, const at::Tensor& values,
     return {values.size(0), offsets.size(0) - 1};
 }
 
-inline SegmentShape check_sigmoid_tail(const at::Tensor& logp, const std::optional<at::Tensor>& weights,
-                                       const at::Tensor& offsets, const at::Tensor& ref, const at::Tensor& nan_if_invalid,
-                                       double beta, double label_smoothing) {
+inline SegmentShape check_sigmoid_sequence_loss(const at::Tensor& logp, const std::optional<at::Tensor>& weights,
+                                                const at::Tensor& offsets, const at::Tensor& ref,
+                                                const at::Tensor& nan_if_invalid, double beta,
+                                                double label_smoothing) {
     const SegmentShape shape = check_segments("logp", logp, weights, offsets);
     TORCH_CHECK(shape.segments % 2 == 0, "dpo_kernels: offsets must hold pairs of sequences, got ", shape.segments,
                 " sequences");
     check_vector("ref", ref, shape.segments, at::kDouble, logp.device());
     TORCH_CHECK(nan_if_invalid.dim() == 0 && nan_if_invalid.scalar_type() == at::kDouble,
-                "dpo_kernels: nan_if_invalid must be a float64 tensor without dimensions, got ", nan_if_invalid.scalar_type(),
-                " of the shape ", nan_if_invalid.sizes());
+                "dpo_kernels: nan_if_invalid must be a float64 tensor without dimensions, got ",
+                nan_if_invalid.scalar_type(), " of the shape ", nan_if_invalid.sizes());
     check_same_device("nan_if_invalid", nan_if_invalid, logp.device());
     TORCH_CHECK(std::isfinite(beta), "dpo_kernels: beta must be finite, got ", beta);
     TORCH_CHECK(std::isfinite(label_smoothing), "dpo_kernels: label_smoothing must be finite, got ", label_smoothing);

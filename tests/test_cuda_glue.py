@@ -106,26 +106,26 @@ def test_every_argument_arrives_in_its_place(operators: Emulated, dtype: torch.d
     for stats in ((), ("entropy",), ("mean_logits",), ("top1",), ("log_sum_p2",)):
         equivalence.check_reduce(operators, dtype, [1000, 31], layout, stats)
     for softcap in (None, 30.0):
-        equivalence.check_finish(operators, dtype, 1000, layout, softcap is None, softcap=softcap)
+        equivalence.check_logits(operators, dtype, 1000, layout, softcap is None, softcap=softcap)
     narrow = (None, torch.bfloat16, torch.float16) if dtype == torch.float32 else (None,)
     for out in narrow:
         equivalence.check_dlogits(operators, dtype, out, 1000, (layout, layout), softcap=30.0)
         equivalence.check_dlogits(operators, dtype, out, 1000, scaled=False)
     for weights in (None, torch.float32, torch.float64):
         for smoothing in (0.0, 0.1):
-            equivalence.check_tail(operators, [3, 0, 70, 64], dtype, weights, smoothing)
-    equivalence.check_tail(operators, [], dtype)
+            equivalence.check_sequence_loss(operators, [3, 0, 70, 64], dtype, weights, smoothing)
+    equivalence.check_sequence_loss(operators, [], dtype)
 
 
 def test_copies_lie_as_what_they_copy(operators: Emulated) -> None:
     """As the tests on hardware hand tensors over: what is written beside its place would be seen there too."""
     through, layout = Operators(operators.ops, by_copies("cpu")), equivalence.Layout(3, 1)
-    equivalence.check_finish(through, torch.float32, 1000, layout)
+    equivalence.check_logits(through, torch.float32, 1000, layout)
     equivalence.check_reduce(through, torch.float32, [1000, 31], layout)
     equivalence.check_dlogits(through, torch.float32, torch.bfloat16, 1000, (layout, layout), softcap=30.0)
     equivalence.check_dlogits(through, torch.float64, None, 1000)
-    equivalence.check_tail(through, [3, 0, 70, 64], torch.float32, torch.float64)
-    equivalence.check_tail_edges(through)
+    equivalence.check_sequence_loss(through, [3, 0, 70, 64], torch.float32, torch.float64)
+    equivalence.check_sequence_loss_edges(through)
     guards = equivalence.Guards()
     inside = guards.around(torch.zeros(4))
     by_copies("cpu")(lambda tensor: tensor.as_strided((6,), (1,), tensor.storage_offset() - 1).fill_(1.0), inside)
@@ -135,7 +135,7 @@ def test_copies_lie_as_what_they_copy(operators: Emulated) -> None:
 
 
 def test_edges(operators: Emulated) -> None:
-    equivalence.check_tail_edges(operators)
+    equivalence.check_sequence_loss_edges(operators)
     equivalence.check_foreign_labels(operators)
     equivalence.check_orders(operators, torch.float32)
 
@@ -146,7 +146,7 @@ def test_nothing_to_do(operators: Emulated) -> None:
         parts = [torch.full(shape[:1], 7.0) for _ in range(3)]
         operators.ops.reduce_rows_(tile, labels, 0, True, *parts, None, None, None, None)
         operators.ops.dlogits_rows_(tile, None, labels, 0, *parts[:2], None, None, None, False)
-        operators.ops.finish_logits_(tile, torch.zeros(shape[1]), 0.5, 30.0)
+        operators.ops.apply_bias_scale_cap_(tile, torch.zeros(shape[1]), 0.5, 30.0)
         assert all(part.eq(7.0).all() for part in parts)
 
 
@@ -167,7 +167,7 @@ def good_logits() -> dict[str, object]:
     return {"tile": torch.zeros(3, 8), "bias": torch.zeros(8), "scale": 0.5, "softcap": 30.0}
 
 
-def good_tail() -> dict[str, object]:
+def good_sequence_loss() -> dict[str, object]:
     return {
         "logp": torch.zeros(4),
         "weights": torch.zeros(4),
@@ -203,23 +203,43 @@ REFUSED = [
     ("dlogits_rows_", good_dlogits, {"out": torch.zeros(3, 8).double()}, "out must have the tile's dtype Float"),
     ("dlogits_rows_", good_dlogits, {"scale": torch.zeros(2)}, "scale must have the shape"),
     ("dlogits_rows_", good_dlogits, {"residual": torch.zeros(3).bfloat16()}, "residual must be Float, got BFloat16"),
-    ("finish_logits_", good_logits, {"tile": torch.zeros(3, 8).half()}, "tile must be float32 or float64, got Half"),
-    ("finish_logits_", good_logits, {"bias": torch.zeros(3)}, r"bias must have the shape \[8\], got \[3\]"),
-    ("finish_logits_", good_logits, {"bias": torch.zeros(8).double()}, "bias must be Float, got Double"),
-    ("finish_logits_", good_logits, {"softcap": -1.0}, "softcap must be positive, got -1"),
-    ("sigmoid_tail", good_tail, {"logp": torch.zeros(2, 2)}, "logp must have one dimension"),
-    ("sigmoid_tail", good_tail, {"weights": torch.zeros(3)}, r"weights must have the shape \[4\], got \[3\]"),
-    ("sigmoid_tail", good_tail, {"weights": torch.zeros(4).half()}, "weights must be float32 or float64, got Half"),
-    ("sigmoid_tail", good_tail, {"offsets": torch.zeros(4).long()}, "offsets must hold pairs of sequences, got 3"),
-    ("sigmoid_tail", good_tail, {"offsets": torch.zeros(3)}, "offsets must be Long, got Float"),
-    ("sigmoid_tail", good_tail, {"ref": torch.zeros(2)}, "ref must be Double, got Float"),
     (
-        "sigmoid_tail",
-        good_tail,
+        "apply_bias_scale_cap_",
+        good_logits,
+        {"tile": torch.zeros(3, 8).half()},
+        "tile must be float32 or float64, got Half",
+    ),
+    ("apply_bias_scale_cap_", good_logits, {"bias": torch.zeros(3)}, r"bias must have the shape \[8\], got \[3\]"),
+    ("apply_bias_scale_cap_", good_logits, {"bias": torch.zeros(8).double()}, "bias must be Float, got Double"),
+    ("apply_bias_scale_cap_", good_logits, {"softcap": -1.0}, "softcap must be positive, got -1"),
+    ("sigmoid_sequence_loss", good_sequence_loss, {"logp": torch.zeros(2, 2)}, "logp must have one dimension"),
+    (
+        "sigmoid_sequence_loss",
+        good_sequence_loss,
+        {"weights": torch.zeros(3)},
+        r"weights must have the shape \[4\], got \[3\]",
+    ),
+    (
+        "sigmoid_sequence_loss",
+        good_sequence_loss,
+        {"weights": torch.zeros(4).half()},
+        "weights must be float32 or float64, got Half",
+    ),
+    (
+        "sigmoid_sequence_loss",
+        good_sequence_loss,
+        {"offsets": torch.zeros(4).long()},
+        "offsets must hold pairs of sequences, got 3",
+    ),
+    ("sigmoid_sequence_loss", good_sequence_loss, {"offsets": torch.zeros(3)}, "offsets must be Long, got Float"),
+    ("sigmoid_sequence_loss", good_sequence_loss, {"ref": torch.zeros(2)}, "ref must be Double, got Float"),
+    (
+        "sigmoid_sequence_loss",
+        good_sequence_loss,
         {"nan_if_invalid": torch.zeros(1).double()},
         "nan_if_invalid must be a float64 tensor without dim",
     ),
-    ("sigmoid_tail", good_tail, {"beta": float("inf")}, "beta must be finite, got inf"),
+    ("sigmoid_sequence_loss", good_sequence_loss, {"beta": float("inf")}, "beta must be finite, got inf"),
 ]
 
 

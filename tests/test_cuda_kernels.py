@@ -61,9 +61,9 @@ def kernels(compiled: Path, fibers: Path) -> Emulated:
 @pytest.mark.parametrize("cols", COLS)
 def test_logits(kernels: Emulated, cols: int, dtype: torch.dtype) -> None:
     for layout in (Layout(0, 0), Layout(1, 1), Layout(2, 2), Layout(3, 3), Layout(4, 1)):
-        equivalence.check_finish(kernels, dtype, cols, layout)
+        equivalence.check_logits(kernels, dtype, cols, layout)
     for shifted, scale, softcap in ((True, 1.0, None), (False, 0.7, None), (False, 1.0, 30.0), (True, 0.7, None)):
-        equivalence.check_finish(kernels, dtype, cols, Layout(1, 1), shifted, scale, softcap)
+        equivalence.check_logits(kernels, dtype, cols, Layout(1, 1), shifted, scale, softcap)
 
 
 @pytest.mark.parametrize("dtype", WIDE)
@@ -128,22 +128,22 @@ def test_gradient(kernels: Emulated, cols: int, dtype: torch.dtype, narrow: torc
 def test_a_long_row_keeps_every_block_busy_more_than_once(kernels: Emulated) -> None:
     equivalence.check_dlogits(kernels, torch.float32, torch.bfloat16, 10_007)
     equivalence.check_dlogits(kernels, torch.float32, None, 10_007)
-    equivalence.check_finish(kernels, torch.float32, 10_007)
+    equivalence.check_logits(kernels, torch.float32, 10_007)
 
 
 @pytest.mark.parametrize("weights", [None, *WIDE])
 @pytest.mark.parametrize("dtype", WIDE)
-def test_tail(kernels: Emulated, dtype: torch.dtype, weights: torch.dtype | None) -> None:
+def test_sequence_loss(kernels: Emulated, dtype: torch.dtype, weights: torch.dtype | None) -> None:
     for counts in ([], [0, 0], [3, 0, 0, 5, 700, 1, 64, 63]):
         for smoothing in (0.0, 0.1):
-            equivalence.check_tail(kernels, counts, dtype, weights, smoothing)
-            equivalence.check_tail(kernels, counts, dtype, weights, smoothing, reference=1e5)
-            equivalence.check_tail(kernels, counts, dtype, weights, smoothing, nan_if_invalid=torch.nan)
-    equivalence.check_tail(kernels, [2, 2], dtype, weights, beta=0.0)
+            equivalence.check_sequence_loss(kernels, counts, dtype, weights, smoothing)
+            equivalence.check_sequence_loss(kernels, counts, dtype, weights, smoothing, reference=1e5)
+            equivalence.check_sequence_loss(kernels, counts, dtype, weights, smoothing, nan_if_invalid=torch.nan)
+    equivalence.check_sequence_loss(kernels, [2, 2], dtype, weights, beta=0.0)
 
 
-def test_edges_of_the_tail(kernels: Emulated) -> None:
-    equivalence.check_tail_edges(kernels)
+def test_edges_of_the_sequence_loss(kernels: Emulated) -> None:
+    equivalence.check_sequence_loss_edges(kernels)
 
 
 def check_offsets_beyond_int32(kernels: Emulated) -> None:
@@ -158,7 +158,7 @@ def check_offsets_beyond_int32(kernels: Emulated) -> None:
     z, labels = torch.randn(3, cols), torch.tensor([0, 1, 2])
     tile.copy_(z)
     state = TorchKernels(torch.float32, 2**20).new_state(3, tile.device, ())
-    kernels.finish_logits(tile, None, 2.0, None)
+    kernels.apply_bias_scale_cap(tile, None, 2.0, None)
     z *= 2.0
     kernels.reduce_rows(tile, labels, 0, state)
     assert torch.equal(state.max, z.amax(dim=1))
@@ -193,18 +193,18 @@ def test_blocks_of_the_real_size(tmp_path: Path, fibers: Path) -> None:
     for dtype in WIDE:
         equivalence.check_reduce(kernels, dtype, [5000, 20_000], Layout(1, 1))
         equivalence.check_dlogits(kernels, dtype, None, 20_000, LAYOUTS[1])
-        equivalence.check_finish(kernels, dtype, 20_000, Layout(1, 1))
+        equivalence.check_logits(kernels, dtype, 20_000, Layout(1, 1))
     equivalence.check_dlogits(kernels, torch.float32, torch.bfloat16, 20_000, LAYOUTS[2])
-    equivalence.check_tail(kernels, [3, 0, 1000, 5])
+    equivalence.check_sequence_loss(kernels, [3, 0, 1000, 5])
 
 
 # --- the checks can fail ------------------------------------------------------------------------------------
 
 
-def finish_checks(kernels: Emulated) -> None:
+def logits_checks(kernels: Emulated) -> None:
     for layout in (Layout(0, 0), Layout(3, 1)):
-        equivalence.check_finish(kernels, torch.float32, 1003, layout)
-    equivalence.check_finish(kernels, torch.float32, 1003, softcap=None)
+        equivalence.check_logits(kernels, torch.float32, 1003, layout)
+    equivalence.check_logits(kernels, torch.float32, 1003, softcap=None)
 
 
 def reduce_checks(kernels: Emulated) -> None:
@@ -219,10 +219,10 @@ def gradient_checks(kernels: Emulated) -> None:
         equivalence.check_dlogits(kernels, torch.float32, None, 1003, layouts, softcap=30.0)
 
 
-def tail_checks(kernels: Emulated) -> None:
-    equivalence.check_tail(kernels, [3, 0, 70, 64], smoothing=0.1)
-    equivalence.check_tail(kernels, [3, 4, 70, 64], weights_dtype=torch.float32, nan_if_invalid=torch.nan)
-    equivalence.check_tail_edges(kernels)
+def sequence_loss_checks(kernels: Emulated) -> None:
+    equivalence.check_sequence_loss(kernels, [3, 0, 70, 64], smoothing=0.1)
+    equivalence.check_sequence_loss(kernels, [3, 4, 70, 64], weights_dtype=torch.float32, nan_if_invalid=torch.nan)
+    equivalence.check_sequence_loss_edges(kernels)
 
 
 def broken_logits(kernels: Emulated) -> None:
@@ -267,18 +267,20 @@ MUTATIONS: dict[str, tuple[str, str, str, Check]] = {
     "a stored vector too many": ("rows.cuh", "(cols - head) / SIZE;", "(cols - head) / SIZE + 1;", gradient_checks),
     "gradient begins late": ("rows.cuh", "= thread; column < head;", "= 0; false;", gradient_checks),
     "gradient ends early": ("rows.cuh", "+ thread; column < cols;", "; false;", gradient_checks),
-    "the bias of another column": ("rows.cuh", "bias + column", "bias", finish_checks),
-    "the same bias for neighbours": ("rows.cuh", "bias[lane]", "bias[0]", finish_checks),
-    "a scale left out": ("rows.cuh", "value *= slope;", "", finish_checks),
-    "a cap without its outer factor": ("rows.cuh", "softcap * hyperbolic", "hyperbolic", finish_checks),
+    "the bias of another column": ("rows.cuh", "bias + column", "bias", logits_checks),
+    "the same bias for neighbours": ("rows.cuh", "bias[lane]", "bias[0]", logits_checks),
+    "a scale left out": ("rows.cuh", "value *= slope;", "", logits_checks),
+    "a cap without its outer factor": ("rows.cuh", "softcap * hyperbolic", "hyperbolic", logits_checks),
     "32-bit offset of the logits": ("rows.cuh", "tile + index * stride", "tile + int(index * stride)",
                                     check_offsets_beyond_int32),
-    "rejected added": ("tail.cuh", "- (rejected - ref", "+ (rejected - ref", tail_checks),
-    "one gradient for both": ("tail.cuh", "= -grad;", "= grad;", tail_checks),
-    "invalid input let through": ("tail.cuh", "(2 * pair) + *nan_if_invalid", "(2 * pair)", tail_checks),
-    "a run of one too few": ("tail.cuh", "at < end", "at < end - 1", tail_checks),
-    "runs beyond the capacity": ("tail.cuh", "Smaller()(offsets[run + 1], count)", "offsets[run + 1]", tail_checks),
-    "0 times infinity": ("tail.cuh", "smoothing == 0 ? softplus(-u) : ", "", tail_checks),
+    "rejected added": ("sequence_loss.cuh", "- (rejected - ref", "+ (rejected - ref", sequence_loss_checks),
+    "one gradient for both": ("sequence_loss.cuh", "= -grad;", "= grad;", sequence_loss_checks),
+    "invalid input let through": ("sequence_loss.cuh", "(2 * pair) + *nan_if_invalid", "(2 * pair)",
+                                  sequence_loss_checks),
+    "a run of one too few": ("sequence_loss.cuh", "at < end", "at < end - 1", sequence_loss_checks),
+    "runs beyond the capacity": ("sequence_loss.cuh", "Smaller()(offsets[run + 1], count)", "offsets[run + 1]",
+                                 sequence_loss_checks),
+    "0 times infinity": ("sequence_loss.cuh", "smoothing == 0 ? softplus(-u) : ", "", sequence_loss_checks),
 }  # fmt: skip
 
 

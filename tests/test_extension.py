@@ -178,13 +178,13 @@ def test_exponential_to_the_last_digits(dtype):
 @built
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_finished_logits(softcap, dtype):
+def test_bias_scale_and_cap(softcap, dtype):
     z = torch.cat([torch.logspace(-8, 3, 3000, dtype=torch.float64), torch.tensor([0.0, INF, NAN])]).to(dtype)
     tile = torch.stack([z, -z])
     bias = torch.randn(z.shape[0], dtype=dtype)
     for shift in (None, bias):
         got = tile.clone()
-        torch.ops.dpo_kernels.finish_logits_(got, shift, 0.7, softcap)
+        torch.ops.dpo_kernels.apply_bias_scale_cap_(got, shift, 0.7, softcap)
         wanted = tile.double() if shift is None else (tile + shift).double()
         wanted = 0.7 * wanted if softcap is None else softcap * (0.7 / softcap * wanted).tanh()
         eps = 4 * torch.finfo(dtype).eps
@@ -212,7 +212,7 @@ class Sigmoid:
 
 @built
 @pytest.mark.parametrize("nan_if_invalid", [0.0, NAN])
-def test_tail_of_the_sigmoid_loss(nan_if_invalid):
+def test_sigmoid_sequence_loss(nan_if_invalid):
     cpp, _ = kernels(torch.float32)
     counts = torch.tensor([3, 0, 5, 1, 2, 2, 1, 1])
     logp = torch.randn(15)
@@ -252,9 +252,9 @@ def operator_arguments():
             (tile, None, labels, 0, state[1], state[1] + 1, None, None, None, False),
             (tile, tile.bfloat16(), labels, 0, state[1], state[1] + 1, state[1], torch.zeros(3), 3.0, False),
         ],
-        "finish_logits_": [(tile, None, 0.5, None), (tile, torch.randn(7), 1.0, 30.0)],
+        "apply_bias_scale_cap_": [(tile, None, 0.5, None), (tile, torch.randn(7), 1.0, 30.0)],
         "segment_sum": [(torch.randn(5), None, offsets), (torch.randn(5), torch.rand(5).double(), offsets)],
-        "sigmoid_tail": [
+        "sigmoid_sequence_loss": [
             (torch.randn(5), None, offsets, torch.randn(2).double(), torch.zeros((), dtype=torch.float64), 0.1, 0.0)
         ],
         "matmul_bfloat16_": [(torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16(), torch.zeros(3, 5), True)],
@@ -262,7 +262,7 @@ def operator_arguments():
         "bfloat16_product": [],
         "row_instruction_set": [],
         "cuda_architectures": [],
-        "narrow_": [(torch.randn(3, 500), 0.3), (torch.randn(0), 1.0)],
+        "round_to_bfloat16_": [(torch.randn(3, 500), 0.3), (torch.randn(0), 1.0)],
         "new_huge": [],  # uninitialised: nothing to compare
         "empty_cache": [],
         "extension_built_for": [],
@@ -299,12 +299,12 @@ REFUSED = {
     "out must have the tile's shape": ("dlogits_rows_", 1, torch.zeros(3, 6)),
     "out must be absent or bfloat16": ("dlogits_rows_", 1, torch.zeros(3, 7)),
     "residual needs an out": ("dlogits_rows_", 7, torch.zeros(3)),
-    "values must be contiguous float32": ("narrow_", 0, torch.zeros(3, dtype=torch.float64)),
-    "bias must have the shape": ("finish_logits_", 1, torch.zeros(6)),
+    "values must be contiguous float32": ("round_to_bfloat16_", 0, torch.zeros(3, dtype=torch.float64)),
+    "bias must have the shape": ("apply_bias_scale_cap_", 1, torch.zeros(6)),
     "offsets must not fall": ("segment_sum", 2, torch.tensor([0, 4, 3, 5])),
     "offsets must lie within": ("segment_sum", 2, torch.tensor([0, 6])),
     "weights must have the shape": ("segment_sum", 1, torch.zeros(4)),
-    "offsets must hold pairs": ("sigmoid_tail", 2, torch.tensor([0, 5])),
+    "offsets must hold pairs": ("sigmoid_sequence_loss", 2, torch.tensor([0, 5])),
 }
 
 
@@ -376,7 +376,7 @@ def test_rows_that_threads_share(dtype):
 
     def work():
         z = raw.clone(memory_format=torch.preserve_format)
-        torch.ops.dpo_kernels.finish_logits_(z, bias, 0.7, 30.0)
+        torch.ops.dpo_kernels.apply_bias_scale_cap_(z, bias, 0.7, 30.0)
         done, state, (left,) = reduced(cpp, [z], labels, keep=False)
         d = cpp.dlogits_(z.clone(), labels, 0, state.max, state.others, head, None)
         sums = cpp.segment_sum(done["logp"], None, torch.full((30,), 10))
@@ -398,7 +398,7 @@ def test_floats_that_threads_narrow():
 
     def work():
         there = values.clone()
-        torch.ops.dpo_kernels.narrow_(there, 0.3)
+        torch.ops.dpo_kernels.round_to_bfloat16_(there, 0.3)
         return (there.view(torch.bfloat16)[: values.numel()],)
 
     (got,) = threaded(work)

@@ -178,7 +178,7 @@ def test_floats_narrowed_in_place(count):
     values = torch.randn(count, generator=torch.Generator().manual_seed(count))
     values[::97] = float("nan")
     wanted = (values * (1 / 3)).bfloat16()
-    torch.ops.dpo_kernels.narrow_(values, 1 / 3)
+    torch.ops.dpo_kernels.round_to_bfloat16_(values, 1 / 3)
     downcast = values.view(torch.bfloat16)[:count]
     torch.testing.assert_close(downcast, wanted, rtol=0, atol=0, equal_nan=True)
 

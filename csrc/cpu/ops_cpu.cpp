@@ -125,23 +125,23 @@ void dlogits_rows_(const at::Tensor& tile, const std::optional<at::Tensor>& out,
     });
 }
 
-void finish_logits_(const at::Tensor& tile, const std::optional<at::Tensor>& bias, double scale,
-                    std::optional<double> softcap) {
-    const TileShape shape = check_finish_logits(tile, bias, softcap);
-    AT_DISPATCH_FLOATING_TYPES(tile.scalar_type(), "finish_logits_", [&] {
+void apply_bias_scale_cap_(const at::Tensor& tile, const std::optional<at::Tensor>& bias, double scale,
+                           std::optional<double> softcap) {
+    const TileShape shape = check_apply_bias_scale_cap(tile, bias, softcap);
+    AT_DISPATCH_FLOATING_TYPES(tile.scalar_type(), "apply_bias_scale_cap_", [&] {
         using T = scalar_t;
         const Tile<T> logits = tile_of<T>(tile, shape, 0);
         const T* bias_data = bias.has_value() ? bias->const_data_ptr<T>() : nullptr;
         over_rows(shape, [&](int64_t first, int64_t last) {
-            passes<T>().finish_logits(logits, bias_data, static_cast<T>(scale), static_cast<T>(softcap.value_or(0.0)),
-                                      first, last);
+            passes<T>().apply_bias_scale_cap(logits, bias_data, static_cast<T>(scale),
+                                             static_cast<T>(softcap.value_or(0.0)), first, last);
         });
     });
 }
 
 // The bfloat16 of element i ends where its float begins, or before: what the elements a..2a-1 are written over, the
 // elements a/2..a-1 have left. So each doubling is free for threads, and the first few go through a copy.
-void narrow_(const at::Tensor& values, double factor) {
+void round_to_bfloat16_(const at::Tensor& values, double factor) {
     TORCH_CHECK(values.scalar_type() == at::kFloat && values.is_contiguous(),
                 "dpo_kernels: values must be contiguous float32, got ", values.scalar_type(), " with strides ",
                 values.strides());
@@ -214,18 +214,17 @@ double sigmoid(double u) {
     return u < 0 ? decay / (1.0 + decay) : 1.0 / (1.0 + decay);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_tail(const at::Tensor& logp,
-                                                            const std::optional<at::Tensor>& weights,
-                                                            const at::Tensor& offsets, const at::Tensor& ref,
-                                                            const at::Tensor& nan_if_invalid, double beta,
-                                                            double label_smoothing) {
-    const SegmentShape shape = check_sigmoid_tail(logp, weights, offsets, ref, nan_if_invalid, beta, label_smoothing);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_sequence_loss(
+    const at::Tensor& logp, const std::optional<at::Tensor>& weights, const at::Tensor& offsets, const at::Tensor& ref,
+    const at::Tensor& nan_if_invalid, double beta, double label_smoothing) {
+    const SegmentShape shape =
+        check_sigmoid_sequence_loss(logp, weights, offsets, ref, nan_if_invalid, beta, label_smoothing);
     check_offsets(offsets, shape);
     const int64_t pairs = shape.segments / 2;
     const auto wide = logp.options().dtype(at::kDouble);
     at::Tensor sums = at::empty({shape.segments}, wide), grad = at::empty({shape.segments}, wide);
     at::Tensor losses = at::empty({pairs}, wide);
-    AT_DISPATCH_FLOATING_TYPES(logp.scalar_type(), "sigmoid_tail", [&] {
+    AT_DISPATCH_FLOATING_TYPES(logp.scalar_type(), "sigmoid_sequence_loss", [&] {
         const Weighted<scalar_t> tokens(logp, weights);
         const int64_t* at = offsets.const_data_ptr<int64_t>();
         const double* ref_data = ref.const_data_ptr<double>();
@@ -254,10 +253,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_tail(const at::Tensor& lo
 TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) {
     m.impl("reduce_rows_", &reduce_rows_);
     m.impl("dlogits_rows_", &dlogits_rows_);
-    m.impl("finish_logits_", &finish_logits_);
-    m.impl("narrow_", &narrow_);
+    m.impl("apply_bias_scale_cap_", &apply_bias_scale_cap_);
+    m.impl("round_to_bfloat16_", &round_to_bfloat16_);
     m.impl("segment_sum", &segment_sum);
-    m.impl("sigmoid_tail", &sigmoid_tail);
+    m.impl("sigmoid_sequence_loss", &sigmoid_sequence_loss);
 }
 
 // The instruction set of the row passes in this process.

@@ -49,7 +49,7 @@ struct Passes {
     // sumexp * (softmax - onehot), which is -others for the label, times the softcap's derivative and the row's scale.
     void (*dlogits)(Tile<T>, Gradient<T>, int64_t first, int64_t last);
     // Raw products of hidden states and head into final logits: cap(scale * (z + bias)).
-    void (*finish_logits)(Tile<T>, const T* bias, T scale, T softcap, int64_t first, int64_t last);
+    void (*apply_bias_scale_cap)(Tile<T>, const T* bias, T scale, T softcap, int64_t first, int64_t last);
     // out[i] = factor * in[i], rounded to nearest; the two do not overlap.
     void (*to_bfloat16)(const T* in, uint16_t* out, int64_t count, T factor);
 };

@@ -302,7 +302,7 @@ static void dlogits(Tile<T> tile, Gradient<T> how, int64_t first, int64_t last) 
 }
 
 template <typename T>
-static void finish_logits(Tile<T> tile, const T* bias, T scale, T softcap, int64_t first, int64_t last) {
+static void apply_bias_scale_cap(Tile<T> tile, const T* bias, T scale, T softcap, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; r++) {
         T* z = tile.data + r * tile.stride;
         for (int64_t left = 0; left < tile.cols; left += kBlock) {
@@ -328,8 +328,9 @@ static void scaled_to_bfloat16(const float* in, uint16_t* out, int64_t count, fl
     for (int64_t i = 0; i < count; i++) out[i] = to_bfloat16(factor * in[i]);
 }
 
-extern const Passes<float> passes_float = {reduce<float>, dlogits<float>, finish_logits<float>, scaled_to_bfloat16};
-extern const Passes<double> passes_double = {reduce<double>, dlogits<double>, finish_logits<double>, nullptr};
+extern const Passes<float> passes_float = {reduce<float>, dlogits<float>, apply_bias_scale_cap<float>,
+                                           scaled_to_bfloat16};
+extern const Passes<double> passes_double = {reduce<double>, dlogits<double>, apply_bias_scale_cap<double>, nullptr};
 
 }  // namespace DPO_NAMESPACE
 }  // namespace dpo_kernels

@@ -13,8 +13,8 @@
 
 namespace dpo_kernels::cuda {
 
-constexpr int kRowThreads = 512;
-constexpr int kTailThreads = 256;
+constexpr int kRowThreads = 512;      // threads of a block that owns a row
+constexpr int kSegmentThreads = 256;  // threads of a block that sums a run of tokens
 constexpr int64_t kMostBlocks = 65535;  // of a grid's second and third dimension; more rows are a loop in the kernel
 
 template <class... Parameters, class... Arguments>

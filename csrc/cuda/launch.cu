@@ -3,7 +3,7 @@
 
 #include "device.cuh"
 #include "rows.cuh"
-#include "tail.cuh"
+#include "sequence_loss.cuh"
 
 namespace dpo_kernels::cuda {
 namespace {
@@ -22,9 +22,9 @@ dim3 mapping_grid(int64_t rows, int64_t cols) {
 }
 
 template <class T>
-int finish_logits_of(void* tile, int64_t rows, int64_t cols, int64_t stride, const void* bias, double scale,
-                     double softcap, void* stream) {
-    return launch(finish_logits<T>, mapping_grid<T>(rows, cols), row_threads<T>(), stream, static_cast<T*>(tile),
+int apply_bias_scale_cap_of(void* tile, int64_t rows, int64_t cols, int64_t stride, const void* bias, double scale,
+                            double softcap, void* stream) {
+    return launch(apply_bias_scale_cap<T>, mapping_grid<T>(rows, cols), row_threads<T>(), stream, static_cast<T*>(tile),
                   static_cast<const T*>(bias), rows, cols, stride, static_cast<T>(scale), static_cast<T>(softcap));
 }
 
@@ -64,27 +64,28 @@ int with_runs(const SegmentPointers& from, Go go) {
 
 template <class T, class Weight>
 int segment_sum_of(const Runs<T, Weight>& runs, int64_t segments, double* sums, void* stream) {
-    return launch(segment_sum<T, Weight>, dim3(blocks(segments)), kTailThreads, stream, runs, segments, sums);
+    return launch(segment_sum<T, Weight>, dim3(blocks(segments)), kSegmentThreads, stream, runs, segments, sums);
 }
 
 template <class T, class Weight>
-int sigmoid_tail_of(const Runs<T, Weight>& runs, int64_t pairs, const double* ref, const double* nan_if_invalid, double beta,
-                    double smoothing, double* sums, double* losses, double* grad, void* stream) {
-    return launch(sigmoid_tail<T, Weight>, dim3(blocks(pairs)), kTailThreads, stream, runs, pairs, ref, nan_if_invalid, beta,
-                  smoothing, sums, losses, grad);
+int sigmoid_sequence_loss_of(const Runs<T, Weight>& runs, int64_t pairs, const double* ref,
+                             const double* nan_if_invalid, double beta, double smoothing, double* sums, double* losses,
+                             double* grad, void* stream) {
+    return launch(sigmoid_sequence_loss<T, Weight>, dim3(blocks(pairs)), kSegmentThreads, stream, runs, pairs, ref,
+                  nan_if_invalid, beta, smoothing, sums, losses, grad);
 }
 
 }  // namespace
 
-int finish_logits(DType dtype, void* tile, int64_t rows, int64_t cols, int64_t stride, const void* bias, double scale,
-                  double softcap, void* stream) {
+int apply_bias_scale_cap(DType dtype, void* tile, int64_t rows, int64_t cols, int64_t stride, const void* bias,
+                         double scale, double softcap, void* stream) {
     if (rows == 0 || cols == 0) return 0;
     const auto go = [&](auto kernel) { return kernel(tile, rows, cols, stride, bias, scale, softcap, stream); };
     switch (dtype) {
         case DType::float32:
-            return go(finish_logits_of<float>);
+            return go(apply_bias_scale_cap_of<float>);
         case DType::float64:
-            return go(finish_logits_of<double>);
+            return go(apply_bias_scale_cap_of<double>);
         default:
             return kUnsupported;
     }
@@ -133,11 +134,13 @@ int segment_sum(const SegmentPointers& tokens, int64_t segments, double* sums, v
     return with_runs(tokens, [&](const auto& runs) { return segment_sum_of(runs, segments, sums, stream); });
 }
 
-int sigmoid_tail(const SegmentPointers& tokens, int64_t pairs, const double* ref, const double* nan_if_invalid, double beta,
-                 double label_smoothing, double* sums, double* losses, double* grad, void* stream) {
+int sigmoid_sequence_loss(const SegmentPointers& tokens, int64_t pairs, const double* ref, const double* nan_if_invalid,
+                          double beta, double label_smoothing, double* sums, double* losses, double* grad,
+                          void* stream) {
     if (pairs == 0) return 0;
     return with_runs(tokens, [&](const auto& runs) {
-        return sigmoid_tail_of(runs, pairs, ref, nan_if_invalid, beta, label_smoothing, sums, losses, grad, stream);
+        return sigmoid_sequence_loss_of(runs, pairs, ref, nan_if_invalid, beta, label_smoothing, sums, losses, grad,
+                                        stream);
     });
 }
 

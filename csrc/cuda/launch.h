@@ -34,8 +34,8 @@ struct SegmentPointers {
 
 // Raw products into final logits, in place; the tile is float32 or float64, `bias` of its dtype may be null, softcap 0
 // is none.
-int finish_logits(DType dtype, void* tile, int64_t rows, int64_t cols, int64_t stride, const void* bias, double scale,
-                  double softcap, void* stream);
+int apply_bias_scale_cap(DType dtype, void* tile, int64_t rows, int64_t cols, int64_t stride, const void* bias,
+                         double scale, double softcap, void* stream);
 
 // Folds columns start..start+cols-1 into the state; the tile is float32 or float64.
 int reduce_rows(DType dtype, const void* tile, int64_t rows, int64_t cols, int64_t stride, int64_t start,
@@ -50,8 +50,9 @@ int dlogits_rows(DType dtype, const void* tile, int64_t tile_stride, DType out_d
 int segment_sum(const SegmentPointers& tokens, int64_t segments, double* sums, void* stream);
 
 // DPO's losses of pairs of segments (chosen, rejected) and their derivative by the segments' sums.
-int sigmoid_tail(const SegmentPointers& tokens, int64_t pairs, const double* ref, const double* nan_if_invalid, double beta,
-                 double label_smoothing, double* sums, double* losses, double* grad, void* stream);
+int sigmoid_sequence_loss(const SegmentPointers& tokens, int64_t pairs, const double* ref, const double* nan_if_invalid,
+                          double beta, double label_smoothing, double* sums, double* losses, double* grad,
+                          void* stream);
 
 const char* error_string(int error);
 

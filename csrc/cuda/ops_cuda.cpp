@@ -69,12 +69,13 @@ cuda::SegmentPointers segment_pointers(const at::Tensor& values, const OptionalT
             offsets.const_data_ptr<int64_t>()};
 }
 
-void finish_logits_(const at::Tensor& tile, const OptionalTensor& bias, double scale, std::optional<double> softcap) {
-    const TileShape shape = check_finish_logits(tile, bias, softcap);
+void apply_bias_scale_cap_(const at::Tensor& tile, const OptionalTensor& bias, double scale,
+                           std::optional<double> softcap) {
+    const TileShape shape = check_apply_bias_scale_cap(tile, bias, softcap);
     const OnDevice device(tile);
-    check_launch(cuda::finish_logits(code(tile), pointer(tile), shape.rows, shape.cols, shape.stride,
-                                     const_pointer(bias), scale, softcap.value_or(0.0), device.stream()),
-                 "finish_logits");
+    check_launch(cuda::apply_bias_scale_cap(code(tile), pointer(tile), shape.rows, shape.cols, shape.stride,
+                                            const_pointer(bias), scale, softcap.value_or(0.0), device.stream()),
+                 "apply_bias_scale_cap");
 }
 
 void reduce_rows_(const at::Tensor& tile, const at::Tensor& labels, int64_t start, bool keep_logits,
@@ -120,20 +121,20 @@ at::Tensor segment_sum(const at::Tensor& values, const OptionalTensor& weights, 
     return sums;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_tail(const at::Tensor& logp, const OptionalTensor& weights,
-                                                            const at::Tensor& offsets, const at::Tensor& ref,
-                                                            const at::Tensor& nan_if_invalid, double beta,
-                                                            double label_smoothing) {
-    const SegmentShape shape = check_sigmoid_tail(logp, weights, offsets, ref, nan_if_invalid, beta, label_smoothing);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_sequence_loss(
+    const at::Tensor& logp, const OptionalTensor& weights, const at::Tensor& offsets, const at::Tensor& ref,
+    const at::Tensor& nan_if_invalid, double beta, double label_smoothing) {
+    const SegmentShape shape =
+        check_sigmoid_sequence_loss(logp, weights, offsets, ref, nan_if_invalid, beta, label_smoothing);
     const OnDevice device(logp);
     const at::Tensor sums = at::empty_like(ref), grad = at::empty_like(ref);
     const at::Tensor losses = at::empty({shape.segments / 2}, ref.options());
-    check_launch(cuda::sigmoid_tail(segment_pointers(logp, weights, offsets), shape.segments / 2,
-                                    ref.const_data_ptr<double>(), nan_if_invalid.const_data_ptr<double>(), beta,
-                                    label_smoothing, sums.mutable_data_ptr<double>(),
-                                    losses.mutable_data_ptr<double>(), grad.mutable_data_ptr<double>(),
-                                    device.stream()),
-                 "sigmoid_tail");
+    check_launch(cuda::sigmoid_sequence_loss(segment_pointers(logp, weights, offsets), shape.segments / 2,
+                                             ref.const_data_ptr<double>(), nan_if_invalid.const_data_ptr<double>(),
+                                             beta, label_smoothing, sums.mutable_data_ptr<double>(),
+                                             losses.mutable_data_ptr<double>(), grad.mutable_data_ptr<double>(),
+                                             device.stream()),
+                 "sigmoid_sequence_loss");
     return {sums, losses, grad};
 }
 
@@ -141,9 +142,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_tail(const at::Tensor& lo
 }  // namespace dpo_kernels
 
 TORCH_LIBRARY_IMPL(dpo_kernels, CUDA, m) {
-    m.impl("finish_logits_", &dpo_kernels::finish_logits_);
+    m.impl("apply_bias_scale_cap_", &dpo_kernels::apply_bias_scale_cap_);
     m.impl("reduce_rows_", &dpo_kernels::reduce_rows_);
     m.impl("dlogits_rows_", &dpo_kernels::dlogits_rows_);
     m.impl("segment_sum", &dpo_kernels::segment_sum);
-    m.impl("sigmoid_tail", &dpo_kernels::sigmoid_tail);
+    m.impl("sigmoid_sequence_loss", &dpo_kernels::sigmoid_sequence_loss);
 }

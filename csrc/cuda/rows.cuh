@@ -60,10 +60,10 @@ __device__ inline void map_row(const T* from, const Out* to, int64_t cols, const
 
 // --- logits -------------------------------------------------------------------------------------------------
 
-// cap(scale * (z + bias)) of neighbours, whose own bias begins at `bias`; null: none. `slope` is what z + bias is
-// multiplied by before the cap.
+// cap(scale * (z + bias)) of neighbours. Their own bias begins at `bias`, which is null if there is none. `slope` is
+// the factor of z + bias before the cap.
 template <int COUNT, class T>
-__device__ inline Vector<T, COUNT> finished(Vector<T, COUNT> z, const T* bias, T slope, T softcap) {
+__device__ inline Vector<T, COUNT> with_bias_scale_cap(Vector<T, COUNT> z, const T* bias, T slope, T softcap) {
 #pragma unroll
     for (int lane = 0; lane < COUNT; ++lane) {
         T value = z.values[lane];
@@ -77,14 +77,15 @@ __device__ inline Vector<T, COUNT> finished(Vector<T, COUNT> z, const T* bias, T
 // Raw products of hidden states and head into final logits, in place.
 template <class T>
 __global__ void __launch_bounds__(row_threads<T>())
-    finish_logits(T* tile,                     // (rows, cols)
-                  const T* __restrict__ bias,  // (cols,) or null
-                  int64_t rows, int64_t cols, int64_t stride, T scale, T softcap) {
+    apply_bias_scale_cap(T* tile,                     // (rows, cols)
+                         const T* __restrict__ bias,  // (cols,) or null
+                         int64_t rows, int64_t cols, int64_t stride, T scale, T softcap) {
     const T slope = softcap == 0 ? scale : scale / softcap;
     for (int64_t index = blockIdx.y; index < rows; index += gridDim.y) {
         T* const row = tile + index * stride;
         map_row<vector_size<T>()>(row, row, cols, [&](const auto& z, int64_t column) {
-            store(row + column, finished(z, bias == nullptr ? nullptr : bias + column, slope, softcap));
+            const T* const own = bias == nullptr ? nullptr : bias + column;
+            store(row + column, with_bias_scale_cap(z, own, slope, softcap));
         });
     }
 }

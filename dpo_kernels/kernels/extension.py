@@ -20,11 +20,11 @@ from dpo_kernels.shapes import Head, accumulation_dtype
 OPERATORS = (
     "reduce_rows_",
     "dlogits_rows_",
-    "finish_logits_",
+    "apply_bias_scale_cap_",
     "matmul_bfloat16_",
-    "narrow_",
+    "round_to_bfloat16_",
     "segment_sum",
-    "sigmoid_tail",
+    "sigmoid_sequence_loss",
     "new_huge",
     "empty_cache",
     "has_bfloat16_matmul",
@@ -120,7 +120,7 @@ def _register() -> None:
     def _(values: Tensor, weights: Tensor | None, offsets: Tensor) -> Tensor:
         return values.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
 
-    @torch.library.register_fake("dpo_kernels::sigmoid_tail")
+    @torch.library.register_fake("dpo_kernels::sigmoid_sequence_loss")
     def _(
         logp: Tensor,
         weights: Tensor | None,
@@ -149,7 +149,7 @@ class ExtensionKernels(TorchKernels):
         bias = None
         if head.bias is not None:
             bias = head.bias[start : start + tile.shape[1]].to(self.dtype).to(tile.dtype).contiguous()
-        torch.ops.dpo_kernels.finish_logits_(tile, bias, head.logit_scale, head.softcap)
+        torch.ops.dpo_kernels.apply_bias_scale_cap_(tile, bias, head.logit_scale, head.softcap)
 
     def dlogits_(
         self,
@@ -201,7 +201,7 @@ class ExtensionKernels(TorchKernels):
         """See ``RowKernels``; the sigmoid family in one pass, other losses by autograd."""
         if loss.sigmoid is None or counts_S.shape[0] == 0:
             return super().sequence_loss(logp_N, weights_N, counts_S, ref_S, nan_if_invalid, loss)
-        sums_S, losses_P, grad_S = torch.ops.dpo_kernels.sigmoid_tail(
+        sums_S, losses_P, grad_S = torch.ops.dpo_kernels.sigmoid_sequence_loss(
             logp_N, weights_N, offsets_of(counts_S, logp_N.shape[0]), ref_S, nan_if_invalid, *loss.sigmoid
         )
         return sums_S, losses_P, grad_S
@@ -229,7 +229,7 @@ class CppKernels(ExtensionKernels):
         """See ``RowKernels``; bfloat16 takes the first half of the memory."""
         if (grad.dtype, dtype) != (torch.float32, torch.bfloat16) or not grad.is_contiguous():
             return TorchKernels.finalize_weight_grad(grad, factor, dtype)
-        torch.ops.dpo_kernels.narrow_(grad, float(factor))
+        torch.ops.dpo_kernels.round_to_bfloat16_(grad, float(factor))
         return grad.view(dtype).view(-1)[: grad.numel()].view(grad.shape)
 
     @staticmethod

@@ -34,10 +34,10 @@ void emulated_widen(const uint16_t* bfloat16, const uint16_t* float16, int64_t c
     }
 }
 
-const char* emulated_finish_logits(int dtype, void* tile, int64_t rows, int64_t cols, int64_t stride, const void* bias,
-                                   double scale, double softcap) {
+const char* emulated_apply_bias_scale_cap(int dtype, void* tile, int64_t rows, int64_t cols, int64_t stride,
+                                          const void* bias, double scale, double softcap) {
     return outcome(
-        finish_logits(static_cast<DType>(dtype), tile, rows, cols, stride, bias, scale, softcap, nullptr));
+        apply_bias_scale_cap(static_cast<DType>(dtype), tile, rows, cols, stride, bias, scale, softcap, nullptr));
 }
 
 const char* emulated_reduce_rows(int dtype, const void* tile, int64_t rows, int64_t cols, int64_t stride, int64_t start,
@@ -63,13 +63,14 @@ const char* emulated_segment_sum(int dtype, const void* values, int weights_dtyp
     return outcome(segment_sum(tokens, segments, sums, nullptr));
 }
 
-const char* emulated_sigmoid_tail(int dtype, const void* logp, int weights_dtype, const void* weights, int64_t count,
-                                  const int64_t* offsets, int64_t pairs, const double* ref, const double* nan_if_invalid,
-                                  double beta, double label_smoothing, double* sums, double* losses, double* grad) {
+const char* emulated_sigmoid_sequence_loss(int dtype, const void* logp, int weights_dtype, const void* weights,
+                                           int64_t count, const int64_t* offsets, int64_t pairs, const double* ref,
+                                           const double* nan_if_invalid, double beta, double label_smoothing,
+                                           double* sums, double* losses, double* grad) {
     const SegmentPointers tokens{static_cast<DType>(dtype), logp,    static_cast<DType>(weights_dtype),
                                  weights,                   count,   offsets};
     return outcome(
-        sigmoid_tail(tokens, pairs, ref, nan_if_invalid, beta, label_smoothing, sums, losses, grad, nullptr));
+        sigmoid_sequence_loss(tokens, pairs, ref, nan_if_invalid, beta, label_smoothing, sums, losses, grad, nullptr));
 }
 
 }  // extern "C"

@@ -112,12 +112,12 @@ namespace dpo_kernels::cuda {
 
 #ifdef EMULATED_AS_LAUNCHED
 constexpr int kRowThreads = 512;
-constexpr int kTailThreads = 256;
+constexpr int kSegmentThreads = 256;
 constexpr int64_t kMostBlocks = 65535;
 #else
 // Small enough that short rows keep every thread busy for several rounds, and few rows every block.
 constexpr int kRowThreads = 128;
-constexpr int kTailThreads = 64;
+constexpr int kSegmentThreads = 64;
 constexpr int64_t kMostBlocks = 2;
 #endif
 

@@ -74,9 +74,9 @@ class Emulated:
         """Of warps, lanes and blocks: 0 ascending, 1 descending, more is a seed."""
         self._library.emulated_order(ctypes.c_uint(order))
 
-    def finish_logits(self, tile: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
+    def apply_bias_scale_cap(self, tile: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
         shape = (*tile.shape, tile.stride(0))
-        self._call("finish_logits", DTYPES[tile.dtype], tile, *shape, bias, scale, softcap or 0.0)
+        self._call("apply_bias_scale_cap", DTYPES[tile.dtype], tile, *shape, bias, scale, softcap or 0.0)
 
     def reduce_rows(self, tile: Tensor, labels: Tensor, start: int, state: RowState) -> None:
         self._call(
@@ -132,7 +132,7 @@ class Emulated:
         self._call("segment_sum", *self._tokens(values, weights, offsets), sums.shape[0], sums)
         return sums
 
-    def sigmoid_tail(
+    def sigmoid_sequence_loss(
         self,
         logp: Tensor,
         weights: Tensor | None,
@@ -145,7 +145,8 @@ class Emulated:
         pairs = ref.shape[0] // 2
         sums, losses, grad = torch.empty_like(ref), torch.empty_like(ref[:pairs]), torch.empty_like(ref)
         tokens = self._tokens(logp, weights, offsets)
-        self._call("sigmoid_tail", *tokens, pairs, ref, nan_if_invalid, beta, label_smoothing, sums, losses, grad)
+        results = (sums, losses, grad)
+        self._call("sigmoid_sequence_loss", *tokens, pairs, ref, nan_if_invalid, beta, label_smoothing, *results)
         return sums, losses, grad
 
     def rounded(self, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Checks that hold an implementation of the row kernels and the tail to the torch backend.
+"""Checks that hold an implementation of the row kernels and the sequence loss to the torch backend.
 
 Each raises AssertionError. Around every tensor that a kernel is given lie NaN guards: what is read there spoils a
 result, what is written there is seen.
@@ -84,7 +84,7 @@ def close(name: str, got: Tensor, oracle: Tensor, plain: Tensor, dtype: torch.dt
     assert not broken, broken
 
 
-def check_finish(
+def check_logits(
     kernels: Emulated,
     dtype: torch.dtype,
     cols: int,
@@ -100,7 +100,7 @@ def check_finish(
     bias = torch.randn(cols, dtype=dtype) if shifted else None
     guards = Guards()
     tile, given = guards.around(z, layout), None if bias is None else guards.around(bias)
-    kernels.finish_logits(tile, given, scale, softcap)
+    kernels.apply_bias_scale_cap(tile, given, scale, softcap)
     guards.check(given)
     wanted = (z if bias is None else z + bias).double()
     wanted = scale * wanted if softcap is None else softcap * (scale / softcap * wanted).tanh()
@@ -181,7 +181,7 @@ def check_orders(kernels: Emulated, dtype: torch.dtype) -> None:
         with _ordered(kernels, order):
             states.append(vars(check_reduce(kernels, dtype, [1000, 3000])))
             check_dlogits(kernels, dtype, None, 1000)
-            check_tail(kernels, [300, 0, 1, 70, 500, 2])
+            check_sequence_loss(kernels, [300, 0, 1, 70, 500, 2])
     for state in states[1:]:
         for name, part in states[0].items():
             if isinstance(part, Tensor):
@@ -272,7 +272,7 @@ def check_dlogits(
         assert abs(float(residual[row]) - lost) <= allowed, f"residual of row {row}"
 
 
-def check_tail(
+def check_sequence_loss(
     kernels: Emulated,
     counts: Sequence[int],
     dtype: torch.dtype = torch.float32,
@@ -294,7 +294,8 @@ def check_tail(
     given = None if weights is None else guards.around(weights)
     plain = segment_sum(logp, weights, counts_S)
     _same("segment_sum", kernels.segment_sum(values, given, guards.around(offsets)), plain)
-    sums, losses, grad = kernels.sigmoid_tail(values, given, offsets, guards.around(ref), invalid, beta, smoothing)
+    arguments = (values, given, offsets, guards.around(ref), invalid, beta, smoothing)
+    sums, losses, grad = kernels.sigmoid_sequence_loss(*arguments)
     guards.check()
     _same("sums", sums, plain + invalid)
     expected_losses, expected_grad = bind("sigmoid", beta, smoothing, {}).value_and_grad(sums, ref, counts_S)
@@ -302,14 +303,14 @@ def check_tail(
     _same("grad", grad, expected_grad + invalid)
 
 
-def check_tail_edges(kernels: Emulated) -> None:
+def check_sequence_loss_edges(kernels: Emulated) -> None:
     """An impossible sequence; more tokens than there is capacity for; a run among others."""
     ref, zero = torch.zeros(2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     logp = torch.tensor([-1.0, -torch.inf])
-    _, losses, grad = kernels.sigmoid_tail(logp, None, torch.tensor([0, 1, 2]), ref, zero, 0.5, 0.0)
+    _, losses, grad = kernels.sigmoid_sequence_loss(logp, None, torch.tensor([0, 1, 2]), ref, zero, 0.5, 0.0)
     assert losses.tolist() == [0.0]
     assert grad.tolist() == [0.0, 0.0]
-    _, losses, grad = kernels.sigmoid_tail(logp.flip(0), None, torch.tensor([0, 1, 2]), ref, zero, 0.5, 0.0)
+    _, losses, grad = kernels.sigmoid_sequence_loss(logp.flip(0), None, torch.tensor([0, 1, 2]), ref, zero, 0.5, 0.0)
     assert losses.tolist() == [torch.inf]
     assert grad.tolist() == [-0.5, 0.5]
     guards = Guards()

@@ -27,7 +27,8 @@ FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")  # those of the build
 REGISTERS = 65536  # of a multiprocessor, on every target
 MOST_THREADS = 1024  # of a block, where the kernel does not say
 WIDE = 128  # bits of the accesses that a kernel over rows must make
-MUST_LOAD, MUST_STORE = ("reduce_rows", "dlogits_rows", "finish_logits"), ("dlogits_rows", "finish_logits")
+MUST_STORE = ("dlogits_rows", "apply_bias_scale_cap")
+MUST_LOAD = ("reduce_rows", *MUST_STORE)
 
 
 @dataclass(frozen=True)

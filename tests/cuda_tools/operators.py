@@ -52,9 +52,9 @@ class Operators:
     def __init__(self, ops: Any, call: Callable[..., Any] = directly) -> None:
         self.ops, self._through = ops, call
 
-    def finish_logits(self, tile: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
+    def apply_bias_scale_cap(self, tile: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
         """As ``Emulated``."""
-        self._through(self.ops.finish_logits_, tile, bias, scale, softcap)
+        self._through(self.ops.apply_bias_scale_cap_, tile, bias, scale, softcap)
 
     def reduce_rows(self, tile: Tensor, labels: Tensor, start: int, state: RowState) -> None:
         """As ``Emulated``."""
@@ -71,6 +71,6 @@ class Operators:
         """As ``Emulated``."""
         return self._through(self.ops.segment_sum, values, weights, offsets)
 
-    def sigmoid_tail(self, *arguments: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    def sigmoid_sequence_loss(self, *arguments: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
         """As ``Emulated``."""
-        return self._through(self.ops.sigmoid_tail, *arguments)
+        return self._through(self.ops.sigmoid_sequence_loss, *arguments)

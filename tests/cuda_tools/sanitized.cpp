@@ -45,7 +45,7 @@ void rows_of(DType out_dtype, int64_t cols, int64_t extra, int64_t offset, int64
     const std::vector<int64_t> labels{0, cols - 1, cols + 5};
     const std::unique_ptr<T[]> bias(new T[static_cast<size_t>(cols)]());
     for (T* const given : {bias.get(), static_cast<T*>(nullptr)}) {
-        expect_no(emulated_finish_logits(code<T>(), tile.data(), rows, cols, tile.stride, given, 0.5, 30.0));
+        expect_no(emulated_apply_bias_scale_cap(code<T>(), tile.data(), rows, cols, tile.stride, given, 0.5, 30.0));
     }
     std::vector<std::vector<T>> state(6, filled<T>(rows, 0));
     std::vector<int64_t> argmax(rows, 0);
@@ -77,8 +77,9 @@ void tails_of() {
     for (const void* given : {static_cast<const void*>(weights.data()), static_cast<const void*>(nullptr)}) {
         expect_no(emulated_segment_sum(code<T>(), values.data(), code<Weight>(), given, 305, offsets.data(), 4,
                                        sums.data()));
-        expect_no(emulated_sigmoid_tail(code<T>(), values.data(), code<Weight>(), given, 305, offsets.data(), 2,
-                                        ref.data(), nan_if_invalid.data(), 0.1, 0.1, sums.data(), losses.data(), grad.data()));
+        expect_no(emulated_sigmoid_sequence_loss(code<T>(), values.data(), code<Weight>(), given, 305, offsets.data(),
+                                                 2, ref.data(), nan_if_invalid.data(), 0.1, 0.1, sums.data(),
+                                                 losses.data(), grad.data()));
     }
 }
 

@@ -133,8 +133,8 @@ _TORCH = [
     ),
     Mutant(
         "dpo_kernels/kernels/extension.py",
-        "narrow_(grad, float(factor))",
-        "narrow_(grad, 1.0)",
+        "round_to_bfloat16_(grad, float(factor))",
+        "round_to_bfloat16_(grad, 1.0)",
         "tests/test_memory.py::test_the_last_backward_gives_the_bits_of_a_retained_one",
         "a gradient that is downcast in place forgets its upstream",
     ),
@@ -178,7 +178,7 @@ _TRITON = [
         "    with on_device(logp_N):",
         "    with nullcontext():",
         f"{_AUTOTUNE}::test_every_launch_is_guarded",
-        "the tail is launched without its device guard",
+        "the sequence loss is launched without its device guard",
     ),
     Mutant(
         _LAUNCH_ROWS,
@@ -220,14 +220,14 @@ _TRITON = [
         "total += value",
         "total = (total + value).to(tl.float32)",
         "tests/interpreted/test_kernels.py::test_long_sums_are_float64",
-        "the tail's sums are float32",
+        "the sequence loss sums in float32",
     ),
     Mutant(
         "dpo_kernels/kernels/triton/sequence_loss.py",
         "return tl.sum(total, axis=0)",
         "return tl.sum(total.to(tl.float32), axis=0).to(tl.float64)",
         "tests/interpreted/test_kernels.py::test_long_sums_are_float64",
-        "the lanes of the tail are put together in float32",
+        "the sequence loss adds up its lanes in float32",
     ),
     Mutant(
         "dpo_kernels/kernels/triton/autotune.py",
@@ -313,7 +313,7 @@ _CPP = [
         "csrc/cpu/ops_cpu.cpp",
         "loss[p] += label_smoothing * minus_log_sigmoid(-u)",
         "loss[p] -= label_smoothing * minus_log_sigmoid(-u)",
-        "tests/test_extension.py::test_tail_of_the_sigmoid_loss",
+        "tests/test_extension.py::test_sigmoid_sequence_loss",
         "smoothing rewards certainty",
     ),
     Mutant(
