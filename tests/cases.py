@@ -16,7 +16,7 @@ import dpo_kernels
 from dpo_kernels.engine import autograd, operators
 from dpo_kernels.inputs import packing
 from dpo_kernels.kernels import extension
-from dpo_kernels.kernels.extension import CppKernels
+from dpo_kernels.kernels.cpp import CppKernels
 from dpo_kernels.reference import dpo_loss_reference
 from tests.tolerance import violations
 

@@ -10,7 +10,7 @@ import torch
 
 import dpo_kernels as dk
 from dpo_kernels.kernels import extension, torch_kernels
-from dpo_kernels.kernels.extension import CppKernels
+from dpo_kernels.kernels.cpp import CppKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.shapes import STATS, Head
 from tests.cases import Case, run

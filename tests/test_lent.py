@@ -5,7 +5,7 @@ import torch
 
 import dpo_kernels as dk
 from dpo_kernels.kernels import extension
-from dpo_kernels.kernels.extension import CppKernels
+from dpo_kernels.kernels.cpp import CppKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.planning import memory_budget
 from tests import test_units

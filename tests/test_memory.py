@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import dpo_kernels as dk
 from dpo_kernels import fused_dpo_loss
 from dpo_kernels.kernels import extension
-from dpo_kernels.kernels.extension import CppKernels
+from dpo_kernels.kernels.cpp import CppKernels
 from dpo_kernels.planning import tables
 from tests.small import CPU_BACKEND, STRATEGIES, TRAINED, V, problem
 

@@ -13,7 +13,7 @@ import dpo_kernels as dk
 from dpo_kernels import losses
 from dpo_kernels.engine import passes
 from dpo_kernels.kernels import extension
-from dpo_kernels.kernels.extension import CppKernels
+from dpo_kernels.kernels.cpp import CppKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from tests.cases import STRATEGIES, Case
 

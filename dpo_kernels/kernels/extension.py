@@ -1,6 +1,7 @@
-"""The C++/CUDA backends: row passes of the compiled extension around torch's GEMMs (``csrc/``).
+"""The compiled extension (``csrc/``): loading it, registering its operators, and the class its two backends share.
 
-The extension is optional and loaded at its first use; ``why_not`` says what is missing and how to get it.
+The extension is optional and is loaded at its first use. ``why_not`` says what is missing and how to get it.
+``cpp.py`` and ``cuda.py`` hold the backends: row passes of the extension around torch's GEMMs.
 """
 
 import functools
@@ -15,7 +16,7 @@ from dpo_kernels.kernels.installed import constant_in_graphs
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.segments import offsets_of
-from dpo_kernels.shapes import Head, accumulation_dtype
+from dpo_kernels.shapes import Head
 
 OPERATORS = (
     "reduce_rows_",
@@ -41,7 +42,7 @@ HOW = (
 
 @constant_in_graphs
 def why_not(device_type: str) -> str | None:
-    """Why the extension has nothing for tensors of a device; None where it has."""
+    """Why the extension cannot work on tensors of a device; None if it can."""
     built_for = _load()
     if not built_for.startswith("built for "):
         return built_for
@@ -52,9 +53,9 @@ def why_not(device_type: str) -> str | None:
 
 @constant_in_graphs
 def why_not_on(device: torch.device) -> str | None:
-    """Why the extension's kernels cannot run on this very device; None where they can, or where that cannot be told."""
+    """Why the extension's kernels cannot run on this very device; None if they can, or if nobody can tell."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        return None  # tracing for a GPU that is not here
+        return None  # torch is tracing for a GPU that is not here
     built_for: list[int] = torch.ops.dpo_kernels.cuda_architectures()
     major, minor = torch.cuda.get_device_capability(device)
     if not built_for or 10 * major + minor >= min(built_for):
@@ -68,10 +69,10 @@ def why_not_on(device: torch.device) -> str | None:
 def empty_cache() -> int:
     """Give the memory that the C++ backend keeps between calls back to the system; returns the number of bytes.
 
-    Tiles and gradients of 4 MiB and more are kept when they are freed, because new ones would cost up to a fifth of a
-    step in page faults. At most an eighth of the memory of machine or container lies idle, shared with the processes
-    that torchrun started beside this one, or ``DPO_KERNELS_CPU_CACHE_BYTES`` (0: nothing); what 16 later buffers had no
-    use for goes back by itself. On a GPU see ``torch.cuda.empty_cache``.
+    The backend keeps freed tiles and gradients of 4 MiB and more, because page faults of new memory would cost up to a
+    fifth of a step. At most an eighth of the machine's or container's memory lies idle. The processes that torchrun
+    started on this machine share that limit; ``DPO_KERNELS_CPU_CACHE_BYTES`` sets another (0: nothing is kept). Memory
+    that 16 later buffers had no use for goes back by itself. On a GPU see ``torch.cuda.empty_cache``.
     """
     if why_not("cpu") is not None:
         return 0
@@ -81,8 +82,8 @@ def empty_cache() -> int:
 
 @functools.cache
 def _load() -> str:
-    """Register the operators; "built for ..." or the reason why that is impossible."""
-    # Asked for first: importing a submodule that is not there would say that the package is only half imported.
+    """Register the operators; returns "built for ..." or the reason why that is impossible."""
+    # Importing a submodule that does not exist would say that the package is only half imported, so we look first.
     if importlib.util.find_spec("dpo_kernels._C") is None:
         return f"the C++/CUDA extension was not built ({HOW})"
     running = torch.__version__
@@ -99,7 +100,7 @@ def _load() -> str:
 
 @functools.cache
 def _register() -> None:
-    """Fakes and counts of FLOP, once a process: torch 2.11 refuses to be told twice."""
+    """Register fakes and FLOP counts, once a process because torch 2.11 refuses a second registration."""
     from torch.utils.flop_counter import register_flop_formula
 
     @register_flop_formula(torch.ops.dpo_kernels.matmul_bfloat16_)
@@ -134,15 +135,15 @@ def _register() -> None:
 
 
 class ExtensionKernels(TorchKernels):
-    """What the two devices share."""
+    """Row passes of the extension that the CPU and CUDA share."""
 
     @property
     def bf16_operands(self) -> bool:
-        """Whether the gradient GEMMs read bfloat16: the tile then carries its scale, written beside the logits."""
+        """Whether the gradient GEMMs read bfloat16; the gradient is then scaled, and written beside the logits."""
         return self.dtype == torch.bfloat16
 
     def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
-        """See ``RowKernels``; bias, scale and cap in one pass over the raw products."""
+        """See ``RowKernels``; bias, scale and cap take one pass over the raw products."""
         self.multiply(x_CH, head, start, tile)
         if head.bias is None and head.softcap is None and head.logit_scale == 1.0:
             return
@@ -150,6 +151,23 @@ class ExtensionKernels(TorchKernels):
         if head.bias is not None:
             bias = head.bias[start : start + tile.shape[1]].to(self.dtype).to(tile.dtype).contiguous()
         torch.ops.dpo_kernels.apply_bias_scale_cap_(tile, bias, head.logit_scale, head.softcap)
+
+    @staticmethod
+    def reduce_rows(state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool) -> None:
+        """Fold the tile into the state; without ``keep_logits`` the tile is left holding ``exp(z - max)``."""
+        torch.ops.dpo_kernels.reduce_rows_(
+            tile,
+            labels_C,
+            start,
+            keep_logits,
+            state.max,
+            others=state.others,  # named, so that an extension from before this argument is refused
+            target=state.target,
+            entropy=state.entropy,
+            logit_sum=state.logit_sum,
+            argmax=state.argmax,
+            square_sum=state.square_sum,
+        )
 
     def dlogits_(
         self,
@@ -162,7 +180,7 @@ class ExtensionKernels(TorchKernels):
         scale_C: Tensor | None,
         exponentiated: bool = False,
     ) -> LogitsGradient:
-        """See ``RowKernels``; in place and unscaled, unless ``narrow``."""
+        """See ``RowKernels``; in place and unscaled, unless the operands are bfloat16."""
         out, applied, residual = None, None, None
         if self.bf16_operands:
             out, applied, scale_C = self.empty_operands_like(tile), scale_C, None
@@ -173,7 +191,7 @@ class ExtensionKernels(TorchKernels):
             labels_C,
             start,
             max_C,
-            others=others_C,  # by its name: an extension from before it was that is refused
+            others=others_C,  # named, so that an extension from before this argument is refused
             scale=applied,
             residual=residual,
             softcap=head.softcap,
@@ -198,104 +216,10 @@ class ExtensionKernels(TorchKernels):
         nan_if_invalid: Tensor,
         loss: SequenceLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``RowKernels``; the sigmoid family in one pass, other losses by autograd."""
+        """See ``RowKernels``; the sigmoid family takes one pass, other losses take autograd."""
         if loss.sigmoid is None or counts_S.shape[0] == 0:
             return super().sequence_loss(logp_N, weights_N, counts_S, ref_S, nan_if_invalid, loss)
         sums_S, losses_P, grad_S = torch.ops.dpo_kernels.sigmoid_sequence_loss(
             logp_N, weights_N, offsets_of(counts_S, logp_N.shape[0]), ref_S, nan_if_invalid, *loss.sigmoid
         )
         return sums_S, losses_P, grad_S
-
-
-class CppKernels(ExtensionKernels):
-    """Row passes in vectorised C++ on the CPU, threaded over rows."""
-
-    name = "cpp"
-    can_alias_weight_grad = True  # fresh memory is slow, and there may be little of it
-
-    @property
-    def bf16_operands(self) -> bool:
-        """See ``ExtensionKernels``; where this CPU multiplies bfloat16."""
-        return _multiplies(self.dtype)
-
-    def buffer(self, device: torch.device, *shape: int) -> Tensor:
-        """See ``RowKernels``; in pages that the step before has left, see ``empty_cache``."""
-        like = torch.empty(0, dtype=accumulation_dtype(self.dtype), device=device)
-        memory: Tensor = torch.ops.dpo_kernels.new_huge(like, shape)
-        return memory
-
-    @staticmethod
-    def finalize_weight_grad(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """See ``RowKernels``; bfloat16 takes the first half of the memory."""
-        if (grad.dtype, dtype) != (torch.float32, torch.bfloat16) or not grad.is_contiguous():
-            return TorchKernels.finalize_weight_grad(grad, factor, dtype)
-        torch.ops.dpo_kernels.round_to_bfloat16_(grad, float(factor))
-        return grad.view(dtype).view(-1)[: grad.numel()].view(grad.shape)
-
-    @staticmethod
-    def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
-        """The tile and, where the machine multiplies bfloat16, the copy that the gradient GEMMs read."""
-        return 6 if _multiplies(dtype) else accumulation_dtype(dtype).itemsize
-
-    def multiply(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
-        """``tile = x_CH @ W[start:start+Vt]^T``."""
-        if not self.bf16_operands:
-            return super().multiply(x_CH, head, start, tile)
-        weight_VtH = _operand(head.weight[start : start + tile.shape[1]])
-        torch.ops.dpo_kernels.matmul_bfloat16_(x_CH, weight_VtH.t(), tile, False)
-
-    def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
-        """See ``RowKernels``."""
-        _reduce_rows(state, tile, labels_C, start, keep_logits)
-        state.exponentiated = not keep_logits
-
-    def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
-        """See ``RowKernels``."""
-        if d.values.dtype != torch.bfloat16:
-            return super().grad_hidden(d, head, start, out_CH, accumulate)
-        weight_VtH = _operand(head.weight[start : start + d.values.shape[1]])
-        torch.ops.dpo_kernels.matmul_bfloat16_(d.values, weight_VtH, out_CH, accumulate)
-        self.add_rounding_residual(d, head, out_CH)
-
-    def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
-        """See ``RowKernels``."""
-        if d.values.dtype != torch.bfloat16:
-            return super().grad_weight(d, x_CH, out_VtH, accumulate)
-        torch.ops.dpo_kernels.matmul_bfloat16_(d.values.t(), x_CH, out_VtH, accumulate)
-
-
-class CudaKernels(ExtensionKernels):
-    """Row passes in CUDA."""
-
-    name = "cuda"
-
-    def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
-        """See ``RowKernels``; the logits are kept, the gradient's kernel exponentiates again."""
-        _reduce_rows(state, tile, labels_C, start, True)
-
-
-@constant_in_graphs
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of ``dtype``, which then need not be upcast."""
-    return dtype == torch.bfloat16 and bool(torch.ops.dpo_kernels.has_bfloat16_matmul())
-
-
-def _operand(weight_VtH: Tensor) -> Tensor:
-    weight_VtH = weight_VtH.to(torch.bfloat16)
-    return weight_VtH if 1 in weight_VtH.stride() else weight_VtH.contiguous()
-
-
-def _reduce_rows(state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool) -> None:
-    torch.ops.dpo_kernels.reduce_rows_(
-        tile,
-        labels_C,
-        start,
-        keep_logits,
-        state.max,
-        others=state.others,  # by its name: an extension from before it was that is refused
-        target=state.target,
-        entropy=state.entropy,
-        logit_sum=state.logit_sum,
-        argmax=state.argmax,
-        square_sum=state.square_sum,
-    )

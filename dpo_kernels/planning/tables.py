@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.kernel_interface import RowKernels, RowResult
-from dpo_kernels.kernels.extension import CppKernels, CudaKernels
+from dpo_kernels.kernels.cpp import CppKernels
+from dpo_kernels.kernels.cuda import CudaKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.planning import refusals
 from dpo_kernels.planning.memory_budget import Budget

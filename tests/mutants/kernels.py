@@ -132,7 +132,7 @@ _TORCH = [
         "an extension for another torch is loaded",
     ),
     Mutant(
-        "dpo_kernels/kernels/extension.py",
+        "dpo_kernels/kernels/cpp.py",
         "round_to_bfloat16_(grad, float(factor))",
         "round_to_bfloat16_(grad, 1.0)",
         "tests/test_memory.py::test_the_last_backward_gives_the_bits_of_a_retained_one",

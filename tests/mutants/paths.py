@@ -175,7 +175,7 @@ PATHS: tuple[Mutant, ...] = (
         "dual numbers lose their tangent in silence",
     ),
     Mutant(
-        "dpo_kernels/kernels/extension.py",
+        "dpo_kernels/kernels/cpp.py",
         "torch.empty(0, dtype=accumulation_dtype(self.dtype), device=device)",
         "torch.empty(0, dtype=accumulation_dtype(self.dtype))",
         "tests/test_default_device.py",

@@ -1,0 +1,79 @@
+"""The cpp backend: row passes in C++ (``csrc/cpu``) and, where the CPU has them, bfloat16 GEMMs."""
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.kernel_interface import LogitsGradient, RowState
+from dpo_kernels.kernels.extension import ExtensionKernels
+from dpo_kernels.kernels.installed import constant_in_graphs
+from dpo_kernels.kernels.torch_kernels import TorchKernels
+from dpo_kernels.shapes import Head, accumulation_dtype
+
+
+class CppKernels(ExtensionKernels):
+    """Row passes in vectorised C++ on the CPU, threaded over rows."""
+
+    name = "cpp"
+    can_alias_weight_grad = True  # because new memory is slow, and there may be little of it
+
+    @property
+    def bf16_operands(self) -> bool:
+        """See ``ExtensionKernels``; only where this CPU multiplies bfloat16."""
+        return _multiplies(self.dtype)
+
+    def buffer(self, device: torch.device, *shape: int) -> Tensor:
+        """See ``RowKernels``; memory that an earlier step freed is used again, see ``extension.empty_cache``."""
+        like = torch.empty(0, dtype=accumulation_dtype(self.dtype), device=device)
+        memory: Tensor = torch.ops.dpo_kernels.new_huge(like, shape)
+        return memory
+
+    @staticmethod
+    def finalize_weight_grad(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """See ``RowKernels``; a bfloat16 result takes the first half of the memory."""
+        if (grad.dtype, dtype) != (torch.float32, torch.bfloat16) or not grad.is_contiguous():
+            return TorchKernels.finalize_weight_grad(grad, factor, dtype)
+        torch.ops.dpo_kernels.round_to_bfloat16_(grad, float(factor))
+        return grad.view(dtype).view(-1)[: grad.numel()].view(grad.shape)
+
+    @staticmethod
+    def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
+        """The tile and, where this CPU multiplies bfloat16, the copy that the gradient GEMMs read."""
+        return 6 if _multiplies(dtype) else accumulation_dtype(dtype).itemsize
+
+    def multiply(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
+        """``tile = x_CH @ W[start:start+Vt]^T``."""
+        if not self.bf16_operands:
+            return super().multiply(x_CH, head, start, tile)
+        weight_VtH = _operand(head.weight[start : start + tile.shape[1]])
+        torch.ops.dpo_kernels.matmul_bfloat16_(x_CH, weight_VtH.t(), tile, False)
+
+    def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
+        """See ``RowKernels``."""
+        self.reduce_rows(state, tile, labels_C, start, keep_logits)
+        state.exponentiated = not keep_logits
+
+    def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
+        """See ``RowKernels``."""
+        if d.values.dtype != torch.bfloat16:
+            return super().grad_hidden(d, head, start, out_CH, accumulate)
+        weight_VtH = _operand(head.weight[start : start + d.values.shape[1]])
+        torch.ops.dpo_kernels.matmul_bfloat16_(d.values, weight_VtH, out_CH, accumulate)
+        self.add_rounding_residual(d, head, out_CH)
+
+    def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
+        """See ``RowKernels``."""
+        if d.values.dtype != torch.bfloat16:
+            return super().grad_weight(d, x_CH, out_VtH, accumulate)
+        torch.ops.dpo_kernels.matmul_bfloat16_(d.values.t(), x_CH, out_VtH, accumulate)
+
+
+@constant_in_graphs
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of ``dtype``, which then need no upcast."""
+    return dtype == torch.bfloat16 and bool(torch.ops.dpo_kernels.has_bfloat16_matmul())
+
+
+def _operand(weight_VtH: Tensor) -> Tensor:
+    """The weight in bfloat16, contiguous along rows or columns."""
+    weight_VtH = weight_VtH.to(torch.bfloat16)
+    return weight_VtH if 1 in weight_VtH.stride() else weight_VtH.contiguous()
