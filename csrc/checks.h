@@ -1,5 +1,5 @@
-// Argument checks of the operators, shared by the CPU and the CUDA glue: whatever can be refused without reading a
-// tensor's values is refused here, naming the argument.
+// Argument checks of the operators, shared by the CPU and the CUDA glue. They refuse whatever can be refused without
+// reading a tensor's values, and name the argument.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -70,7 +70,7 @@ inline void check_softcap(std::optional<double> softcap) {
                 "dpo_kernels: softcap must be positive, got ", *softcap);
 }
 
-// What the row operators but apply_bias_scale_cap_ take.
+// Checks the arguments that reduce_rows_ and dlogits_rows_ share.
 inline TileShape check_rows(const at::Tensor& tile, const at::Tensor& labels, int64_t start, const at::Tensor& max,
                             const at::Tensor& others) {
     const TileShape shape = check_matrix("tile", tile);
@@ -108,7 +108,7 @@ inline TileShape check_reduce_rows(const at::Tensor& tile, const at::Tensor& lab
     return shape;
 }
 
-// Whether two matrices share bytes; those between the rows of one count as its own.
+// Whether two matrices share bytes. The bytes between the rows of a matrix count as its own.
 inline bool share_bytes(const at::Tensor& a, const at::Tensor& b) {
     if (a.numel() == 0 || b.numel() == 0) return false;
     const auto begin = [](const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); };
@@ -118,7 +118,7 @@ inline bool share_bytes(const at::Tensor& a, const at::Tensor& b) {
     return begin(a) < end(b) && begin(b) < end(a);
 }
 
-// `out` is absent (the tile is overwritten) or another tensor; softcap and exponentiated exclude each other.
+// `out` is another tensor, or absent if the tile is to be overwritten. softcap and exponentiated exclude each other.
 inline TileShape check_dlogits_rows(const at::Tensor& tile, const std::optional<at::Tensor>& out,
                                     const at::Tensor& labels, int64_t start, const at::Tensor& max,
                                     const at::Tensor& others, const std::optional<at::Tensor>& scale,
@@ -147,7 +147,7 @@ inline TileShape check_dlogits_rows(const at::Tensor& tile, const std::optional<
     return shape;
 }
 
-// Consecutive segments of `values`; that the offsets rise and end within the values cannot be seen without reading.
+// Checks consecutive segments of `values`. Only reading them would show whether offsets rise and end within the values.
 inline SegmentShape check_segments(const char* name, const at::Tensor& values,
                                    const std::optional<at::Tensor>& weights, const at::Tensor& offsets) {
     TORCH_CHECK(values.dim() == 1, "dpo_kernels: ", name, " must have one dimension, got the shape ", values.sizes());

@@ -1,6 +1,6 @@
-// Products of bfloat16 matrices with a float32 result: what a gradient needs to be rounded once, and what no public
-// operator of torch gives on the CPU. Blocks of it are done by torch's own block kernel (brgemm: AMX or AVX512_BF16);
-// here are the blocking, the packing and the threads. No sum depends on the number of threads.
+// Products of bfloat16 matrices with a float32 result. A gradient needs them to be rounded once, and no public operator
+// of torch gives them on the CPU. torch's own block kernel (brgemm: AMX or AVX512_BF16) does the blocks. This file does
+// the blocking, the packing and the threads. No sum depends on the number of threads.
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
@@ -20,11 +20,11 @@ namespace {
 
 using at::BFloat16;
 
-constexpr int64_t kRows = 128;              // of a block of the result
-constexpr int64_t kCols = 256;              // the widest that brgemm takes
-constexpr int64_t kDepth = 2048;            // summed at a time
-constexpr int64_t kDepthStep = 32;          // of a packed left operand: torch keeps a compiled kernel for each depth
-constexpr int64_t kPackedElements = 4 << 20;  // of the right operand, packed at a time
+constexpr int64_t kRows = 128;              // rows of a block of the result
+constexpr int64_t kCols = 256;              // columns of a block, the most that brgemm takes
+constexpr int64_t kDepth = 2048;            // products that are summed at a time
+constexpr int64_t kDepthStep = 32;          // depths are multiples of it, as torch keeps a kernel for each depth
+constexpr int64_t kPackedElements = 4 << 20;  // elements of the right operand that are packed at a time
 
 int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -146,7 +146,7 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const 
     }
 }
 
-// Whether a block kernel adds to a result what the plain loops add; small integers, so that both are exact.
+// Whether a block kernel adds to a result what the plain loops add. The operands are small integers, so both are exact.
 bool agrees(Block block, int64_t rows, int64_t cols, int64_t depth, bool transposed) {
     std::vector<BFloat16> a(rows * depth), b(depth * cols);
     std::vector<float> got(rows * cols, 1.0f), wanted = got;
@@ -159,8 +159,8 @@ bool agrees(Block block, int64_t rows, int64_t cols, int64_t depth, bool transpo
     return got == wanted;
 }
 
-// Whether torch's block kernel runs on this machine and gives what it should: little blocks, and whole ones with a rest
-// in every direction. Its layout of the packed operand is torch's own affair and may change.
+// Whether torch's block kernel runs on this machine and gives the right results, for small blocks and for whole ones
+// with a rest in every direction. Its layout of the packed operand is internal to torch and may change.
 bool probe(Block block) {
     try {
         return agrees(block, 17, 33, 6, false) && agrees(block, kRows + 2, kCols + 44, kDepth + 6, false) &&
@@ -170,8 +170,8 @@ bool probe(Block block) {
     }
 }
 
-// What DPO_KERNELS_BF16 asks for: "portable" is the slow kernel, for tests; "0" is none; "" is the machine's own, as "1"
-// and no value are.
+// The value of DPO_KERNELS_BF16. "portable" asks for the slow kernel, for tests, and "0" for none. "1", an empty value
+// and no value ask for the machine's own.
 const std::string& asked_for() {
     static const std::string asked = [] {
         const char* value = std::getenv("DPO_KERNELS_BF16");
@@ -183,7 +183,7 @@ const std::string& asked_for() {
     return asked;
 }
 
-// The block kernel, null where there is none that is fast, or where torch may not use it now (torch.backends.mkldnn).
+// The block kernel. It is null if none is fast here, or if torch may not use it now (torch.backends.mkldnn).
 Block block_of_this_machine() {
     const std::string& asked = asked_for();
     if (asked == "portable") return block_portable;

@@ -1,7 +1,7 @@
 // Memory for tiles and gradients: huge pages, and blocks that are kept for the next step.
 //
-// A tile or a gradient is written once, right after it was allocated, and given back: what that costs is its page
-// faults, up to a fifth of a short step. Huge pages have 512 times fewer of them, memory of the step before has none.
+// A tile or a gradient is allocated, written once and given back, which costs page faults: up to a fifth of a short
+// step. Huge pages have 512 times fewer faults, and memory of the step before has none.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <torch/library.h>
@@ -23,8 +23,8 @@ namespace {
 
 #ifdef __linux__
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kPhysicalShare = 8;  // part of the memory that may lie idle, of all processes together
-constexpr uint64_t kStale = 16;       // blocks asked for since an idle one was last of use: two or three a step
+constexpr size_t kPhysicalShare = 8;  // an eighth of the memory may lie idle, in all processes together
+constexpr uint64_t kStale = 16;       // an idle block is freed after so many requests; a step makes two or three
 
 struct Block {
     void* memory;
@@ -42,7 +42,7 @@ size_t memory_of_machine() {
     return least;
 }
 
-// DPO_KERNELS_CPU_CACHE_BYTES, or this process's part of an eighth of the memory: LOCAL_WORLD_SIZE is torchrun's.
+// DPO_KERNELS_CPU_CACHE_BYTES, or this process's part of an eighth of the memory. torchrun sets LOCAL_WORLD_SIZE.
 size_t limit_of_idle() {
     const char* asked = std::getenv("DPO_KERNELS_CPU_CACHE_BYTES");
     if (asked == nullptr) {
@@ -62,8 +62,9 @@ class Pool {
    public:
     explicit Pool(size_t limit) : limit_(limit) {}
 
-    // The smallest idle block of at most twice the size, or a new one in the place of the largest that is too small:
-    // batches are ragged, and each size that comes by would leave a block. Memory is null where there is none.
+    // Takes the smallest idle block of at most twice the size, or a new one in place of the largest that is too small.
+    // Batches are ragged, and without the replacement each new size would leave a block. Memory is null if the system
+    // has none.
     Block take(size_t bytes) {
         std::vector<Block> stale;
         Block found{nullptr, 0, 0};
@@ -106,7 +107,7 @@ class Pool {
         free_all(excess);
     }
 
-    // Everything idle goes back to the system; how many bytes that was.
+    // Gives all idle blocks back to the system; returns their bytes.
     size_t empty() {
         std::vector<Block> all;
         size_t bytes = 0;
@@ -132,7 +133,7 @@ class Pool {
     static Block allocate(size_t bytes) {
         void* memory = nullptr;
         if (posix_memalign(&memory, kHugePage, bytes) != 0) return {nullptr, 0, 0};
-        madvise(memory, bytes, MADV_HUGEPAGE);  // where it fails the pages are small
+        madvise(memory, bytes, MADV_HUGEPAGE);  // if it fails, the pages are small
         return {memory, bytes, 0};
     }
 
@@ -142,7 +143,7 @@ class Pool {
 
     const size_t limit_;
     std::mutex mutex_;
-    std::vector<Block> idle_;  // by the time they were given back
+    std::vector<Block> idle_;  // in the order in which they were given back
     size_t idle_bytes_ = 0;
     uint64_t clock_ = 0;
 };
@@ -184,9 +185,9 @@ int64_t empty_cache() {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
-    // Uninitialised memory of a tensor's dtype, in huge pages where the system has them; kept when it is freed.
+    // Returns uninitialised memory of a tensor's dtype, in huge pages if the system has them. It is kept when freed.
     m.def("new_huge(Tensor like, SymInt[] size) -> Tensor");
-    // Give what is kept back to the system; the number of bytes.
+    // Gives the kept memory back to the system; returns the number of bytes.
     m.def("empty_cache() -> int", &empty_cache);
 }
 

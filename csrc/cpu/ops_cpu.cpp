@@ -139,8 +139,8 @@ void apply_bias_scale_cap_(const at::Tensor& tile, const std::optional<at::Tenso
     });
 }
 
-// The bfloat16 of element i ends where its float begins, or before: what the elements a..2a-1 are written over, the
-// elements a/2..a-1 have left. So each doubling is free for threads, and the first few go through a copy.
+// The bfloat16 of element i ends where its float begins, or before. So elements a..2a-1 are written over memory that
+// elements a/2..a-1 no longer need, and threads may share each doubling. The first few elements go through a copy.
 void round_to_bfloat16_(const at::Tensor& values, double factor) {
     TORCH_CHECK(values.scalar_type() == at::kFloat && values.is_contiguous(),
                 "dpo_kernels: values must be contiguous float32, got ", values.scalar_type(), " with strides ",
@@ -160,7 +160,7 @@ void round_to_bfloat16_(const at::Tensor& values, double factor) {
     }
 }
 
-// Offsets are read here, so they are checked here: what lies outside would be read.
+// Offsets are checked here because this file reads the values that they point at.
 void check_offsets(const at::Tensor& offsets, const SegmentShape& shape) {
     const int64_t* at = offsets.const_data_ptr<int64_t>();
     TORCH_CHECK(at[0] >= 0 && at[shape.segments] <= shape.values, "dpo_kernels: offsets must lie within the ",
@@ -237,9 +237,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_sequence_loss(
             sum[l] = tokens.sum(at[l], at[l + 1]) + extra;
             const double u = beta * ((sum[w] - ref_data[w]) - (sum[l] - ref_data[l]));
             loss[p] = (1.0 - label_smoothing) * minus_log_sigmoid(u);
-            // Left out, not multiplied by 0: a log-prob of -inf may make it infinite.
+            // Without smoothing this term is left out: a log-prob of -inf can make it infinite, and 0 * inf is NaN.
             if (label_smoothing != 0) loss[p] += label_smoothing * minus_log_sigmoid(-u);
-            // d/du of the two terms: (1 - s)(-sigmoid(-u)) + s sigmoid(u).
+            // The derivative of the two terms by u is (1 - s)(-sigmoid(-u)) + s sigmoid(u).
             const double by_u = label_smoothing * sigmoid(u) - (1.0 - label_smoothing) * sigmoid(-u);
             slope[w] = beta * by_u + extra;
             slope[l] = -beta * by_u + extra;

@@ -1,19 +1,19 @@
-// Row passes over tiles of logits. Pointers only: no torch header here, and none in the files that are compiled once
-// for each instruction set, so that no inline function of the library can leak out of a file that may use AVX-512.
+// Row passes over tiles of logits, by pointers only. Neither this header nor the files that are compiled once for each
+// instruction set include a torch header. So no inline function of torch can leak out of a file that may use AVX-512.
 #pragma once
 #include <stdint.h>
 
 namespace dpo_kernels {
 
-// Running reduction of rows; pointers that are null stand for statistics nobody asked for. Sums of exponentials leave
-// the label's own out, beside which the others would lose their digits in a row that is sure.
+// Running reduction of rows. A null pointer stands for a statistic that was not asked for. Sums of exponentials leave
+// the label's own out, because the others would lose their digits beside it when the label is nearly certain.
 template <typename T>
 struct RowState {
     T* max;
     T* others;        // sum of exp(z - max) without the label's
     T* target;        // the label's logit
     T* entropy;       // -sum of exp(z - max) * (z - max) without the label's
-    T* logit_sum;     // of all columns
+    T* logit_sum;     // sum of z over all columns
     int64_t* argmax;  // first column of the largest logit
     T* square_sum;    // sum of exp(z - max)^2 without the label's
 };
@@ -34,9 +34,9 @@ struct Gradient {
     const T* max;
     const T* others;
     const T* scale;      // or null
-    uint16_t* bfloat16;  // where the result goes in bfloat16, row by row with its own stride; null: in place
+    uint16_t* bfloat16;  // the result in bfloat16, with its own stride; null if the result is written in place
     int64_t bfloat16_stride;
-    T* residual;         // what rounding took from the label's own value; with bfloat16 only
+    T* residual;         // what rounding took from the label's own value; only with bfloat16
     T softcap;           // 0 for none
     bool exponentiated;  // the tile holds exp(z - max) already
 };
@@ -48,7 +48,7 @@ struct Passes {
     void (*reduce)(Tile<T>, const int64_t* labels, RowState<T>, bool overwrite, int64_t first, int64_t last);
     // sumexp * (softmax - onehot), which is -others for the label, times the softcap's derivative and the row's scale.
     void (*dlogits)(Tile<T>, Gradient<T>, int64_t first, int64_t last);
-    // Raw products of hidden states and head into final logits: cap(scale * (z + bias)).
+    // Turns raw products of hidden states and head into final logits, cap(scale * (z + bias)).
     void (*apply_bias_scale_cap)(Tile<T>, const T* bias, T scale, T softcap, int64_t first, int64_t last);
     // out[i] = factor * in[i], rounded to nearest; the two do not overlap.
     void (*to_bfloat16)(const T* in, uint16_t* out, int64_t count, T factor);

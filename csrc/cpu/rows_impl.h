@@ -34,7 +34,7 @@ DPO_INLINE To bits(From from) {
     return to;
 }
 
-static const int64_t kBlock = 1024;  // columns that are looked at twice while they are in the first-level cache
+static const int64_t kBlock = 1024;  // columns of a block, which is read twice while it is in the first-level cache
 
 template <typename T>
 struct Limits {
@@ -108,7 +108,7 @@ DPO_INLINE uint16_t to_bfloat16(float value) {
 
 DPO_INLINE float from_bfloat16(uint16_t value) { return bits<float>(static_cast<uint32_t>(value) << 16); }
 
-// NaN is passed over here; it comes back through the sum of exponentials.
+// This maximum drops NaN, which comes back through the sum of exponentials.
 template <typename T>
 static T largest(const T* z, int64_t count) {
     T best = Limits<T>::lowest;
@@ -203,7 +203,7 @@ static void reduce_row(T* z, const Tile<T>& tile, int64_t label, const RowState<
         for (int64_t at = left; at < left + width; at += kBlock) {
             const int64_t count = left + width - at < kBlock ? left + width - at : kBlock;
             if (state.logit_sum) logits += sum(z + at, count);
-            // For the sums the label's own logit is -inf, whose exponential is 0; of a broken row it is NaN.
+            // For the sums the label's own logit is -inf, and its exponential 0. In a broken row it is NaN.
             const bool own = here && label >= at && label < at + count;
             if (own) z[label] = target + Limits<T>::lowest;
             if (spread) add_spread(z + at, count, shift, row);

@@ -1,4 +1,4 @@
-// What the kernels ask of a device: CUDA's headers, or the tests' stand-in that runs them on the CPU.
+// What the kernels need of a device: CUDA's headers, or the tests' stand-in that runs the kernels on the CPU.
 #pragma once
 
 #include <stdint.h>
@@ -33,13 +33,13 @@ constexpr int kVectorBytes = 16;  // the widest access of one thread on every ar
 
 // --- arithmetic ---------------------------------------------------------------------------------------------
 
-// Not __expf, whose error is up to 2 + 1.17 |x| ulps: 4e-6 for a logit that is 30 below its row's maximum.
+// The error of __expf is up to 2 + 1.17 |x| ulps, 4e-6 for a logit 30 below its row's maximum, so expf it is.
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
 __device__ inline float hyperbolic_tangent(float x) { return tanhf(x); }
 __device__ inline double hyperbolic_tangent(double x) { return tanh(x); }
 
-// The larger of two, NaN if either is: CUDA's fmax would drop it, and a broken row must stay broken.
+// The larger of two, or NaN if either is. CUDA's fmax would drop NaN, and a broken row must stay broken.
 template <class T>
 __device__ inline T larger(T a, T b) {
     return a > b || a != a ? a : b;
@@ -54,7 +54,7 @@ __device__ inline float larger(float a, float b) {
 }
 #endif
 
-// To the dtype of a result, to nearest even; and back, to see what that took away.
+// Rounds to the dtype of a result, to nearest even, and back, to see what the rounding took away.
 template <class Out, class T>
 __device__ inline Out rounded_to(T value) {
     return value;
@@ -81,7 +81,7 @@ struct alignas(COUNT * sizeof(T) % kVectorBytes == 0 ? kVectorBytes : sizeof(T))
     T values[COUNT];
 };
 
-// In accesses of 16 bytes where there is more than one element; the pointer is aligned to as much.
+// Loads and stores take 16 bytes at once if there is more than one element. The pointer must be aligned to as much.
 template <int COUNT, class T>
 __device__ inline Vector<T, COUNT> load(const T* from) {
     return *reinterpret_cast<const Vector<T, COUNT>*>(from);
@@ -95,7 +95,7 @@ __device__ inline void store(T* to, const Vector<T, COUNT>& vector) {
         constexpr int parts = sizeof vector / sizeof(uint4);
         uint4 bits[parts];
         memcpy(bits, &vector, sizeof vector);
-        // An intrinsic, because nvcc takes the assignment of a struct to pieces of one element.
+        // This is an intrinsic because nvcc splits the assignment of a struct into single elements.
 #pragma unroll
         for (int part = 0; part < parts; ++part) __stwb(reinterpret_cast<uint4*>(to) + part, bits[part]);
     }

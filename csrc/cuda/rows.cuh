@@ -24,15 +24,14 @@ constexpr int vector_size() {
     return kVectorBytes / static_cast<int>(sizeof(T));
 }
 
-// The label's column in this tile; -1 where it lies in another one. Written so that no label overflows.
+// The label's column in this tile, or -1 if it lies in another one. The form is one in which no label overflows.
 __device__ inline int64_t column_of(int64_t label, int64_t start, int64_t cols) {
     return label >= start && label - start < cols ? label - start : -1;
 }
 
-// This thread's share of a row of which every value is mapped to its place in `to`, which is `from` or shares no memory
-// with it: threads along the first dimension of the grid share the columns. `each` gets neighbours and the first one's
-// column, and stores them. Vectors begin where both sides are aligned; where no column is so for both, all is scalar,
-// still coalesced.
+// Maps this thread's part of a row from `from` to `to`, which is `from` or shares no memory with it. Threads along the
+// first dimension of the grid share the columns. `each` gets neighbours and the first one's column, and stores them.
+// Vectors begin where both sides are aligned. If no column is, all accesses are scalar, and still coalesced.
 template <int SIZE, class T, class Out, class Each>
 __device__ inline void map_row(const T* from, const Out* to, int64_t cols, const Each& each) {
     constexpr int unrolled = batch_size<T>() / SIZE;
@@ -44,7 +43,7 @@ __device__ inline void map_row(const T* from, const Out* to, int64_t cols, const
     for (int64_t column = thread; column < head; column += threads) each(load<1>(from + column), column);
     int64_t at = thread;
     for (; at + (unrolled - 1) * threads < vectors; at += unrolled * threads) {
-        Vector<T, SIZE> values[unrolled];  // all of them asked for before a store may be in the way
+        Vector<T, SIZE> values[unrolled];  // all loads are issued before a store can hold them up
 #pragma unroll
         for (int step = 0; step < unrolled; ++step) {
             values[step] = load<SIZE>(from + head + (at + step * threads) * SIZE);
@@ -74,7 +73,7 @@ __device__ inline Vector<T, COUNT> with_bias_scale_cap(Vector<T, COUNT> z, const
     return z;
 }
 
-// Raw products of hidden states and head into final logits, in place.
+// Turns raw products of hidden states and head into final logits, in place.
 template <class T>
 __global__ void __launch_bounds__(row_threads<T>())
     apply_bias_scale_cap(T* tile,                     // (rows, cols)
@@ -94,15 +93,15 @@ __global__ void __launch_bounds__(row_threads<T>())
 
 constexpr int64_t kNowhere = INT64_MAX;
 
-// What an online softmax keeps of the logits that it has seen; the sums are relative to `max`, and those of exponentials
-// leave the label's own out, beside which the others would lose their digits in a row that is sure.
+// What an online softmax keeps of the logits that it has seen. Sums of exponentials are relative to `max`. They leave
+// the label's own out, because the others would lose their digits beside it when the label is nearly certain.
 template <class T>
 struct Running {
     T max;
-    T others;                  // of exp(z - max)
+    T others;                  // sum of exp(z - max)
     T entropy = 0;             // -sum of exp(z - max) * (z - max)
-    T logit_sum = 0;           // of z
-    T square_sum = 0;          // of exp(z - max)^2
+    T logit_sum = 0;           // sum of z
+    T square_sum = 0;          // sum of exp(z - max)^2
     int64_t first = kNowhere;  // column of the first logit that raised `max` to what it is
 };
 
@@ -136,7 +135,7 @@ __device__ inline void fold(Running<T>& running, const T (&z)[COUNT], int64_t co
     T highest = z[0];
 #pragma unroll
     for (int at = 1; at < COUNT; ++at) highest = larger(highest, z[at]);
-    if (!(highest <= running.max)) {  // seldom after the first few; so written that NaN comes in
+    if (!(highest <= running.max)) {  // seldom true after the first few; true for NaN
         if (STATS && highest > running.max) {
 #pragma unroll
             for (int at = COUNT - 1; at >= 0; --at) {
@@ -149,10 +148,10 @@ __device__ inline void fold(Running<T>& running, const T (&z)[COUNT], int64_t co
     T moved[COUNT];
 #pragma unroll
     for (int at = 0; at < COUNT; ++at) moved[at] = z[at] - shift;
-    if (label >= column && label - column < span) {  // in one batch of a row, for a few of its threads
+    if (label >= column && label - column < span) {  // true in one batch of a row, for a few of its threads
 #pragma unroll
         for (int at = 0; at < COUNT; ++at) {
-            // Its exponential is then 0, unless the row is broken: NaN stays NaN.
+            // The label's exponential is then 0, or NaN if the row is broken.
             if (column + at / GROUP * STRIDE + at % GROUP == label) moved[at] -= static_cast<T>(INFINITY);
         }
     }
@@ -173,7 +172,7 @@ __device__ inline void fold(Running<T>& running, const T (&z)[COUNT], int64_t co
     running.square_sum += square_sum;
 }
 
-// This thread's share of a row, in ascending order of columns.
+// This thread's part of a row, in ascending order of columns.
 template <bool STATS, class T>
 __device__ inline void fold_share(Running<T>& running, const T* row, int64_t cols, int64_t label) {
     constexpr int size = vector_size<T>();
@@ -204,8 +203,8 @@ __device__ inline void fold_share(Running<T>& running, const T* row, int64_t col
     }
 }
 
-// Folds the tile into the running state of each row: a block a row. With STATS all statistics are computed, and those
-// whose pointer is not null are read and written.
+// Folds the tile into the running state of each row, one block to a row. With STATS all statistics are computed, and
+// those whose pointer is not null are read and written.
 template <class T, bool STATS>
 __global__ void __launch_bounds__(row_threads<T>())
     reduce_rows(const T* __restrict__ tile,          // (rows, cols), final logits
@@ -218,7 +217,7 @@ __global__ void __launch_bounds__(row_threads<T>())
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
         const T* z = tile + row * stride;
         const T before = max[row];
-        // Starting from the row's maximum, a thread notes a column only where that is exceeded.
+        // A thread starts from the row's maximum, so it notes a column only where a logit exceeds that.
         Running<T> part{before, T(0)};
         const int64_t label = column_of(labels[row], start, cols);
         fold_share<STATS>(part, z, cols, label);
@@ -255,13 +254,13 @@ struct GradientRow {
     T max;
     T others;
     T scale;
-    T softcap;       // 0: none
-    int64_t target;  // the label's column; -1: in another tile
-    T* residual;     // where to write what rounding to 16 bits took from the label's own value; null: nowhere
+    T softcap;       // 0 if there is none
+    int64_t target;  // the label's column, or -1 if it is in another tile
+    T* residual;     // receives what rounding to 16 bits took from the label's own value; may be null
 };
 
-// sumexp * (softmax - onehot), which is minus the others' sum for the label, times the softcap's derivative and the row's
-// scale.
+// sumexp * (softmax - onehot), times the softcap's derivative and the row's scale. For the label the first two factors
+// are minus the sum of the others.
 template <class T>
 __device__ inline T dlogit(const GradientRow<T>& row, T z, int64_t column) {
     T d = exponential(z - row.max);
@@ -284,7 +283,7 @@ __device__ inline void write(const GradientRow<T>& row, const Vector<T, COUNT>& 
     store(to, rounded);
     if (sizeof(Out) == sizeof(T) || row.residual == nullptr) return;
     if (row.target < column || row.target >= column + COUNT) return;
-    // Once a row: computed again, which costs less than keeping every exact value in a register.
+    // Once a row the value is computed again, which costs less than keeping every exact value in a register.
     T own = z.values[0];
     Out own_rounded = rounded.values[0];
 #pragma unroll
@@ -305,7 +304,7 @@ __global__ void __launch_bounds__(row_threads<T>())
                  const T* __restrict__ max,           // (rows,)
                  const T* __restrict__ others,        // (rows,)
                  const T* __restrict__ scale,         // (rows,) or null
-                 T* __restrict__ residual,            // (rows,) of 0, written by who rounds the label's own; or null
+                 T* __restrict__ residual,            // (rows,) of 0, written by the label's thread; or null
                  int64_t rows, int64_t cols, int64_t tile_stride, int64_t out_stride, int64_t start, T softcap) {
     for (int64_t index = blockIdx.y; index < rows; index += gridDim.y) {
         Out* const to = out + index * out_stride;
