@@ -235,7 +235,7 @@ def test_sizes_of_a_kind(size, upper):
 
 
 @pytest.mark.parametrize("target", sorted({target for _, target in configs.FAMILIES}))
-@pytest.mark.parametrize("kernel", ["linear_logprob", "linear_dlogits"])
+@pytest.mark.parametrize("kernel", ["linear_logps", "linear_dlogits"])
 def test_families(kernel, target):
     wide = configs.family_of(kernel, target, torch.bfloat16)
     assert len(set(wide)) == len(wide)
@@ -259,7 +259,7 @@ def test_targets_of_devices(monkeypatch, capability, target):
 # --- what a call hands to the tuner, and to a launch ------------------------------------------------------------------
 
 
-def kind_of(monkeypatch, kernel="linear_logprob", rows=100, vocab=500, width=24, dtype=torch.bfloat16, **more):
+def kind_of(monkeypatch, kernel="linear_logps", rows=100, vocab=500, width=24, dtype=torch.bfloat16, **more):
     """What a call is told apart by: the kernel's name and the facts."""
     stats = more.pop("stats", False)
     head = Head(torch.empty(vocab, width, dtype=dtype), **more)
@@ -318,8 +318,8 @@ def launched(monkeypatch):
         monkeypatch.setattr(module, "on_device", on)
     for module, names in (
         (row_kernels, ("apply_bias_scale_cap", "reduce_rows", "dlogits_rows", "softmax_grad_rows")),
-        (sequence_loss, ("dpo_tail",)),
-        (matmul_kernels, ("linear_logprob", "linear_dlogits")),
+        (sequence_loss, ("sigmoid_sequence_loss",)),
+        (matmul_kernels, ("linear_logps", "linear_dlogits")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Kernel(name))
@@ -346,8 +346,8 @@ def test_every_launch_is_guarded(launched):
         "reduce_rows",
         "dlogits_rows",
         "softmax_grad_rows",
-        "dpo_tail",
-        "linear_logprob",
+        "sigmoid_sequence_loss",
+        "linear_logps",
         "linear_dlogits",
     }
     assert launched.keys() == names

@@ -32,7 +32,7 @@ from tests.triton_tools.interpreter import sanitize
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BY_DESCRIPTORS = replace(INTERPRETED, tma=True)
 SPLITS = launch_matmul.num_vocab_splits
-COUNTS = (40_000, 0, 3_000, 255)  # of the tail's blocks of 256, a hundred to a lane and more
+COUNTS = (40_000, 0, 3_000, 255)  # tokens of sequences; a lane of the sequence loss sums over a hundred of the first
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +170,7 @@ def test_tiles_of_a_wide_model_are_recomputed_by_the_library(monkeypatch, row):
     gpu = SimpleNamespace(streaming_width=HIDDEN - 1 if row["wide"] else HIDDEN)
     monkeypatch.setattr(backend, "gpu_at", lambda device: gpu)
     assert not broken_rules(case_with(row["dtype"], "padded", row["rich"]), row["strategy"], "triton")
-    assert set(launched) - {"linear_logprob"} == (set() if row["wide"] else {"linear_dlogits"})
+    assert set(launched) - {"linear_logps"} == (set() if row["wide"] else {"linear_dlogits"})
 
 
 def test_parts_of_the_vocabulary_fill_the_gpu():
@@ -214,7 +214,7 @@ def test_timing_changes_nothing_but_the_launch(monkeypatch, tmp_path, fastest):
     autotune.clear_cache()
 
 
-# Those of the first line have a tail in the kernels; what the others do with log-probs is torch's, whoever made them.
+# The losses that have a kernel of their own. torch computes the others from log-probs, whichever backend made those.
 IN_KERNELS = ("sigmoid", "cdpo")
 AROUND = [name for name in (*LOSSES, *FAMILY) if name not in IN_KERNELS]
 UPSTREAMS = (1 / 3, 65536.0)

@@ -216,8 +216,8 @@ OFFSETS = {
     "rows of reduce_rows": ("row_kernels", "row = tl.program_id(0).to(tl.int64)\n    base", _reduced),
     "rows of apply_bias_scale_cap": ("row_kernels", "tl.program_id(0).to(tl.int64) * row_stride", _finished),
     "rows of dlogits_rows": ("row_kernels", "row = tl.program_id(0).to(tl.int64)\n    first", _differentiated),
-    "hidden rows of linear_logprob": ("matmul_kernels", ROWS + "    labels", lambda place: _streamed(x_at=place)),
-    "head rows of linear_logprob": (
+    "hidden rows of linear_logps": ("matmul_kernels", ROWS + "    labels", lambda place: _streamed(x_at=place)),
+    "head rows of linear_logps": (
         "matmul_kernels",
         "cols = left + tl.arange(0, BLOCK_V).to(tl.int64)",
         lambda place: _streamed(w_at=place),

@@ -259,8 +259,8 @@ _TRITON = [
     ),
     Mutant(
         "dpo_kernels/kernels/triton/autotune.py",
-        "statistics.median(found)",
-        "found[-1]",
+        "statistics.median(sample)",
+        "sample[-1]",
         f"{_AUTOTUNE}::test_one_round_does_not_decide",
         "one round decides",
     ),

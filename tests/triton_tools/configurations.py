@@ -15,8 +15,8 @@ from dpo_kernels.kernels.triton.configs import (
     ROW_BLOCK,
     ROW_WARPS,
     SAFE_SHIFT,
-    TAIL_BLOCK,
-    TAIL_WARPS,
+    SUM_BLOCK,
+    SUM_WARPS,
     MatrixLaunch,
     family_of,
 )
@@ -73,7 +73,7 @@ def _bias_scale_cap(cols: int, dtype: torch.dtype, softcap: bool) -> Configurati
         "HAS_SOFTCAP": softcap,
     }
     return Configuration(
-        f"finish_rows V={cols} {_plain(dtype)}{' softcap' if softcap else ''}",
+        f"apply_bias_scale_cap V={cols} {_plain(dtype)}{' softcap' if softcap else ''}",
         row_kernels.apply_bias_scale_cap,
         {**arguments, **PADDED_ROWS},
         ROWS,
@@ -108,7 +108,9 @@ def _softmax_grad(cols: int) -> Configuration:
         **dict.fromkeys(("row_stride", "out_stride"), padded(cols, GPU_ROW_ALIGNMENT)),
         "SAFE": SAFE_SHIFT,
     }
-    return Configuration(f"exp_rows V={cols}", row_kernels.softmax_grad_rows, {**arguments, **PADDED_ROWS}, ROWS)
+    return Configuration(
+        f"softmax_grad_rows V={cols}", row_kernels.softmax_grad_rows, {**arguments, **PADDED_ROWS}, ROWS
+    )
 
 
 def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
@@ -150,17 +152,19 @@ def _of_row_kernels() -> Iterator[Configuration]:
 
 
 def _sequence_loss(weights: torch.dtype | None) -> Configuration:
-    float64 = ("ref_ptr", "poison_ptr", "sums_ptr", "losses_ptr", "grad_ptr", "numbers_ptr")
+    float64 = ("ref_ptr", "nan_if_invalid_ptr", "sums_ptr", "losses_ptr", "grad_ptr", "numbers_ptr")
     arguments: dict[str, Any] = {
         "logp_ptr": torch.float32,
         "weights_ptr": torch.float32 if weights is None else weights,
         "offsets_ptr": torch.int64,
         **dict.fromkeys(float64, torch.float64),
         "HAS_WEIGHTS": weights is not None,
-        "BLOCK": TAIL_BLOCK,
+        "BLOCK": SUM_BLOCK,
     }
     kind = "" if weights is None else f" weights {_plain(weights)}"
-    return Configuration(f"dpo_tail{kind}", sequence_loss.dpo_tail, arguments, {"num_warps": TAIL_WARPS})
+    return Configuration(
+        f"sigmoid_sequence_loss{kind}", sequence_loss.sigmoid_sequence_loss, arguments, {"num_warps": SUM_WARPS}
+    )
 
 
 # --- matmul kernels -----------------------------------------------------------------------------------------
@@ -192,8 +196,8 @@ def _logps(
 ) -> Configuration:
     rows, written = 8192, ("target_ptr", "entropy_ptr", "logit_sum_ptr", "square_sum_ptr")
     return Configuration(
-        f"linear_logprob {_kind(dtype, width, vocab, extras, stats)} {launch}",
-        matmul_kernels.linear_logprob,
+        f"linear_logps {_kind(dtype, width, vocab, extras, stats)} {launch}",
+        matmul_kernels.linear_logps,
         {
             **_matmul_arguments(dtype, rows, width, vocab, launch, extras),
             **dict.fromkeys(written, torch.float32),
@@ -245,15 +249,15 @@ def _of_matmul_kernels() -> Iterator[Configuration]:
         (torch.float32, 2048, 50257, False),
     )
     for target in TARGETS:
-        for launch in family_of("linear_logprob", target, bf16):
+        for launch in family_of("linear_logps", target, bf16):
             yield _logps(target, launch, *common, extras=False, stats=False)
             yield _logps(target, launch, *common, extras=True, stats=False)
-        for launch in family_of("linear_logprob", target, bf16, stats=True):
+        for launch in family_of("linear_logps", target, bf16, stats=True):
             yield _logps(target, launch, *common, extras=True, stats=True)
         for launch in family_of("linear_dlogits", target, bf16):
             yield _logits_gradient(target, launch, *common, extras=False)
         for dtype, width, vocab, extras in others:
-            logps, gradient = (family_of(name, target, dtype)[0] for name in ("linear_logprob", "linear_dlogits"))
+            logps, gradient = (family_of(name, target, dtype)[0] for name in ("linear_logps", "linear_dlogits"))
             yield _logps(target, logps, dtype, width, vocab, extras, stats=False)
             yield _logits_gradient(target, gradient, dtype, width, vocab, extras)
 

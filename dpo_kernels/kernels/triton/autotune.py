@@ -1,17 +1,19 @@
-"""Which launch of a matmul kernel is the fastest on this GPU: timed once, kept on disk, and never guessed anew.
+"""Finds the fastest launch of a matmul kernel on this GPU, once, and keeps the choice on disk.
 
-``DPO_KERNELS_AUTOTUNE`` says how:
+``DPO_KERNELS_AUTOTUNE`` sets the mode:
 
-- ``1`` (default): the launches of a family are timed at the first call of a kind (dtype, width, and sizes to the next
-  power of two), and the fastest is kept in ``DPO_KERNELS_CACHE_DIR`` (default: ``~/.cache/dpo_kernels``). Another
-  process takes it from there.
-- ``cached``: what is kept there is used, and nothing is timed.
-- ``0``: the first launch of each family, always. Two launches may differ in the last bits of their results, so this,
-  or the same folder, is what makes runs on several machines alike.
+- ``1`` (default): the first call of a kind (dtype, width, and sizes to the next power of two) times the launches of a
+  family. The fastest is kept in ``DPO_KERNELS_CACHE_DIR`` (default: ``~/.cache/dpo_kernels``), where other processes
+  find it.
+- ``cached``: kept choices are used, and nothing is timed.
+- ``0``: the first launch of each family is used.
 
-A trial runs the kernel on the call's own inputs into outputs that the call overwrites afterwards: no kernel that adds
-to anything is timed. What was taken once stays for the process, so a second call repeats the first one's bits. While a
-CUDA graph is captured nothing can be timed.
+Two launches may differ in the last bits of their results. Mode ``0``, or one folder for all, makes runs on several
+machines alike.
+
+A trial runs the kernel on the call's own inputs. The call overwrites its outputs afterwards, so a kernel that adds to
+its output must not be timed. A process keeps its choices, so a second call repeats the first one's bits. Nothing can be
+timed while a CUDA graph is captured.
 """
 
 import hashlib
@@ -36,9 +38,9 @@ from dpo_kernels.kernels.triton.configs import MatrixLaunch
 
 MODE, FOLDER = "DPO_KERNELS_AUTOTUNE", "DPO_KERNELS_CACHE_DIR"
 MODES = ("1", "0", "cached")
-ROUNDS = 7
-CANNOT_RUN = (CompilationError, OutOfResources, PTXASError)  # on this GPU, or with this compiler
-PASS_FAILED = "PassManager::run failed"  # a RuntimeError of the compiler
+ROUNDS = 7  # each round times every launch once; the medians are compared
+CANNOT_RUN = (CompilationError, OutOfResources, PTXASError)  # raised where this GPU or compiler cannot take a launch
+PASS_FAILED = "PassManager::run failed"  # the text of a RuntimeError that the compiler raises for the same reason
 Trial = Callable[[MatrixLaunch], object]
 
 _chosen: dict[tuple[str, str], MatrixLaunch] = {}
@@ -47,7 +49,7 @@ _chosen: dict[tuple[str, str], MatrixLaunch] = {}
 def fastest_launch(
     kernel: str, family: Sequence[MatrixLaunch], facts: Sequence[object], like: Tensor, run: Trial
 ) -> MatrixLaunch:
-    """The launch of ``family`` to take; ``run`` launches the kernel, ``facts`` tell one kind of call from another.
+    """The launch of ``family`` to take. ``run`` launches the kernel; ``facts`` tell one kind of call from another.
 
     Raises ValueError for a mode that is none.
     """
@@ -63,22 +65,22 @@ def fastest_launch(
 
 
 def bucket(size: int) -> int:
-    """The next power of two: sizes between two are one kind of call."""
+    """The next power of two, so that sizes between two powers are one kind of call."""
     return 1 << max(0, size - 1).bit_length()
 
 
 def clear_cache() -> None:
-    """Drop what this process has taken; the disk keeps its own."""
+    """Forget the choices of this process; those on disk stay."""
     _chosen.clear()
 
 
 def device_name(like: Tensor) -> str:
-    """What the results on disk are told apart by."""
+    """The name under which results on disk are kept."""
     return torch.cuda.get_device_name(like.device) if like.is_cuda else "interpreter"
 
 
 def path_of(gpu: str) -> Path:
-    """Where the results for a GPU are kept: a file for each version of the kernels and of what compiles them."""
+    """The file with the results for a GPU; each version of the kernels and of their compiler has its own."""
     root = os.environ.get(FOLDER) or Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "dpo_kernels"
     text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
     versions = f"{triton.__version__} {torch.version.cuda} {torch.version.hip}"
@@ -89,7 +91,7 @@ def path_of(gpu: str) -> Path:
 def _home() -> Path:
     try:
         return Path.home()
-    except RuntimeError:  # no HOME and no entry for this user, as in containers of other people's making
+    except RuntimeError:  # a container may have no HOME and no entry for this user
         return Path(tempfile.gettempdir())
 
 
@@ -101,18 +103,18 @@ def _timed(gpu: str, kind: str, family: Sequence[MatrixLaunch], like: Tensor, ru
         return family[0]
     runnable = [launch for launch in family if _runs(launch, run)]
     if not runnable:
-        return family[0]  # whose own error is the one to see
+        return family[0]  # the caller sees the error of this launch
     samples: dict[MatrixLaunch, list[float]] = {launch: [] for launch in runnable}
-    for _ in range(ROUNDS):  # one after another, so that a clock that rises or falls meets all of them
+    for _ in range(ROUNDS):  # launches take turns, so that a clock that rises or falls meets all of them
         for launch in runnable:
             samples[launch].append(milliseconds(lambda launch=launch: run(launch), like))  # type: ignore[misc]
-    times = {launch: statistics.median(found) for launch, found in samples.items()}
+    times = {launch: statistics.median(sample) for launch, sample in samples.items()}
     fastest = min(times, key=lambda launch: times[launch])
     return _remember(gpu, kind, family, fastest, times)
 
 
 def _runs(launch: MatrixLaunch, run: Trial) -> bool:
-    """Whether it compiles and can be launched; warms it up."""
+    """Whether the launch compiles and runs; also warms it up."""
     try:
         run(launch)
     except (*CANNOT_RUN, RuntimeError) as error:
@@ -123,7 +125,7 @@ def _runs(launch: MatrixLaunch, run: Trial) -> bool:
 
 
 def milliseconds(call: Callable[[], object], like: Tensor) -> float:
-    """Of a call on the GPU, behind another one that keeps it at work while the host prepares this one."""
+    """The time of a call on the GPU. Another call before it keeps the GPU at work while the host prepares this one."""
     with torch.cuda.device(like.device):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         call()
@@ -138,16 +140,16 @@ def milliseconds(call: Callable[[], object], like: Tensor) -> float:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What is there; nothing where it cannot be read, which costs a timing and no more."""
+    """The entries of a file; none if it cannot be read, which costs one more timing."""
     try:
-        found = json.loads(path.read_text())
+        entries = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return entries if isinstance(entries, dict) else {}
 
 
 def _remembered(gpu: str, kind: str, family: Sequence[MatrixLaunch]) -> MatrixLaunch | None:
-    """What is kept on disk, if it is a launch of the family."""
+    """The choice on disk, if it is a launch of the family."""
     entry = _read(path_of(gpu)).get(kind)
     kept = entry.get("launch") if isinstance(entry, dict) else None
     return next((launch for launch in family if asdict(launch) == kept), None)
@@ -156,7 +158,7 @@ def _remembered(gpu: str, kind: str, family: Sequence[MatrixLaunch]) -> MatrixLa
 def _remember(
     gpu: str, kind: str, family: Sequence[MatrixLaunch], fastest: MatrixLaunch, times: dict[MatrixLaunch, float]
 ) -> MatrixLaunch:
-    """Keep it on disk; where another process was first, its choice is taken, so that the two agree."""
+    """Keep the choice on disk. If another process was first, its choice is taken, so that the two agree."""
     path = path_of(gpu)
     first = _remembered(gpu, kind, family)
     if first is not None:
@@ -166,7 +168,7 @@ def _remember(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.stem, delete=False) as file:
             json.dump(_read(path) | {kind: entry}, file, indent=1)
-        Path(file.name).replace(path)  # whole or not at all, whoever else writes
+        Path(file.name).replace(path)  # atomic, so that no reader sees half a file
     except OSError as error:
         warnings.warn(
             f"what was timed cannot be kept in {path.parent} ({error}) and will be timed in each process; "

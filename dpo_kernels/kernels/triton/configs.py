@@ -6,9 +6,14 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-ROW_BLOCK, ROW_WARPS = 4096, 8  # 16 warps with 8192 do as well; 32 with 32768 spill
-SAFE_SHIFT = 40.0  # nats between a row's maximum and its shift; V * exp(40) is far from overflow, exp(-80) from 0
-TAIL_BLOCK, TAIL_WARPS = 256, 4
+# Columns that a program of a row kernel reads at once, and its warps. In the gate 8192 columns with 16 warps do as
+# well, and 32768 with 32 spill.
+ROW_BLOCK, ROW_WARPS = 4096, 8
+# The largest distance, in nats, between a row's maximum and its shift. V * exp(40) is far from overflow, and exp(-80)
+# from 0.
+SAFE_SHIFT = 40.0
+# Tokens that a program of the sequence loss reads at once, and its warps.
+SUM_BLOCK, SUM_WARPS = 256, 4
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class MatrixLaunch:
     block_width: int
     warps: int
     stages: int
-    tma: bool = False  # operands by the copy engine of sm_90 and later, from descriptors
+    tma: bool = False  # the copy engine of sm_90 and later reads the operands, by descriptors
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -33,7 +38,7 @@ class MatrixLaunch:
         }
 
     def for_stats(self) -> "MatrixLaunch":
-        """Half the columns: the statistics keep several tiles of values alive at once, and would spill."""
+        """The launch with half the columns; statistics keep several tiles of values alive, and would spill."""
         return replace(self, block_cols=self.block_cols // 2)
 
     def __str__(self) -> str:
@@ -55,25 +60,27 @@ class MatrixLaunch:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-_SMALL = (MatrixLaunch(64, 64, 32, 4, 2),)  # float32 operands: no matrix instruction is exact enough
+_SMALL = (MatrixLaunch(64, 64, 32, 4, 2),)  # for float32 operands, where no matrix instruction is exact enough
 _AMPERE = (MatrixLaunch(128, 128, 64, 8, 3), MatrixLaunch(128, 128, 32, 8, 4), MatrixLaunch(64, 256, 32, 8, 4))
 _HOPPER = (MatrixLaunch(128, 128, 64, 8, 4, tma=True), MatrixLaunch(128, 128, 64, 8, 4))
 _CDNA = (MatrixLaunch(128, 128, 32, 8, 2),)
-# Launches that the gate found sane, by (kernel, target), for 16-bit operands; ``tuning`` times them. The first is taken
-# where nothing may be timed. None has been on hardware: it is the one with the fewest bytes per FLOP that compiles
-# without spills at every shape. 128 x 256 spills in linear_dlogits, on sm_100 in both, and on sm_80 in linear_logprob
-# with triton 3.8 (200 bytes), with statistics with 3.6 too.
+# The launches for 16-bit operands by (kernel, target). All of them pass the gate (tests/triton_tools/gate.py), and none
+# has run on hardware yet. ``autotune`` times them, or takes the first where nothing may be timed. The first is the one
+# with the fewest bytes per FLOP that compiles without spills at every shape. Blocks of 128 x 256 spill in
+# linear_dlogits, in both kernels on sm_100, and in linear_logps on sm_80 (200 bytes with triton 3.8, and with
+# statistics with 3.6 too).
 FAMILIES = {
-    ("linear_logprob", "sm_80"): _AMPERE,
-    ("linear_logprob", "sm_90"): (MatrixLaunch(128, 256, 64, 8, 3, tma=True), *_HOPPER),
-    ("linear_logprob", "sm_100"): _HOPPER,
-    ("linear_logprob", "gfx942"): _CDNA,
+    ("linear_logps", "sm_80"): _AMPERE,
+    ("linear_logps", "sm_90"): (MatrixLaunch(128, 256, 64, 8, 3, tma=True), *_HOPPER),
+    ("linear_logps", "sm_100"): _HOPPER,
+    ("linear_logps", "gfx942"): _CDNA,
     ("linear_dlogits", "sm_80"): _AMPERE,
     ("linear_dlogits", "sm_90"): _HOPPER,
     ("linear_dlogits", "sm_100"): _HOPPER,
     ("linear_dlogits", "gfx942"): _CDNA,
 }
-# Large enough to be quick in numpy, small enough to leave several programs and ragged edges.
+# The interpreter's blocks are large enough to be quick in numpy. They are small enough that tests run several programs
+# and ragged edges.
 INTERPRETED = MatrixLaunch(32, 64, 32, 4, 1)
 
 
@@ -86,9 +93,9 @@ def family_of(kernel: str, target: str, dtype: torch.dtype, stats: bool = False)
 
 
 def target_of(device: torch.device) -> str:
-    """The configuration family of a device."""
+    """The target in ``FAMILIES`` whose launches suit a device."""
     if torch.version.hip is not None:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    # Major 12 (RTX 50) has neither wgmma nor tcgen05, and 99 KiB of shared memory, as 8.6 and 8.9 have.
+    # Major 12 (RTX 50) has neither wgmma nor tcgen05. Its shared memory is the 99 KiB of 8.6 and 8.9.
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")

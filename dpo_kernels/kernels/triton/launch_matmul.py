@@ -42,7 +42,7 @@ def linear_logps(x_NH: Tensor, weight: Tensor, head: Head, labels_N: Tensor, sta
         sums = [x_NH.new_empty(splits, count, dtype=torch.float32) for _ in range(6 if stats else 3)]
         argmax = torch.empty(splits if stats else 1, count, dtype=torch.int64, device=x_NH.device)
         with on_device(x_NH):
-            matmul_kernels.linear_logprob[(splits, blocks)](
+            matmul_kernels.linear_logps[(splits, blocks)](
                 *launch.descriptors(x_NH, weight),
                 weight if head.bias is None else head.bias,
                 labels_N,
@@ -65,7 +65,7 @@ def linear_logps(x_NH: Tensor, weight: Tensor, head: Head, labels_N: Tensor, sta
             )
         return sums, argmax
 
-    sums, argmax = run(choose_launch("linear_logprob", x_NH, weight, head, bool(stats), run))
+    sums, argmax = run(choose_launch("linear_logps", x_NH, weight, head, bool(stats), run))
     return _merge_splits(sums, argmax, stats)
 
 

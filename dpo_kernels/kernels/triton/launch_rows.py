@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from dpo_kernels.kernel_interface import RowState
 from dpo_kernels.kernels.triton import row_kernels, sequence_loss
-from dpo_kernels.kernels.triton.configs import ROW_BLOCK, ROW_WARPS, SAFE_SHIFT, TAIL_BLOCK, TAIL_WARPS
+from dpo_kernels.kernels.triton.configs import ROW_BLOCK, ROW_WARPS, SAFE_SHIFT, SUM_BLOCK, SUM_WARPS
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head
 
 
@@ -154,7 +154,7 @@ def sigmoid_sequence_loss(
     # A tensor, because a launch would round Python numbers to float32.
     numbers = torch.stack([torch.full_like(nan_if_invalid, value) for value in (beta, smoothing)])
     with on_device(logp_N):
-        sequence_loss.dpo_tail[(losses_P.shape[0],)](
+        sequence_loss.sigmoid_sequence_loss[(losses_P.shape[0],)](
             logp_N,
             logp_N if weights_N is None else weights_N,
             offsets,
@@ -165,8 +165,8 @@ def sigmoid_sequence_loss(
             grad_S,
             numbers,
             HAS_WEIGHTS=weights_N is not None,
-            BLOCK=TAIL_BLOCK,
-            num_warps=TAIL_WARPS,
+            BLOCK=SUM_BLOCK,
+            num_warps=SUM_WARPS,
         )
     return sums_S, losses_P, grad_S
 

@@ -1,11 +1,11 @@
-"""Matmul kernels whose logits live in registers: log-sum-exp of ``X W^T`` without writing it, and its gradient tile.
+"""Matmul kernels that keep logits in registers: the log-sum-exp of ``X W^T``, and a tile of its gradient.
 
-``linear_logprob`` folds each tile of logits into a running maximum and sum of exponentials; a program does a block of
-rows over a share of the vocabulary, and the shares are merged afterwards. ``linear_dlogits`` forms the logits of a tile
+``linear_logps`` folds each tile of logits into a running maximum and sum of exponentials. A program does a block of
+rows over one split of the vocabulary, and the launch merges the splits. ``linear_dlogits`` forms the logits of a tile
 again and writes ``sumexp * (softmax - onehot)`` in the dtype of the GEMMs that follow. Strides are in elements.
 
-A launch is compiled anew for other alignments and divisibilities of what it is given; batches change those of a row
-count and of slices by rows, and would bring compilations into the middle of a training: they are left out of it.
+Triton recompiles when an argument's alignment or divisibility changes. Row counts and slices by rows change with every
+batch, so they are excluded from specialisation.
 """
 
 import triton
@@ -38,10 +38,10 @@ def _logits(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Final logits of a block of rows and columns, float32; what lies outside is to be masked by the caller."""
+    """Final float32 logits of a block of rows and columns; the caller masks what lies outside."""
     z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if TMA:
-        # The copy engine knows the matrices' extents, and puts 0 for what lies outside.
+        # The copy engine knows the extents of the matrices and reads 0 outside of them.
         for h in range(0, width, BLOCK_H):
             x = x_ptr.load([first_row, h])
             w = w_ptr.load([first_col, h])
@@ -67,7 +67,7 @@ def _logits(
 
 
 @triton.jit(do_not_specialize=["total_rows"], do_not_specialize_on_alignment=["labels_ptr"])
-def linear_logprob(
+def linear_logps(
     x_ptr,  # (N, H), with TMA its descriptor
     w_ptr,  # (V, H), with TMA its descriptor
     b_ptr,  # (V,)
@@ -84,7 +84,7 @@ def linear_logprob(
     width,
     x_stride,
     w_stride,
-    split,  # columns of each share, a multiple of BLOCK_V
+    split,  # columns of each split, a multiple of BLOCK_V
     scale,
     softcap,
     HAS_BIAS: tl.constexpr,
@@ -96,7 +96,10 @@ def linear_logprob(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (splits, ceil(N / BLOCK_N)): programs that run at once share few rows of X, which stay in the cache."""
+    """Write the state of each row over one split of the vocabulary; grid (splits, ceil(N / BLOCK_N)).
+
+    Programs that run at once share few rows of X, which stay in the cache.
+    """
     first_row = tl.program_id(1) * BLOCK_N
     rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_N)
     row_inside = rows < total_rows
@@ -122,7 +125,7 @@ def linear_logprob(
         z = tl.where(col_inside[None, :], z, -float("inf"))
         if HAS_STATS:
             place = tl.argmax(z, axis=1, tie_break_left=True).to(tl.int64) + left
-        # From here on the label's own logit is -inf. It comes by a sum: a maximum would pass over NaN.
+        # From here on the label's own logit is -inf. A sum picks it out, since a maximum would drop NaN.
         own_col = (labels - left).to(tl.int32)
         hit = tl.arange(0, BLOCK_V)[None, :] == own_col[:, None]
         own_logit = tl.sum(tl.where(hit, z, 0.0), axis=1)
@@ -186,7 +189,7 @@ def linear_dlogits(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (ceil(C / BLOCK_N), ceil(Vt / BLOCK_V))."""
+    """Write ``dlogits_rows`` of logits that are formed here; grid (ceil(C / BLOCK_N), ceil(Vt / BLOCK_V))."""
     first_row = tl.program_id(0) * BLOCK_N
     rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_N)
     row_inside = rows < total_rows

@@ -1,7 +1,7 @@
-"""Row kernels over a tile of logits: bias, scale and cap; online log-sum-exp with statistics; the gradient in place.
+"""Row kernels over a tile of logits: bias, scale and cap; online log-sum-exp with statistics; the gradient.
 
-A program owns a row (``reduce_rows``, ``softmax_grad_rows``) or a stretch of one (the others); no other writes there.
-Strides are in elements, offsets that multiply a row are 64-bit.
+A program of ``reduce_rows`` or ``softmax_grad_rows`` owns a row, and a program of the others a stretch of one. No other
+program writes there. Strides are in elements, and offsets that multiply a row are 64-bit.
 """
 
 import triton
@@ -10,9 +10,10 @@ import triton.language as tl
 
 @triton.jit
 def _reach(cols, PADDED: tl.constexpr):
-    """Where accesses to a row end: in its padding, because one that ends at an odd column makes all of them narrow.
+    """The column where accesses to a row end: the end of its padding, or of the row if it has none.
 
-    What the padding holds is neither used nor kept. Without any it is the last column.
+    One access that ends at an odd column would make the compiler narrow all of them. The kernels neither use nor keep
+    what the padding holds.
     """
     if PADDED:
         return (cols + 15) // 16 * 16
@@ -24,9 +25,9 @@ def _reach(cols, PADDED: tl.constexpr):
 def _capped(z, scale, softcap, HAS_SOFTCAP: tl.constexpr, NEAR_ZERO: tl.constexpr):
     """``softcap * tanh(scale * z / softcap)``, or ``scale * z``.
 
-    The difference of exponentials loses digits of a small logit, up to ``softcap * 2.4e-7`` of it on a GPU, whose
-    exponential is right to 2 ulp. NEAR_ZERO: an odd polynomial there (relative error 1.4e-8 up to 0.5), for which the
-    matmul kernels have no registers.
+    The difference of exponentials loses digits of a small logit: up to ``softcap * 2.4e-7`` of it on a GPU, whose
+    exponential is right to 2 ulp. NEAR_ZERO takes an odd polynomial there (relative error 1.4e-8 up to 0.5). The matmul
+    kernels have no registers for it.
     """
     if HAS_SOFTCAP:
         y = z * (scale / softcap)
@@ -47,7 +48,7 @@ def _capped(z, scale, softcap, HAS_SOFTCAP: tl.constexpr, NEAR_ZERO: tl.constexp
 @triton.jit
 def apply_bias_scale_cap(
     tile_ptr,  # (C, Vt) float32, raw products; overwritten by final logits
-    b_ptr,  # (Vt,), as far as the rows' padding reaches
+    b_ptr,  # (Vt,), padded as far as the rows are
     cols,
     row_stride,
     scale,
@@ -57,7 +58,7 @@ def apply_bias_scale_cap(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Bias, scale and cap in one pass; grid (C, ceil(Vt / BLOCK))."""
+    """Turn raw products into final logits, ``cap(scale * (z + bias))``; grid (C, ceil(Vt / BLOCK))."""
     base = tile_ptr + tl.program_id(0).to(tl.int64) * row_stride
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     reach = _reach(cols, PADDED)
@@ -164,7 +165,7 @@ def softmax_grad_rows(
     max_ptr,  # (C,) float32, as all that follow; written
     others_ptr,
     target_ptr,
-    factor_ptr,  # exp(shift - max), what turns the row into the gradient under its maximum
+    factor_ptr,  # exp(shift - max), which turns the row into the gradient under its maximum
     residual_ptr,  # the label's own value: minus the sum of the others
     cols,
     row_stride,
@@ -173,10 +174,10 @@ def softmax_grad_rows(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The log-sum-exp of whole rows and their gradient from one reading; grid (C,).
+    """The log-sum-exp of whole rows and their gradient, from one reading of the logits; grid (C,).
 
-    The rounding of a bfloat16 is relative at any size, so any shift near the maximum serves, and that of the first
-    block is near unless it says so: a row whose maximum is more than SAFE away from it is done again.
+    The rounding of bfloat16 is relative, so any shift near the row's maximum gives the same accuracy. The first block's
+    maximum is the shift. A row whose maximum is more than SAFE away from it is done again.
     """
     row = tl.program_id(0).to(tl.int64)
     base = tile_ptr + row * row_stride
@@ -219,9 +220,9 @@ def dlogits_rows(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``sumexp * (softmax - onehot) * (1 - (z / softcap)^2) * scale``; grid (C, ceil(Vt / BLOCK)).
+    """Write ``sumexp * (softmax - onehot) * (1 - (z / softcap)^2) * scale``; grid (C, ceil(Vt / BLOCK)).
 
-    Of the label the first two factors are minus the sum of the others.
+    For the label the first two factors are minus the sum of the others.
     """
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
