@@ -1,4 +1,4 @@
-"""Which launch is taken: timed once, kept on disk, pinned or turned off. The clock is a stand-in; ``run`` is seen."""
+"""Which launch is taken: timed once, kept on disk, pinned or turned off. The clock is a stand-in that sees ``run``."""
 
 import json
 import os
@@ -260,7 +260,7 @@ def test_targets_of_devices(monkeypatch, capability, target):
 
 
 def kind_of(monkeypatch, kernel="linear_logps", rows=100, vocab=500, width=24, dtype=torch.bfloat16, **more):
-    """What a call is told apart by: the kernel's name and the facts."""
+    """What tells one kind of call from another: the kernel's name and the facts."""
     stats = more.pop("stats", False)
     head = Head(torch.empty(vocab, width, dtype=dtype), **more)
     monkeypatch.setattr(autotune, "fastest_launch", lambda kernel, family, facts, like, run: (kernel, *facts))
@@ -289,7 +289,7 @@ def test_calls_that_differ_in_their_work_are_timed_apart(monkeypatch):
 
 
 def test_the_device_of_a_launch_is_that_of_its_tensors():
-    """Triton launches on the current device: on a machine of two GPUs, tensors of the second would be out of reach."""
+    """Triton launches on the current device, from which tensors of a second GPU would be out of reach."""
     second = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
     guard = launch_rows.on_device(second)
     assert isinstance(guard, torch.cuda.device)

@@ -1,12 +1,12 @@
-"""The ahead-of-time gate: every configuration of every Triton kernel, compiled for every target and held to rules.
+"""The ahead-of-time gate compiles every configuration of every Triton kernel for every target and checks the code.
 
-``python -m tests.triton_tools.gate`` (``make kernels-check``) needs no GPU. It prints a line for each configuration and
-target, and exits with 1 and the reasons where a rule of ``broken_rules`` is broken or a kernel has no configuration.
-What was measured is kept in ``.kernels_check_cache`` (another folder: ``DPO_KERNELS_CHECK_CACHE``), so that a run
-without news takes seconds; a kernel that does not compile is compiled again each time.
+``python -m tests.triton_tools.gate`` (``make kernels-check``) needs no GPU. It prints a line for each configuration
+(``configurations.py``) and target. It exits with 1 and the reasons if a rule of ``broken_rules`` is broken, or if a
+kernel has no configuration. Results are kept in ``.kernels_check_cache`` (another folder: ``DPO_KERNELS_CHECK_CACHE``),
+so that a run without changes takes seconds. A kernel that does not compile is compiled again each time.
 
-``--keep`` writes ``measured.json``: what was measured, which is the bar for later runs, and of what. With ``--known``,
-as the tests run the gate, that is taken for what it is wherever source, launch and triton are the same still; one
+``--keep`` writes ``measured.json``: the results, with a key of what was compiled. They are the bar for later runs. With
+``--known``, as the tests run the gate, a kept result counts if source, launch and triton are still the same. One
 configuration for each target is compiled all the same.
 """
 
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS, CONFIGURED = "dpo_kernels.kernels.triton", "tests.triton_tools.configurations"
 PROCESSES = 2
-STACK_CAP = 128  # bytes; a few spills outside the loop cost nothing, so that "no stack at all" is too strict
-NARROW_CAP = 8  # a bias is read once a tile, in its own 16 bits
-TENSOR_COLUMNS_CAP = 512  # of Blackwell's tensor memory, all that there are
+STACK_CAP = 128  # bytes a thread; a few spills outside the loop cost nothing, so "no stack at all" is too strict
+NARROW_CAP = 8  # accesses of 16 bits; a bias is read once a tile, in its own 16 bits
+TENSOR_COLUMNS_CAP = 512  # columns of Blackwell's tensor memory, which has no more
 REASON_LENGTH = 200
 
 
 class Job(NamedTuple):
-    """One configuration for one target, named so that another process finds it."""
+    """One configuration for one target, by names with which another process finds it."""
 
     module: str
     index: int  # in the module's CONFIGURATIONS
@@ -66,7 +66,7 @@ class Verdict(NamedTuple):
 
 
 def broken_rules(configuration: "Configuration", target: str, measured: "Measured") -> list[str]:
-    """Why a compiled configuration may not be launched on ``target``; empty where it may."""
+    """Why a compiled configuration must not be launched on ``target``; empty if it may be."""
     from tests.triton_tools.aot import TARGETS
 
     gpu, reasons = TARGETS[target], []
@@ -96,7 +96,7 @@ def broken_rules(configuration: "Configuration", target: str, measured: "Measure
 
 
 def ungated(modules: list[str], jobs: list[Job]) -> list[str]:
-    """Public kernels of our own modules that no configuration compiles for some target."""
+    """Public kernels of these modules that no configuration compiles for some target."""
     from triton.runtime.jit import JITFunction
 
     from tests.triton_tools.aot import TARGETS
@@ -147,9 +147,9 @@ def _configuration(job: Job) -> "Configuration":
 def measured_or_why(
     jobs: list[Job], cache: Path, known: dict[str, "Measured"] | None = None
 ) -> Iterator["Measured | str"]:
-    """For each job what was measured, or why it does not compile; ``known`` are results by key."""
+    """For each job the measurements, or why it does not compile; ``known`` are results by key."""
     keys = [_key(job) for job in jobs]
-    # One of each target is compiled whatever is known: by its key, so that every change of the source draws another.
+    # One job of each target is compiled even if known. Its key chooses it, so each change of source draws another.
     by_key = sorted(zip(keys, jobs, strict=True), reverse=True)
     samples = {job.target: job for _, job in by_key}.values()
     results: list[Measured | str | None] = []
@@ -172,7 +172,7 @@ def _compile_all(jobs: list[Job], cache: Path) -> list["Measured | str"]:
         run = partial(_run, jobs, logs, cache)
         while waiting := [number for number in range(len(jobs)) if number not in results]:
             results |= run(waiting, PROCESSES)
-            # A compiler that aborts takes the pool with it: whoever was at work then is tried alone.
+            # A compiler that aborts takes the pool with it. The jobs that were running are then tried alone.
             lost = [number for number in waiting if number not in results]
             for number in [number for number in lost if logs[number].exists()] or lost:
                 results |= run([number], 1) or {number: f"does not compile: crash: {_said(logs[number])}"}
@@ -184,7 +184,7 @@ def _said(log: Path) -> str:
 
 
 def _workers() -> BaseContext:
-    """Processes forked from one that has imported torch and triton, where the system can; each would take seconds."""
+    """Processes forked from one that has imported torch and triton, if the system can fork; imports take seconds."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -195,7 +195,7 @@ def _workers() -> BaseContext:
 def _run(
     jobs: list[Job], logs: list[Path], cache: Path, numbers: list[int], processes: int
 ) -> dict[int, "Measured | str"]:
-    """Results of those jobs that came to an end."""
+    """The results of the jobs that finished."""
     with ProcessPoolExecutor(min(processes, len(numbers)), mp_context=_workers()) as pool:
         futures: dict[int, Future[Measured | str]] = {}
         with contextlib.suppress(BrokenProcessPool):
@@ -211,7 +211,7 @@ def _run(
 def _compile(job: Job, log: Path, cache: Path) -> "Measured | str":
     from tests.triton_tools import aot
 
-    # Not Triton's usual cache: intermediate code of targets that nobody launches on would only fill it.
+    # Intermediate code of targets that nobody launches on would only fill Triton's usual cache.
     os.environ["TRITON_CACHE_DIR"] = str(log.with_name("triton"))
     configuration = _configuration(job)
     try:
@@ -229,7 +229,7 @@ def _compile(job: Job, log: Path, cache: Path) -> "Measured | str":
 
 @contextlib.contextmanager
 def _output_to(log: Path) -> Iterator[None]:
-    """What this process and its children write goes to ``log``: MLIR and ptxas print whole programs."""
+    """Send what this process and its children write to ``log``; MLIR and ptxas print whole programs."""
     kept = [os.dup(1), os.dup(2)]
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -245,7 +245,7 @@ def _output_to(log: Path) -> Iterator[None]:
 
 
 def shortened(text: str) -> str:
-    """The line of a compiler's message that says what is wrong, or its last, at most REASON_LENGTH characters."""
+    """The line of a compiler's message that names the error, or the last; at most REASON_LENGTH characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip(" \t^~")]
     for telling in (r"\bfatal\b", r"\bLLVM ERROR\b", r"error\b ?:"):
         if found := [line for line in lines if re.search(telling, line)]:
@@ -264,7 +264,7 @@ def _cache_folder() -> Path:
 
 
 def _key(job: Job) -> str:
-    """Of everything that decides about the machine code, and of how it is read."""
+    """A hash of everything that decides about the machine code, and of the code that measures it."""
     import triton
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
@@ -272,8 +272,8 @@ def _key(job: Job) -> str:
 
     configuration = _configuration(job)
     try:
-        source = configuration.kernel.cache_key  # with that of the functions that it calls
-    except Exception as error:  # noqa: BLE001 - it refers to what Triton refuses, and the compiler will say so again
+        source = configuration.kernel.cache_key  # includes the functions that the kernel calls
+    except Exception as error:  # noqa: BLE001 - the source has what Triton refuses, and the compiler will say so again
         source = repr(error)
     own = {name: value for name, value in os.environ.items() if re.match(r"TRITON_(PTXAS|DEFAULT)", name)}
     parts = [
@@ -306,13 +306,13 @@ def _keep(path: Path, measured: "Measured") -> None:
 # --- what it was before -------------------------------------------------------------------------------------
 
 KEPT = Path(__file__).with_name("measured.json")
-SLACK = 1.1  # ptxas is not that steady
+SLACK = 1.1  # the change, as a factor, that counts as ptxas's own variation
 GROWS = ("registers", "stack_bytes", "shared_bytes", "local", "local_in_loops", "loads_in_loops", "narrow")
 SHRINKS = ("widest_bits", "async_copies")
 
 
 def regressions(verdicts: list[Verdict], kept: dict[str, object], version: str) -> list[str]:
-    """What the compiler makes worse than what was kept; nothing for another version of it."""
+    """Facts that became worse than those kept; none if another version of triton compiled those."""
     if kept.get("triton") != version:
         return []
     before, found = kept["kernels"], []
@@ -333,7 +333,7 @@ def regressions(verdicts: list[Verdict], kept: dict[str, object], version: str) 
 
 
 def known_results(kept: dict[str, object]) -> dict[str, "Measured"]:
-    """What was kept, by the keys of what it was measured from."""
+    """The kept results, by the keys of what was compiled."""
     from tests.triton_tools.aot import Measured
 
     kernels = kept["kernels"]
@@ -343,9 +343,9 @@ def known_results(kept: dict[str, object]) -> dict[str, "Measured"]:
 
 
 def keep_measured(verdicts: list[Verdict], keys: list[str], version: str) -> None:
-    """Make what was measured the bar for the next run; ``keys`` say what each verdict is about.
+    """Make these results the bar for the next run; ``keys`` are those of what was compiled.
 
-    A record is one line, with its key: whoever merges two versions takes both or neither.
+    A record and its key stand on one line, so that a merge takes both or neither.
     """
     records = {
         f"{verdict.name} @ {verdict.target}": dataclasses.asdict(verdict.measured) | {"of": key}
@@ -359,13 +359,13 @@ def keep_measured(verdicts: list[Verdict], keys: list[str], version: str) -> Non
 
 # --- the command --------------------------------------------------------------------------------------------
 
-_began = False  # a run of the gate in this process: it is the gate that has imported triton
+_began = False  # whether the gate ran in this process before, and so imported triton itself
 COLUMNS = "{:<8}{:>9}{:>7}{:>9}  {:<12}{:<14}{:>6}{:>8}  {:<9}{}"
 HEADER = ("target", "registers", "stack", "shared", "local", "matrix", "async", "widest", "verdict", "configuration")
 
 
 def line(verdict: Verdict) -> str:
-    """A line of the table: stack and shared memory in bytes, local accesses (in the MMA loop), the widest in bits."""
+    """A line of the table. Stack and shared memory are in bytes, the widest access in bits."""
     facts, cells = verdict.measured, ["-"] * 7
     if facts is not None:
         local = f"{facts.local} ({facts.local_in_loops})" if facts.local else "0"
