@@ -25,7 +25,7 @@ from dpo_kernels.kernels.triton import (
     sequence_loss,
 )
 from dpo_kernels.kernels.triton.configs import MatrixLaunch
-from dpo_kernels.shapes import Head, PackedTokens, Tile
+from dpo_kernels.shapes import Head
 
 FAMILY = (MatrixLaunch(128, 128, 64, 8, 3), MatrixLaunch(64, 256, 32, 8, 4), MatrixLaunch(128, 256, 64, 8, 3, tma=True))
 SLOW, FAST, MIDDLE = FAMILY
@@ -338,9 +338,7 @@ def test_every_launch_is_guarded(launched):
     kernels.reduce_and_dlogits(state, tile, labels, head)
     kernels.recomputed_dlogits(x, head, 0, tile, labels, state.max, state.sumexp, None)
     kernels.sequence_loss(state.max, None, counts, zero.expand(2), zero, losses.bind("sigmoid", 0.1, 0.0, {}))
-    index, segments = torch.arange(4), torch.tensor([0, 0, 1, 1])
-    rows = PackedTokens(index, labels, None, segments, index, counts, counts, zero)
-    kernels.stream_logprob(x, head, rows, Tile(4, 64), ())
+    kernels.stream_logps(x, head, labels, ())
     names = {
         "apply_bias_scale_cap",
         "reduce_rows",

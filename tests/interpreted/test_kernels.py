@@ -8,9 +8,9 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 import dpo_kernels as dk
+from dpo_kernels.device_specs import ChunkCosts
 from dpo_kernels.kernels.triton import (
     autotune,
-    backend,
     launch_matmul,
     launch_rows,
     matmul_kernels,
@@ -19,6 +19,7 @@ from dpo_kernels.kernels.triton import (
 )
 from dpo_kernels.kernels.triton.backend import TritonKernels
 from dpo_kernels.kernels.triton.configs import INTERPRETED
+from dpo_kernels.planning import schedules
 from dpo_kernels.shapes import STATS, Head
 from tests.cases import HIDDEN, LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
 from tests.certain import broken, certain, off_log_probs, off_orpo
@@ -167,8 +168,8 @@ def test_tiles_of_a_wide_model_are_recomputed_by_the_library(monkeypatch, row):
         return choose(kernel, *arguments)
 
     monkeypatch.setattr(launch_matmul, "choose_launch", seen)
-    gpu = SimpleNamespace(streaming_width=HIDDEN - 1 if row["wide"] else HIDDEN)
-    monkeypatch.setattr(backend, "gpu_at", lambda device: gpu)
+    gpu = SimpleNamespace(streaming_width=HIDDEN - 1 if row["wide"] else HIDDEN, chunking=ChunkCosts())
+    monkeypatch.setattr(schedules, "gpu_at", lambda device: gpu)
     assert not broken_rules(case_with(row["dtype"], "padded", row["rich"]), row["strategy"], "triton")
     assert set(launched) - {"linear_logps"} == (set() if row["wide"] else {"linear_dlogits"})
 

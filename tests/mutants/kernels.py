@@ -148,7 +148,6 @@ _TORCH = [
 ]
 
 _AUTOTUNE = "tests/test_autotune.py"
-_BACKEND = "dpo_kernels/kernels/triton/backend.py"
 _LAUNCH_ROWS = "dpo_kernels/kernels/triton/launch_rows.py"
 _LAUNCH_MATMUL = "dpo_kernels/kernels/triton/launch_matmul.py"
 _TRITON = [
@@ -209,9 +208,9 @@ _TRITON = [
         "X does not stay in the cache of the GPU",
     ),
     Mutant(
-        _BACKEND,
-        "x_CH.shape[1] > gpu.streaming_width",
-        "x_CH.shape[1] < gpu.streaming_width",
+        "dpo_kernels/planning/schedules.py",
+        "workload.width > gpu.streaming_width",
+        "workload.width < gpu.streaming_width",
         "tests/interpreted/test_kernels.py::test_tiles_of_a_wide_model_are_recomputed_by_the_library",
         "wide models take the slower kernel, and narrow ones the library",
     ),
