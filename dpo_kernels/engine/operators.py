@@ -325,12 +325,15 @@ def _fake_logps_backward(
     spec: str,
 ) -> tuple[Tensor, ...]:
     need = decode_spec(spec).needs_grad
-    bias_dtype = weight.dtype if bias is None else bias.dtype
-    return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need.hidden else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need.weight else weight.new_empty(0),
-        weight.new_empty(weight.shape[0], dtype=bias_dtype) if need.bias else weight.new_empty(0),
-    )
+    nothing = packed_and_saved[-1].new_empty(0)
+    dx, dw, db = nothing, nothing.new_empty(0), nothing.new_empty(0)
+    if need.hidden:
+        dx = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    if need.weight:
+        dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if need.bias:
+        db = weight.new_empty(weight.shape[0], dtype=GradDtypes.of(hidden, weight, bias).bias)
+    return dx, dw, db
 
 
 @frozen_logps_backward_operator.register_fake

@@ -88,8 +88,8 @@ def kto_kl(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Return KTO's estimate of the policy's KL divergence from the reference.
 
     It is the mean log-ratio of completions to prompts that they do not belong to, or 0 if that is negative. The source
-    is Ethayarajh et al., arXiv 2402.01306, section 4.2. ``fused_sequence_logps`` computes the log-probs of a batch whose
-    completions are shifted by one prompt.
+    is Ethayarajh et al., arXiv 2402.01306, section 4.2. ``fused_sequence_logps`` computes the log-probs of a batch
+    whose completions are shifted by one prompt.
 
     Args:
         policy_logps: ``(n,)`` floating point, log-probs of the mismatched completions under the policy.

@@ -49,7 +49,7 @@ def ld_token_weights(
 
     Raises:
         TypeError: ``labels`` or ``cu_seqlens`` is not an integer tensor, or another argument has the wrong type.
-        ValueError: shapes or devices do not fit, or the number of sequences is odd. ``alpha`` does not lie in [0, 1], or
+        ValueError: shapes or devices do not fit, or the number of sequences is odd. ``alpha`` is not in [0, 1], or
             ``pairs`` is unknown. ``cu_seqlens`` on the CPU does not rise from 0 to N.
 
     Example:
