@@ -17,8 +17,8 @@ from tests.cases import (
     registered_operators,
     run,
 )
+from tests.family import coupled, one_sided
 from tests.small import BACKENDS
-from tests.test_equivalence import coupled, one_sided
 from tests.tolerance import RELATIVE_L2_BAR, relative_l2
 
 F64 = torch.float64

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_packaging import BUILD, NOT_SOURCE, ROOT, files_of
+from tests.packages import BUILD, NOT_SOURCE, ROOT, files_of
 
 LOADED = "import torch, dpo_kernels._C as c; print(c.__file__, torch.ops.dpo_kernels.extension_built_for())"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")

@@ -15,16 +15,11 @@ from dpo_kernels.planning.chunks import Chunk, cost_of_chunks, plan_chunks
 from dpo_kernels.planning.plan import Execution, make_plan
 from dpo_kernels.problem import Workload
 from dpo_kernels.shapes import NeedsGrad
+from tests.family import coupled, one_sided
+from tests.problems import problem
 from tests.small import CPU_BACKEND
-from tests.test_equivalence import coupled, one_sided
 
 ROOT = Path(__file__).parents[1]
-
-
-def problem(trainable=True, pairs=4, length=16, vocab=512):
-    labels = torch.randint(0, vocab, (2 * pairs, length))
-    hidden = torch.randn(2 * pairs, length, 8, requires_grad=True)
-    return hidden, torch.randn(vocab, 8, requires_grad=trainable), labels
 
 
 def explain(*inputs, **options):

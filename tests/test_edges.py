@@ -7,7 +7,7 @@ import dpo_kernels as dk
 from dpo_kernels.losses.divergence import DIVERGENCES
 from dpo_kernels.reference import dpo_loss_reference
 from tests.cases import RICH, Case, run, widened
-from tests.test_numerics import extreme
+from tests.extremes import extreme
 
 
 def test_a_tie_is_no_pair_that_is_ranked_right():

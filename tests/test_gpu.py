@@ -13,7 +13,7 @@ from tests import cases
 from tests.cases import LAYOUTS, RICH, STRATEGIES, VOCAB, Case, broken_by, broken_over_forms, broken_rules, run
 from tests.cuda_tools import equivalence
 from tests.cuda_tools.operators import Operators, by_copies
-from tests.test_equivalence import LOSSES
+from tests.family import LOSSES
 
 pytestmark = pytest.mark.gpu
 

@@ -18,19 +18,11 @@ from dpo_kernels import (
     losses,
 )
 from dpo_kernels.losses import LOSSES, LossSpec
+from tests.problems import BF16, F32, F64, META, rand, says, whole
 from tests.small import STRATEGIES
 
 S, T, H, V = 4, 3, 5, 7
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 LABELS = [[1, 2, 3], [-100, 4, 5], [6, 0, -100], [3, 2, 1]]
-
-
-def rand(*shape, **how):
-    return torch.zeros(*shape, **how) if how.get("device") == "meta" else torch.rand(*shape).to(how.get("dtype", F32))
-
-
-def whole(*values, dtype=torch.int64, **how):
-    return torch.tensor(values, dtype=dtype, **how)
 
 
 def marked(value, *place, dtype=torch.int64):
@@ -67,13 +59,6 @@ def scored_here(**changes):
 def a_callable(x):
     return x.policy_rejected_logps - x.policy_chosen_logps
 
-
-def says(words):
-    """A pattern of these words; " ... " stands for anything."""
-    return "(?s)" + ".*".join(re.escape(part) for part in words.split(" ... "))
-
-
-META = {"device": "meta"}
 
 # Shapes, values and combinations; case: (what is changed in a valid call, words of the message).
 VALUE_ERRORS = {

@@ -8,10 +8,9 @@ from dpo_kernels.kernels import extension
 from dpo_kernels.kernels.cpp import CppKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.planning import memory_budget
-from tests import test_units
 from tests.cases import LAYOUTS, RICH, Case, broken_by, broken_over_forms, broken_rules
-from tests.test_equivalence import DTYPES, FAMILY, case_of
-from tests.test_units import costs
+from tests.family import DTYPES, FAMILY, case_of
+from tests.gemm_counts import costs, measure
 
 pytestmark = pytest.mark.skipif(extension.why_not("cpu") is not None, reason=str(extension.why_not("cpu")))
 
@@ -168,6 +167,6 @@ def test_three_units_and_no_memory_but_the_gradients(wide_enough, dtype):
 @pytest.mark.slow
 def test_peak_memory():
     """N = 256, H = 256, V = 49152: a tile of logits would take 50 MB beside gradients of 51 MB."""
-    measured = test_units.measure(pairs=2, length=64, scratch_mib=512)
+    measured = measure(pairs=2, length=64, scratch_mib=512)
     assert measured["finite"]
     assert measured["extra"] <= measured["gradients"] + 42e6, measured

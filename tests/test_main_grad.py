@@ -7,8 +7,8 @@ import dpo_kernels as dk
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.reference import dpo_loss_reference
 from tests.cases import STRATEGIES, Case, bfloat16_tile, run, widened
+from tests.problems import problem
 from tests.small import BACKENDS
-from tests.test_dispatch import problem
 from tests.tolerance import RELATIVE_L2_BAR, relative_l2, violations
 
 CHUNKED = [name for name, (strategy, _) in STRATEGIES.items() if strategy == "chunked"]

@@ -9,6 +9,7 @@ from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.shapes import Head
 from tests.cases import STRATEGIES, Case, broken_by, run
 from tests.certain import broken, certain, off_log_probs, off_orpo
+from tests.extremes import assert_same_bits, extreme, masked
 
 STRATEGY_OPTIONS = {name: {"strategy": s, "scratch_bytes": b} for name, (s, b) in STRATEGIES.items()}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,12 +18,6 @@ BACKENDS = ("torch",) if extension.why_not("cpu") else ("torch", "cpp")
 
 def fused(inputs, strategy, **keywords):
     return run(dk.fused_dpo_loss, inputs, **STRATEGY_OPTIONS[strategy], **keywords)
-
-
-def assert_same_bits(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 # --- bitwise ----------------------------------------------------------------------------------------------------------
@@ -75,24 +70,6 @@ def test_packed_equals_padded_to_the_bit(strategy):
 
 
 # --- extremes ---------------------------------------------------------------------------------------------------------
-
-
-def extreme(dtype=torch.float32, scale=1.0, labels=None, width=5):
-    """Four sequences over a vocabulary of 37, logits about ``scale`` large."""
-    g = torch.Generator().manual_seed(2)
-    return {
-        "hidden": (torch.randn(4, width, 8, generator=g) * scale).to(dtype).requires_grad_(),
-        "weight": torch.randn(37, 8, generator=g).to(dtype).requires_grad_(),
-        "labels": torch.randint(0, 37, (4, width), generator=g) if labels is None else labels,
-        "ref_logps": torch.tensor([-3.0, -2.0, -4.0, -1.0]),
-    }
-
-
-def masked(*rows):
-    """Labels in which the given sequences are masked whole."""
-    labels = torch.randint(0, 37, (4, 5), generator=torch.Generator().manual_seed(3))
-    labels[list(rows)] = -100
-    return labels
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -10,7 +10,7 @@ from torch import Tensor
 import dpo_kernels
 from benchmarks.data import BETA, IGNORE, Data
 from benchmarks.providers import Outputs, Provider, Step, Unavailable, Variant
-from dpo_kernels.planning.tables import BACKEND_NAMES, STRATEGIES
+from dpo_kernels.planning.tables import BACKEND_NAMES
 
 EVERY_POSITION = ", every position"
 ABOUT = {
@@ -62,7 +62,7 @@ PROVIDERS = [
         compiles=("cuda",),
     )
     for backend in BACKEND_NAMES
-    for strategy in STRATEGIES
+    for strategy in ABOUT
 ] + [
     Provider(
         f"ours/{backend}/chunked{EVERY_POSITION}",

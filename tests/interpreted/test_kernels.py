@@ -24,10 +24,9 @@ from dpo_kernels.shapes import STATS, Head
 from tests.cases import HIDDEN, LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
 from tests.certain import broken, certain, off_log_probs, off_orpo
 from tests.covers import cover
+from tests.extremes import assert_same_bits, assert_summed_in_float64, extreme, masked
+from tests.family import COUPLED, FAMILY, LOSSES, case_of, coupled
 from tests.small import tail_of_an_impossible_rejected
-from tests.test_equivalence import COUPLED, FAMILY, LOSSES, case_of, coupled
-from tests.test_numerics import assert_same_bits, extreme, masked
-from tests.test_sums import assert_summed_in_float64
 from tests.triton_tools.interpreter import sanitize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
