@@ -31,7 +31,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; \
 	    do printf '  %-8s %s\n' "$$name" "$$text"; done
 
-test: $(VENV)/.test $(VENV)/.extension ## run every test; PYTEST_ARGS='-n 2' is what pytest is given, e.g. PYTEST_ARGS='tests/test_losses.py -x'
+test: $(VENV)/.test $(VENV)/.extension ## run every test; PYTEST_ARGS='-n 2' is what pytest is given, e.g. PYTEST_ARGS='tests/losses/test_losses.py -x'
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest --durations=10 $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.test $(VENV)/.extension ## the gpu-marked tests; fails where there is no GPU, so that it is never green by skipping
@@ -68,8 +68,8 @@ sanitize: $(VENV)/.test ## build the C++ extension with address and undefined sa
 	nm -D $(COPY)/dpo_kernels/_C*.so | grep -q __asan_report_load4
 	cd $(COPY) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DPO_KERNELS_BUILD=cpu \
-	    $(CURDIR)/$(PY) -P -m pytest -q -p no:cacheprovider tests/test_extension.py tests/test_memory.py \
-	    tests/test_lent.py tests/test_equivalence.py -k '(extension or memory or lent or cpp) and not family'
+	    $(CURDIR)/$(PY) -P -m pytest -q -p no:cacheprovider tests/kernels/test_extension.py tests/strategies/test_memory.py \
+	    tests/strategies/test_logits_in_weight_grad.py tests/strategies/test_equivalence.py -k '(extension or memory or logits_in or cpp) and not family'
 
 demo: $(VENV)/.demo $(VENV)/.extension ## train a real model on real ratings; ARGS=--help lists its options
 	$(PY) -m demo $(ARGS)

@@ -77,7 +77,7 @@ def register(
 
     The function takes ``LossInputs``, whose tensors have the shape ``(P,)``, and its options as keyword-only arguments.
     It returns one loss for each pair, ``(P,)``. torch autograd differentiates it. The properties are not checked when
-    the loss runs; ``tests/test_losses.py`` tries them.
+    the loss runs; ``tests/losses/test_losses.py`` tries them.
 
     Args:
         separable: whether a pair's loss depends on that pair alone. The engine computes the loss and its gradient chunk

@@ -1,6 +1,6 @@
 """A hook of mkdocs: a link that leaves docs/ becomes plain text, since the site holds no source files.
 
-``tests/test_docs.py`` checks that the files behind such links exist.
+``tests/docs/test_pages.py`` checks that the files behind such links exist.
 """
 
 import re

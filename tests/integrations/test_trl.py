@@ -379,7 +379,7 @@ def test_pairs_of_which_nothing_is_scored_are_not_what_a_reference_is_compared_b
 
 
 def test_the_recipe_for_log_probs_of_trls_rows(tmp_path, monkeypatch):
-    page = (Path(__file__).parents[1] / "docs/integrations/plain-pytorch.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/integrations/plain-pytorch.md").read_text(encoding="utf-8")
     recipe = next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "add_column" in code)
     options = {"max_length": 8, "bf16": False, "use_cpu": True, "report_to": [], "output_dir": str(tmp_path)}
     space = {
@@ -507,7 +507,7 @@ def test_a_trainer_ends_with_its_last_name(tmp_path):
     """Without waiting for the garbage collector, as TRL's own does.
 
     The trainer holds DistributedDataParallel. Where that outlives ``destroy_process_group()``, it ends the group
-    itself and may hang (``leave`` in ``test_integration_ddp`` says why); with a cycle of ours ``del trainer`` would
+    itself and may hang (``leave`` in ``test_ddp`` says why); with a cycle of ours ``del trainer`` would
     not be enough.
     """
     ended = weakref.ref(run(FusedDPOTrainer, tmp_path, steps=1)[1])

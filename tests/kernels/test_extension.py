@@ -16,7 +16,7 @@ from dpo_kernels.shapes import STATS, Head
 from tests.cases import Case, run
 from tests.small import problem, tail_of_an_impossible_rejected
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MISSING = extension.why_not("cpu")
 built = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 DTYPES = (torch.float32, torch.float64)
@@ -273,7 +273,9 @@ def operator_arguments():
 @pytest.mark.parametrize("name", extension.OPERATORS)
 def test_opcheck(name):
     if name == "matmul_bfloat16_" and not torch.ops.dpo_kernels.has_bfloat16_matmul():
-        pytest.skip("this CPU multiplies no bfloat16; tests/test_cpu_paths.py runs this with the portable block")
+        pytest.skip(
+            "this CPU multiplies no bfloat16; tests/kernels/test_cpu_paths.py runs this with the portable block"
+        )
     for arguments in operator_arguments()[name]:
         torch.library.opcheck(getattr(torch.ops.dpo_kernels, name).default, arguments)
 
@@ -427,7 +429,7 @@ def test_offsets_beyond_two_to_the_31():
 
 multiplies = pytest.mark.skipif(
     MISSING is not None or not torch.ops.dpo_kernels.has_bfloat16_matmul(),
-    reason="this CPU multiplies no bfloat16; tests/test_cpu_paths.py runs this with the portable block",
+    reason="this CPU multiplies no bfloat16; tests/kernels/test_cpu_paths.py runs this with the portable block",
 )
 
 

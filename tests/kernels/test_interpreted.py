@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 INTERPRETED = ROOT / "tests" / "interpreted"
 # Of the process that runs this test, or of whoever started it; they would change what the other one does.
 FOREIGN = ("DPO_", "PYTEST_", "TRITON_")

@@ -8,7 +8,7 @@ import pytest
 
 from tests.architecture import MAY_IMPORT, violations
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # One file of every kind, with imports that are all allowed.
 CLEAN = {

@@ -93,7 +93,7 @@ def test_the_plain_loop_scores_the_reference_in_the_precision_of_the_training(tm
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
 
 
-PAGES = Path(__file__).parents[1] / "docs/integrations"
+PAGES = Path(__file__).parents[2] / "docs/integrations"
 
 
 def code_of(page):

@@ -30,7 +30,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.providers import Outputs, Provider, Unavailable, peers
 from dpo_kernels.device_specs import GPUS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = Case(
     "test/tiny", "cpu", "Small enough for a test", ("test",), 32, 199, 24, 2, "float32", prompt=0.25, level="all"
 )

@@ -116,7 +116,7 @@ def logs_and_states(folder):
 def folder(tmp_path_factory):
     """Where two processes have left what they got. The first that fails ends both, and both are quoted."""
     folder = tmp_path_factory.mktemp("ranks")
-    code = f"from tests.test_integration_ddp import worker; worker({str(folder)!r})"
+    code = f"from tests.integrations.test_ddp import worker; worker({str(folder)!r})"
     shared = {
         "WORLD_SIZE": str(RANKS),
         "LOCAL_WORLD_SIZE": str(RANKS),

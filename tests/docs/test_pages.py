@@ -22,7 +22,7 @@ from dpo_kernels.planning.tables import BACKENDS, STRATEGIES
 from tests.tools import layer_picture, site_links
 from tests.tools.structure import prose
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -174,7 +174,7 @@ def test_every_python_block_runs_or_is_marked(page):
     for before, language, code in fences(page):
         if language == "python" and page != "CONTRIBUTING.md":  # whose pieces are compared with files below
             ast.parse(code)
-            integration = page.startswith("docs/integrations/")  # before and after, run by test_integration_*.py
+            integration = page.startswith("docs/integrations/")  # before and after, run by tests/integrations
             assert page in RUN or integration or before == "<!-- fragment -->", code
 
 
@@ -192,7 +192,7 @@ def test_contributing_shows_how_a_loss_came_in():
     odpo = [code for _, _, code in fences("CONTRIBUTING.md") if "odpo" in code]
     places = (
         "dpo_kernels/losses/pairwise.py",
-        "tests/test_losses.py",
+        "tests/losses/test_losses.py",
         "dpo_kernels/reference/losses.py",
         "docs/losses.md",
     )
@@ -217,7 +217,7 @@ def test_the_table_of_losses_is_complete():
 
 
 def test_the_table_of_strategies_says_what_explain_says():
-    """And test_units.py compares what explain says with what is counted."""
+    """And test_gemm_count.py compares what explain says with what is counted."""
     rows = {row[0]: row for row in table(PERFORMANCE, "strategy")}
     assert set(rows) == {*STRATEGIES, "frozen_head"}
     hidden, labels = torch.zeros(2, 3, 4, requires_grad=True), torch.zeros(2, 3, dtype=torch.int64)

@@ -15,22 +15,22 @@ import pytest
 
 from tests import machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # By function; of parametrised ones those on the C++ backend.
 TESTS = (
-    "tests/test_extension.py",
-    "tests/test_lent.py",
-    "tests/test_memory.py::test_the_last_backward_gives_the_bits_of_a_retained_one",
-    "tests/test_memory.py::test_floats_narrowed_in_place",
-    "tests/test_units.py::test_units_and_largest_allocation",
-    "tests/test_equivalence.py::test_equivalence",
-    "tests/test_equivalence.py::test_upstream",
-    "tests/test_equivalence.py::test_reduction_none_with_strided_upstream",
-    "tests/test_main_grad.py::test_it_gains_what_autograd_would_have_got",
-    "tests/test_beyond_pairs.py::test_equivalence",
-    "tests/test_autograd.py::test_autocast",
+    "tests/kernels/test_extension.py",
+    "tests/strategies/test_logits_in_weight_grad.py",
+    "tests/strategies/test_memory.py::test_the_last_backward_gives_the_bits_of_a_retained_one",
+    "tests/strategies/test_memory.py::test_floats_narrowed_in_place",
+    "tests/strategies/test_gemm_count.py::test_units_and_largest_allocation",
+    "tests/strategies/test_equivalence.py::test_equivalence",
+    "tests/strategies/test_equivalence.py::test_upstream",
+    "tests/strategies/test_equivalence.py::test_reduction_none_with_strided_upstream",
+    "tests/api/test_main_grad.py::test_it_gains_what_autograd_would_have_got",
+    "tests/api/test_sequences.py::test_equivalence",
+    "tests/api/test_autograd.py::test_autocast",
 )
-CPP = "cpp or test_extension or test_lent or test_memory or test_units"
+CPP = "cpp or test_extension or test_logits_in_weight_grad or test_memory or test_gemm_count"
 
 
 def other_paths() -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ from tests.mutants import __main__ as command
 from tests.mutants import runner
 from tests.mutants.records import Mutant, problems
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 AREAS = (
     *("packing", "calls", "sequence", "strategies/chunked", "strategies/groups", "passes", "autograd", "dispatch"),
     *("losses/", "kernels/torch_rows", "kernels/tiled", "kernels/extension", "kernels/triton/", "integrations/"),

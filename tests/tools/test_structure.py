@@ -7,7 +7,7 @@ import pytest
 
 from tests.tools.structure import count, main, percentile, prose, table
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 OPTIONS = "a=1, b=2, c=3, d=4, e=5, f=6"
 CHECKOUT = {

@@ -19,7 +19,7 @@ from tests.family import coupled, one_sided
 from tests.problems import problem
 from tests.small import CPU_BACKEND
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def explain(*inputs, **options):

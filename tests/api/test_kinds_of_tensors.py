@@ -1,7 +1,7 @@
 """Every argument of every public function, given every kind of thing that is not the tensor it wants.
 
 What is refused is refused in words of ours, which name the argument, whatever the kind: not in torch's.
-``tests/test_inputs.py`` has the shapes, values and combinations.
+``tests/api/test_inputs.py`` has the shapes, values and combinations.
 """
 
 from functools import partial

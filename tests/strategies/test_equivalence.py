@@ -97,7 +97,7 @@ def test_upstream(dtype, strategy, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("strategy", "frozen"),
-    # chunked refuses per-pair upstreams with a trainable head; test_dispatch.py shows it
+    # chunked refuses per-pair upstreams with a trainable head; test_plan.py shows it
     [(s, f) for s in STRATEGIES for f in (False, True) if f or not s.startswith("chunked")],
 )
 def test_reduction_none_with_strided_upstream(strategy, frozen, backend):

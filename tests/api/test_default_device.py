@@ -17,7 +17,7 @@ from dpo_kernels.planning import tables
 from tests.cases import LEAVES, RICH, STRATEGIES, Case
 from tests.small import CPU_BACKEND
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = sorted({"torch", CPU_BACKEND})
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.cuda_tools.gate import find_nvcc
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PLANTED = "tests/cuda_tools/planted.cu"
 NVCC = find_nvcc()
 

@@ -19,7 +19,7 @@ from tests.trl_helpers import OTHERS_WARNINGS
 
 pytestmark = OTHERS_WARNINGS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
     plain_loop.main: {
         **dict.fromkeys(("--pairs", "--epochs", "--batch", "--accumulate", "--max-length"), ("0", "-1", "1.5", "many")),

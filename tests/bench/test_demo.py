@@ -18,7 +18,7 @@ from demo import data, download, model, online, options, run, scratch, train
 from demo.memory import Problem, peak_extra_bytes
 from dpo_kernels import DPOLossOutput
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 SUBJECTS = ("The film", "This movie", "The story", "Its cast", "The plot", "Every scene")
