@@ -8,7 +8,7 @@
 - ``estimates``, ``weights`` and ``bradley_terry`` are helpers around the losses.
 
 A loss of pairs sees ``LossInputs``, whose tensors are ``(P,)`` float64, and returns ``(P,)``. torch autograd
-differentiates it on these few numbers. To add a loss, write a function, a row in ``tests/losses/test_losses.py`` and a row in
+differentiates it on these few numbers. To add a loss, write a function, a row in ``tests/hand_worked.py`` and a row in
 the table of losses in the documentation.
 """
 

@@ -192,7 +192,7 @@ def test_contributing_shows_how_a_loss_came_in():
     odpo = [code for _, _, code in fences("CONTRIBUTING.md") if "odpo" in code]
     places = (
         "dpo_kernels/losses/pairwise.py",
-        "tests/losses/test_losses.py",
+        "tests/hand_worked.py",
         "dpo_kernels/reference/losses.py",
         "docs/losses.md",
     )
