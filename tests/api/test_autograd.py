@@ -6,9 +6,12 @@ import torch._inductor.config
 from torch.utils.checkpoint import checkpoint
 
 import dpo_kernels as dk
+from dpo_kernels.engine import autograd
+from dpo_kernels.inputs import packing
 from dpo_kernels.reference import dpo_loss_reference
 from tests.cases import (
     OPERATOR_CALLS,
+    RICH,
     STRATEGIES,
     Case,
     bfloat16_tile,
@@ -108,6 +111,27 @@ def test_pack_of_unknown_length_has_a_fake(monkeypatch):
     *tensors, sizes, flags = args
     unknown = (*tensors, [*sizes[:-1], -1], flags)
     torch.library.opcheck(op, unknown, test_utils=("test_schema", "test_faketensor"))
+
+
+MIX = {"loss_type": ["sigmoid", "hinge"], "loss_weights": [0.7, 0.4], "nll_weight": 0.3}
+THROUGH_OPERATORS = {
+    "mix": Case(bias=True, options=MIX | RICH | {"pair_weights": torch.tensor([0.5, 1.0, 2.0])}),
+    "recompute": Case(bias=True, weights=True, shift=True, options=RICH | {"strategy": "recompute"}),
+    "frozen head": Case(frozen=True, bias=True, weights=True, options=RICH | {"scratch_bytes": 8192}),
+}
+
+
+@pytest.mark.parametrize("case", THROUGH_OPERATORS)
+def test_operators_give_what_eager_functions_give(monkeypatch, case):
+    """Every option reaches the other side of an operator, whose arguments are numbers and one string."""
+    inputs, options = THROUGH_OPERATORS[case].tensors(), THROUGH_OPERATORS[case].keywords()
+    eager = run(dk.fused_dpo_loss, inputs, 1.7, **options)
+    for module in (packing, autograd):
+        monkeypatch.setattr(module, "traced", lambda tensor: True)
+    got = run(dk.fused_dpo_loss, inputs, 1.7, **options)
+    assert got.keys() == eager.keys()
+    for name, value in eager.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-7)
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from tests.mutants.records import Mutant, problems
 
 ROOT = Path(__file__).parents[2]
 AREAS = (
-    *("packing", "calls", "sequence", "strategies/chunked", "strategies/groups", "passes", "autograd", "dispatch"),
-    *("losses/", "kernels/torch_rows", "kernels/tiled", "kernels/extension", "kernels/triton/", "integrations/"),
+    *("inputs/packing", "inputs/make_problem", "planning/", "engine/operators", "engine/autograd", "engine/passes"),
+    *("strategies/chunked", "strategies/oversized", "strategies/logits_in_weight_grad", "strategies/frozen_head"),
+    *("strategies/recompute", "losses/", "kernels/torch_kernels", "kernels/extension", "kernels/triton/"),
+    "integrations/",
 )
 
 
