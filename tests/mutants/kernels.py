@@ -2,7 +2,7 @@
 
 from tests.mutants.records import Mutant
 
-_EQUIVALENCE = "tests/test_equivalence.py::test_equivalence[torch."
+_EQUIVALENCE = "tests/strategies/test_equivalence.py::test_equivalence[torch."
 
 _TORCH = [
     Mutant(
@@ -30,14 +30,14 @@ _TORCH = [
         "dpo_kernels/kernels/torch_kernels.py",
         "own.clamp(-LARGEST_LABEL, LARGEST_LABEL)",
         "own",
-        "tests/test_numerics.py::test_a_flat_row_of_a_large_vocabulary_fits_float16",
+        "tests/strategies/test_numerics.py::test_a_flat_row_of_a_large_vocabulary_fits_float16",
         "a label's own value overflows float16",
     ),
     Mutant(
         "dpo_kernels/kernels/torch_kernels.py",
         "out_CH.addcmul_(own_CH, d.residual[:, None])",
         "out_CH.add_(0.0)",
-        "tests/test_numerics.py::test_a_flat_row_of_a_large_vocabulary_fits_float16",
+        "tests/strategies/test_numerics.py::test_a_flat_row_of_a_large_vocabulary_fits_float16",
         "what rounding took from a label's own value is lost",
     ),
     Mutant(
@@ -65,42 +65,42 @@ _TORCH = [
         "dpo_kernels/strategies/frozen_head.py",
         "out_CH.mul_(rescale(before, state.max)[:, None])",
         "out_CH.mul_(1.0)",
-        "tests/test_equivalence.py::test_losses[sigmoid-torch]",
+        "tests/strategies/test_equivalence.py::test_losses[sigmoid-torch]",
         "a frozen head's dlogp_dhidden is not rescaled as the maximum grows",
     ),
     Mutant(
         "dpo_kernels/strategies/frozen_head.py",
         "shift_C = state.max.masked_fill(state.max == -torch.inf, 0.0)",
         "shift_C = state.max",
-        "tests/test_edges.py::test_tiles_of_which_no_token_can_be_reached",
+        "tests/api/test_edges.py::test_tiles_of_which_no_token_can_be_reached",
         "a frozen head's dlogp_dhidden is NaN where the first tile has no reachable token",
     ),
     Mutant(
         "dpo_kernels/strategies/recompute.py",
         "kernels.grad_weight(d, x_CH, dw[left:right], accumulate=start > 0)",
         "kernels.grad_weight(d, x_CH, dw[left:right], accumulate=False)",
-        "tests/test_edges.py::test_tiles_of_a_few_rows_and_columns_are_one_batch",
+        "tests/api/test_edges.py::test_tiles_of_a_few_rows_and_columns_are_one_batch",
         "the last rows alone reach the head",
     ),
     Mutant(
         "dpo_kernels/strategies/recompute.py",
         "kernels.grad_bias(d, left, db[left:right], accumulate=start > 0)",
         "kernels.grad_bias(d, left, db[left:right], accumulate=False)",
-        "tests/test_edges.py::test_tiles_of_a_few_rows_and_columns_are_one_batch",
+        "tests/api/test_edges.py::test_tiles_of_a_few_rows_and_columns_are_one_batch",
         "the last rows alone reach the bias",
     ),
     Mutant(
         "dpo_kernels/strategies/recompute.py",
         "(-grad_N * head.logit_scale / saved.sumexp)",
         "(-grad_N / saved.sumexp)",
-        "tests/test_execution.py::test_scale_and_cap",
+        "tests/api/test_execution.py::test_scale_and_cap",
         "the recomputed gradient forgets the scale of the logits",
     ),
     Mutant(
         "dpo_kernels/kernel_interface.py",
         "return sums_S, losses_E, grad_S + nan_if_invalid",
         "return sums_S, losses_E, grad_S",
-        "tests/test_numerics.py::test_a_bad_token_poisons_instead_of_passing",
+        "tests/strategies/test_numerics.py::test_a_bad_token_poisons_instead_of_passing",
         "a hinge makes a number of an invalid margin",
     ),
     Mutant(
@@ -114,28 +114,28 @@ _TORCH = [
         "dpo_kernels/kernel_interface.py",
         "and float(factor) == 1.0 else grad.mul_(factor)",
         "else grad.mul_(factor)",
-        "tests/test_memory.py::test_the_last_backward_gives_the_bits_of_a_retained_one",
+        "tests/strategies/test_memory.py::test_the_last_backward_gives_the_bits_of_a_retained_one",
         "the upstream of the last backward is ignored",
     ),
     Mutant(
         "dpo_kernels/kernels/extension.py",
         "min(built_for):",
         "max(built_for):",
-        "tests/test_extension.py::test_a_gpu_that_there_is_no_code_for_is_refused",
+        "tests/kernels/test_extension.py::test_a_gpu_that_there_is_no_code_for_is_refused",
         "code for an older GPU is refused",
     ),
     Mutant(
         "dpo_kernels/kernels/extension.py",
         'built_for.split(".")[:2] != running.split(".")[:2]',
         'built_for.split(".")[:1] != running.split(".")[:1]',
-        "tests/test_extension.py::test_an_extension_for_another_torch_is_refused",
+        "tests/kernels/test_extension.py::test_an_extension_for_another_torch_is_refused",
         "an extension for another torch is loaded",
     ),
     Mutant(
         "dpo_kernels/kernels/cpp.py",
         "round_to_bfloat16_(grad, float(factor))",
         "round_to_bfloat16_(grad, 1.0)",
-        "tests/test_memory.py::test_the_last_backward_gives_the_bits_of_a_retained_one",
+        "tests/strategies/test_memory.py::test_the_last_backward_gives_the_bits_of_a_retained_one",
         "a gradient that is downcast in place forgets its upstream",
     ),
     Mutant(
@@ -147,7 +147,7 @@ _TORCH = [
     ),
 ]
 
-_AUTOTUNE = "tests/test_autotune.py"
+_AUTOTUNE = "tests/kernels/test_autotune.py"
 _LAUNCH_ROWS = "dpo_kernels/kernels/triton/launch_rows.py"
 _LAUNCH_MATMUL = "dpo_kernels/kernels/triton/launch_matmul.py"
 _TRITON = [
@@ -211,7 +211,7 @@ _TRITON = [
         "dpo_kernels/planning/schedules.py",
         "workload.width > gpu.streaming_width",
         "workload.width < gpu.streaming_width",
-        "tests/test_dispatch.py::test_a_wide_models_logits_are_recomputed_by_the_library",
+        "tests/planning/test_plan.py::test_a_wide_models_logits_are_recomputed_by_the_library",
         "wide models take the slower kernel, and narrow ones the library",
     ),
     Mutant(
@@ -284,49 +284,49 @@ _CPP = [
         "csrc/cpu/rows_impl.h",
         "state.logit_sum[r] += T(logits);",
         "state.logit_sum[r] = T(logits);",
-        "tests/test_extension.py::test_reduced_rows",
+        "tests/kernels/test_extension.py::test_reduced_rows",
         "mean logits are those of the last tile",
     ),
     Mutant(
         "csrc/cpu/rows_impl.h",
         "how.residual[r] = own - from_bfloat16(out[label]);",
         "how.residual[r] = 0;",
-        "tests/test_extension.py::test_gradient_in_bfloat16_with_its_residual",
+        "tests/kernels/test_extension.py::test_gradient_in_bfloat16_with_its_residual",
         "what rounding took from a label's own value is lost",
     ),
     Mutant(
         "csrc/cpu/rows_impl.h",
         "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16",
         "u >> 16",
-        "tests/test_memory.py::test_floats_narrowed_in_place",
+        "tests/strategies/test_memory.py::test_floats_narrowed_in_place",
         "bfloat16 is cut off instead of rounded",
     ),
     Mutant(
         "csrc/cpu/ops_cpu.cpp",
         "double total = 0;",
         "float total = 0;",
-        "tests/test_sums.py::test_long_sums_are_float64",
+        "tests/strategies/test_sums.py::test_long_sums_are_float64",
         "sequences are summed in float32",
     ),
     Mutant(
         "csrc/cpu/ops_cpu.cpp",
         "loss[p] += label_smoothing * minus_log_sigmoid(-u)",
         "loss[p] -= label_smoothing * minus_log_sigmoid(-u)",
-        "tests/test_extension.py::test_sigmoid_sequence_loss",
+        "tests/kernels/test_extension.py::test_sigmoid_sequence_loss",
         "smoothing rewards certainty",
     ),
     Mutant(
         "csrc/cpu/matmul.cpp",
         "accumulate || k0 > 0);",
         "accumulate);",
-        "tests/test_extension.py::test_matmul",
+        "tests/kernels/test_extension.py::test_matmul",
         "a product of bfloat16 is that of its last columns",
     ),
     Mutant(
         "csrc/cpu/memory.cpp",
         "size >= bytes && size <= 2 * bytes",
         "size >= bytes",
-        "tests/test_memory.py::test_a_block_is_not_wasted_on_a_much_smaller_one",
+        "tests/strategies/test_memory.py::test_a_block_is_not_wasted_on_a_much_smaller_one",
         "a small gradient holds the memory of a large one",
     ),
 ]
