@@ -1,7 +1,7 @@
-"""What a backend does for the strategies: row operations on tiles of logits.
+"""The kernel interface: the row operations on tiles of logits that a backend does for the strategies.
 
-A kernel knows rows, never preferences, with one exception for speed: ``sequence_loss``, which a backend may do for
-DPO's own loss in one launch.
+Row operations know no loss. ``sequence_loss`` is the one exception, made for speed: a backend may compute DPO's own
+loss in one launch.
 """
 
 from abc import ABC, abstractmethod
@@ -18,59 +18,60 @@ from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head, accumulation_dtype, padd
 
 @dataclass
 class RowState:
-    """Running reduction of rows over tiles of the vocabulary; what an online softmax keeps.
+    """The running maximum and sums of rows while the vocabulary passes by in tiles, as in an online softmax.
 
-    Sums of exponentials leave the label's own out: of a token that is nearly certain it is 1, beside which the others
-    would lose their digits, and they are what its log-prob and its gradient are made of.
+    The sums of exponentials leave the label's own out. A nearly certain token's own exponential is 1, and beside it
+    the others would lose their digits. The token's log-prob and gradient are made of these others.
     """
 
     max: Tensor  # (C,) largest logit so far
     others: Tensor  # (C,) sum of exp(z - max) over the tokens that are not the label
-    target: Tensor  # (C,) logit of the label, -inf before its column was seen
-    entropy: Tensor | None = None  # (C,) -sum of exp(z - max) * (z - max) over the same
-    logit_sum: Tensor | None = None  # (C,) of all tokens
+    target: Tensor  # (C,) logit of the label, -inf until its column has passed
+    entropy: Tensor | None = None  # (C,) -sum of exp(z - max) * (z - max) over the tokens that are not the label
+    logit_sum: Tensor | None = None  # (C,) sum of the logits of all tokens
     argmax: Tensor | None = None  # (C,) int64, first column of the largest logit
     square_sum: Tensor | None = None  # (C,) sum of exp(z - max)^2 over the tokens that are not the label
     exponentiated: bool = False  # the tile that was reduced last now holds exp(z - max)
 
     @property
     def sumexp(self) -> Tensor:
-        """The sum of ``exp(z - max)`` over all tokens, ``(C,)``; ``others`` cannot be had back from it."""
+        """The sum ``(C,)`` of ``exp(z - max)`` over all tokens. ``others`` cannot be computed back from it."""
         return self.others + (self.target - self.max).exp()
 
 
 def rescale(before: Tensor, after: Tensor) -> Tensor:
-    """``exp(before - after)`` for running maxima, 1 where neither has seen a finite logit."""
+    """Return ``exp(before - after)`` for running maxima ``(C,)``. It is 1 where neither has seen a finite logit."""
     return torch.where(before == after, torch.ones_like(after), torch.exp(before - after))
 
 
 @dataclass(frozen=True)
 class LogitsGradient:
-    """A tile of ``d logits`` as the gradient GEMMs read it, and what is still to be done to their results."""
+    """The gradient of a tile of logits as the GEMMs read it, and the factors that their results still need."""
 
-    values: Tensor  # (C, Vt), the dtype of the operands or of accumulation
-    scale: Tensor | None  # (C,) factor of the rows of X and dX; None where the values carry it
+    values: Tensor  # (C, Vt), in the dtype of the operands or of accumulation
+    scale: Tensor | None  # (C,) factor of the rows of X and dX; None where the values contain it
     labels: Tensor  # (C,) int64
-    residual: Tensor | None = None  # (C,) what rounding took from each label's own value, the largest of a row
+    residual: Tensor | None = None  # (C,) rounding residual: what rounding took from the label's value
 
 
 @dataclass(frozen=True)
 class RowResult:
-    """Per-row outcome of a forward pass over the head."""
+    """What a forward pass over the head gives for each token."""
 
-    logp: Tensor  # (N,)
-    max: Tensor  # (N,)
+    logp: Tensor  # (N,) log-prob of the label
+    max: Tensor  # (N,) largest logit
     sumexp: Tensor  # (N,) sum of exp(z - max)
-    others: Tensor  # (N,) the same without the label's own
+    others: Tensor  # (N,) the same sum without the label's own exponential
     stats: dict[str, Tensor] = field(default_factory=dict)  # name -> (N,)
 
 
 class RowKernels(ABC):
     """The kernel interface: ten row operations that a backend must have, and optional ones with defaults.
 
-    An instance is made for one call, with the dtype of the GEMM operands and a cap on its own temporaries. Tiles are
-    ``(C, Vt)`` views of rows into scratch that the strategy owns, columns ``start..start+Vt-1`` of the vocabulary.
-    Tiles, ``RowState`` and gradients are float32 (float64 for float64 operands).
+    An instance is made for one call. It knows the dtype of the GEMM operands and a limit on its own temporaries.
+    A tile ``(C, Vt)`` is a view into scratch that the strategy owns. It holds the columns ``start..start+Vt-1`` of the
+    vocabulary. Tiles, ``RowState`` and gradients are float32, or float64 for float64 operands. Labels are ``(C,)``
+    int64 and count over the whole vocabulary. Hidden states ``x_CH`` have the dtype of the operands.
     """
 
     name: str
@@ -79,35 +80,42 @@ class RowKernels(ABC):
     recomputes_in_one_kernel = False  # whether ``recomputed_dlogits`` is more than two operations in turn
 
     def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
-        self.dtype = dtype  # of the GEMM operands
-        self.workspace_bytes = workspace_bytes  # vocabulary-sized temporaries beside the caller's tile
+        self.dtype = dtype  # dtype of the GEMM operands
+        self.workspace_bytes = workspace_bytes  # limit of the temporaries beside the caller's tile
 
     # --- required: one tile of logits ---
 
     @staticmethod
     @abstractmethod
     def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
-        """Memory that a logit takes: its place in the tile and copies of it."""
+        """Return the bytes that one logit takes: its place in the tile and the copies that are made of it."""
 
     @abstractmethod
     def new_state(self, rows: int, device: torch.device, stats: Sequence[str]) -> RowState:
-        """The state of ``rows`` rows before the first tile."""
+        """Return the state of ``rows`` rows before the first tile. ``stats`` names the statistics to keep."""
 
     @abstractmethod
     def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
-        """Write the final logits of ``x_CH`` for the tile's columns into ``tile``."""
+        """Write the logits of ``x_CH``, with bias, scale and softcap, for the columns from ``start`` into ``tile``."""
 
     @abstractmethod
     def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
-        """Fold the tile into the state: the sums without the label, target gather, statistics.
+        """Fold the tile into the state: sums without the label, the label's logit, and the statistics.
 
-        Without ``keep_logits`` a tile of whole rows may be left holding ``exp(z - max)``. Where logits may lie in the
-        weight gradient's memory, so may a tile of any columns, with the maximum so far. The state then says so.
+        Args:
+            state: state of the tile's rows, which is changed.
+            tile: ``(C, Vt)`` logits.
+            labels_C: ``(C,)`` int64 labels.
+            start: the vocabulary's column that comes first in the tile.
+            keep_logits: whether the tile must still hold the logits afterwards. If not, a tile of whole rows may hold
+                ``exp(z - max)``, and ``state.exponentiated`` says so. A backend with ``can_alias_weight_grad`` may do
+                that to tiles of any columns, with the maximum so far.
+
         """
 
     @abstractmethod
     def row_logps(self, state: RowState, labels_C: Tensor, vocab: int) -> RowResult:
-        """Log-probs and statistics of the rows once every column was folded in."""
+        """Return log-probs and statistics of the rows, once every column has been folded into the state."""
 
     @abstractmethod
     def dlogits_(
@@ -121,30 +129,46 @@ class RowKernels(ABC):
         scale_C: Tensor | None,
         exponentiated: bool = False,
     ) -> LogitsGradient:
-        """``sumexp * (softmax - onehot)``, times the softcap's derivative: ``exp(z - max)``, and for the label -others.
+        """Return ``sumexp * (softmax - onehot)``, times the softcap's derivative.
 
-        The tile is overwritten, or given up where the result is another tensor. A backend that rounds the result
-        multiplies it by ``scale_C`` first, so that there is one rounding; otherwise the scale comes back.
+        The values are ``exp(z - max)``, and ``-others`` at the label. The tile is overwritten, and nobody may read it
+        again where the result is another tensor.
+
+        Args:
+            tile: ``(C, Vt)`` logits, or ``exp(z - max)`` if ``exponentiated``.
+            labels_C: ``(C,)`` int64 labels.
+            start: the vocabulary's column that comes first in the tile.
+            max_C: ``(C,)`` largest logit of each row, in the dtype of the tile.
+            others_C: ``(C,)`` sum of exponentials of each row without the label's own.
+            head: the head that made the logits. Its softcap is differentiated.
+            scale_C: ``(C,)`` factor of each row, or None for 1. A backend that rounds the result multiplies by it
+                first, so that there is one rounding.
+            exponentiated: whether ``reduce`` has left ``exp(z - max)`` in the tile.
+
+        Returns:
+            The gradient. Its ``scale`` is ``scale_C`` where the values have not been multiplied by it.
+
         """
 
     @abstractmethod
     def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
-        """``out (+)= d @ W[start:start+Vt]``, not yet times ``d.scale``."""
+        """Compute ``out (+)= d @ W[start:start+Vt]``. The caller multiplies by ``d.scale`` afterwards."""
 
     @abstractmethod
     def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
-        """``out (+)= d^T @ (d.scale * x)``."""
+        """Compute ``out (+)= d^T @ (d.scale * x)`` in the precision of ``out``."""
 
     @abstractmethod
     def grad_bias(self, d: LogitsGradient, start: int, out_Vt: Tensor, accumulate: bool) -> None:
-        """``out (+)= d^T @ d.scale``."""
+        """Compute ``out (+)= d^T @ d.scale`` for the columns from ``start``."""
 
     # --- optional: two operations in one kernel ---
 
     def reduce_and_dlogits(self, state: RowState, tile: Tensor, labels_C: Tensor, head: Head) -> LogitsGradient:
-        """``reduce`` and ``dlogits_`` of whole rows, where no coefficient is waited for.
+        """Do ``reduce`` and ``dlogits_`` of whole rows at once. The gradient needs no coefficient yet.
 
-        The values may be those under another shift than ``state.max``; ``scale`` then turns their rows into those.
+        A backend may shift the exponentials by another number than ``state.max``. Multiplying the rows by ``scale``
+        then corrects them.
         """
         self.reduce(state, tile, labels_C, 0, keep_logits=head.softcap is not None)
         return self.dlogits_(tile, labels_C, 0, state.max, state.others, head, None, state.exponentiated)
@@ -160,18 +184,21 @@ class RowKernels(ABC):
         others_C: Tensor,
         scale_C: Tensor | None,
     ) -> LogitsGradient:
-        """``project`` and ``dlogits_``."""
+        """Do ``project`` and ``dlogits_`` at once: ``tile`` is scratch, and the arguments are those of both."""
         self.project(x_CH, head, start, tile)
         return self.dlogits_(tile, labels_C, start, max_C, others_C, head, scale_C)
 
     def stream_logps(self, x_CH: Tensor, head: Head, labels_C: Tensor, stats: Sequence[str]) -> RowState:
-        """The state of at least one row after every column, without a tile in memory (``streams_logps``)."""
+        """Return the state of at least one row after every column. No tile lies in memory (``streams_logps``)."""
         raise NotImplementedError(f"{self.name} has no kernel that keeps logits in registers")
 
     # --- optional: tokens to sequences ---
 
     def segment_sum(self, values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) -> Tensor:
-        """Weighted sums ``(S,)`` in float64 of consecutive runs of ``counts_S`` values, in a fixed order."""
+        """Return weighted sums ``(S,)`` in float64 of consecutive runs of ``counts_S`` values.
+
+        The order of the additions is fixed.
+        """
         return segment_sum(values_N, weights_N, counts_S)
 
     def sequence_loss(
@@ -183,9 +210,21 @@ class RowKernels(ABC):
         nan_if_invalid: Tensor,
         loss: SequenceLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sequence log-probs ``(S,)``, losses by example and the derivative of their sum by the former, ``(S,)``.
+        """Compute sequence log-probs, the losses of the examples and their derivative.
 
-        ``nan_if_invalid`` is added to sums and to the derivative: a hinge maps a NaN margin to a finite gradient.
+        Args:
+            logp_N: ``(N,)`` log-probs of tokens, sequence by sequence.
+            weights_N: ``(N,)`` weights of the tokens, or None for 1.
+            counts_S: ``(S,)`` int64 number of tokens of each sequence.
+            ref_S: ``(S,)`` log-probs of the reference, float64.
+            nan_if_invalid: 0-d, 0 or NaN. It is added to the sums and to the derivative, because a hinge maps a NaN
+                margin to a finite gradient.
+            loss: the loss of these examples.
+
+        Returns:
+            Sequence log-probs ``(S,)``, losses by example, and the derivative ``(S,)`` of the losses' sum by the
+            log-probs, all float64.
+
         """
         sums_S = self.segment_sum(logp_N, weights_N, counts_S) + nan_if_invalid
         losses_E, grad_S = loss.value_and_grad(sums_S, ref_S, counts_S)
@@ -194,37 +233,38 @@ class RowKernels(ABC):
     # --- optional: memory ---
 
     def buffer(self, device: torch.device, *shape: int) -> Tensor:
-        """Uninitialised memory in the precision of accumulation: scratch, or a gradient in the making."""
+        """Return uninitialised memory in the dtype of accumulation, for scratch or for a gradient."""
         return torch.empty(shape, dtype=accumulation_dtype(self.dtype), device=device)
 
     @staticmethod
     def row_alignment(device_type: str) -> int:
-        """Elements that the rows of a tile are padded to, so that each begins where wide accesses may.
+        """Return the number of elements that rows of a tile begin at multiples of: 16 on a GPU, otherwise 1.
 
-        On a GPU these are 16. Without them a GEMM or a row pass of an odd vocabulary reads element by element.
+        With an odd vocabulary and no padding a GEMM or a row operation would read element by element.
         """
         return GPU_ROW_ALIGNMENT if device_type == "cuda" else 1
 
     def scratch(self, device: torch.device, rows: int, cols: int) -> Tensor:
-        """Uninitialised memory for tiles of at most so many rows and columns."""
+        """Return uninitialised memory, ``(elements,)``, for tiles of at most ``rows`` rows and ``cols`` columns."""
         return self.buffer(device, rows * padded(cols, self.row_alignment(device.type)))
 
     def tile_in(self, scratch: Tensor, rows: int, cols: int) -> Tensor:
-        """A tile ``(rows, cols)`` at the beginning of the scratch."""
+        """Return a tile ``(rows, cols)`` that is a view of the beginning of the scratch."""
         pitch = padded(cols, self.row_alignment(scratch.device.type))
         return scratch[: rows * pitch].view(rows, pitch)[:, :cols]
 
     def empty_operands_like(self, tile: Tensor) -> Tensor:
-        """An uninitialised tile in the dtype of the GEMM operands."""
+        """Return an uninitialised tile of the same shape in the dtype of the GEMM operands."""
         rows, cols = tile.shape
         pitch = padded(cols, self.row_alignment(tile.device.type))
         return tile.new_empty(rows, pitch, dtype=self.dtype)[:, :cols]
 
     @staticmethod
     def finalize_weight_grad(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """A ``buffer`` that nothing will read again, times ``factor`` (), in ``dtype``; None where that takes a copy.
+        """Return ``grad`` times ``factor`` in ``dtype``, or None where that takes a copy.
 
-        It is scaled in place, and untouched where a factor of 1 can be told without a sync.
+        ``grad`` is a ``buffer`` that nothing will read again, and is scaled in place. ``factor`` is 0-d. On the CPU a
+        factor of 1 is recognised and the buffer left alone. On a GPU looking at the factor would be a sync.
         """
         if grad.dtype != dtype:
             return None

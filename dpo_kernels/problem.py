@@ -1,4 +1,4 @@
-"""What is to be computed: one frozen object, checked and packed, made in ``inputs/make_problem.py``."""
+"""The problem: what a call asks for, as one frozen object. ``inputs/make_problem.py`` checks its parts and makes it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,21 +9,23 @@ from torch import Tensor
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.shapes import Head, NeedsGrad, PackedTokens
 
+# torch's tracers pass tensors of these classes, which hold no values.
 TRACED_TENSORS = ("FakeTensor", "FunctionalTensor")
+# A reference gets no gradients.
 NO_GRADIENTS = NeedsGrad(hidden=False, weight=False, bias=False)
 
 
 def traced(tensor: Tensor) -> bool:
-    """Whether a tracer or fake tensors are at work, so that only operators of the dispatcher may run."""
+    """Return whether a tracer or fake tensors are at work. Only operators of torch's dispatcher may run then."""
     fake = tensor.is_meta or type(tensor).__name__ in TRACED_TENSORS
     return fake or torch.compiler.is_compiling()
 
 
 @dataclass(frozen=True)
 class CachedReference:
-    """Log-probs of the reference that the caller has kept."""
+    """Log-probs of the reference that the caller has computed before."""
 
-    logps: Tensor  # (S,) in the order of the packed sequences
+    logps: Tensor  # (S,) float64 (float32 on MPS), in the order of the packed sequences
 
 
 @dataclass(frozen=True)
@@ -37,37 +39,37 @@ class ScoredReference:
 
 @dataclass(frozen=True)
 class MainGrad:
-    """The buffer of the caller's that the gradient of the head is added to."""
+    """The caller's buffer, to which the gradient of the head's weight is added during the forward pass."""
 
-    buffer: Tensor  # (V, H) in the dtype of accumulation
-    scale: float  # the upstream gradient that the loss will get
+    buffer: Tensor  # (V, H) float32, or float64 for float64 operands
+    scale: float  # the upstream gradient that the caller promises
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Log-probs of packed tokens under a head or, with a ``loss``, its value and gradients."""
+    """What a call asks for, checked: a loss with its gradients, or log-probs where ``loss`` is None."""
 
     hidden: Tensor  # (R, H)
     head: Head
     packed: PackedTokens
-    compute_dtype: torch.dtype  # of the GEMM operands
+    compute_dtype: torch.dtype  # dtype of the GEMM operands
     needs_grad: NeedsGrad
     stats: tuple[str, ...] = ()
-    loss: SequenceLoss | None = None  # None: the log-probs are the result
+    loss: SequenceLoss | None = None  # None means that the log-probs are the result
     reference: CachedReference | ScoredReference | None = None
     reduction: str = "mean"
     denominator: float | Tensor | None = None  # replaces the number of examples under "mean"
     main_grad: MainGrad | None = None
-    per_token: bool = False  # log-probs by token instead of by sequence
+    per_token: bool = False  # the log-probs are wanted by token and not by sequence
     shift: bool = False  # labels[t + 1] is predicted by hidden[t]
-    stacked: bool = False  # the input has all chosen sequences first; packed ones alternate
+    stacked: bool = False  # all chosen sequences come first in the input; packed ones alternate
     static: bool = False  # the host never knows how many tokens are scored
-    labels_shape: tuple[int, ...] = ()
-    result_dtype: torch.dtype = torch.float32
+    labels_shape: tuple[int, ...] = ()  # shape of the caller's labels
+    result_dtype: torch.dtype = torch.float32  # dtype of what the caller gets
 
     @property
     def workload(self) -> "Workload":
-        """The facts that the plan is made from."""
+        """The numbers and flags that the plan is made from."""
         packed, tracing = self.packed, traced(self.hidden)
         reference = self.reference if isinstance(self.reference, ScoredReference) else None
         return Workload(
@@ -88,7 +90,7 @@ class Problem:
         )
 
     def of_reference(self, reference: ScoredReference) -> "Problem":
-        """The log-probs of the same tokens under the reference."""
+        """Return the problem that asks for the log-probs of the same tokens under the reference."""
         return Problem(
             reference.hidden,
             reference.head,
@@ -102,24 +104,24 @@ class Problem:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a plan depends on: numbers and flags of a problem, no tensor of its own."""
+    """The numbers and flags of a problem, without its tensors. A plan depends on nothing else."""
 
-    num_tokens: int  # scored tokens, or the capacity where they are not known
+    num_tokens: int  # scored tokens, or the capacity where the host does not know how many are scored
     num_sequences: int
-    vocab: int
+    vocab: int  # V
     width: int  # H
-    dtype: torch.dtype  # of the GEMM operands
+    dtype: torch.dtype  # dtype of the GEMM operands
     device: torch.device
     needs_grad: NeedsGrad
-    loss: SequenceLoss | None = None  # None: log-probs are asked for, by sequence or token
+    loss: SequenceLoss | None = None  # None means that log-probs are the result, by sequence or by token
     scalar: bool = True  # the upstream gradient is one number
-    counts: Sequence[int] | None = None  # scored tokens by packed sequence; None where the host does not know them
-    static: bool = False  # the host never knows them
-    tracing: bool = False  # inside torch.compile or torch.export
-    fills_main_grad: bool = False  # the head's gradient is added to a buffer of the caller's
-    reference: "Workload | None" = None  # of a reference that is scored in the call
+    counts: Sequence[int] | None = None  # scored tokens of each packed sequence; None where the host does not know them
+    static: bool = False  # the host never learns the counts
+    tracing: bool = False  # the call is inside torch.compile or torch.export
+    fills_main_grad: bool = False  # the head's gradient is added to the caller's buffer
+    reference: "Workload | None" = None  # the workload of a reference that is scored in the call
 
     @property
     def backward_gemms(self) -> int:
-        """GEMM passes of the backward pass proper."""
+        """The number of GEMM passes that form gradients, of the hidden states and of the weight."""
         return int(self.needs_grad.hidden) + int(self.needs_grad.weight)

@@ -1,7 +1,7 @@
-"""The torch backend: every row operation in plain torch, on any device; what the other backends are tested against.
+"""The torch backend: every row operation in plain torch, on any device. Other backends are tested against it.
 
-Logits are float32 wherever the operands have 16 bits: on CUDA by the GEMM's own float32 output, elsewhere by
-upcasting the operands in blocks.
+Logits are float32 wherever the operands have 16 bits. On CUDA the GEMM itself has float32 output. Elsewhere the
+operands are upcast in blocks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,12 @@ from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowResult, 
 from dpo_kernels.shapes import Head, accumulation_dtype, spans
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-CACHED_BYTES = 2 * 2**20  # two temporaries of this together stay in a core's second-level cache
+# A row operation on the CPU works on blocks whose temporaries take at most this many bytes. That much usually fits the
+# second-level cache of a core.
+CACHED_BYTES = 2 * 2**20
+# A row operation holds so many temporaries of a block at once: its exponentials, and a product of them.
 BLOCK_TEMPORARIES = 2
+# The label's value of a float16 tile is clamped to this. It is half of 2**16, where float16 overflows.
 LARGEST_LABEL = 2.0**15
 
 
@@ -27,7 +31,7 @@ class TorchKernels(RowKernels):
 
     @staticmethod
     def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
-        """The tile itself and, on CUDA, the 16-bit copy that the gradient GEMMs read."""
+        """See ``RowKernels``. On CUDA a float32 logit has a 16-bit copy, which the gradient GEMMs read."""
         if dtype in SIXTEEN_BIT and device_type == "cuda":
             return 6
         return accumulation_dtype(dtype).itemsize
@@ -61,7 +65,7 @@ class TorchKernels(RowKernels):
             tile.mul_(head.logit_scale)
 
     def multiply(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
-        """``tile = x_CH @ W[start:start+Vt]^T``."""
+        """Compute ``tile = x_CH @ W[start:start+Vt]^T``."""
         for left, right, weight_VtH in self._weights(head, start, start + tile.shape[1], tile):
             _matmul_into(x_CH, weight_VtH.t(), tile[:, left:right], accumulate=False)
 
@@ -69,7 +73,7 @@ class TorchKernels(RowKernels):
         """See ``RowKernels``."""
         fields: dict[str, Any] = {name: value for name, value in vars(state).items() if isinstance(value, Tensor)}
         for rows, cols in self._blocks(tile):
-            # Only a row that is whole is shifted by its last maximum.
+            # Only where a block holds whole rows are its exponentials shifted by the rows' final maximum.
             state.exponentiated = not keep_logits and cols.stop - cols.start == tile.shape[1]
             part = replace(state, **{name: value[rows] for name, value in fields.items()})
             self._reduce_block(part, tile[rows, cols], labels_C[rows], start + cols.start, state.exponentiated)
@@ -77,56 +81,60 @@ class TorchKernels(RowKernels):
                 value[rows] = getattr(part, name)
 
     def _reduce_block(self, state: RowState, z: Tensor, labels_C: Tensor, start: int, overwrite: bool) -> None:
+        """Fold one block of logits ``z`` into the state; with ``overwrite`` the block then holds ``exp(z - max)``."""
         column = labels_C - start
-        here = (column >= 0) & (column < z.shape[1])
+        label_in_block = (column >= 0) & (column < z.shape[1])
         label = column.clamp(0, z.shape[1] - 1)[:, None]
         label_logit = z.gather(1, label)[:, 0]
         block_max = z.amax(dim=1)
         highest = torch.maximum(state.max, block_max)
-        # A row of -inf so far (unreachable tokens) is shifted by 0, or -inf - -inf would be NaN.
+        # A row that is -inf so far has only unreachable tokens. It is shifted by 0, because -inf - -inf would be NaN.
         shift = highest.masked_fill(highest == -torch.inf, 0.0)
-        kept = rescale(state.max, highest)
+        decay = rescale(state.max, highest)
         if state.logit_sum is not None:
             state.logit_sum = state.logit_sum + z.sum(dim=1)
         if state.argmax is not None:
             first = z.argmax(dim=1) + start
             state.argmax = torch.where(block_max > state.max, first, state.argmax)
         e = (z.sub_(shift[:, None]) if overwrite else z - shift[:, None]).exp_()
-        own = e.gather(1, label)
-        e.scatter_(1, label, torch.where(here[:, None], own - own, own))  # 0, but NaN of a broken row
+        label_exp = e.gather(1, label)
+        # The label's exponential becomes 0, but stays NaN in a row that holds one.
+        e.scatter_(1, label, torch.where(label_in_block[:, None], label_exp - label_exp, label_exp))
         if state.entropy is not None:
-            # Moving the shift by d adds d * exp to every -e * log e.
+            # When the shift grows by d, every -e * log e gains d * e.
             drop = torch.where(state.others > 0, (highest - state.max) * state.others, state.others)
-            state.entropy = (state.entropy + drop) * kept + torch.special.entr(e).sum(dim=1)
+            state.entropy = (state.entropy + drop) * decay + torch.special.entr(e).sum(dim=1)
         if state.square_sum is not None:
-            state.square_sum = state.square_sum * kept.square() + torch.linalg.vecdot(e, e)
-        state.others = state.others * kept + e.sum(dim=1)
+            state.square_sum = state.square_sum * decay.square() + torch.linalg.vecdot(e, e)
+        state.others = state.others * decay + e.sum(dim=1)
         if overwrite:
-            e.scatter_(1, label, own)
+            e.scatter_(1, label, label_exp)
         state.max = highest
-        state.target = torch.where(here, label_logit, state.target)
+        state.target = torch.where(label_in_block, label_logit, state.target)
 
     def row_logps(self, state: RowState, labels_C: Tensor, vocab: int) -> RowResult:
-        """See ``RowKernels``; ``(z_y - max) - log sumexp`` keeps the digits that ``z_y - lse`` would lose.
+        """See ``RowKernels``. ``(z_y - max) - log sumexp`` keeps the digits that ``z_y - lse`` would lose.
 
-        Where the label's logit is the largest, ``expm1`` gives exactly 0, and ``log1p`` the digits of the others' mass.
-        Where it is not, the others hold a 1.
+        Where the label's logit is the largest, ``expm1`` gives exactly 0, and ``log1p`` keeps the digits of the other
+        tokens' sum. Where another logit is the largest, that sum is at least 1.
         """
-        below = state.target - state.max
-        log_sumexp = (state.others + below.expm1()).log1p()
+        shifted_target = state.target - state.max
+        log_sumexp = (state.others + shifted_target.expm1()).log1p()
         sumexp = state.sumexp
         stats = {}
         if state.entropy is not None:
-            # 0 * -inf of an impossible label would be NaN.
-            own = torch.where(below == -torch.inf, torch.zeros_like(below), below.exp() * below)
-            stats["entropy"] = log_sumexp + (state.entropy - own) / sumexp
+            # The label's own term is 0 if its logit is -inf, where 0 * -inf would be NaN.
+            label_term = torch.where(
+                shifted_target == -torch.inf, torch.zeros_like(shifted_target), shifted_target.exp() * shifted_target
+            )
+            stats["entropy"] = log_sumexp + (state.entropy - label_term) / sumexp
         if state.logit_sum is not None:
             stats["mean_logits"] = state.logit_sum / vocab
         if state.argmax is not None:
             stats["top1"] = (state.argmax == labels_C).to(state.max.dtype)
         if state.square_sum is not None:
-            stats["log_sum_p2"] = (state.square_sum + (2.0 * below).expm1()).log1p() - 2.0 * log_sumexp
-        return RowResult(below - log_sumexp, state.max, sumexp, state.others, stats)
+            stats["log_sum_p2"] = (state.square_sum + (2.0 * shifted_target).expm1()).log1p() - 2.0 * log_sumexp
+        return RowResult(shifted_target - log_sumexp, state.max, sumexp, state.others, stats)
 
     def dlogits_(
         self,
@@ -139,14 +147,14 @@ class TorchKernels(RowKernels):
         scale_C: Tensor | None,
         exponentiated: bool = False,
     ) -> LogitsGradient:
-        """See ``RowKernels``; float32 tiles need no scaling of their own."""
+        """See ``RowKernels``. A tile that is not rounded here comes back without its scale."""
         column = labels_C - start
-        here = (column >= 0) & (column < tile.shape[1])
-        label, own = column.clamp(0, tile.shape[1] - 1)[:, None], -others_C[:, None]
+        label_in_tile = (column >= 0) & (column < tile.shape[1])
+        label, label_value = column.clamp(0, tile.shape[1] - 1)[:, None], -others_C[:, None]
         if head.softcap is not None:
             assert not exponentiated, "the softcap's derivative needs the logits"
-            # d z / d raw = scale * (1 - (z / softcap)^2); the label's own is taken before the logits are gone.
-            own = own * tile.gather(1, label).div_(head.softcap).square_().neg_().add_(1.0)
+            # d z / d raw = scale * (1 - (z / softcap)^2). The label's is taken before the logits are overwritten.
+            label_value = label_value * tile.gather(1, label).div_(head.softcap).square_().neg_().add_(1.0)
         if not exponentiated:
             for rows, cols in self._blocks(tile):
                 z = tile[rows, cols]
@@ -154,14 +162,14 @@ class TorchKernels(RowKernels):
                 z.sub_(max_C[rows, None]).exp_()
                 if slope is not None:
                     z.mul_(slope)
-        tile.scatter_(1, label, torch.where(here[:, None], own, tile.gather(1, label)))
+        tile.scatter_(1, label, torch.where(label_in_tile[:, None], label_value, tile.gather(1, label)))
         if not tile.is_cuda or self.dtype != torch.bfloat16:
             return LogitsGradient(tile, scale_C, labels_C)
         if scale_C is not None:
             tile.mul_(scale_C[:, None])
-        narrow = self.empty_operands_like(tile).copy_(tile)
-        lost = (tile.gather(1, label) - narrow.gather(1, label).to(tile.dtype))[:, 0]
-        return LogitsGradient(narrow, None, labels_C, lost.masked_fill(~here, 0.0))
+        operands = self.empty_operands_like(tile).copy_(tile)
+        residual_C = (tile.gather(1, label) - operands.gather(1, label).to(tile.dtype))[:, 0]
+        return LogitsGradient(operands, None, labels_C, residual_C.masked_fill(~label_in_tile, 0.0))
 
     def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """See ``RowKernels``."""
@@ -173,22 +181,22 @@ class TorchKernels(RowKernels):
         self.add_rounding_residual(d, head, out_CH)
 
     def downcast(self, d: LogitsGradient, start: int) -> LogitsGradient:
-        """A float32 tile in the dtype of the operands.
+        """Return a float32 tile in the dtype of the operands.
 
-        A label's own value is as large as the sum of the row's exponentials, of a flat row V, where float16 ends at
-        65504. What does not fit is left to ``add_rounding_residual``.
+        A label's value is as large as the sum of its row's exponentials, which is V if all logits are equal. float16
+        ends at 65504, so the value is clamped, and ``add_rounding_residual`` adds the rest.
         """
         column = d.labels - start
         label = column.clamp(0, d.values.shape[1] - 1)[:, None]
         own = d.values.gather(1, label)
         values = self.empty_operands_like(d.values).copy_(d.values)
         values.scatter_(1, label, own.clamp(-LARGEST_LABEL, LARGEST_LABEL).to(self.dtype))
-        lost = (own - values.gather(1, label).to(own.dtype))[:, 0]
-        here = (column >= 0) & (column < d.values.shape[1])
-        return replace(d, values=values, residual=lost.masked_fill(~here, 0.0))
+        residual_C = (own - values.gather(1, label).to(own.dtype))[:, 0]
+        label_in_tile = (column >= 0) & (column < d.values.shape[1])
+        return replace(d, values=values, residual=residual_C.masked_fill(~label_in_tile, 0.0))
 
     def add_rounding_residual(self, d: LogitsGradient, head: Head, out_CH: Tensor) -> None:
-        """Add what rounding took from each label's own value, by far the largest of its row."""
+        """Add the rounding residual of each label's value, which is by far the largest of its row."""
         if d.residual is not None:
             own_CH = head.weight.index_select(0, d.labels.clamp(min=0)).to(self.dtype).to(out_CH.dtype)
             out_CH.addcmul_(own_CH, d.residual[:, None])
@@ -196,27 +204,28 @@ class TorchKernels(RowKernels):
     def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
         """See ``RowKernels``.
 
-        float16 tiles come in float32: coefficients of 1e-9 are ordinary, and would underflow before any GradScaler
-        sees them.
+        With float16 operands the tile comes in float32. Coefficients of 1e-9 are ordinary, and in float16 they would
+        underflow before a GradScaler sees them.
         """
         scaled_CH = x_CH if d.scale is None else x_CH * d.scale[:, None]
         _matmul_into(d.values.t(), scaled_CH.to(d.values.dtype), out_VtH, accumulate)
 
     def grad_bias(self, d: LogitsGradient, start: int, out_Vt: Tensor, accumulate: bool) -> None:
-        """See ``RowKernels``; what rounding took from the labels' own values is added back."""
+        """See ``RowKernels``. The rounding residual of the labels' values is added back."""
         product = d.values.sum(dim=0, dtype=out_Vt.dtype) if d.scale is None else torch.mv(d.values.t(), d.scale)
         if accumulate:
             out_Vt.add_(product)
         else:
             out_Vt.copy_(product)
-        if d.residual is not None:  # 0 where the label is not among these columns; index_put_ has a fixed order
+        if d.residual is not None:
+            # The residual is 0 where the label is not among these columns. index_put_ adds in a fixed order.
             column = (d.labels - start).clamp(0, out_Vt.shape[0] - 1)
             out_Vt.index_put_((column,), d.residual.to(out_Vt.dtype), accumulate=True)
 
     def _weights(self, head: Head, start: int, stop: int, tile: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """Rows ``start..stop-1`` of the head as GEMM operands, with their columns of the tile.
+        """Yield rows ``start..stop-1`` of the head as GEMM operands, each with its first and last column of the tile.
 
-        Off CUDA, 16-bit rows are upcast, in blocks that fit the workspace.
+        On devices other than CUDA, 16-bit rows are upcast in blocks that fit the workspace.
         """
         if tile.is_cuda or self.dtype not in SIXTEEN_BIT:
             yield 0, stop - start, head.weight[start:stop].to(self.dtype)
@@ -227,7 +236,7 @@ class TorchKernels(RowKernels):
             yield left, right, weight_VtH.to(self.dtype).to(accumulation_dtype(self.dtype))
 
     def _blocks(self, tile: Tensor) -> Iterator[tuple[slice, slice]]:
-        """Cut a tile into blocks whose temporaries fit the workspace, and on the CPU the cache."""
+        """Yield rows and columns of blocks whose temporaries fit the workspace, and on the CPU also the cache."""
         budget = self.workspace_bytes if tile.is_cuda else min(self.workspace_bytes, CACHED_BYTES)
         elements = max(1, budget // (BLOCK_TEMPORARIES * tile.dtype.itemsize))
         width = min(tile.shape[1], elements)
@@ -237,7 +246,7 @@ class TorchKernels(RowKernels):
 
 
 def _matmul_into(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """``out (+)= a @ b`` in the precision of ``out``."""
+    """Compute ``out (+)= a @ b`` in the precision of ``out``."""
     if a.is_cuda and a.dtype in SIXTEEN_BIT:
         if accumulate:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
