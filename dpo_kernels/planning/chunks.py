@@ -1,4 +1,4 @@
-"""Which packed tokens go through the scratch together: whole examples in chunks, planned from lengths alone."""
+"""Chunks of whole examples: which packed tokens go through the scratch together. Only lengths decide it."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,9 @@ from dpo_kernels.device_specs import ChunkCosts
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.shapes import Chunk
 
-EXTRA_CHUNKS_TRIED = 2  # how many chunks more than needed are considered
+# The plan also tries up to this many chunks more than needed. The number is a choice: each further chunk has a fixed
+# cost, so many more are never cheapest.
+EXTRA_CHUNKS_TRIED = 2
 
 
 def plan_chunks(
@@ -18,9 +20,21 @@ def plan_chunks(
 ) -> list[Chunk]:
     """Pack whole examples in their order into chunks of at most ``tile_rows`` tokens, at the least cost.
 
-    An example longer than that is a chunk of its own, without so much as an empty one beside it. ``bounds`` are the
-    first sequences of the examples, and the end; ``counts`` is None for a static capacity. Candidates are the most even
-    chunks, because a GEMM of a few left-over rows costs as much as one of many, and those that fill the GEMM's tiles.
+    Two kinds of division are compared. One makes the chunks as even as possible, because a last chunk of few rows takes
+    almost as long as one of many. The other fills the tiles of the GEMM.
+
+    Args:
+        counts: scored tokens of each sequence, or None where the host does not know them. All tokens are then one
+            chunk.
+        capacity: packed tokens, counted or not.
+        bounds: first sequence of each example, then the number of sequences.
+        tile_rows: rows of logits that the scratch holds.
+        costs: what chunks cost on the device.
+
+    Returns:
+        The chunks in order. An example of more than ``tile_rows`` tokens is a chunk of its own, marked as oversized.
+        Not even an empty example shares it.
+
     """
     costs = costs or ChunkCosts()
     examples = len(bounds) - 1
@@ -39,13 +53,13 @@ def plan_chunks(
 
 
 def cost_of_chunks(chunks: Sequence[Chunk], costs: ChunkCosts) -> int:
-    """In rows: those of whole GEMM tiles, and what each chunk after the first costs besides."""
+    """Return the cost in rows: the rows of whole GEMM tiles, and a fixed cost for each chunk after the first."""
     tiles = sum(-(-(chunk.stop - chunk.start) // costs.tile_rows) for chunk in chunks)
     return tiles * costs.tile_rows + max(0, len(chunks) - 1) * costs.extra_chunk_cost_rows
 
 
 def _least_limit(lengths: Sequence[int], bounds: Sequence[int], number: int, tile_rows: int) -> int:
-    """The smallest number of rows that needs no more than so many chunks."""
+    """Return the smallest limit of rows with which ``number`` chunks are enough."""
     lowest, highest = max(lengths, default=0), max(tile_rows, 0)
     while lowest < highest:
         middle = (lowest + highest) // 2
@@ -57,7 +71,7 @@ def _least_limit(lengths: Sequence[int], bounds: Sequence[int], number: int, til
 
 
 def _packed(lengths: Sequence[int], bounds: Sequence[int], limit: int, tile_rows: int) -> list[Chunk]:
-    """Units in chunks of at most ``limit`` rows, greedily; oversized is what does not fit ``tile_rows``."""
+    """Fill chunks of at most ``limit`` rows greedily. A chunk of more than ``tile_rows`` rows is oversized."""
     chunks: list[Chunk] = []
     first, start, stop = 0, 0, 0
 
@@ -75,6 +89,6 @@ def _packed(lengths: Sequence[int], bounds: Sequence[int], limit: int, tile_rows
 
 
 def oversized_buffers(chunks: Sequence[Chunk], loss: SequenceLoss) -> int:
-    """How many extra ``(V, H)`` buffers the unscaled form of oversized examples needs."""
+    """Return how many accumulators, ``(V, H)`` each, the oversized examples need."""
     sizes = [chunk.sequences[1] - chunk.sequences[0] for chunk in chunks if chunk.oversized]
     return 1 if sizes and loss.difference else max(sizes, default=0)

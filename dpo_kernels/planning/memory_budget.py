@@ -1,4 +1,4 @@
-"""How the scratch is divided, and how much of the logits is held at once."""
+"""How the scratch is divided, and how large a tile of logits is."""
 
 import math
 from dataclasses import dataclass
@@ -7,23 +7,42 @@ import torch
 
 from dpo_kernels.shapes import Tile, padded
 
-MIB = 2**20
+MIB = 2**20  # bytes
+
+# These are the default scratches of a CPU and of a GPU with 80 GB or more. docs/decisions.md has the measurement on a
+# CPU; the GPU's number is not measured.
 CPU_SCRATCH_BYTES = 512 * MIB
 GPU_SCRATCH_BYTES = 2048 * MIB
-BIG_GPU_BYTES = 79 * 2**30  # "80 GB" cards report a little less
-SMALL_GPU_SHARE = 40  # part of a smaller GPU's memory that the scratch takes
-CPU_WORKSPACE_BYTES = 8 * MIB  # of an upcast head: its rows are the columns of a GEMM, which should not be few
+# A GPU with at least this much memory gets the whole default. Cards that are sold as 80 GB report a little less.
+BIG_GPU_BYTES = 79 * 2**30
+# A smaller GPU's memory is divided by this to give the scratch. 2 GiB are the same share of 80 GB.
+SMALL_GPU_SHARE = 40
+
+# The temporaries beside the tile take at most these bytes. On a CPU the largest is a block of an upcast 16-bit head.
+# Smaller blocks would give narrow GEMMs; docs/decisions.md has the measurement.
+CPU_WORKSPACE_BYTES = 8 * MIB
 GPU_WORKSPACE_BYTES = 256 * MIB
-CPU_STREAMING_BYTES = 1 * MIB  # a tile of the streaming strategy; on the CPU it stays in the second-level cache
-GPU_STREAMING_BYTES = 256 * MIB  # hundreds of blocks for every multiprocessor, or launches would take all the time
-LEAST_TILE_BYTES = 1024  # below this a tile is more bookkeeping than arithmetic
-FEWEST_WHOLE_ROWS = 128  # fewer rows make a poor GEMM: then the vocabulary is cut instead
-GPU_STREAMING_ROWS = 4096  # each block of rows reads and writes the whole gradient of the head
-ENOUGH_CPU_ROWS = 1024  # of a tile of log-probs; reading the head for more of them at once saves no time
-ALIASED_BLOCK_BYTES = (
-    32 * MIB
-)  # of logits that leave the memory of the head's gradient at once, see ``tile_of_examples``
-LEAST_ALIASED_COLS = 512  # fewer columns make a poor GEMM
+
+# The streaming strategy's tile has this size. On a CPU it stays in the second-level cache. On a GPU it gives each
+# multiprocessor hundreds of blocks, so that launches do not take most of the time.
+CPU_STREAMING_BYTES = 1 * MIB
+GPU_STREAMING_BYTES = 256 * MIB
+
+# A strategy refuses a scratch whose tile has fewer bytes: it would do more bookkeeping than arithmetic.
+LEAST_TILE_BYTES = 1024
+# If fewer whole rows than this fit, the vocabulary is cut instead, because a GEMM with fewer rows is slow.
+FEWEST_WHOLE_ROWS = 128
+# The streaming strategy's tile has at most this many rows on a GPU. Each block of rows reads and writes the whole
+# gradient of the head, so the rows should be many.
+GPU_STREAMING_ROWS = 4096
+# A tile of log-probs has at most this many rows on the CPU. Reading the head for more rows at once saves no time.
+ENOUGH_CPU_ROWS = 1024
+
+# Logits that lie in the weight gradient's memory are copied to the scratch in blocks of at most this many bytes. Blocks
+# of 4 and 8 MiB were slower by up to a tenth, see docs/decisions.md. A block has at least so many columns, because a
+# GEMM with fewer columns is slow.
+ALIASED_BLOCK_BYTES = 32 * MIB
+LEAST_ALIASED_COLS = 512
 
 
 @dataclass(frozen=True)
@@ -33,23 +52,23 @@ class Budget:
     tile_bytes: int
     workspace_bytes: int
     bytes_per_logit: int
-    alignment: int = 1  # see shapes.padded
-    aliases_weight_grad: bool = False  # see RowKernels.can_alias_weight_grad
-    enough_rows: int | None = None  # of a tile that accumulates nothing
+    alignment: int = 1  # rows begin at multiples of so many elements, see ``shapes.padded``
+    aliases_weight_grad: bool = False  # the backend can keep logits in the weight gradient's memory
+    enough_rows: int | None = None  # the most rows of a tile of log-probs; None means no limit
     streaming_rows: int = FEWEST_WHOLE_ROWS
     streaming_bytes: int = CPU_STREAMING_BYTES
 
     def whole_rows(self, vocab: int) -> int:
-        """Rows of logits that fit at once."""
+        """Return how many whole rows of logits the tile holds."""
         return self.tile_bytes // self.row_bytes(vocab)
 
     def row_bytes(self, cols: int) -> int:
-        """What one row of a tile takes."""
+        """Return the bytes of one row of a tile with ``cols`` columns."""
         return padded(cols, self.alignment) * self.bytes_per_logit
 
     @staticmethod
     def of(scratch_bytes: int, device_type: str, bytes_per_logit: int, alignment: int, aliases: bool) -> "Budget":
-        """A quarter, up to a limit, for the temporaries, the rest for the tile."""
+        """Divide a scratch: a quarter, up to a limit, is for the temporaries, and the rest is for the tile."""
         workspace = min(scratch_bytes // 4, _workspace_limit(device_type))
         cpu = device_type == "cpu"
         return Budget(
@@ -64,9 +83,9 @@ class Budget:
         )
 
     def minimum_scratch(self, vocab: int, device_type: str) -> int:
-        """Least ``scratch_bytes`` of which the tile's share holds one row of logits."""
+        """Return the least ``scratch_bytes`` whose tile holds one row of logits."""
         row, limit = self.row_bytes(vocab), _workspace_limit(device_type)
-        # Least s with s - s // 4 >= row, while a quarter is under the limit.
+        # This is the least s with s - s // 4 >= row, as long as a quarter of it is below the limit.
         return (row - 1) * 4 // 3 + 1 if row < 3 * limit else row + limit
 
 
@@ -75,14 +94,14 @@ def _workspace_limit(device_type: str) -> int:
 
 
 def tile_of_examples(budget: Budget, tokens: int, vocab: int, weight_grad_cols: int) -> Tile:
-    """The tile of a pass that forms gradients with the loss: as many whole rows as there is room for.
+    """Return the tile of a pass that forms gradients with the loss: as many whole rows as fit.
 
-    Or, of all rows, a block of columns: where the memory of the head's gradient ``(V, weight_grad_cols)`` can hold all
-    logits until the gradient takes their place. With ``weight_grad_cols`` 0 there is no such memory.
+    If the logits can lie in the weight gradient's memory, the tile is instead a block of columns of all rows.
+    ``weight_grad_cols`` is the H of that gradient ``(V, H)``, or 0 where its memory cannot be used.
     """
     if budget.aliases_weight_grad and weight_grad_cols and 0 < tokens <= weight_grad_cols:
         cols = min(ALIASED_BLOCK_BYTES, budget.tile_bytes) // (tokens * budget.bytes_per_logit)
-        # The stride is an odd multiple of 16: rows a power of two apart would share too few places in the caches.
+        # The stride is an odd multiple of 16. Rows a power of two apart would share too few sets of the cache.
         cols = (cols // 32) * 32 - 16
         if LEAST_ALIASED_COLS <= cols < vocab:
             return Tile(tokens, cols)
@@ -90,36 +109,39 @@ def tile_of_examples(budget: Budget, tokens: int, vocab: int, weight_grad_cols: 
 
 
 def tile_of_logps(budget: Budget, tokens: int, vocab: int) -> Tile:
-    """The tile of a pass over log-probs: whole rows where enough of them fit, else a cut of the vocabulary."""
+    """Return the tile of a pass over log-probs. If too few whole rows fit, the vocabulary is cut."""
     return _tile(budget, tokens, vocab, budget.tile_bytes, FEWEST_WHOLE_ROWS)
 
 
 def tile_of_streaming(budget: Budget, tokens: int, vocab: int) -> Tile:
-    """The tile of the streaming strategy, whose size does not grow with the scratch."""
+    """Return the tile of the streaming strategy, whose size does not grow with the scratch."""
     tile_bytes = min(budget.streaming_bytes, budget.tile_bytes or LEAST_TILE_BYTES)
     return _tile(budget, tokens, vocab, tile_bytes, budget.streaming_rows)
 
 
 def _tile(budget: Budget, tokens: int, vocab: int, tile_bytes: int, good_rows: int) -> Tile:
-    """Rows are cut evenly, because a few left over would cost as much as many."""
+    """Return a tile of whole rows if ``good_rows`` of them fit, else of some columns.
+
+    Tiles of whole rows are cut evenly, because a last tile of few rows takes almost as long as one of many.
+    """
     elements = max(1, tile_bytes // budget.bytes_per_logit)
-    whole = elements // padded(vocab, budget.alignment)
-    if whole >= min(tokens, good_rows):
-        most = max(1, min(tokens, whole, budget.enough_rows or whole))
-        return Tile(1 if tokens == 0 else math.ceil(tokens / math.ceil(tokens / most)), vocab)
+    whole_rows = elements // padded(vocab, budget.alignment)
+    if whole_rows >= min(tokens, good_rows):
+        row_limit = max(1, min(tokens, whole_rows, budget.enough_rows or whole_rows))
+        return Tile(1 if tokens == 0 else math.ceil(tokens / math.ceil(tokens / row_limit)), vocab)
     tile_rows = max(1, min(tokens, good_rows, math.isqrt(elements)))
     cols = elements // tile_rows
     if padded(vocab, budget.alignment) <= cols:
         return Tile(tile_rows, vocab)
-    aligned = cols if padded(cols, budget.alignment) == cols else cols // budget.alignment * budget.alignment
-    return Tile(tile_rows, aligned)
+    aligned_cols = cols if padded(cols, budget.alignment) == cols else cols // budget.alignment * budget.alignment
+    return Tile(tile_rows, aligned_cols)
 
 
 def default_scratch_bytes(device: torch.device) -> int:
-    """2 GiB on a GPU of 80 GB or more, a fortieth of the memory of a smaller one, 512 MiB elsewhere."""
+    """Return 2 GiB on a GPU of 80 GB or more, a fortieth of a smaller GPU's memory, and 512 MiB elsewhere."""
     if device.type != "cuda":
         return CPU_SCRATCH_BYTES
     if not torch.cuda.is_available():
-        return GPU_SCRATCH_BYTES  # tracing for a GPU that is not here
+        return GPU_SCRATCH_BYTES  # a call can be traced for a GPU on a machine without one
     memory = int(torch.cuda.get_device_properties(device).total_memory)
     return GPU_SCRATCH_BYTES if memory >= BIG_GPU_BYTES else memory // SMALL_GPU_SHARE

@@ -1,4 +1,4 @@
-"""How a problem is computed: one frozen object, made here and executed as it is."""
+"""The plan: how a problem is computed, as one frozen object. It is made here and executed as it is."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,16 +11,16 @@ from dpo_kernels.planning.tables import BACKEND_NAMES, BACKENDS, STRATEGIES, Str
 from dpo_kernels.problem import Workload
 from dpo_kernels.shapes import Schedule, Tile
 
-AUTO = "auto"
+AUTO = "auto"  # the caller leaves the choice to ``make_plan``
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the caller wants a problem computed. The names are checked here, what they can run by ``make_plan``."""
+    """How the caller wants a problem computed. Names are checked here; ``make_plan`` checks whether they can run it."""
 
     backend: str = AUTO
     strategy: str = AUTO
-    scratch_bytes: int | None = None  # None: by the device
+    scratch_bytes: int | None = None  # None stands for the default of the device
 
     def __post_init__(self) -> None:
         checks.check_choice("backend", self.backend, (AUTO, *BACKEND_NAMES))
@@ -32,18 +32,18 @@ class Execution:
 class Plan:
     """What runs, what it costs, and why nothing else does. ``str()`` says it in a few lines.
 
-    A GEMM pass is ``2 N H V`` FLOP, N the scored tokens; ``gemms`` counts those of the policy, forward and backward,
-    ``reference_gemms`` those of a reference that is scored in the call. ``tile`` is the part of the logits that the
-    scratch holds, and ``chunks`` how many tiles there are, None where the host does not know the lengths.
-    ``extra_bytes`` are those of unscaled gradients of oversized pairs.
+    A GEMM pass is ``2 N H V`` FLOP, where N is the number of scored tokens. ``gemms`` counts the passes of the policy,
+    forward and backward. ``reference_gemms`` counts those of a reference that is scored in the call. ``tile`` is the
+    block of logits that the scratch holds. ``chunks`` is the number of tiles, or None where the host does not know the
+    lengths. ``extra_bytes`` is the memory of the accumulators of oversized examples.
     """
 
     workload: Workload = field(repr=False)
     strategy: str
     backend: str
     scratch_bytes: int
-    schedule: Schedule | None  # None while tracing: the operator makes it when it knows the lengths
-    reference: "Plan | None" = None  # of a reference that is scored in the call
+    schedule: Schedule | None  # None while tracing; the operator makes it once it knows the lengths
+    reference: "Plan | None" = None  # the plan of a reference that is scored in the call
 
     @property
     def forms_gradients(self) -> bool:
@@ -72,20 +72,20 @@ class Plan:
 
     @property
     def tile(self) -> Tile:
-        """The part of the logits that the scratch holds."""
+        """The block of logits that the scratch holds."""
         assert self.schedule is not None, "a plan is explained where the lengths are known"
         return self.schedule.tile
 
     @property
     def chunks(self) -> int | None:
-        """How many tiles of logits there are; None where the host does not know the lengths."""
+        """The number of tiles of logits, or None where the host does not know the lengths."""
         if self.schedule is None or (self.forms_gradients and self.workload.counts is None):
             return None
         return len(self.schedule.chunks) if self.forms_gradients else num_tiles(self.workload, self.schedule)
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of unscaled gradients of the head, for pairs that are longer than the tile."""
+        """The bytes of the accumulators that oversized examples need."""
         return 0 if self.schedule is None else extra_bytes(self.workload, self.schedule)
 
     @property
@@ -95,17 +95,17 @@ class Plan:
 
     @cached_property
     def rejected(self) -> dict[str, str]:
-        """Why each other strategy and backend is not taken."""
+        """Why every other strategy and backend does not run, by name."""
         return _reasons_against(self)
 
-    # What these properties were called first.
+    # These are older names of the properties, which callers may still use.
     units = gemms
     reference_units = reference_gemms
     lent = logits_in_weight_grad
 
     @property
     def against(self) -> dict[str, str]:
-        """What ``rejected`` was called first."""
+        """The older name of ``rejected``."""
         return self.rejected
 
     def __str__(self) -> str:
@@ -124,7 +124,12 @@ class Plan:
 
 
 def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
-    """The plan for a workload; raises ``ValueError`` with the reason if what was asked for by name cannot run."""
+    """Return the plan for a workload.
+
+    Raises:
+        ValueError: a strategy or backend that was asked for by name cannot run the workload. The text says why.
+
+    """
     wished = execution or Execution()
     by_name = wished.backend != AUTO
     backend = _first(BACKEND_NAMES, wished.backend, "backend", lambda name: BACKENDS[name].refuse(workload, by_name))
@@ -132,12 +137,12 @@ def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
     if scratch_bytes is None:
         scratch_bytes = default_scratch_bytes(workload.device)
     budget = divide_scratch(scratch_bytes, backend, workload.dtype, workload.device)
-    asked = wished.strategy
-    if asked == AUTO:
-        asked = next((name for name, each in STRATEGIES.items() if each.preferred(workload, backend)), AUTO)
+    strategy_name = wished.strategy
+    if strategy_name == AUTO:
+        strategy_name = next((name for name, each in STRATEGIES.items() if each.preferred(workload, backend)), AUTO)
     strategy = _first(
         tuple(STRATEGIES),
-        asked,
+        strategy_name,
         "strategy",
         lambda name: STRATEGIES[name].refuse(workload, budget, scratch_bytes),
     )
@@ -147,7 +152,7 @@ def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
         _check_main_grad(workload, strategy, budget, scratch_bytes)
     reference = None
     if workload.reference is not None:
-        # A strategy that was asked for is about the policy: one that needs the loss has nothing to do here.
+        # The caller asks for a strategy of the policy. One that needs the loss cannot score the reference.
         forms_gradients = wished.strategy != AUTO and STRATEGIES[wished.strategy].loss_and_gradients is not None
         wished = Execution(wished.backend, AUTO if forms_gradients else wished.strategy, scratch_bytes)
         reference = make_plan(workload.reference, wished)
@@ -155,7 +160,7 @@ def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
 
 
 def lay_out(workload: Workload, strategy: str, backend: str, scratch_bytes: int, reference: Plan | None = None) -> Plan:
-    """The plan once strategy and backend are chosen. Inside an operator this is where the chunks are made."""
+    """Return the plan with a chosen strategy and backend. Inside an operator this call makes the chunks."""
     schedule = None
     if not workload.tracing:
         budget = divide_scratch(scratch_bytes, backend, workload.dtype, workload.device)
@@ -164,6 +169,7 @@ def lay_out(workload: Workload, strategy: str, backend: str, scratch_bytes: int,
 
 
 def _check_main_grad(workload: Workload, strategy: str, budget: Budget, scratch_bytes: int) -> None:
+    """Raise ``ValueError`` unless the plan forms the head's gradient in the forward pass, outside a tracer."""
     if workload.tracing:
         raise ValueError("main_grad is written to while the loss is computed, which torch.compile must not trace")
     if STRATEGIES[strategy].loss_and_gradients is not None:
@@ -177,6 +183,7 @@ def _check_main_grad(workload: Workload, strategy: str, budget: Budget, scratch_
 
 
 def _reasons_against(plan: Plan) -> dict[str, str]:
+    """Return why each strategy and backend that the plan does not use was not chosen."""
     workload, rejected = plan.workload, {}
     for name, backend in BACKENDS.items():
         if name != plan.backend:
@@ -197,7 +204,7 @@ def _reasons_against(plan: Plan) -> dict[str, str]:
 
 
 def _first(names: Sequence[str], asked: str, what: str, refuse: Callable[[str], str | None]) -> str:
-    """The first candidate without a reason against it."""
+    """Return the first name that ``refuse`` gives no reason against, or check the one that was asked for."""
     if asked != AUTO:
         reason = refuse(asked)
         if reason is not None:

@@ -1,4 +1,8 @@
-"""Why a strategy or a backend cannot run a workload, in words; None where it can."""
+"""Why a strategy or a backend cannot run a workload.
+
+Each function returns the reason in words, or None where it can run. For strategies ``scratch_bytes`` is the size of the
+scratch and ``budget`` is how it is divided for the backend.
+"""
 
 import os
 from collections.abc import Callable
@@ -13,31 +17,34 @@ from dpo_kernels.problem import Workload
 
 
 def refuse_chunked(workload: Workload, budget: Budget, scratch_bytes: int) -> str | None:
-    """It needs a loss that is separable by example, and room for one row of logits."""
+    """``chunked`` needs a separable loss of one number, and room for one row of logits.
+
+    Without a trainable head it is replaced by ``frozen_head``, which needs no loss.
+    """
     if workload.loss is not None and not workload.loss.separable:
         return "the loss is coupled over the batch: a chunk of pairs does not determine its coefficients"
-    fits = budget.whole_rows(workload.vocab)
-    aliased = tile_with_gradients(workload, budget).cols < workload.vocab
-    if fits < 1 and not aliased:
-        least = budget.minimum_scratch(workload.vocab, workload.device.type)
-        return f"scratch_bytes={scratch_bytes} is less than the {least} bytes that one row of logits needs"
+    row_cap = budget.whole_rows(workload.vocab)
+    logits_in_grad = tile_with_gradients(workload, budget).cols < workload.vocab
+    if row_cap < 1 and not logits_in_grad:
+        minimum = budget.minimum_scratch(workload.vocab, workload.device.type)
+        return f"scratch_bytes={scratch_bytes} is less than the {minimum} bytes that one row of logits needs"
     if not workload.needs_grad.head:
-        return None  # frozen_head takes its place
+        return None  # make_plan puts frozen_head in its place
     if workload.loss is None:
         return "log-probs have upstreams that are known only in the backward pass, and the head wants a gradient"
     if not workload.scalar:
         return "reduction='none' has upstreams that are known only in the backward pass, and the head wants a gradient"
     if workload.loss.is_callable and workload.tracing:
         return "inside torch.compile a loss without a name is traced into the graph, not run by the fused operator"
-    if aliased:
+    if logits_in_grad:
         return None
-    if workload.static and workload.num_tokens > fits:
+    if workload.static and workload.num_tokens > row_cap:
         return (
-            f"max_scored_tokens={workload.num_tokens} does not fit one chunk of {fits} rows, and where pairs end is "
+            f"max_scored_tokens={workload.num_tokens} does not fit one chunk of {row_cap} rows, and where pairs end is "
             "not known on the host"
         )
     if workload.tracing:
-        return None  # the lengths are not to be looked at
+        return None  # a tracer does not know the lengths
     schedule = schedule_examples(workload, budget)
     if oversized_buffers(schedule.chunks, workload.loss) > 2:
         return "a group of more than two sequences is longer than the chunk: each would need an accumulator of its own"
@@ -50,40 +57,40 @@ def refuse_chunked(workload: Workload, budget: Budget, scratch_bytes: int) -> st
 
 
 def _free_bytes(device: torch.device) -> int:
-    """What a CUDA device could still give: the driver, and what torch's allocator keeps for reuse."""
+    """Return the bytes that a CUDA device can still give: free ones, and those that torch's allocator can reuse."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def refuse_frozen_head(workload: Workload, budget: Budget, scratch_bytes: int) -> str | None:
-    """It needs a head that wants no gradient."""
+    """``frozen_head`` needs a head that wants no gradient, and a tile."""
     if workload.needs_grad.head:
         return "the head wants a gradient"
     return _refuse_small_tile(workload, budget, scratch_bytes)
 
 
 def refuse_recompute(workload: Workload, budget: Budget, scratch_bytes: int) -> str | None:
-    """It needs a tile."""
+    """``recompute`` needs a tile."""
     return _refuse_small_tile(workload, budget, scratch_bytes)
 
 
 def refuse_streaming(workload: Workload, budget: Budget, scratch_bytes: int) -> str | None:
-    """It runs everything."""
+    """``streaming`` runs everything."""
     return None
 
 
 def _refuse_small_tile(workload: Workload, budget: Budget, scratch_bytes: int) -> str | None:
-    least = min(LEAST_TILE_BYTES, budget.row_bytes(workload.vocab))
-    if budget.tile_bytes < least:
-        return f"scratch_bytes={scratch_bytes} leaves a tile of less than {least} bytes"
+    minimum = min(LEAST_TILE_BYTES, budget.row_bytes(workload.vocab))
+    if budget.tile_bytes < minimum:
+        return f"scratch_bytes={scratch_bytes} leaves a tile of less than {minimum} bytes"
     return None
 
 
-# --- backends: the workload, and whether the backend was asked for by name -------------------------------------------
+# --- backends; ``by_name`` says whether the caller asked for the backend --------------------------------------------
 
 
 def refuse_triton(workload: Workload, by_name: bool) -> str | None:
-    """It needs Triton and CUDA tensors, or its interpreter."""
+    """The Triton backend needs CUDA tensors, or Triton's interpreter if it was asked for by name."""
     if workload.dtype == torch.float64:
         return "float64 is not for Triton kernels"
     if reason := installed.why_no_triton():
@@ -96,7 +103,7 @@ def refuse_triton(workload: Workload, by_name: bool) -> str | None:
 
 
 def refuse_extension(device_type: str) -> Callable[[Workload, bool], str | None]:
-    """The refusal of the compiled extension's part for a device."""
+    """Return the function that says why the extension's kernels for a device cannot run."""
 
     def refuse(workload: Workload, by_name: bool) -> str | None:
         if workload.device.type != device_type:
@@ -107,5 +114,5 @@ def refuse_extension(device_type: str) -> Callable[[Workload, bool], str | None]
 
 
 def refuse_torch(workload: Workload, by_name: bool) -> str | None:
-    """It runs everything."""
+    """The torch backend runs everything."""
     return None

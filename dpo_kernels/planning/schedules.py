@@ -1,4 +1,4 @@
-"""Tile and chunks of each kind of pass, from a workload and a divided scratch."""
+"""Schedules: the tile and the chunks of each kind of pass, from a workload and a divided scratch."""
 
 import math
 
@@ -10,21 +10,21 @@ from dpo_kernels.shapes import Chunk, Schedule, Tile, accumulation_dtype, spans
 
 
 def chunk_costs(workload: Workload) -> ChunkCosts:
-    """What chunks cost on the workload's device; without a GPU the fewest are best."""
+    """Return what chunks cost on the workload's device. Without a GPU only their number counts."""
     gpu = gpu_at(workload.device)
     return ChunkCosts() if gpu is None else gpu.chunking
 
 
 def tile_with_gradients(workload: Workload, budget: Budget) -> Tile:
-    """The tile of a pass that forms gradients with the loss."""
-    # While tracing, the number of tokens must not be looked at; the operator makes its own schedule.
+    """Return the tile of a pass that forms gradients with the loss."""
+    # A tracer must not look at the number of tokens. The operator makes its own schedule.
     aliases = workload.loss is not None and workload.scalar and workload.needs_grad.weight
     aliases = aliases and not workload.fills_main_grad and not workload.tracing
     return tile_of_examples(budget, workload.num_tokens, workload.vocab, workload.width if aliases else 0)
 
 
 def schedule_examples(workload: Workload, budget: Budget) -> Schedule:
-    """The schedule of a pass that forms gradients with the loss: whole examples in chunks that fit the tile."""
+    """Return the schedule of a pass that forms gradients with the loss. Chunks hold whole examples and fit the tile."""
     assert workload.loss is not None, "examples are those of a loss"
     tile, costs = tile_with_gradients(workload, budget), chunk_costs(workload)
     bounds = workload.loss.bounds(workload.num_sequences)
@@ -39,12 +39,12 @@ def schedule_examples(workload: Workload, budget: Budget) -> Schedule:
 
 
 def schedule_logps(workload: Workload, budget: Budget) -> Schedule:
-    """The schedule of log-probs with as large a tile as the scratch allows."""
+    """Return the schedule of log-probs with as large a tile as the scratch allows."""
     return _of_tokens(workload, tile_of_logps(budget, workload.num_tokens, workload.vocab))
 
 
 def schedule_streaming(workload: Workload, budget: Budget) -> Schedule:
-    """The schedule of log-probs with a tile of fixed size."""
+    """Return the schedule of log-probs with a tile of fixed size."""
     return _of_tokens(workload, tile_of_streaming(budget, workload.num_tokens, workload.vocab))
 
 
@@ -54,12 +54,12 @@ def _of_tokens(workload: Workload, tile: Tile) -> Schedule:
 
 
 def num_tiles(workload: Workload, schedule: Schedule) -> int:
-    """How many tiles of logits a pass over log-probs computes."""
+    """Return how many tiles of logits a pass over log-probs computes."""
     return len(schedule.chunks) * math.ceil(workload.vocab / schedule.tile.cols)
 
 
 def extra_bytes(workload: Workload, schedule: Schedule) -> int:
-    """Memory of the unscaled gradients of the head that examples longer than the tile need."""
+    """Return the bytes of the accumulators that oversized examples need."""
     if workload.loss is None or not workload.needs_grad.weight:
         return 0
     buffers = oversized_buffers(schedule.chunks, workload.loss)
@@ -67,9 +67,9 @@ def extra_bytes(workload: Workload, schedule: Schedule) -> int:
 
 
 def streams_faster(workload: Workload) -> bool:
-    """Whether log-probs alone, of a reference say, are predicted to be faster without logits in memory.
+    """Return whether log-probs without gradients are predicted to be faster without logits in memory.
 
-    Only 16-bit launches have matrix instructions.
+    Only 16-bit operands qualify, because only their launches use matrix instructions.
     """
     gpu = gpu_at(workload.device)
     sixteen_bit = accumulation_dtype(workload.dtype) != workload.dtype
@@ -79,9 +79,9 @@ def streams_faster(workload: Workload) -> bool:
 
 
 def _library_recomputes_faster(workload: Workload) -> bool:
-    """Whether torch's GEMM and a row pass are predicted to beat a kernel that does both.
+    """Return whether torch's GEMM and a row operation are predicted to beat one kernel that does both.
 
-    For a wide model in 16 bits the traffic of the logits costs less than a slower GEMM, as for log-probs alone.
+    They do for a wide model in 16 bits. Reading and writing its logits costs less than a slower GEMM.
     """
     gpu = gpu_at(workload.device)
     sixteen_bit = accumulation_dtype(workload.dtype) != workload.dtype

@@ -1,4 +1,4 @@
-"""The strategies and the backends, best first. A new one is a file of its own and a record here."""
+"""The tables of strategies and backends, best first. A new one takes a file and a record here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,29 +18,35 @@ from dpo_kernels.shapes import Schedule
 from dpo_kernels.strategies import chunked, frozen_head, recompute, streaming
 from dpo_kernels.strategies.buffers import LossAndGradients
 
+# These are gradients of the hidden states, the weight and the bias, each None where not wanted.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """An algorithm: when it can run, what it costs, and its functions.
+    """When an algorithm can run, what it costs, and its functions.
 
-    Either it forms the gradients with the loss (``loss_and_gradients``), or log-probs first and gradients in the
-    backward pass (``logps``, ``gradients``).
+    It either forms the gradients with the loss (``loss_and_gradients``), or computes log-probs first (``logps``). In
+    the second case ``gradients`` forms the gradients in the backward pass. Without ``gradients`` the forward pass saves
+    a derivative.
     """
 
-    refuse: Callable[[Workload, Budget, int], str | None]
+    refuse: Callable[[Workload, Budget, int], str | None]  # takes the workload, the budget and the scratch's bytes
     gemms: Callable[[Workload], int]  # GEMM passes of 2 N H V FLOP, forward and backward
     schedule: Callable[[Workload, Budget], Schedule]
     loss_and_gradients: Callable[[RowKernels, Problem, Schedule, Tensor, Tensor], LossAndGradients] | None = None
     logps: Callable[[RowKernels, Problem, Schedule], tuple[RowResult, Tensor | None]] | None = None
     gradients: Callable[[RowKernels, Problem, Schedule, RowResult, Tensor], Gradients] | None = None
-    with_frozen_head: str | None = None  # the strategy that takes its place where the head is frozen
-    preferred: Callable[[Workload, str], bool] = lambda workload, backend: False  # before the order of the table
+    with_frozen_head: str | None = None  # the strategy that replaces it where the head is frozen
+    # This says whether the strategy goes before all others for a workload and the name of a backend.
+    preferred: Callable[[Workload, str], bool] = lambda workload, backend: False
 
 
 def _forward_and_backward(recomputed: int) -> Callable[[Workload], int]:
-    """One GEMM pass forward; ``recomputed`` and those of the gradients backward, if there are any."""
+    """Return the count of GEMM passes of a strategy that computes ``recomputed`` of them again.
+
+    One is forward. The others, and those of the gradients, are only there if a gradient is wanted.
+    """
     return lambda workload: 1 + (recomputed + workload.backward_gemms if any(workload.needs_grad) else 0)
 
 
@@ -80,13 +86,13 @@ STRATEGIES = {
 
 @dataclass(frozen=True)
 class Backend:
-    """Why a backend cannot run a workload (None: it can), and where its class of kernels is loaded from."""
+    """When a backend can run, and how its class of kernels is loaded."""
 
-    refuse: Callable[[Workload, bool], str | None]  # the workload, and whether the backend was asked for by name
+    refuse: Callable[[Workload, bool], str | None]  # its flag says whether the backend was asked for by name
     load: Callable[[], type[RowKernels]]
 
     def make(self, dtype: torch.dtype, workspace_bytes: int) -> RowKernels:
-        """The kernels for one call."""
+        """Return the kernels for one call: ``dtype`` is that of the GEMM operands."""
         return self.load()(dtype, workspace_bytes)
 
 
@@ -106,7 +112,7 @@ BACKEND_NAMES = tuple(BACKENDS)
 
 
 def divide_scratch(scratch_bytes: int, backend: str, dtype: torch.dtype, device: torch.device) -> Budget:
-    """Divide a scratch for a backend: a quarter, up to a limit, for temporaries, the rest for the tile."""
+    """Return how a scratch is divided for a backend, see ``Budget.of``. ``dtype`` is that of the GEMM operands."""
     kernels = BACKENDS[backend].load()
     per_logit, alignment = kernels.bytes_per_logit(dtype, device.type), kernels.row_alignment(device.type)
     return Budget.of(scratch_bytes, device.type, per_logit, alignment, kernels.can_alias_weight_grad)
