@@ -1,1 +1,4 @@
-"""A plan is carried out: ``run`` for callers, ``autograd`` and ``operators`` for torch, ``passes`` for the work."""
+"""The engine carries out a plan. ``run`` is for callers, ``autograd`` and ``operators`` for torch.
+
+``passes`` does the work.
+"""

@@ -1,12 +1,12 @@
 """Autograd: each pass as a ``torch.autograd.Function`` and as a custom operator, with one backward for both.
 
-Run eagerly the passes are functions of autograd, so that a loss may be any Python object, and tools that watch torch's
-own operations see them. Inside ``torch.compile`` and ``torch.export``, and under fake tensors, they are the operators
-of ``operators.py``.
+In eager mode the passes are functions of autograd. A loss may then be any Python object, and tools that watch torch's
+own operations see them. Inside ``torch.compile`` and ``torch.export``, and under fake tensors, the passes are the
+operators of ``operators.py``.
 
-What is kept between forward and backward is in accumulation precision: an upstream gradient multiplies it before the
-single rounding to the parameter's dtype. Nothing kept is changed before the last backward: a retained graph may run
-again.
+Tensors that are saved for the backward pass are in accumulation precision. The upstream gradient multiplies them before
+the single rounding to the parameter's dtype. They do not change before the last backward pass, because a retained graph
+may run again.
 """
 
 from collections.abc import Sequence
@@ -27,16 +27,29 @@ SECOND_DERIVATIVE = (
     "second derivatives of the fused losses and log-probs are not supported: use dpo_kernels.reference, "
     "which is plain torch, or call backward without create_graph"
 )
-UPSTREAM_TOLERANCE = 1e-6  # relative; an upstream gradient goes through float32
+# The upstream gradient may differ from ``main_grad_scale`` by this much, relative. It passes through float32, whose
+# rounding error is 6e-8.
+UPSTREAM_TOLERANCE = 1e-6
 
 
 def loss_and_gradients(
     problem: Problem, plan: Plan, ref_S: Tensor, denominator: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable sum of the losses over the denominator (); detached log-probs (S,), stats (k, S), tokens (R,).
+    """Compute the loss, and its gradients for a later backward pass.
 
-    The last, log-probs at their labels' places, is empty unless asked for. With ``main_grad`` (never traced) the
-    gradient of the head is added there, now, and autograd gets none for it.
+    With ``main_grad`` the gradient of the head is added to that buffer now, and autograd gets none for it. That never
+    happens under a tracer.
+
+    Args:
+        problem: what is computed. It has a loss.
+        plan: how it is computed. Its strategy forms gradients with the loss.
+        ref_S: ``(S,)`` log-probs of the reference, float64.
+        denominator: number that the sum of the losses is divided by, 0-d float64.
+
+    Returns:
+        The loss (0-d, differentiable), then without gradients the log-probs ``(S,)``, the statistics ``(k, S)`` and the
+        log-probs of tokens. The last are at their labels' places ``(R,)``, or empty unless they were asked for.
+
     """
     head = problem.head
     if traced(problem.hidden):
@@ -44,23 +57,30 @@ def loss_and_gradients(
         code, numbers, by_pair = problem.loss.encode(ref_S)
         packed, numbers, spec = operators.encode(problem, plan, code, (problem.loss.beta, *numbers))
         loss_tensors = [ref_S, denominator, by_pair]
-        done = operators.loss_operator(problem.hidden, head.weight, head.bias, packed, loss_tensors, numbers, spec)
+        outputs = operators.loss_operator(problem.hidden, head.weight, head.bias, packed, loss_tensors, numbers, spec)
     else:
         weights = problem.packed.weights
-        done = _Loss.apply(problem.hidden, head.weight, head.bias, weights, (ref_S, denominator), problem, plan)
-    total, _, logps, means, *_, tokens = done
+        outputs = _Loss.apply(problem.hidden, head.weight, head.bias, weights, (ref_S, denominator), problem, plan)
+    total, _, logps, means, *_, tokens = outputs
     return total, logps, means, _by_label(tokens, problem)
 
 
 def logps(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiable log-probs, (S,) float64 or by token (R,) at the labels' places, statistics (k, S), tokens (R,)."""
+    """Compute log-probs without a loss.
+
+    Returns:
+        The differentiable log-probs, then without gradients the statistics ``(k, S)`` and the log-probs of tokens. The
+        first are ``(S,)`` float64, or with ``per_token`` ``(R,)`` at the labels' places. The last are ``(R,)`` at
+        their labels' places, or empty unless they were asked for.
+
+    """
     head = problem.head
     if traced(problem.hidden):
-        encoded = operators.encode(problem, plan)
-        done = operators.logps_operator(problem.hidden, head.weight, head.bias, *encoded)
+        arguments = operators.encode(problem, plan)
+        outputs = operators.logps_operator(problem.hidden, head.weight, head.bias, *arguments)
     else:
-        done = _Logps.apply(problem.hidden, head.weight, head.bias, problem.packed.weights, problem, plan)
-    out, means, *_, tokens = done
+        outputs = _Logps.apply(problem.hidden, head.weight, head.bias, problem.packed.weights, problem, plan)
+    out, means, *_, tokens = outputs
     return out, means, _by_label(tokens, problem)
 
 
@@ -72,6 +92,8 @@ def _by_label(logp_N: Tensor, problem: Problem) -> Tensor:
 
 
 class _Loss(torch.autograd.Function):
+    """The pass that forms gradients with the loss. Its outputs are those of ``operators.loss_operator``."""
+
     @staticmethod
     def forward(
         hidden: Tensor,
@@ -82,8 +104,9 @@ class _Loss(torch.autograd.Function):
         problem: Problem,
         plan: Plan,
     ) -> tuple[Tensor, ...]:
-        done = passes.loss_and_gradients(_with_tensors(problem, hidden, weight, bias, weights), plan, *loss_tensors)
-        return done.total, done.losses, done.logps, done.means, *done.kept, done.tokens
+        """Compute the loss and its gradients. ``loss_tensors`` are the reference's log-probs and the denominator."""
+        result = passes.loss_and_gradients(_with_tensors(problem, hidden, weight, bias, weights), plan, *loss_tensors)
+        return result.total, result.losses, result.logps, result.means, *result.kept, result.tokens
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -114,48 +137,54 @@ def _keep_loss(ctx: Any, slot: Tensor, output: tuple[Tensor, ...]) -> None:
 
 
 def _loss_backward(ctx: Any, grad_total: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the saved gradients (hidden states, weight, bias) times the upstream gradient."""
     if grad_total is None:
         return None, None, None
     checks.refuse_batched("the upstream of a fused loss", grad_total)
     slot, *saved = ctx.saved_tensors
-    kept = KeptGradients(*saved)
+    gradients = KeptGradients(*saved)
     with torch.no_grad():
         if ctx.main_grad is not None:
             grad_total = _check_main_grad_scale(ctx, grad_total)
         if traced(grad_total):
             rounding = operators.encode_rounding(ctx.dtypes, ctx.needs)
-            grads = operators.loss_backward_operator(grad_total, list(kept), slot, rounding)
+            grads = operators.loss_backward_operator(grad_total, list(gradients), slot, rounding)
         elif torch._C._autograd._get_current_graph_task_keep_graph():
-            grads = passes.scale_gradients(grad_total, kept, slot, ctx.dtypes, ctx.needs)
+            grads = passes.scale_gradients(grad_total, gradients, slot, ctx.dtypes, ctx.needs)
         else:
-            grads = passes.finalize_gradients(grad_total, kept, slot, ctx.dtypes, ctx.needs, ctx.backend)
+            grads = passes.finalize_gradients(grad_total, gradients, slot, ctx.dtypes, ctx.needs, ctx.backend)
     return _wrap_gradients(ctx, grads)
 
 
 def _check_main_grad_scale(ctx: Any, grad_total: Tensor) -> Tensor:
-    """1 if the upstream gradient equals ``main_grad_scale``; otherwise an error on the CPU and NaN on a GPU."""
+    """Return 1 if the upstream gradient equals ``main_grad_scale``.
+
+    Otherwise raise on the CPU and return NaN on a GPU. A second backward pass raises too.
+    """
     if ctx.upstream_used:
         raise RuntimeError("main_grad got the gradient of one backward: with it a second one is refused")
     ctx.upstream_used = True
-    kept = (grad_total - ctx.main_grad).abs() <= UPSTREAM_TOLERANCE * abs(ctx.main_grad)
-    if grad_total.device.type == "cpu" and not kept:
+    agrees = (grad_total - ctx.main_grad).abs() <= UPSTREAM_TOLERANCE * abs(ctx.main_grad)
+    if grad_total.device.type == "cpu" and not agrees:
         raise RuntimeError(
             f"main_grad holds the gradient for an upstream of main_grad_scale={ctx.main_grad}, but the loss was "
             f"differentiated with {float(grad_total)}"
         )
-    return torch.where(kept, torch.ones_like(grad_total), torch.full_like(grad_total, torch.nan))
+    return torch.where(agrees, torch.ones_like(grad_total), torch.full_like(grad_total, torch.nan))
 
 
 # --- log-probs ------------------------------------------------------------------------------------------------------
 
 
 class _Logps(torch.autograd.Function):
+    """The pass that computes log-probs. Its outputs are those of ``operators.logps_operator``."""
+
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor | None, problem: Problem, plan: Plan
     ) -> tuple[Tensor, ...]:
-        done = passes.logps(_with_tensors(problem, hidden, weight, bias, weights), plan)
-        return done.logps, done.means, *done.saved, done.tokens
+        result = passes.logps(_with_tensors(problem, hidden, weight, bias, weights), plan)
+        return result.logps, result.means, *result.saved, result.tokens
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -187,6 +216,7 @@ def _keep_logps(
 
 
 def _logps_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of the hidden states, the weight and the bias, from those of the log-probs."""
     if grad_out is None:
         return None, None, None
     checks.refuse_batched("the upstream of fused log-probs", grad_out)
@@ -211,9 +241,9 @@ def _times_upstream(ctx: Any, grad_out: Tensor, dlogp_dhidden: Tensor, packed: S
     dtype = ctx.dtypes.hidden
     if traced(grad_out):
         return operators.frozen_logps_backward_operator(grad_out, dlogp_dhidden, packed, ctx.spec, dtype)
-    said = operators.decode_spec(ctx.spec)
-    tokens = operators.decode_packed(packed, said)
-    return passes.derivative_times_upstream(grad_out, dlogp_dhidden, tokens, said.per_token, said.shift, dtype)
+    options = operators.decode_spec(ctx.spec)
+    tokens = operators.decode_packed(packed, options)
+    return passes.derivative_times_upstream(grad_out, dlogp_dhidden, tokens, options.per_token, options.shift, dtype)
 
 
 # --- what both share ------------------------------------------------------------------------------------------------
@@ -222,7 +252,7 @@ def _times_upstream(ctx: Any, grad_out: Tensor, dlogp_dhidden: Tensor, packed: S
 def _with_tensors(
     problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor | None
 ) -> Problem:
-    """The problem with tensors as autograd passes them: ``torch.func`` has unwrapped them."""
+    """Return the problem with the tensors that autograd passes, which ``torch.func`` has unwrapped."""
     head = replace(problem.head, weight=weight, bias=bias)
     return replace(problem, hidden=hidden, head=head, packed=replace(problem.packed, weights=weights))
 
@@ -235,7 +265,7 @@ def _keep_common(
     needs: NeedsGrad,
     output: tuple[Tensor, ...],
 ) -> None:
-    """What both functions keep; their first output is the differentiable one."""
+    """Save what both functions need for the backward pass. Only the first output is differentiable."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.dtypes, ctx.needs = GradDtypes.of(hidden, weight, bias), needs
@@ -243,7 +273,7 @@ def _keep_common(
 
 
 def _wrap_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Those that are wanted, each refusing to be differentiated again."""
+    """Return the gradients that are wanted. Each raises an error if it is differentiated again."""
     dx, dw, db = (grad if need else None for grad, need in zip(grads, ctx.needs, strict=True))
     if torch.is_grad_enabled() and ctx.anchor is not None:  # create_graph=True
         dx, dw, db = (None if g is None else _RefuseSecondDerivative.apply(ctx.anchor, g) for g in (dx, dw, db))
@@ -251,7 +281,7 @@ def _wrap_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | 
 
 
 def _anchor(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """An empty tensor that hangs on the differentiable inputs' graph and holds none of their memory."""
+    """Return an empty tensor that depends on the differentiable inputs in the graph and holds none of their memory."""
     if traced(hidden):
         return None
     with torch.enable_grad():
@@ -264,7 +294,7 @@ def _anchor(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
-    """Passes a gradient through; differentiating it again is an error instead of a silent zero."""
+    """The identity on a gradient. Differentiating it again raises an error instead of giving zero."""
 
     @staticmethod
     def forward(anchor: Tensor, grad: Tensor) -> Tensor:
@@ -272,7 +302,7 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass  # torch.func asks for one
+        pass  # torch.func requires this method
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
@@ -280,7 +310,7 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
 
 def _refuse_vmap() -> None:
-    """Where a transform around another one has hidden from input validation what it does."""
+    """Raise the error of ``vmap`` where nested transforms have hidden it from input validation."""
     raise RuntimeError(f"this is {checks.UNDER_VMAP}")
 
 
@@ -293,10 +323,10 @@ def _refuse_forward_mode() -> None:
 
 def _loss_operator_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, packed, loss_tensors, _, spec = inputs
-    said = operators.decode_spec(spec)
-    _keep_common(ctx, hidden, weight, bias, said.needs_grad, output)
-    _keep_loss(ctx, operators.decode_packed(packed, said).slot, output)
-    ctx.backend, ctx.main_grad = said.backend, None
+    options = operators.decode_spec(spec)
+    _keep_common(ctx, hidden, weight, bias, options.needs_grad, output)
+    _keep_loss(ctx, operators.decode_packed(packed, options).slot, output)
+    ctx.backend, ctx.main_grad = options.backend, None
     ctx.lists = (len(packed), len(loss_tensors))
 
 
@@ -307,9 +337,9 @@ def _loss_operator_backward(ctx: Any, grad_total: Tensor | None, *ignored: Tenso
 
 def _logps_operator_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, packed, numbers, spec = inputs
-    said = operators.decode_spec(spec)
-    _keep_common(ctx, hidden, weight, bias, said.needs_grad, output)
-    ctx.frozen = passes.saves_dlogp_dhidden(said.strategy, said.needs_grad)
+    options = operators.decode_spec(spec)
+    _keep_common(ctx, hidden, weight, bias, options.needs_grad, output)
+    ctx.frozen = passes.saves_dlogp_dhidden(options.strategy, options.needs_grad)
     model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
     ctx.numbers, ctx.spec, ctx.plan = numbers, spec, None
     _keep_logps(ctx, model, packed, output)

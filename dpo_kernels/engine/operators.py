@@ -1,8 +1,8 @@
 """The passes as custom operators of the namespace ``dpo_kernels``, opaque to torch's tracers.
 
 An operator takes tensors, lists of tensors, a list of numbers and a string. ``encode`` turns a problem and a plan into
-these, ``decode_problem`` turns them back. The string is decoded once for all calls that share it. The lengths of
-sequences are not in it, so the plan's chunks are made inside the operator.
+these, and ``decode_problem`` turns them back. The string is decoded once for all calls that share it. It does not hold
+the lengths of sequences, so the plan's chunks are made inside the operator.
 """
 
 import functools
@@ -19,6 +19,7 @@ from dpo_kernels.planning.plan import Plan, lay_out
 from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import STATS, TOKEN_LOGPS, Head, NeedsGrad, PackedTokens, accumulation_dtype
 
+# The string names dtypes in this way.
 DTYPES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -26,11 +27,11 @@ DTYPES = {
     torch.float16: "float16",
 }
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
-NUM_PACKED = 8  # tensors of PackedTokens
+NUM_PACKED = 8  # the number of tensors of PackedTokens
 
 
 class Spec(NamedTuple):
-    """What a string says of a problem and its plan."""
+    """The options of a problem and its plan that the string of an operator holds."""
 
     strategy: str
     backend: str
@@ -43,11 +44,11 @@ class Spec(NamedTuple):
     per_token: bool
     shift: bool
     static: bool
-    loss: str  # of ``losses.encode``, empty where log-probs are the result
+    loss: str  # the string of ``losses.encode``, empty where log-probs are the result
 
 
 class Encoded(NamedTuple):
-    """A problem and a plan as an operator takes them, beside the tensors of the model."""
+    """A problem and a plan as the arguments of an operator. The tensors of the model come before them."""
 
     packed: list[Tensor]
     numbers: list[float]
@@ -55,7 +56,7 @@ class Encoded(NamedTuple):
 
 
 def packed_tensors(packed: PackedTokens) -> list[Tensor | None]:
-    """The fields of packed tokens, in the order of ``decode_packed``."""
+    """Return the fields of packed tokens in the order that ``decode_packed`` expects."""
     return [
         packed.index,
         packed.labels,
@@ -71,7 +72,7 @@ def packed_tensors(packed: PackedTokens) -> list[Tensor | None]:
 def encode_options(
     problem: Problem, plan: Plan, loss_code: str = "", loss_numbers: Sequence[float] = ()
 ) -> tuple[list[float], str]:
-    """The numbers and the string of a problem and its plan."""
+    """Return the numbers and the string of a problem and its plan; the loss is encoded by ``losses``."""
     head = problem.head
     flags = (
         *problem.needs_grad,
@@ -95,7 +96,7 @@ def encode_options(
 
 
 def encode(problem: Problem, plan: Plan, loss_code: str = "", loss_numbers: Sequence[float] = ()) -> Encoded:
-    """The arguments of an operator beside the tensors of the model; missing weights are an empty tensor."""
+    """Return the arguments of an operator after the tensors of the model. Missing weights become an empty tensor."""
     nothing = problem.packed.nan_if_invalid.new_zeros(0)
     packed = [nothing if tensor is None else tensor for tensor in packed_tensors(problem.packed)]
     return Encoded(packed, *encode_options(problem, plan, loss_code, loss_numbers))
@@ -103,7 +104,7 @@ def encode(problem: Problem, plan: Plan, loss_code: str = "", loss_numbers: Sequ
 
 @functools.lru_cache(maxsize=256)
 def decode_spec(spec: str) -> Spec:
-    """The inverse of what ``encode`` does to words and flags."""
+    """Return the options that ``encode_options`` has written into a string."""
     strategy, backend, scratch_bytes, dtype, flags, stats, loss = spec.split("|")
     hidden, weight, bias, has_weights, has_softcap, per_token, shift, static = (flag == "1" for flag in flags)
     return Spec(
@@ -123,7 +124,7 @@ def decode_spec(spec: str) -> Spec:
 
 
 def decode_packed(tensors: Sequence[Tensor], spec: Spec) -> PackedTokens:
-    """The packed tokens from a list of their fields."""
+    """Return packed tokens from the list of their fields."""
     index, labels, weights, segments, slot, counts, counts_host, nan_if_invalid = tensors
     has = weights if spec.has_weights else None
     return PackedTokens(index, labels, has, segments, slot, counts, counts_host, nan_if_invalid)
@@ -138,7 +139,7 @@ def decode_problem(
     spec: str,
     loss: losses.BoundLoss | None = None,
 ) -> Problem:
-    """The problem, but for its reference and what is done to the losses afterwards."""
+    """Return the problem without its reference and its reduction. ``packed`` is a list of ``NUM_PACKED`` tensors."""
     said = decode_spec(spec)
     logit_scale, softcap, *_ = numbers
     return Problem(
@@ -156,19 +157,19 @@ def decode_problem(
 
 
 def plan_of(problem: Problem, spec: str) -> Plan:
-    """The plan that was encoded, with the chunks of these lengths."""
-    said = decode_spec(spec)
-    return lay_out(problem.workload, said.strategy, said.backend, said.scratch_bytes)
+    """Return the plan that was encoded, with chunks for the lengths of this problem."""
+    options = decode_spec(spec)
+    return lay_out(problem.workload, options.strategy, options.backend, options.scratch_bytes)
 
 
 def encode_rounding(dtypes: GradDtypes, needs: NeedsGrad) -> str:
-    """Which gradients are wanted, and in which dtypes."""
+    """Return a string that says which gradients are wanted, and in which dtypes."""
     return "|".join((*(DTYPES[dtype] for dtype in dtypes), "".join("1" if need else "0" for need in needs)))
 
 
 @functools.lru_cache(maxsize=256)
 def decode_rounding(rounding: str) -> tuple[GradDtypes, NeedsGrad]:
-    """The inverse of ``encode_rounding``."""
+    """Return what ``encode_rounding`` has written into a string."""
     *dtypes, needs = rounding.split("|")
     return GradDtypes(*(BY_NAME[name] for name in dtypes)), NeedsGrad(*(need == "1" for need in needs))
 
@@ -185,19 +186,23 @@ def _loss(
     numbers: Sequence[float],
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``passes.loss_and_gradients``: total, losses, log-probs, means, gradients (hidden, weight, bias), tokens."""
+    """Run ``passes.loss_and_gradients``.
+
+    ``loss_tensors`` are the reference's log-probs, the denominator and the loss's tensors by pair. The outputs are the
+    total, losses, log-probs, means, gradients (hidden, weight, bias) and log-probs of tokens.
+    """
     ref_S, denominator, by_pair = loss_tensors
     _, _, beta, *loss_numbers = numbers
     loss = losses.decode(decode_spec(spec).loss, beta, loss_numbers, by_pair)
     problem = decode_problem(hidden, weight, bias, packed, numbers, spec, loss)
-    done = passes.loss_and_gradients(problem, plan_of(problem, spec), ref_S, denominator)
-    return done.total, done.losses, done.logps, done.means, *done.kept, done.tokens
+    result = passes.loss_and_gradients(problem, plan_of(problem, spec), ref_S, denominator)
+    return result.total, result.losses, result.logps, result.means, *result.kept, result.tokens
 
 
 def _loss_backward(
     grad_total: Tensor, kept: Sequence[Tensor], slot: Tensor, rounding: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``passes.scale_gradients``; ``rounding`` is what ``encode_rounding`` gives."""
+    """Run ``passes.scale_gradients``. ``rounding`` comes from ``encode_rounding``."""
     return passes.scale_gradients(grad_total, KeptGradients(*kept), slot, *decode_rounding(rounding))
 
 
@@ -209,10 +214,10 @@ def _logps(
     numbers: Sequence[float],
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``passes.logps``: log-probs, means, what is saved (max, sumexp, others, derivative), tokens."""
+    """Run ``passes.logps``. The outputs are log-probs, means, the four of ``SavedRows``, and log-probs of tokens."""
     problem = decode_problem(hidden, weight, bias, packed, numbers, spec)
-    done = passes.logps(problem, plan_of(problem, spec))
-    return done.logps, done.means, *done.saved, done.tokens
+    result = passes.logps(problem, plan_of(problem, spec))
+    return result.logps, result.means, *result.saved, result.tokens
 
 
 def _logps_backward(
@@ -224,7 +229,7 @@ def _logps_backward(
     numbers: Sequence[float],
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``passes.logps_gradients``."""
+    """Run ``passes.logps_gradients``. ``packed_and_saved`` lists the packed tokens and then ``SavedRows``."""
     packed, saved = packed_and_saved[:NUM_PACKED], packed_and_saved[NUM_PACKED:]
     problem = decode_problem(hidden, weight, bias, packed, numbers, spec)
     dtypes = GradDtypes.of(hidden, weight, bias)
@@ -234,10 +239,10 @@ def _logps_backward(
 def _frozen_logps_backward(
     grad_out: Tensor, dlogp_dhidden: Tensor, packed: Sequence[Tensor], spec: str, dtype: torch.dtype
 ) -> Tensor:
-    """``passes.derivative_times_upstream``: the gradient of the hidden states."""
-    said = decode_spec(spec)
+    """Run ``passes.derivative_times_upstream``, which gives the gradient of the hidden states."""
+    options = decode_spec(spec)
     return passes.derivative_times_upstream(
-        grad_out, dlogp_dhidden, decode_packed(packed, said), said.per_token, said.shift, dtype
+        grad_out, dlogp_dhidden, decode_packed(packed, options), options.per_token, options.shift, dtype
     )
 
 
@@ -250,7 +255,7 @@ frozen_logps_backward_operator = torch.library.custom_op(
 )
 
 
-# --- what they return, by shape and dtype --------------------------------------------------------------------------
+# --- fake kernels: each gives the shapes and dtypes of its operator's outputs ----------------------------------------
 
 
 @loss_operator.register_fake
@@ -263,20 +268,21 @@ def _fake_loss(
     numbers: Sequence[float],
     spec: str,
 ) -> tuple[Tensor, ...]:
-    said, ref_S = decode_spec(spec), loss_tensors[0]
-    tokens = decode_packed(packed, said)
+    """Return empty tensors with the shapes and dtypes of the outputs of ``_loss``."""
+    options, ref_S = decode_spec(spec), loss_tensors[0]
+    tokens = decode_packed(packed, options)
     sequences = tokens.counts.shape[0]
-    kept = hidden.new_empty(0, dtype=accumulation_dtype(said.compute_dtype))
-    need = said.needs_grad
+    empty = hidden.new_empty(0, dtype=accumulation_dtype(options.compute_dtype))
+    need = options.needs_grad
     return (
         ref_S.new_empty(()),
         ref_S.new_empty(sequences // 2),
         ref_S.new_empty(sequences),
-        _fake_means(tokens, said),
-        kept.new_empty(tokens.capacity + 1, hidden.shape[1]) if need.hidden else kept.new_empty(0),
-        kept.new_empty(weight.shape) if need.weight else kept.new_empty(0),
-        kept.new_empty(weight.shape[0]) if need.bias else kept.new_empty(0),
-        _fake_tokens(kept, tokens, said),
+        _fake_means(tokens, options),
+        empty.new_empty(tokens.capacity + 1, hidden.shape[1]) if need.hidden else empty.new_empty(0),
+        empty.new_empty(weight.shape) if need.weight else empty.new_empty(0),
+        empty.new_empty(weight.shape[0]) if need.bias else empty.new_empty(0),
+        _fake_tokens(empty, tokens, options),
     )
 
 
@@ -300,18 +306,19 @@ def _fake_logps(
     numbers: Sequence[float],
     spec: str,
 ) -> tuple[Tensor, ...]:
-    said = decode_spec(spec)
-    tokens = decode_packed(packed, said)
-    kept = hidden.new_empty(0, dtype=accumulation_dtype(said.compute_dtype))
+    """Return empty tensors with the shapes and dtypes of the outputs of ``_logps``."""
+    options = decode_spec(spec)
+    tokens = decode_packed(packed, options)
+    empty = hidden.new_empty(0, dtype=accumulation_dtype(options.compute_dtype))
     sequences = tokens.nan_if_invalid.new_empty(tokens.counts.shape[0])
-    out = kept.new_empty(tokens.slot.shape[0]) if said.per_token else sequences
-    if passes.saves_dlogp_dhidden(said.strategy, said.needs_grad):
-        derivative = kept.new_empty(tokens.capacity + 1, hidden.shape[1])
-        saved = (kept.new_empty(0), kept.new_empty(0), kept.new_empty(0), derivative)
+    out = empty.new_empty(tokens.slot.shape[0]) if options.per_token else sequences
+    if passes.saves_dlogp_dhidden(options.strategy, options.needs_grad):
+        derivative = empty.new_empty(tokens.capacity + 1, hidden.shape[1])
+        saved = (empty.new_empty(0), empty.new_empty(0), empty.new_empty(0), derivative)
     else:
-        row_max, sumexp, others = (kept.new_empty(tokens.capacity) for _ in range(3))
-        saved = (row_max, sumexp, others, kept.new_empty(0))
-    return out, _fake_means(tokens, said), *saved, _fake_tokens(kept, tokens, said)
+        row_max, sumexp, others = (empty.new_empty(tokens.capacity) for _ in range(3))
+        saved = (row_max, sumexp, others, empty.new_empty(0))
+    return out, _fake_means(tokens, options), *saved, _fake_tokens(empty, tokens, options)
 
 
 @logps_backward_operator.register_fake
@@ -324,6 +331,7 @@ def _fake_logps_backward(
     numbers: Sequence[float],
     spec: str,
 ) -> tuple[Tensor, ...]:
+    """Return empty tensors with the shapes and dtypes of the outputs of ``_logps_backward``."""
     need = decode_spec(spec).needs_grad
     nothing = packed_and_saved[-1].new_empty(0)
     dx, dw, db = nothing, nothing.new_empty(0), nothing.new_empty(0)

@@ -1,7 +1,7 @@
 """The three passes that autograd sees: loss with gradients, log-probs, and the gradients of log-probs.
 
-Gradients that a pass keeps are in accumulation precision. They are multiplied by their upstream gradient and rounded
-once to the parameter's dtype. Empty tensors stand for what was not asked for.
+Gradients that wait for the backward pass are in accumulation precision. They are multiplied by their upstream gradient
+and rounded once to the parameter's dtype. An empty tensor stands for each output that was not asked for.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -27,12 +27,14 @@ from dpo_kernels.shapes import (
     accumulation_dtype,
 )
 
+# Gradients are scaled and rounded in blocks of this many bytes, which caps the temporaries. Blocks on a GPU are large,
+# so that a few launches are enough for any batch. Both numbers are choices and not measured.
 CPU_COPY_BYTES = 16 * 2**20
-GPU_COPY_BYTES = 256 * 2**20  # a few launches for any batch
+GPU_COPY_BYTES = 256 * 2**20
 
 
 class KeptGradients(NamedTuple):
-    """Gradients of the loss in accumulation precision, empty where not needed."""
+    """Gradients of the loss that wait for the backward pass, in accumulation precision. Unwanted ones are empty."""
 
     hidden: Tensor  # (N + 1, H), last row 0
     weight: Tensor  # (V, H)
@@ -40,7 +42,7 @@ class KeptGradients(NamedTuple):
 
 
 class GradDtypes(NamedTuple):
-    """The dtypes of the parameters, which their gradients are rounded to."""
+    """The dtypes of the parameters. Their gradients are rounded to these."""
 
     hidden: torch.dtype
     weight: torch.dtype
@@ -48,23 +50,23 @@ class GradDtypes(NamedTuple):
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "GradDtypes":
-        """Those of tensors; a missing bias has the weight's."""
+        """Return the dtypes of tensors. A missing bias counts as having the weight's."""
         return GradDtypes(hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
 
 
 class LossResult(NamedTuple):
     """What the pass with gradients returns."""
 
-    total: Tensor  # () the sum of the losses over the denominator
-    losses: Tensor  # by example
-    logps: Tensor  # (S,)
+    total: Tensor  # () float64, sum of the losses over the denominator
+    losses: Tensor  # (P,) for pairs, else one for each example
+    logps: Tensor  # (S,) float64
     means: Tensor  # (k, S) statistics
     kept: KeptGradients
     tokens: Tensor  # (N,) log-probs, empty unless asked for
 
 
 class SavedRows(NamedTuple):
-    """What the backward pass of log-probs needs: sums by token, or the derivative where that is kept instead."""
+    """What the backward pass of log-probs needs: sums of each token, or the saved derivative with empty sums."""
 
     max: Tensor  # (N,)
     sumexp: Tensor  # (N,)
@@ -75,30 +77,51 @@ class SavedRows(NamedTuple):
 class LogpsResult(NamedTuple):
     """What the pass without a loss returns."""
 
-    logps: Tensor  # (S,) or by label (R,)
+    logps: Tensor  # (S,), or with per_token (R,) at the labels' places
     means: Tensor  # (k, S) statistics
     saved: SavedRows
     tokens: Tensor  # (N,) log-probs, empty unless asked for
 
 
 def loss_and_gradients(problem: Problem, plan: Plan, ref_S: Tensor, denominator: Tensor) -> LossResult:
-    """The loss and its gradients. With ``main_grad`` these are those of ``main_grad.scale`` times the loss."""
+    """Compute the loss and its gradients.
+
+    Args:
+        problem: what is computed. With ``main_grad`` the head's gradient is added to that buffer, and all gradients
+            are those of ``main_grad.scale`` times the loss.
+        plan: how it is computed. Its strategy forms gradients with the loss.
+        ref_S: ``(S,)`` log-probs of the reference, float64.
+        denominator: number that the sum of the losses is divided by, 0-d float64.
+
+    """
     algorithm = plan.algorithm.loss_and_gradients
     assert algorithm is not None, "the plan forms gradients"
     with _autocast_off(problem.hidden), torch.no_grad():
         kernels, operands, schedule = _prepared(problem, plan)
-        done = algorithm(kernels, operands, schedule, ref_S, denominator)
-        means = _sequence_means(kernels, done.stats, problem)
+        result = algorithm(kernels, operands, schedule, ref_S, denominator)
+        means = _sequence_means(kernels, result.stats, problem)
     nothing = torch.empty(0, dtype=accumulation_dtype(problem.compute_dtype), device=problem.hidden.device)
-    kept = KeptGradients(*(nothing.clone() if g is None else g for g in (done.hidden, done.weight, done.bias)))
-    tokens = _checked_tokens(done.token_logps, problem, nothing)
-    return LossResult(done.total, done.losses, done.logps, means, kept, tokens)
+    grads = KeptGradients(*(nothing.clone() if g is None else g for g in (result.hidden, result.weight, result.bias)))
+    tokens = _checked_tokens(result.token_logps, problem, nothing)
+    return LossResult(result.total, result.losses, result.logps, means, grads, tokens)
 
 
 def scale_gradients(
     grad_total: Tensor, kept: KeptGradients, slot: Tensor, dtypes: GradDtypes, needs: NeedsGrad
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The kept gradients times the upstream gradient, in the dtypes of the parameters; empty where not needed."""
+    """Multiply gradients by the upstream gradient and round them.
+
+    Args:
+        grad_total: upstream gradient, 0-d.
+        kept: gradients of the loss in accumulation precision.
+        slot: ``(R,)`` int64 place of each input row among the packed tokens, N where not scored.
+        dtypes: dtypes of the results.
+        needs: which gradients are wanted.
+
+    Returns:
+        Gradients of the hidden states ``(R, H)``, the weight ``(V, H)`` and the bias ``(V,)``. Unwanted ones are empty.
+
+    """
     dx, dw, db = kept
     factor = grad_total.to(dx.dtype)
     return (
@@ -111,9 +134,10 @@ def scale_gradients(
 def finalize_gradients(
     grad_total: Tensor, kept: KeptGradients, slot: Tensor, dtypes: GradDtypes, needs: NeedsGrad, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``scale_gradients``, where nothing will read the kept gradients again.
+    """Do the same as ``scale_gradients`` where nothing will read the gradients in ``kept`` again.
 
-    The head's is handed over if its memory serves: a copy of it costs a good part of its GEMM, and its memory.
+    The weight's gradient is scaled in its own memory if ``backend`` can do that. A copy would take a good part of the
+    time of its GEMM, and as much memory again.
     """
     weight = None
     if needs.weight:
@@ -126,7 +150,7 @@ def finalize_gradients(
 
 
 def logps(problem: Problem, plan: Plan) -> LogpsResult:
-    """Log-probs by sequence or by label, and what their backward pass needs."""
+    """Compute log-probs of sequences or of tokens, and what their backward pass needs."""
     algorithm, packed = plan.algorithm.logps, problem.packed
     assert algorithm is not None, "the plan computes log-probs first"
     with _autocast_off(problem.hidden), torch.no_grad():
@@ -147,14 +171,24 @@ def logps(problem: Problem, plan: Plan) -> LogpsResult:
 
 
 def saves_dlogp_dhidden(strategy: str, needs: NeedsGrad) -> bool:
-    """Whether the derivative of the log-probs by the hidden states is formed beside them."""
+    """Return whether a strategy saves the derivative of the log-probs with respect to the hidden states."""
     return STRATEGIES[strategy].gradients is None and needs.hidden
 
 
 def derivative_times_upstream(
     grad_out: Tensor, dlogp_dhidden: Tensor, packed: PackedTokens, per_token: bool, shift: bool, dtype: torch.dtype
 ) -> Tensor:
-    """Gradient of the hidden states from the log-probs', where the derivative was kept."""
+    """Return the gradient of the hidden states from the saved derivative.
+
+    Args:
+        grad_out: upstream gradient of the log-probs: ``(S,)``, or ``(R,)`` with ``per_token``.
+        dlogp_dhidden: ``(N + 1, H)`` saved derivative with the sign changed and a zero last row.
+        packed: the packed tokens.
+        per_token: whether the log-probs are by token.
+        shift: whether ``hidden[t]`` predicts ``labels[t + 1]``.
+        dtype: dtype of the result, ``(R, H)``.
+
+    """
     with torch.no_grad():
         grad_N = _upstream_of_tokens(grad_out, packed, per_token, shift)
         scale = torch.cat([-grad_N, grad_N.new_zeros(1)]).to(dlogp_dhidden.dtype)
@@ -164,7 +198,19 @@ def derivative_times_upstream(
 def logps_gradients(
     grad_out: Tensor, problem: Problem, plan: Plan, saved: SavedRows, dtypes: GradDtypes
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``logps`` (hidden, weight, bias) from recomputed logits; empty where not needed."""
+    """Compute the gradients of ``logps`` from logits that are computed again.
+
+    Args:
+        grad_out: upstream gradient of the log-probs: ``(S,)``, or ``(R,)`` at the labels' places with ``per_token``.
+        problem: what ``logps`` has computed.
+        plan: the plan that it has used.
+        saved: what it has saved.
+        dtypes: dtypes of the results.
+
+    Returns:
+        Gradients of the hidden states ``(R, H)``, the weight ``(V, H)`` and the bias ``(V,)``. Unwanted ones are empty.
+
+    """
     algorithm, slot = plan.algorithm.gradients, problem.packed.slot
     assert algorithm is not None, "strategies without a backward pass keep the derivative"
     with _autocast_off(grad_out), torch.no_grad():
@@ -184,7 +230,7 @@ def logps_gradients(
 
 
 def _prepared(problem: Problem, plan: Plan) -> tuple[RowKernels, Problem, Schedule]:
-    """The kernels of one call, the problem with the head as the GEMMs read it, and the schedule."""
+    """Return the kernels of one call, the problem with the head as the GEMMs read it, and the schedule."""
     assert plan.schedule is not None, "a plan is executed where the lengths are known"
     kernels = BACKENDS[plan.backend].make(problem.compute_dtype, plan.budget.workspace_bytes)
     names = tuple(name for name in problem.stats if name in STATS)
@@ -196,18 +242,18 @@ def _prepared(problem: Problem, plan: Plan) -> tuple[RowKernels, Problem, Schedu
 
 
 def _operand_head(head: Head, dtype: torch.dtype) -> Head:
-    """The head as the GEMMs read it; under autocast a copy in its dtype."""
+    """Return the head as the GEMMs read it. Under autocast it is a copy in autocast's dtype."""
     bias = None if head.bias is None else _settled(head.bias.detach().to(dtype))
     return Head(_settled(head.weight.detach().to(dtype)), bias, head.logit_scale, head.softcap)
 
 
 def _settled(tensor: Tensor) -> Tensor:
-    """What a collective has filled: a launch of a kernel of ours is no operation of torch's and would not wait."""
+    """Return a tensor that its collective has filled. torch's operations wait for that, and our kernels do not."""
     return tensor.wait() if type(tensor).__name__ in WRAPPERS_THAT_UNWRAP else tensor  # type: ignore[attr-defined]
 
 
 def _checked_tokens(logp_N: Tensor, problem: Problem, nothing: Tensor) -> Tensor:
-    """Log-probs by token where they are asked for."""
+    """Return the log-probs of tokens, NaN where the input is invalid, or an empty tensor unless asked for."""
     if TOKEN_LOGPS not in problem.stats:
         return nothing.clone()
     return logp_N + problem.packed.nan_if_invalid.to(logp_N.dtype)
@@ -219,7 +265,7 @@ def _autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def _sequence_means(kernels: RowKernels, stats: dict[str, Tensor], problem: Problem) -> Tensor:
-    """Means over scored tokens, ``(k, S)`` float32, 0 for a sequence without any."""
+    """Return the means ``(k, S)`` float32 over scored tokens. They are 0 for a sequence without any."""
     packed = problem.packed
     tokens = packed.counts.clamp(min=1)
     names = [name for name in problem.stats if name in STATS]
@@ -229,13 +275,13 @@ def _sequence_means(kernels: RowKernels, stats: dict[str, Tensor], problem: Prob
 
 
 def by_label(logp_N: Tensor, slot: Tensor, shift: bool) -> Tensor:
-    """Log-probs at the places of their labels, 0 where none is scored."""
+    """Return log-probs ``(R,)`` at the places of their labels, 0 where none is scored."""
     out = torch.cat([logp_N, logp_N.new_zeros(1)]).index_select(0, slot)
     return _labels_to_rows(out, shift, forward=True)
 
 
 def _labels_to_rows(values_R: Tensor, shift: bool, forward: bool) -> Tensor:
-    """Move values between a hidden row and the label it predicts (``forward``: row to label)."""
+    """Move values from a hidden row to the label that it predicts, or back if ``forward`` is false."""
     if not shift or values_R.shape[0] == 0:
         return values_R
     zero = values_R.new_zeros(1)
@@ -243,7 +289,7 @@ def _labels_to_rows(values_R: Tensor, shift: bool, forward: bool) -> Tensor:
 
 
 def _upstream_of_tokens(grad_out: Tensor, packed: PackedTokens, per_token: bool, shift: bool) -> Tensor:
-    """Upstream gradient of each token's log-prob, float64 by sequence; NaN where the input is invalid."""
+    """Return the upstream gradient ``(N,)`` of each token's log-prob. It is NaN where the input is invalid."""
     if not per_token:
         return sequence_to_token(grad_out, packed.segments, packed.weights) + packed.nan_if_invalid
     grad_R = _labels_to_rows(grad_out, shift, forward=False)
@@ -254,7 +300,7 @@ def _upstream_of_tokens(grad_out: Tensor, packed: PackedTokens, per_token: bool,
 
 
 def _to_input_rows(dx: Tensor, slot: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Packed rows back to their places, times one factor or one for each row; rows not scored are exactly 0."""
+    """Return packed rows at their places in the input, times one factor or one for each row. Other rows are 0."""
     rows, width = slot.shape[0], dx.shape[1]
     out = torch.empty(rows, width, dtype=dtype, device=dx.device)
     step = max(1, (GPU_COPY_BYTES if dx.is_cuda else CPU_COPY_BYTES) // max(1, width * dx.dtype.itemsize))
@@ -266,11 +312,13 @@ def _to_input_rows(dx: Tensor, slot: Tensor, scale: Tensor, dtype: torch.dtype) 
 
 
 def _scaled_copy(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``grad`` times a 0-d factor, rounded once to ``dtype``."""
     if grad.dtype == dtype:
         return grad * factor
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     if grad.is_cuda:
-        return torch.mul(grad, factor, out=out)  # one kernel that rounds what it writes; on the CPU a copy between
+        # One CUDA kernel rounds what it writes. On the CPU torch would make a float32 copy of everything first.
+        return torch.mul(grad, factor, out=out)
     step = max(1, CPU_COPY_BYTES // max(1, grad[:1].numel() * grad.dtype.itemsize))
     for start in range(0, grad.shape[0], step):
         out[start : start + step] = grad[start : start + step] * factor

@@ -1,4 +1,4 @@
-"""A plan carried out: reference, loss or log-probs, and what goes back to the caller."""
+"""``run`` carries out a plan: the reference, then the loss or log-probs, then the outputs for the caller."""
 
 from typing import NamedTuple
 
@@ -14,18 +14,18 @@ from dpo_kernels.shapes import STATS, TOKEN_LOGPS, number_like, sum_dtype
 
 
 class Result(NamedTuple):
-    """What a loss gives: sequences in the packed order, statistics in the caller's."""
+    """The results of a loss. Log-probs are in the packed order of sequences, statistics in the caller's."""
 
-    loss: Tensor  # (), or by example with reduction="none"; differentiable
+    loss: Tensor  # (), or one for each example with reduction="none"; it is differentiable
     policy_logps: Tensor  # (S,)
     ref_logps: Tensor  # (S,)
     stats: dict[str, Tensor]
 
 
 def run(problem: Problem, plan: Plan) -> Result:
-    """The loss of a problem and everything beside it."""
+    """Compute the loss of a problem, its log-probs and its statistics."""
     assert problem.loss is not None, "a problem without a loss is one of run_logps"
-    # The reference comes first: a pass that forms gradients needs the coefficients, and these need the reference.
+    # The reference comes first. A pass that forms gradients needs the coefficients, and these need the reference.
     ref_S = _reference_logps(problem, plan)
     denominator = _denominator(problem, ref_S)
     if plan.forms_gradients:
@@ -38,14 +38,14 @@ def run(problem: Problem, plan: Plan) -> Result:
 
 
 def run_logps(problem: Problem, plan: Plan) -> Tensor:
-    """Differentiable log-probs by sequence ``(S,)`` or by token in the shape of the labels."""
+    """Compute differentiable log-probs, ``(S,)`` of sequences or in the shape of the labels for tokens."""
     out, _, _ = autograd.logps(problem, plan)
     out = out.to(problem.result_dtype)
     return out.view(problem.labels_shape) if problem.per_token else out
 
 
 def pair_output(problem: Problem, result: Result) -> DPOLossOutput:
-    """The results of pairs in the caller's dtype."""
+    """Return the results of pairs in the caller's dtype."""
     dtype, policy_S, ref_S, rewards_S = _by_sequence(problem, result)
     return DPOLossOutput(
         result.loss.to(dtype),
@@ -60,7 +60,7 @@ def pair_output(problem: Problem, result: Result) -> DPOLossOutput:
 
 
 def sequence_output(problem: Problem, result: Result) -> SequenceLossOutput:
-    """The results of sequences or groups in the caller's dtype."""
+    """Return the results of sequences or groups in the caller's dtype."""
     dtype, policy_S, ref_S, rewards_S = _by_sequence(problem, result)
     return SequenceLossOutput(
         result.loss.to(dtype), rewards_S.to(dtype), policy_S.to(dtype), ref_S.to(dtype), result.stats
@@ -75,15 +75,15 @@ def _by_sequence(problem: Problem, result: Result) -> tuple[torch.dtype, Tensor,
 
 def _statistics(problem: Problem, means: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     names, stacked = [name for name in problem.stats if name in STATS], problem.stacked
-    found = {name: to_callers_order(means[i], stacked) for i, name in enumerate(names)}
-    found["tokens"] = to_callers_order(problem.packed.counts, stacked).float()
+    stats = {name: to_callers_order(means[i], stacked) for i, name in enumerate(names)}
+    stats["tokens"] = to_callers_order(problem.packed.counts, stacked).float()
     if TOKEN_LOGPS in problem.stats:
-        found[TOKEN_LOGPS] = tokens.view(problem.labels_shape).to(problem.result_dtype)
-    return found
+        stats[TOKEN_LOGPS] = tokens.view(problem.labels_shape).to(problem.result_dtype)
+    return stats
 
 
 def _reference_logps(problem: Problem, plan: Plan) -> Tensor:
-    """Log-probs of the reference ``(S,)`` in the packed order and in the dtype of sums: cached, computed, or 0."""
+    """Return the reference's log-probs ``(S,)`` in the packed order and the dtype of sums: cached, computed, or 0."""
     device, reference = problem.hidden.device, problem.reference
     if isinstance(reference, CachedReference):
         return reference.logps
@@ -96,7 +96,7 @@ def _reference_logps(problem: Problem, plan: Plan) -> Tensor:
 
 
 def _denominator(problem: Problem, like: Tensor) -> Tensor:
-    """What the sum of the losses is divided by, 0-d, in the dtype of sums."""
+    """Return the 0-d number that the sum of the losses is divided by, in the dtype of ``like``."""
     if problem.reduction != "mean":
         return like.new_ones(())
     assert problem.loss is not None, "a mean is one over the examples of a loss"
