@@ -1,4 +1,4 @@
-"""Numbers and buffers that are checked against the batch."""
+"""Checks of denominators and of ``main_grad`` against the batch."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from dpo_kernels.shapes import accumulation_dtype
 
 
 def check_reduction(options: Reduction, batch: Batch) -> None:
-    """Check divisors, and that a mean is one of something."""
+    """Check the denominators, and that a mean has at least one example."""
     check_divisor("denominator", options.denominator, batch.hidden)
     if options.denominator is None and options.reduction == "mean" and batch.sequences == 0:
         raise ValueError("empty batch: reduction='mean' of no pairs is undefined; use 'sum' or give a denominator")
@@ -21,7 +21,7 @@ def check_reduction(options: Reduction, batch: Batch) -> None:
 
 
 def check_main_grad(options: MainGradOptions, batch: Batch) -> MainGrad | None:
-    """Check the buffer that the head's gradient is to be added to; None where there is none."""
+    """Check the buffer that the head's gradient is added to. Return None where there is none."""
     main_grad = options.main_grad
     if main_grad is None:
         return None
@@ -42,7 +42,11 @@ def check_main_grad(options: MainGradOptions, batch: Batch) -> MainGrad | None:
 
 
 def check_divisor(name: str, value: Any, like: Tensor, beside: str = "hidden") -> None:
-    """Check a positive number or 0-d tensor, on the CPU or on the device of ``like``; None passes."""
+    """Check a positive number or 0-d tensor. None passes.
+
+    A tensor may lie on the CPU or on the device of ``like``, which errors call ``beside``. Only on the CPU is its
+    value looked at.
+    """
     if value is None:
         return
     if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""From the arguments of a public function to a ``Problem``: checked, flattened, packed."""
+"""The arguments of a public function become a ``Problem``: they are checked, flattened and packed."""
 
 from collections.abc import Callable
 
@@ -17,18 +17,19 @@ from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.problem import CachedReference, Problem, ScoredReference
 from dpo_kernels.shapes import NeedsGrad, PackedTokens, number_like, sum_dtype
 
+# The loss is made once the batch is known, because options with one value for each pair must fit it.
 LossOfBatch = Callable[[Batch, PackedTokens], SequenceLoss]
 
 
 def pair_problem(arguments: Arguments, loss: losses.BoundLoss) -> Problem:
-    """The loss of pairs, chosen and rejected."""
+    """Return the problem of a loss of pairs, chosen and rejected."""
 
     def of_batch(batch: Batch, packed: PackedTokens) -> losses.BoundLoss:
         pairs = batch.sequences // 2
-        fitted = losses.fit_to_batch(loss, pairs, batch.hidden.device)
-        if not fitted.needs_token_factor:
-            return fitted
-        return fitted.with_token_factor(_token_factor(packed, arguments.reduction), pairs)
+        batch_loss = losses.fit_to_batch(loss, pairs, batch.hidden.device)
+        if not batch_loss.needs_token_factor:
+            return batch_loss
+        return batch_loss.with_token_factor(_token_factor(packed, arguments.reduction), pairs)
 
     for name, value in loss.tensors.items():
         refuse_batched(name, value)
@@ -37,12 +38,19 @@ def pair_problem(arguments: Arguments, loss: losses.BoundLoss) -> Problem:
 
 
 def sequence_problem(arguments: Arguments, loss_of: Callable[[Batch], SequenceLoss], function: str) -> Problem:
-    """The loss of single sequences or of groups, in the order of the input."""
+    """Return the problem of a loss of single sequences or of groups, in the order of the input.
+
+    Args:
+        arguments: what the caller has passed.
+        loss_of: makes the loss for a checked batch.
+        function: name of the loss in errors.
+
+    """
     return _problem(arguments, lambda batch, packed: loss_of(batch), LossFacts(function, True), paired=False)
 
 
 def logps_problem(policy: PolicyTensors, options: HeadOptions, layout: Layout, *, per_token: bool) -> Problem:
-    """Log-probs without a loss, by sequence or by token."""
+    """Return the problem that asks for log-probs of sequences or of tokens."""
     batch = check_batch(policy, options, paired=False)
     return Problem(
         hidden=batch.hidden,
@@ -59,12 +67,13 @@ def logps_problem(policy: PolicyTensors, options: HeadOptions, layout: Layout, *
 
 
 def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, paired: bool) -> Problem:
-    given, reduction, main_grad = arguments.reference, arguments.reduction, arguments.main_grad
+    """Check everything that a loss takes, and return its problem with the sequences in the packed order."""
+    ref_tensors, reduction, main_grad = arguments.reference, arguments.reduction, arguments.main_grad
     tensors = {
-        "ref_hidden": given.ref_hidden,
-        "ref_weight": given.ref_weight,
-        "ref_bias": given.ref_bias,
-        "ref_logps": given.ref_logps,
+        "ref_hidden": ref_tensors.ref_hidden,
+        "ref_weight": ref_tensors.ref_weight,
+        "ref_bias": ref_tensors.ref_bias,
+        "ref_logps": ref_tensors.ref_logps,
         "token_weights": arguments.policy.token_weights,
         "denominator": reduction.denominator,
         "token_denominator": reduction.token_denominator,
@@ -74,7 +83,7 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
         refuse_batched(name, value)
         refuse_forward_mode(name, value)
     batch = check_batch(arguments.policy, arguments.head, paired=paired)
-    scored = check_reference(batch, arguments.policy, given, arguments.head, facts)
+    reference = check_reference(batch, arguments.policy, ref_tensors, arguments.head, facts)
     check_reduction(reduction, batch)
     stats = check_stats(arguments.stats)
     buffer = check_main_grad(main_grad, batch)
@@ -89,7 +98,7 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
         needs_grad=needs_grad,
         stats=stats,
         loss=loss_of(batch, packed),
-        reference=_in_packed_order(scored, stacked),
+        reference=_in_packed_order(reference, stacked),
         reduction=reduction.reduction,
         denominator=reduction.denominator,
         main_grad=buffer if needs_grad.head else None,
@@ -104,14 +113,14 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
 def _in_packed_order(
     reference: ScoredReference | Tensor | None, stacked: bool
 ) -> CachedReference | ScoredReference | None:
-    """Cached log-probs in the order of the packed sequences."""
+    """Return the reference with its cached log-probs, if it has any, in the order of the packed sequences."""
     if not isinstance(reference, Tensor):
         return reference
     return CachedReference(to_alternating(reference.to(sum_dtype(reference.device)), stacked))
 
 
 def gradients_wanted(batch: Batch) -> NeedsGrad:
-    """Which of hidden, weight and bias want a gradient now."""
+    """Return which of hidden, weight and bias want a gradient now."""
     recording, head = torch.is_grad_enabled(), batch.head
     return NeedsGrad(
         recording and batch.hidden.requires_grad,
@@ -121,9 +130,12 @@ def gradients_wanted(batch: Batch) -> NeedsGrad:
 
 
 def _token_factor(packed: PackedTokens, reduction: Reduction) -> Tensor:
-    """What turns a pair's sum of chosen log-probs into its part of their mean over tokens; see ``losses.sft``."""
+    """Return the 0-d factor that makes the mean over pairs a mean over the tokens of the chosen sequences.
+
+    It multiplies each pair's sum of chosen log-probs.
+    """
     counts = packed.counts[0::2]
-    scored = counts.sum().clamp(min=1).to(sum_dtype(counts.device))
+    num_tokens = counts.sum().clamp(min=1).to(sum_dtype(counts.device))
     tokens, pairs = reduction.token_denominator, reduction.denominator
-    over = torch.full_like(scored, counts.shape[0]) if pairs is None else number_like(pairs, scored)
-    return over / (scored if tokens is None else number_like(tokens, scored))
+    num_pairs = torch.full_like(num_tokens, counts.shape[0]) if pairs is None else number_like(pairs, num_tokens)
+    return num_pairs / (num_tokens if tokens is None else number_like(tokens, num_tokens))

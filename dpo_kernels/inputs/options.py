@@ -1,4 +1,4 @@
-"""The options of the public functions in groups that check themselves. Field names are those of the arguments."""
+"""The options of the public functions in groups that check themselves. Fields are named like the arguments."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -16,24 +16,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PolicyTensors:
-    """The tensors of the model that is trained; ``make_problem`` checks them against each other."""
+    """The tensors of the policy. ``make_problem`` checks them against each other."""
 
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    bias: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    token_weights: Tensor | None = None
+    hidden: Tensor  # (S, T, H), or (N, H) with cu_seqlens
+    weight: Tensor  # (V, H)
+    labels: Tensor  # (S, T) or (N,), int32 or int64
+    bias: Tensor | None = None  # (V,)
+    cu_seqlens: Tensor | None = None  # (S + 1,) int32 or int64
+    token_weights: Tensor | None = None  # like labels, in any floating-point dtype
 
 
 @dataclass(frozen=True)
 class ReferenceTensors:
-    """The reference in one of its forms: hidden states to score, cached log-probs, or none."""
+    """The reference in one of its forms: hidden states that are scored in the call, cached log-probs, or none."""
 
-    ref_hidden: Tensor | None = None
-    ref_weight: Tensor | None = None
-    ref_bias: Tensor | None = None
-    ref_logps: Tensor | None = None
+    ref_hidden: Tensor | None = None  # (S, T, H_ref) or (N, H_ref)
+    ref_weight: Tensor | None = None  # (V, H_ref); None means that the policy's weight is used
+    ref_bias: Tensor | None = None  # (V,)
+    ref_logps: Tensor | None = None  # (S,) in the caller's order
     reference_free: bool = False
 
     def __post_init__(self) -> None:
@@ -42,7 +42,7 @@ class ReferenceTensors:
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What is done to the products of hidden states and head: scale, then soft cap."""
+    """What is applied to the products of hidden states and head: a scale, then a softcap."""
 
     logit_scale: float = 1.0
     softcap: float | None = None
@@ -55,7 +55,7 @@ class HeadOptions:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where sequences and labels stand, and how many tokens may be scored."""
+    """How sequences and labels are arranged, and how many tokens may be scored."""
 
     pairs: str = STACKED
     shift: bool = False
@@ -71,7 +71,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Reduction:
-    """How the losses of the examples become one number; ``make_problem`` checks divisors against the batch."""
+    """How the losses of the examples become one number. ``make_problem`` checks denominators against the batch."""
 
     reduction: str = "mean"
     denominator: float | Tensor | None = None
@@ -85,7 +85,7 @@ class Reduction:
 
 @dataclass(frozen=True)
 class MainGradOptions:
-    """A buffer for the gradient of the head; ``make_problem`` checks it against the head."""
+    """A buffer for the gradient of the head. ``make_problem`` checks it against the head."""
 
     main_grad: Tensor | None = None
     main_grad_scale: float = 1.0
@@ -99,7 +99,7 @@ class MainGradOptions:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Everything that says what a call computes, but for its loss."""
+    """All arguments that say what a call computes, except for its loss."""
 
     policy: PolicyTensors
     head: HeadOptions = field(default_factory=HeadOptions)
@@ -111,7 +111,7 @@ class Arguments:
 
     @staticmethod
     def by_name(named: Mapping[str, Any]) -> "Arguments":
-        """The groups from arguments by their names; what is missing has its default."""
+        """Return the groups that are made from named arguments. Missing ones have their defaults."""
         return Arguments(
             policy=group(PolicyTensors, named),
             head=group(HeadOptions, named),
@@ -124,11 +124,11 @@ class Arguments:
 
 
 def group(kind: type[T], named: Mapping[str, Any]) -> T:
-    """A group of options from those of the named arguments that are its fields."""
+    """Return a group that is made from those named arguments that are its fields."""
     return kind(**{name: named[name] for name in FIELDS[kind] if name in named})
 
 
-# The fields of each group; torch.compile cannot look at those of a class.
+# These are the fields of each group. torch.compile cannot read them from a class.
 FIELDS: dict[type, tuple[str, ...]] = {
     kind: tuple(each.name for each in fields(kind))
     for kind in (PolicyTensors, ReferenceTensors, HeadOptions, Layout, Reduction, MainGradOptions)
@@ -136,7 +136,7 @@ FIELDS: dict[type, tuple[str, ...]] = {
 
 
 def check_stats(stats: Any) -> tuple[str, ...]:
-    """The names of requested statistics in the order of the register."""
+    """Return the names of the requested statistics in the order of ``STATS``, then ``"token_logps"``."""
     known = (*STATS, TOKEN_LOGPS)
     if isinstance(stats, str) or not isinstance(stats, tuple | list | set | frozenset):
         raise TypeError(f"stats must be a tuple of names, got {type(stats).__name__}; known: {', '.join(known)}")

@@ -1,7 +1,7 @@
-"""Labels to packed tokens: shift, drop what is not scored, put the sequences of a pair side by side.
+"""Packing: labels are shifted, unscored tokens are dropped, and the sequences of a pair are put side by side.
 
 The values of labels and ``cu_seqlens`` are checked here, where they are first looked at. Under a tracer packing is an
-operator of its own, since how many tokens are scored depends on data.
+operator of its own, because the number of scored tokens depends on data.
 """
 
 import math
@@ -17,29 +17,29 @@ from dpo_kernels.inputs.tensors import Batch
 from dpo_kernels.problem import traced
 from dpo_kernels.shapes import PackedTokens, accumulation_dtype, sum_dtype
 
-NOWHERE = 2**62  # a slot past every capacity
+NOWHERE = 2**62  # the slot of a row that is not scored, past every capacity
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How labels are read and how much room there is."""
+    """How labels are read, and the capacity."""
 
-    vocab: int
-    ignore_index: int
-    shift: bool
-    stacked: bool  # the input has all chosen sequences first
+    vocab: int  # V
+    ignore_index: int  # the label of tokens that are not scored
+    shift: bool  # hidden[t] predicts labels[t + 1]
+    stacked: bool  # all chosen sequences come first in the input
     width: int  # T, or 0 where cu_seqlens say where sequences begin
-    capacity: int | None  # tokens to make room for; None: as many as are scored
-    static: bool  # the host is not to learn how many are scored
+    capacity: int | None  # packed tokens to allocate; None means as many as are scored
+    static: bool  # the host must not learn how many tokens are scored
 
 
 def pack(batch: Batch, layout: Layout, *, stacked: bool) -> PackedTokens:
-    """The scored tokens of a batch. Traced, the capacity is every row, so that no shape depends on data."""
+    """Return the scored tokens of a batch. Under a tracer the capacity is every row, so no shape depends on data."""
     tracing, capacity = traced(batch.labels), layout.max_scored_tokens
     if capacity is not None or tracing:
         rows = batch.labels.shape[0]
         capacity = rows if capacity is None else min(capacity, rows)
-    how = Packing(
+    packing = Packing(
         vocab=batch.head.vocab,
         ignore_index=layout.ignore_index,
         shift=layout.shift,
@@ -49,19 +49,33 @@ def pack(batch: Batch, layout: Layout, *, stacked: bool) -> PackedTokens:
         static=layout.max_scored_tokens is not None,
     )
     if not tracing:
-        return pack_labels(batch.labels, batch.cu_seqlens, batch.token_weights, how)
-    sizes = [how.vocab, how.ignore_index, how.width, -1 if how.capacity is None else how.capacity]
-    flags = [how.shift, how.stacked, how.static]
+        return pack_labels(batch.labels, batch.cu_seqlens, batch.token_weights, packing)
+    sizes = [packing.vocab, packing.ignore_index, packing.width, -1 if packing.capacity is None else packing.capacity]
+    flags = [packing.shift, packing.stacked, packing.static]
     packed = PackedTokens(*pack_operator(batch.labels, batch.cu_seqlens, batch.token_weights, sizes, flags))
-    return packed if batch.token_weights is not None or how.static else replace(packed, weights=None)
+    return packed if batch.token_weights is not None or packing.static else replace(packed, weights=None)
 
 
 def pack_labels(labels_R: Tensor, cu_seqlens: Tensor, token_weights_R: Tensor | None, how: Packing) -> PackedTokens:
-    """Pack the scored tokens, sequence by sequence: chosen and rejected of a pair side by side.
+    """Pack the scored tokens, sequence by sequence, with chosen and rejected of a pair side by side.
 
-    Without a capacity exactly what is scored is allocated, which needs the counts on the host: the one sync of a call.
-    A static one avoids that sync too; more scored tokens than fit then make the result NaN. Values are checked here:
-    on the CPU a bad label is a ``ValueError``; on other devices, where reading it would be a sync, the result is NaN.
+    Without a capacity exactly the scored tokens are allocated. That needs their counts on the host, which is the only
+    sync of a call. With a static capacity there is no sync, and more scored tokens than fit make the result NaN.
+
+    Args:
+        labels_R: ``(R,)`` int32 or int64 labels of the flattened input.
+        cu_seqlens: ``(S + 1,)`` int64 first row of each sequence, then R.
+        token_weights_R: ``(R,)`` weights at their labels' places, or None for 1.
+        how: how labels are read, and the capacity.
+
+    Returns:
+        The packed tokens, in the order of pairs. A label outside the vocabulary makes their ``nan_if_invalid`` NaN on
+        a GPU, where an error would need a sync.
+
+    Raises:
+        ValueError: on the CPU, a label is outside the vocabulary. On any device, the host has read ``cu_seqlens`` and
+            its values are wrong.
+
     """
     vocab, ignore_index, shift, width = how.vocab, how.ignore_index, how.shift, how.width
     capacity, static = how.capacity, how.static
@@ -74,7 +88,7 @@ def pack_labels(labels_R: Tensor, cu_seqlens: Tensor, token_weights_R: Tensor | 
     in_range = sequence_R < sequences
     sequence_R = sequence_R.clamp(max=max(sequences - 1, 0))
     if shift:
-        # hidden[t] predicts labels[t + 1]; a sequence's last row predicts nothing.
+        # hidden[t] predicts labels[t + 1]. The last row of a sequence predicts nothing.
         targets_R = torch.cat([labels_R[1:], labels_R.new_full((min(rows, 1),), ignore_index)])
         in_range &= position + 1 < cu_seqlens[1:].index_select(0, sequence_R) if sequences else in_range
     scored_R = (targets_R != ignore_index) & in_range
@@ -95,7 +109,7 @@ def pack_labels(labels_R: Tensor, cu_seqlens: Tensor, token_weights_R: Tensor | 
     assert capacity is not None, "a static packing has a capacity"
     overflow = counts_S.sum() > capacity
     slot_R = slot_R.clamp(0, capacity)
-    # One slot more than the capacity takes everything that is not scored; it is cut off again.
+    # All rows that are not scored go to one more slot than the capacity, which is then cut off.
     index = torch.zeros(capacity + 1, dtype=torch.int64, device=device).scatter_(0, slot_R, position)[:capacity]
     segments = _segments(counts_S, capacity)
     unused = torch.arange(capacity, device=device) >= counts_S.sum()
@@ -124,29 +138,30 @@ def pack_labels(labels_R: Tensor, cu_seqlens: Tensor, token_weights_R: Tensor | 
 
 
 def _alternating_order(sequences: int, stacked: bool, device: torch.device) -> Tensor:
-    """Input sequence at each internal place: chosen and rejected of a pair alternate inside."""
+    """Return the input's sequence ``(S,)`` at each packed place, where chosen and rejected alternate."""
     order_S = torch.arange(sequences, device=device)
     return order_S.view(2, -1).t().reshape(-1) if stacked else order_S
 
 
 def _slots(scored_R: Tensor, sequence_R: Tensor, cu_seqlens: Tensor, order_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Place of each row among the packed ones (a number past every place where not scored), and counts ``(S,)``."""
+    """Return the slot ``(R,)`` of each row, ``NOWHERE`` if it is not scored, and the counts ``(S,)``."""
     rows, sequences = scored_R.shape[0], order_S.shape[0]
-    before = torch.cat([scored_R.new_zeros(1, dtype=torch.int64), scored_R.cumsum(0)])  # scored rows before each row
+    # These are the numbers of scored rows before each row, and before each sequence.
+    scored_before = torch.cat([scored_R.new_zeros(1, dtype=torch.int64), scored_R.cumsum(0)])
     bounds = cu_seqlens.clamp(0, rows)
-    before_S = before.index_select(0, bounds)
-    by_input_S = before_S.diff()
+    scored_before_S = scored_before.index_select(0, bounds)
+    by_input_S = scored_before_S.diff()
     counts_S = by_input_S.index_select(0, order_S)
     starts_S = torch.zeros_like(counts_S).scatter_(0, order_S, counts_S.cumsum(0) - counts_S)
     if rows == 0 or sequences == 0:
         return torch.full((rows,), NOWHERE, dtype=torch.int64, device=scored_R.device), counts_S
-    rank_R = before[:-1] - before_S.index_select(0, sequence_R)
+    rank_R = scored_before[:-1] - scored_before_S.index_select(0, sequence_R)
     slot_R = starts_S.index_select(0, sequence_R) + rank_R
     return torch.where(scored_R, slot_R, torch.full_like(slot_R, NOWHERE)), counts_S
 
 
 def _segments(counts_S: Tensor, capacity: int) -> Tensor:
-    """Sequence of each packed row."""
+    """Return the packed sequence ``(capacity,)`` of each packed token."""
     place = torch.arange(capacity, device=counts_S.device)
     segments = torch.bucketize(place, counts_S.cumsum(0), right=True)
     return segments.clamp(max=max(counts_S.shape[0] - 1, 0))
@@ -165,7 +180,7 @@ def _raise_bad_label(targets_R: Tensor, bad_R: Tensor, how: Packing) -> None:
 def _pack_as_operator(
     labels: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None, sizes: Sequence[int], flags: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``pack_labels`` with a tensor for everything: the fields of ``PackedTokens``, missing weights empty."""
+    """Run ``pack_labels`` and return the fields of ``PackedTokens``. Missing weights are an empty tensor."""
     packed = pack_labels(labels, cu_seqlens, token_weights, _packing(sizes, flags))
     weights = packed.nan_if_invalid.new_zeros(0) if packed.weights is None else packed.weights
     return (
@@ -193,24 +208,25 @@ pack_operator = torch.library.custom_op("dpo_kernels::pack", _pack_as_operator, 
 def _fake_pack(
     labels: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None, sizes: Sequence[int], flags: Sequence[bool]
 ) -> tuple[Tensor, ...]:
+    """Return empty tensors with the shapes and dtypes of the outputs of ``_pack_as_operator``."""
     *_, capacity = sizes
     *_, static = flags
     places = torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity
     sequences = cu_seqlens.shape[0] - 1
-    long = labels.new_empty(0, dtype=torch.int64)
-    real = sum_dtype(labels.device)
-    weights = labels.new_empty(0, dtype=real)
+    empty_int64 = labels.new_empty(0, dtype=torch.int64)
+    real_dtype = sum_dtype(labels.device)
+    weights = labels.new_empty(0, dtype=real_dtype)
     if token_weights is not None:
         weights = token_weights.new_empty(places, dtype=accumulation_dtype(token_weights.dtype))
     elif static:
         weights = labels.new_empty(places, dtype=torch.float32)
     return (
-        long.new_empty(places),
-        long.new_empty(places),
+        empty_int64.new_empty(places),
+        empty_int64.new_empty(places),
         weights,
-        long.new_empty(places),
-        long.new_empty(labels.shape[0]),
-        long.new_empty(sequences),
+        empty_int64.new_empty(places),
+        empty_int64.new_empty(labels.shape[0]),
+        empty_int64.new_empty(sequences),
         torch.empty(sequences, dtype=torch.int64, device="cpu"),
-        labels.new_empty((), dtype=real),
+        labels.new_empty((), dtype=real_dtype),
     )

@@ -1,4 +1,4 @@
-"""The reference in one of its forms: hidden states to score, cached log-probs, or none."""
+"""Checks of the reference in each of its forms: hidden states that are scored, cached log-probs, or none."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from dpo_kernels.shapes import Head
 
 
 class LossFacts(NamedTuple):
-    """What errors about the reference say of the loss."""
+    """What errors about the reference say about the loss."""
 
     name: str
     needs_reference: bool
@@ -23,7 +23,19 @@ class LossFacts(NamedTuple):
 def check_reference(
     batch: Batch, policy: PolicyTensors, given: ReferenceTensors, options: HeadOptions, owner: LossFacts
 ) -> ScoredReference | Tensor | None:
-    """The reference in its form: to be scored, log-probs in the caller's order, or None."""
+    """Check the reference, and return it in its form.
+
+    Args:
+        batch: checked tensors of the policy.
+        policy: the policy's tensors as the caller has passed them.
+        given: the reference's tensors as the caller has passed them.
+        options: scale and softcap of the head, which both models share.
+        owner: what errors say about the loss.
+
+    Returns:
+        A reference to be scored, or cached log-probs ``(S,)`` in the caller's order, or None.
+
+    """
     ref_hidden, ref_logps, hidden = given.ref_hidden, given.ref_logps, policy.hidden
     names = [n for n, t in (("ref_hidden", ref_hidden), ("ref_logps", ref_logps)) if t is not None]
     if len(names) == 2:
@@ -60,6 +72,7 @@ def check_reference(
 
 
 def _scored(batch: Batch, ref_hidden: Tensor, given: ReferenceTensors, options: HeadOptions) -> ScoredReference:
+    """Check the reference's head, and return hidden states and head without gradients."""
     weight, bias, weight_name = given.ref_weight, given.ref_bias, "ref_weight"
     if weight is None:
         weight, weight_name = batch.head.weight, "weight (ref_weight=None shares it)"
@@ -75,7 +88,7 @@ def _scored(batch: Batch, ref_hidden: Tensor, given: ReferenceTensors, options: 
             "a bias. Pass ref_bias, zeros where its head has none."
         )
     head = check_head(ref_hidden, weight, bias, options, names=("ref_hidden", weight_name, "ref_bias"))
-    detached = Head(
+    ref_head = Head(
         head.weight.detach(),
         None if head.bias is None else head.bias.detach(),
         head.logit_scale,
@@ -87,6 +100,6 @@ def _scored(batch: Batch, ref_hidden: Tensor, given: ReferenceTensors, options: 
         )
     return ScoredReference(
         hidden=ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
-        head=detached,
+        head=ref_head,
         compute_dtype=compute_dtype(ref_hidden, head.weight, ("ref_hidden", weight_name)),
     )

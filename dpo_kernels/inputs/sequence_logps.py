@@ -19,21 +19,35 @@ def check_logps(
     needs_reference: bool,
     loss_name: str,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Check the (chosen, rejected) tensors of ``dpo_loss``; what is missing is filled in: reference 0, tokens 1."""
+    """Check the tensors of ``dpo_loss``, each a pair of chosen and rejected, all ``(P,)``.
+
+    Args:
+        policy: log-probs of the policy.
+        reference: log-probs of the reference. Missing ones become 0.
+        tokens: numbers of scored tokens. Missing ones become 1.
+        reference_free: whether the caller says that there is no reference.
+        needs_reference: whether the loss depends on a reference.
+        loss_name: name of the loss in errors.
+
+    Returns:
+        Policy, reference and tokens in float32, or in float64 if a log-prob of the policy is float64. The reference is
+        detached.
+
+    """
     chosen = policy[0]
-    for side, own, ref, count in zip(("chosen", "rejected"), policy, reference, tokens, strict=True):
-        _check_by_pair(f"policy_{side}_logps", own, chosen)
+    for side, logps, ref, count in zip(("chosen", "rejected"), policy, reference, tokens, strict=True):
+        _check_by_pair(f"policy_{side}_logps", logps, chosen)
         if ref is not None:
             _check_by_pair(f"ref_{side}_logps", ref, chosen)
             notices.warn_of_16_bits(f"ref_{side}_logps", ref)
         if count is not None:
             _check_by_pair(f"{side}_tokens", count, chosen, floating=False)
     sides = zip(("ref_chosen_logps", "ref_rejected_logps"), reference, strict=True)
-    given = [name for name, tensor in sides if tensor is not None]
-    if given and reference_free:
-        raise ValueError(f"reference_free=True and {given[0]} exclude each other; pass None for the reference")
-    if given and not needs_reference:
-        raise ValueError(f"{given[0]} is given, but the loss {loss_name!r} has no reference; pass None")
+    ref_names = [name for name, tensor in sides if tensor is not None]
+    if ref_names and reference_free:
+        raise ValueError(f"reference_free=True and {ref_names[0]} exclude each other; pass None for the reference")
+    if ref_names and not needs_reference:
+        raise ValueError(f"{ref_names[0]} is given, but the loss {loss_name!r} has no reference; pass None")
     if needs_reference and not reference_free and any(tensor is None for tensor in reference):
         raise ValueError(
             f"the loss {loss_name!r} needs a reference: give ref_chosen_logps and ref_rejected_logps, "

@@ -1,6 +1,6 @@
-"""Shapes, dtypes and devices of the tensors that users pass; every error names the argument.
+"""Checks of shapes, dtypes and devices of the tensors that users pass. Every error names the argument.
 
-Behind this (and ``packing``, which looks at values) every layer may assume what the docstrings of ``shapes`` say.
+``packing`` checks values. After these two every layer may assume what the docstrings of ``shapes`` say.
 """
 
 from dataclasses import dataclass
@@ -17,21 +17,27 @@ from dpo_kernels.shapes import Head
 
 @dataclass(frozen=True)
 class Batch:
-    """Checked tensors of one model, flattened; ``width`` is T, or 0 when packed by ``cu_seqlens``."""
+    """The checked tensors of one model, flattened to R rows."""
 
     hidden: Tensor  # (R, H)
     head: Head
-    labels: Tensor  # (R,)
+    labels: Tensor  # (R,) int32 or int64
     cu_seqlens: Tensor  # (S + 1,) int64
     token_weights: Tensor | None  # (R,)
-    sequences: int
-    width: int
-    compute_dtype: torch.dtype
-    result_dtype: torch.dtype
+    sequences: int  # S
+    width: int  # T, or 0 for packed input
+    compute_dtype: torch.dtype  # dtype of the GEMM operands
+    result_dtype: torch.dtype  # dtype of what the caller gets
 
 
 def check_batch(policy: PolicyTensors, options: HeadOptions, *, paired: bool) -> Batch:
-    """Check the policy's tensors and flatten them. ``ValueError`` for shapes, ``TypeError`` for dtypes."""
+    """Check the policy's tensors and flatten them. ``paired`` asks for an even number of sequences.
+
+    Raises:
+        ValueError: a shape or a device is wrong.
+        TypeError: a dtype is wrong.
+
+    """
     hidden, weight, labels, bias = policy.hidden, policy.weight, policy.labels, policy.bias
     cu_seqlens, token_weights = policy.cu_seqlens, policy.token_weights
     differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
@@ -79,14 +85,17 @@ def check_batch(policy: PolicyTensors, options: HeadOptions, *, paired: bool) ->
 def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions, names: tuple[str, str, str]
 ) -> Head:
-    """Check an LM head against the hidden states it is applied to."""
+    """Check an LM head against the hidden states that it is applied to.
+
+    ``hidden`` is ``(..., H)``, ``weight`` is ``(V, H)`` and ``bias`` is ``(V,)``. ``names`` are their names in errors.
+    """
     hidden_name, weight_name, bias_name = names
     check_float_tensor(weight_name, weight)
     if weight.dim() != 2 or 0 in weight.shape:
-        sharded = ": DeepSpeed ZeRO-3 has partitioned it, which is not supported: use ZeRO-2, or the model's own logits"
+        hint = ": DeepSpeed ZeRO-3 has partitioned it, which is not supported: use ZeRO-2, or the model's own logits"
         raise ValueError(
             f"{weight_name} must have shape (V, H) with V >= 1 and H >= 1, got {shape(weight)}"
-            f"{sharded if hasattr(weight, 'ds_id') else ''}"
+            f"{hint if hasattr(weight, 'ds_id') else ''}"
         )
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
@@ -108,7 +117,7 @@ def check_head(
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str]) -> torch.dtype:
-    """Dtype of the GEMM operands: the tensors' own, or autocast's."""
+    """Return the dtype of the GEMM operands: that of the tensors, or autocast's."""
     device_type = hidden.device.type
     if (
         not hidden.is_meta
@@ -124,12 +133,12 @@ def compute_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str]) -> tor
 
 
 def shape(tensor: Tensor) -> str:
-    """The shape as errors print it."""
+    """Return the shape as errors print it."""
     return str(tuple(tensor.shape))
 
 
 def check_tensor(name: str, tensor: Any) -> None:
-    """Raise unless ``tensor`` is a plain tensor; a ``DTensor`` gets its remedies."""
+    """Raise unless ``tensor`` is a plain tensor. The error for a ``DTensor`` says what to do instead."""
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor of shape {shape(tensor)}: how it is sharded cannot be told from it. Call this where "
@@ -153,6 +162,7 @@ def check_float_tensor(name: str, tensor: Any) -> None:
 
 
 def _check_layout(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raise unless ``hidden`` is padded ``(2B, T, H)``, or packed ``(N, H)`` with a valid ``cu_seqlens``."""
     if cu_seqlens is None:
         if hidden.dim() != 3:
             raise ValueError(
