@@ -1,4 +1,5 @@
-"""The algorithms: in which order the row operations run, and how much of the logits they hold.
+"""The strategies: in which order the row operations run, and how many logits they hold.
 
-A strategy is given its kernels, the problem and the schedule. ``planning/tables.py`` says when each can run.
+The functions of a strategy take the kernels, the problem and the schedule. ``planning/tables.py`` says when each can
+run.
 """

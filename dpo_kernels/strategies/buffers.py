@@ -1,4 +1,4 @@
-"""What a pass that forms gradients with the loss keeps in memory, and the steps its ways have in common."""
+"""The memory of a pass that forms gradients with the loss, and the steps that its strategies share."""
 
 from dataclasses import dataclass, field
 
@@ -14,11 +14,11 @@ from dpo_kernels.strategies.row_results import RowResults
 
 @dataclass(frozen=True)
 class LossAndGradients:
-    """What the pass leaves behind; gradients are those of ``total``, None where not needed or already handed over."""
+    """The results of the pass. Gradients are those of ``total``; unwanted ones and one in ``main_grad`` are None."""
 
     total: Tensor  # () float64, sum of the losses over the denominator
-    losses: Tensor  # by example
-    logps: Tensor  # (S,)
+    losses: Tensor  # one for each example, float64
+    logps: Tensor  # (S,) float64
     stats: dict[str, Tensor]  # name -> (N,)
     token_logps: Tensor  # (N,)
     hidden: Tensor | None  # (N + 1, H), last row 0
@@ -28,19 +28,19 @@ class LossAndGradients:
 
 @dataclass
 class Buffers:
-    """The memory of one pass: the scratch, the gradients in the making, and the results so far."""
+    """The memory of one pass: the scratch, the unfinished gradients, and the results so far."""
 
     kernels: RowKernels
     problem: Problem
     schedule: Schedule
-    ref: Tensor  # (S,) log-probs of the reference
+    ref: Tensor  # (S,) float64 log-probs of the reference
     denominator: Tensor  # () float64
-    scratch: Tensor
+    scratch: Tensor  # memory for a tile of logits
     rows: RowResults
     dx: Tensor | None  # (N + 1, H)
     dw: Tensor | None  # (V, H)
     db: Tensor | None  # (V,)
-    written: bool  # whether dw and db hold anything yet
+    written: bool  # dw and db hold values, so that products are added to them
     losses: list[Tensor] = field(default_factory=list)
     logps: list[Tensor] = field(default_factory=list)
 
@@ -48,7 +48,7 @@ class Buffers:
     def allocate(
         kernels: RowKernels, problem: Problem, schedule: Schedule, ref_S: Tensor, denominator: Tensor
     ) -> "Buffers":
-        """The memory of a pass over the problem."""
+        """Allocate the memory of a pass over the problem. The arguments are those of ``chunked.loss_and_gradients``."""
         head, packed, need = problem.head, problem.packed, problem.needs_grad
         device, width = problem.hidden.device, problem.hidden.shape[1]
         scratch = kernels.scratch(device, schedule.tile.rows, schedule.tile.cols)
@@ -66,12 +66,15 @@ class Buffers:
         return Buffers(kernels, problem, schedule, ref_S, denominator, scratch, rows, dx, dw, db, written)
 
     def gather(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Hidden states ``(C, H)`` in the dtype of the operands and labels ``(C,)`` of packed tokens."""
+        """Return hidden states ``(C, H)`` in the dtype of the operands, and labels ``(C,)``, of packed tokens."""
         packed = self.problem.packed
         return packed.gather(self.problem.hidden, start, stop, self.kernels.dtype), packed.labels[start:stop]
 
     def close_examples(self, chunk: Chunk) -> Tensor:
-        """The losses of the chunk's examples; returns the derivative of the total by their sequence log-probs."""
+        """Compute the losses of the chunk's examples, whose log-probs are known.
+
+        Returns the derivative ``(sequences of the chunk,)`` of the total by the sequence log-probs, float64.
+        """
         packed, loss = self.problem.packed, self.problem.loss
         assert loss is not None, "a pass that forms gradients has a loss"
         tokens, sequences = slice(chunk.start, chunk.stop), slice(*chunk.sequences)
@@ -89,21 +92,27 @@ class Buffers:
         return grad_S if self.problem.main_grad is None else grad_S * self.problem.main_grad.scale
 
     def row_scale(self, grad_S: Tensor, chunk: Chunk, start: int, stop: int, state: RowState) -> Tensor:
-        """Factor of the logits' rows: minus the coefficient of a token, over its sum of exponentials."""
+        """Return the factor ``(C,)`` of the rows of the logits' gradient for tokens ``start..stop-1`` of the chunk.
+
+        It is minus the coefficient of the token times the logit scale, over the token's sum of exponentials.
+        """
         packed, tokens = self.problem.packed, slice(start, stop)
         weights = None if packed.weights is None else packed.weights[tokens]
         coefficient_C = sequence_to_token(grad_S, packed.segments[tokens] - chunk.sequences[0], weights)
         return (-coefficient_C * self.problem.head.logit_scale / state.sumexp).to(self.scratch.dtype)
 
     def forward(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, RowState]:
-        """The logits of whole rows in the scratch: ``(x, labels, tile, state)``; their log-probs are put away."""
+        """Compute logits of whole rows in the scratch, and record the log-probs.
+
+        Returns hidden states ``(C, H)``, labels ``(C,)``, the tile ``(C, V)`` and the state of its rows.
+        """
         kernels, head = self.kernels, self.problem.head
         x_CH, labels_C = self.gather(start, stop)
         tile = kernels.tile_in(self.scratch, stop - start, head.vocab)
         state = kernels.new_state(stop - start, x_CH.device, self.problem.stats)
         if stop > start:
             kernels.project(x_CH, head, 0, tile)
-            # The softcap's derivative is taken from the logits; without a cap they have been seen for the last time.
+            # The softcap's derivative needs the logits. Without a softcap they may be overwritten.
             kernels.reduce(state, tile, labels_C, 0, keep_logits=head.softcap is not None)
             self.rows.put(start, stop, state)
         return x_CH, labels_C, tile, state
@@ -111,7 +120,17 @@ class Buffers:
     def backward(
         self, d: LogitsGradient, x_CH: Tensor, start: int, dw: Tensor | None, db: Tensor | None, accumulate: bool
     ) -> None:
-        """Add the products of the logits' gradient to ``dx``, ``dw`` and ``db``."""
+        """Multiply the logits' gradient into the gradients of the hidden states, the weight and the bias.
+
+        Args:
+            d: gradient ``(C, V)`` of whole rows of logits.
+            x_CH: hidden states of these rows.
+            start: packed token of the first row.
+            dw: ``(V, H)`` buffer, or None if it is not wanted.
+            db: ``(V,)`` buffer, or None if it is not wanted.
+            accumulate: whether products are added to ``dw`` and ``db``, or replace them.
+
+        """
         kernels, stop = self.kernels, start + x_CH.shape[0]
         if self.dx is not None:
             kernels.grad_hidden(d, self.problem.head, 0, self.dx[start:stop], accumulate=False)
@@ -123,11 +142,11 @@ class Buffers:
             kernels.grad_bias(d, 0, db, accumulate)
 
     def result(self) -> LossAndGradients:
-        """Everything put together."""
+        """Return the results of the pass, after its last chunk."""
         if not self.written:
-            for empty in (self.dw, self.db):
-                if empty is not None:
-                    empty.zero_()
+            for grad in (self.dw, self.db):
+                if grad is not None:
+                    grad.zero_()
         losses = torch.cat(self.losses) if self.losses else self.ref[:0]
         logps = torch.cat(self.logps) if self.logps else self.ref
         total = losses.sum() / self.denominator

@@ -1,9 +1,9 @@
-"""Whole examples at a time: the gradient is formed in the forward pass, from the logits it has just made.
+"""Chunks of whole examples: each chunk's gradient is formed in the forward pass, from its logits.
 
-For a chunk of whole pairs (or groups, or sequences) there is one GEMM for the logits, then log-sum-exp and gather,
-sums per sequence, the loss and its derivative. The logits are overwritten by their gradient, and one GEMM each gives
-the gradients of the hidden states and of the head. That makes three GEMM passes of ``2 N H V`` FLOP, two where one of
-them needs no gradient. Nothing vocabulary-sized outlives the chunk but the gradient of the head.
+For a chunk of whole pairs, groups or sequences, one GEMM gives the logits. The log-sum-exp, the labels' logits and sums
+over sequences give the loss and its derivative. The logits are overwritten by their gradient. One GEMM each then gives
+the gradients of the hidden states and of the head. That makes three GEMM passes of ``2 N H V`` FLOP, or two where one
+of them needs no gradient. Only the gradient of the head outlives the chunk.
 """
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from dpo_kernels.strategies.buffers import Buffers, LossAndGradients
 def loss_and_gradients(
     kernels: RowKernels, problem: Problem, schedule: Schedule, ref_S: Tensor, denominator: Tensor
 ) -> LossAndGradients:
-    """The loss, its gradients and the log-probs of a problem.
+    """Compute the loss, its gradients and the log-probs of a problem.
 
     Args:
         kernels: row operations of a backend.
@@ -27,7 +27,7 @@ def loss_and_gradients(
         schedule: tile and chunks. A tile of fewer columns than the vocabulary means that the logits of all rows lie
             in the memory of the head's gradient.
         ref_S: ``(S,)`` log-probs of the reference, float64.
-        denominator: what the sum of the losses is divided by, 0-d float64.
+        denominator: number that the sum of the losses is divided by, 0-d float64.
 
     """
     buffers = Buffers.allocate(kernels, problem, schedule, ref_S, denominator)
@@ -38,7 +38,7 @@ def loss_and_gradients(
         if chunk.oversized:
             oversized.run(buffers, chunk)
             continue
-        # The coefficients of the tokens are known before the gradient is formed: they are rounded with it, once.
+        # The tokens' coefficients are known before the gradient is formed, so the product is rounded only once.
         x_CH, labels_C, tile, state = buffers.forward(chunk.start, chunk.stop)
         grad_S = buffers.close_examples(chunk)
         if chunk.stop == chunk.start:

@@ -1,7 +1,7 @@
-"""A head that is not trained: the derivative of each log-prob by its hidden state is formed beside the log-prob.
+"""A frozen head: the forward pass forms each log-prob and its derivative with respect to the hidden state.
 
-That derivative is a vector that no upstream gradient turns, only scales (``docs/design.md``). So the forward pass
-forms it from the logits that it has just made, and the backward pass multiplies rows: two GEMM passes in all.
+An upstream gradient only scales that derivative. So the forward pass forms it from the logits that it has just made,
+and the backward pass multiplies its rows. That makes two GEMM passes.
 """
 
 import torch
@@ -15,9 +15,9 @@ from dpo_kernels.strategies.row_results import RowResults
 
 
 def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[RowResult, Tensor | None]:
-    """Log-probs of the packed tokens and, where a gradient is wanted, ``-d logp / d hidden``.
+    """Compute log-probs of the packed tokens, and ``-d logp / d hidden`` where a gradient is wanted.
 
-    The latter is ``(N + 1, H)`` with a zero last row.
+    The second result is ``(N + 1, H)`` with a zero last row, or None.
     """
     if not problem.needs_grad.hidden:
         return recompute.logps(kernels, problem, schedule)
@@ -40,6 +40,7 @@ def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[Ro
 def _whole_rows(
     kernels: RowKernels, state: RowState, x_CH: Tensor, head: Head, labels_C: Tensor, scratch: Tensor, out_CH: Tensor
 ) -> None:
+    """Write ``-d logp / d hidden`` of a tile of whole rows into ``out_CH``, and fold its logits into the state."""
     z = kernels.tile_in(scratch, x_CH.shape[0], head.vocab)
     kernels.project(x_CH, head, 0, z)
     d = kernels.reduce_and_dlogits(state, z, labels_C, head)
@@ -58,8 +59,11 @@ def _cut_rows(
     out_CH: Tensor,
     cols: int,
 ) -> None:
-    """Column by column: a row's softmax-weighted sum of the head is rescaled as its maximum grows."""
-    without_label = torch.zeros_like(state.others)  # the label's own term is added once the sum is known
+    """Do the same with tiles of ``cols`` columns.
+
+    The sum of the head's rows, weighted by exponentials, is rescaled whenever a row's maximum grows.
+    """
+    without_label = torch.zeros_like(state.others)  # the label's own term is added after the last tile
     for left, right in spans(head.vocab, cols):
         z = kernels.tile_in(scratch, x_CH.shape[0], right - left)
         kernels.project(x_CH, head, left, z)
@@ -67,7 +71,7 @@ def _cut_rows(
         kernels.reduce(state, z, labels_C, left)
         if left:
             out_CH.mul_(rescale(before, state.max)[:, None])
-        # A row of -inf so far (unreachable tokens) is shifted by 0, or -inf - -inf would be NaN.
+        # A row that is -inf so far has only unreachable tokens. It is shifted by 0, because -inf - -inf would be NaN.
         shift_C = state.max.masked_fill(state.max == -torch.inf, 0.0)
         d = kernels.dlogits_(z, labels_C, left, shift_C, without_label, head, None, state.exponentiated)
         kernels.grad_hidden(d, head, left, out_CH, accumulate=left > 0)
@@ -76,7 +80,7 @@ def _cut_rows(
 
 
 def _label_rows(head: Head, labels_C: Tensor, target_C: Tensor, dtype: torch.dtype) -> Tensor:
-    """The head's rows of the labels, times the softcap's derivative at their logits."""
+    """Return the labels' rows ``(C, H)`` of the head, times the softcap's derivative at the labels' logits."""
     rows_CH = head.weight.index_select(0, labels_C).to(dtype).to(target_C.dtype)
     if head.softcap is None:
         return rows_CH

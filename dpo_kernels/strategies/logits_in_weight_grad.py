@@ -1,9 +1,8 @@
-"""All tokens as one chunk, whose logits lie in the memory of the head's gradient until it takes their place.
+"""One chunk of all tokens: its logits lie in the weight gradient's memory until the gradient takes their place.
 
-Few tokens (``N <= H``) need no scratch of their own for the logits: the gradient of the head has room for them. Each
-block of columns lies in the rows of the gradient that will replace it. A block is copied to the scratch, as its
-gradient, before its place is overwritten. So nothing vocabulary-sized is needed beside the gradient, and no row of it
-is written twice.
+With few tokens (``N <= H``) the logits fit into that memory. Each block of columns lies in the rows of the gradient
+that will replace it. A block is copied to the scratch and turned into its gradient before its place is overwritten. So
+nothing vocabulary-sized is needed beside the gradient, and each of its rows is written once.
 """
 
 import torch
@@ -15,12 +14,12 @@ from dpo_kernels.strategies.buffers import Buffers
 
 
 def run(buffers: Buffers, chunk: Chunk) -> None:
-    """Compute the chunk; every gradient is written here for the first time."""
+    """Compute the chunk of all tokens. It writes every gradient for the first and last time."""
     kernels, head, dw = buffers.kernels, buffers.problem.head, buffers.dw
     assert dw is not None, "the schedule lets logits lie in a gradient that is formed"
     x_CH, labels_C = buffers.gather(chunk.start, chunk.stop)
     state = kernels.new_state(labels_C.shape[0], x_CH.device, buffers.problem.stats)
-    blocks: list[tuple[int, Tensor, Tensor]] = []  # first column, logits, the maximum that they were shifted by
+    blocks: list[tuple[int, Tensor, Tensor]] = []  # first column, logits, maxima (C,) that shifted them
     for left, right in spans(head.vocab, buffers.schedule.tile.cols):
         z = dw[left:right].view(-1)[: labels_C.shape[0] * (right - left)].view(-1, right - left)
         kernels.project(x_CH, head, left, z)

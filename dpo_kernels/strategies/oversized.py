@@ -1,7 +1,7 @@
-"""An example that is longer than the scratch, cut into several tiles.
+"""An oversized example: it has more tokens than the tile has rows, and is cut into several tiles.
 
-Its loss is known only once its last token is. Its gradient is linear in the coefficients, so the part of the head is
-formed for a coefficient of 1 in a buffer of its own, and multiplied by the coefficient at the end.
+Its loss is known only after its last token. Its gradient is linear in the coefficients. So the head's gradient is
+formed with a coefficient of 1 in an accumulator, and multiplied by the coefficient at the end.
 """
 
 import torch
@@ -36,10 +36,10 @@ def run(buffers: Buffers, chunk: Chunk) -> None:
 
 
 def _derivative_by_difference(buffers: Buffers, chunk: Chunk) -> Tensor:
-    """Derivative of what the example's loss depends on by its sequence log-probs, float64.
+    """Return the coefficients ``(sequences of the example,)`` that its gradient is first formed with, float64.
 
-    For a pair's loss of one difference it is (+1, -1), over the token counts where the loss averages. Otherwise each
-    sequence stands for itself.
+    A pair's loss may depend on a difference of log-probs alone. Then they are +1 and -1, over the token counts if the
+    loss averages. Otherwise each is 1.
     """
     loss, counts = buffers.problem.loss, buffers.problem.packed.counts[slice(*chunk.sequences)]
     assert loss is not None, "a pass that forms gradients has a loss"
@@ -51,7 +51,10 @@ def _derivative_by_difference(buffers: Buffers, chunk: Chunk) -> Tensor:
 
 
 def _tiles(buffers: Buffers, chunk: Chunk) -> list[tuple[int, int, int]]:
-    """Tiles ``(start, stop, side)``. Sequences with coefficients of their own are not mixed: each is a side."""
+    """Return tiles ``(start, stop, side)``, which share an accumulator if they have the same side.
+
+    Sequences whose coefficients are independent are different sides. No tile holds tokens of two sides.
+    """
     loss, schedule = buffers.problem.loss, buffers.schedule
     assert loss is not None, "a pass that forms gradients has a loss"
     bounds = [(chunk.start, chunk.stop, 0)]
@@ -73,6 +76,7 @@ def _buffer_like(buffers: Buffers, grad: Tensor | None) -> Tensor | None:
 
 
 def _add_scaled(buffers: Buffers, unscaled: tuple[Tensor | None, Tensor | None], factor: Tensor) -> None:
+    """Add accumulators of weight and bias, times a 0-d factor, to the gradients."""
     for total, part in zip((buffers.dw, buffers.db), unscaled, strict=True):
         if total is None or part is None:
             continue

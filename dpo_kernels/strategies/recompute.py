@@ -1,8 +1,8 @@
-"""Log-probs in the forward pass; each tile of logits is computed again in the backward pass.
+"""The forward pass computes log-probs, and the backward pass computes each tile of logits again.
 
-This is for upstream gradients that are known only in the backward pass. Per token the forward pass keeps the maximum,
-the sum of exponentials and that sum without the label's own (one GEMM pass). The backward pass computes each tile
-again, and one or two products from it: four GEMM passes in all.
+This works with upstream gradients that are known only in the backward pass. The forward pass takes one GEMM pass. It
+saves three numbers for each token: the maximum, the sum of exponentials, and that sum without the label's own. The
+backward pass takes one GEMM pass for the logits and one for each gradient, which makes four in all.
 """
 
 from torch import Tensor
@@ -12,11 +12,12 @@ from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import Schedule, spans
 from dpo_kernels.strategies.row_results import RowResults
 
+# These are gradients of the hidden states, the weight and the bias, each None where not wanted.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[RowResult, Tensor | None]:
-    """Log-probs of the packed tokens, one tile of logits at a time; nothing else is kept."""
+    """Compute log-probs of the packed tokens, one tile of logits at a time. No derivative is saved."""
     head, packed, tile = problem.head, problem.packed, schedule.tile
     scratch = kernels.scratch(problem.hidden.device, tile.rows, tile.cols)
     rows = RowResults(kernels, packed, head.vocab, problem.stats, like=scratch)
@@ -33,10 +34,19 @@ def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[Ro
 
 
 def gradients(kernels: RowKernels, problem: Problem, schedule: Schedule, saved: RowResult, grad_N: Tensor) -> Gradients:
-    """Gradients from the upstream gradient ``grad_N`` of each token's log-prob.
+    """Compute the gradients of the tokens' log-probs from logits that are computed again.
 
-    Returns those of the packed hidden states ``(N + 1, H)`` with a zero last row, of the weight and of the bias; None
-    where not needed. ``saved`` is what ``logps`` gave.
+    Args:
+        kernels: row operations of a backend.
+        problem: what ``logps`` has computed.
+        schedule: tile and chunks.
+        saved: what ``logps`` has returned; its log-probs are not read.
+        grad_N: ``(N,)`` upstream gradient of each token's log-prob.
+
+    Returns:
+        Gradients of the packed hidden states ``(N + 1, H)`` with a zero last row, of the weight ``(V, H)`` and of the
+        bias ``(V,)``, in accumulation precision. Unwanted ones are None.
+
     """
     head, packed, tile = problem.head, problem.packed, schedule.tile
     scratch = kernels.scratch(problem.hidden.device, tile.rows, tile.cols)
@@ -67,11 +77,12 @@ def gradients(kernels: RowKernels, problem: Problem, schedule: Schedule, saved: 
 
 
 def _allocate(kernels: RowKernels, problem: Problem) -> Gradients:
+    """Allocate the gradients that are wanted. Those that no tile will write are set to 0."""
     need, device, (vocab, width) = problem.needs_grad, problem.hidden.device, problem.head.weight.shape
     dx = kernels.buffer(device, problem.packed.capacity + 1, width).zero_() if need.hidden else None
     dw = kernels.buffer(device, vocab, width) if need.weight else None
     db = kernels.buffer(device, vocab) if need.bias else None
     for grad in (dw, db):
         if grad is not None and not problem.packed.used:
-            grad.zero_()  # no tile ever writes it
+            grad.zero_()  # no tile writes it if there are no tokens
     return dx, dw, db

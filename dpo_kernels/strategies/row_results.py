@@ -1,4 +1,4 @@
-"""Results of tiles of rows, put together; the one place where the state of a row becomes its log-prob."""
+"""The results of all tokens. Only here does the state of a row become its log-prob."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from dpo_kernels.shapes import PackedTokens
 
 
 class RowResults:
-    """Log-probs and statistics by packed token; with ``sums`` also what a backward pass recomputes from.
+    """Log-probs and statistics of packed tokens, and with ``sums`` the sums that a backward pass needs.
 
-    Capacity that stands for no token keeps the log-prob 0.
+    Unused capacity keeps the log-prob 0. The tensors have the dtype and the device of ``like``.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class RowResults:
         )
 
     def put(self, start: int, stop: int, state: RowState) -> None:
-        """Close rows ``start..stop-1``, whose state has seen every column."""
+        """Record the results of rows ``start..stop-1``. Every column has been folded into their state."""
         part = self.kernels.row_logps(state, self.packed.labels[start:stop], self.vocab)
         self.result.logp[start:stop] = part.logp
         if self.sums:

@@ -1,8 +1,8 @@
-"""A tile of fixed size, whatever the batch: 1 MiB of logits on a CPU, 256 MiB on a GPU, and no other scratch.
+"""A tile of fixed size is the only scratch: 1 MiB of logits on a CPU and 256 MiB on a GPU, whatever the batch.
 
-A backend with a kernel for it keeps the logits of the forward pass in registers. The backward pass computes the tiles
-again from the kept sums, whether the head is trained or not. One tile serves both gradients: four GEMM passes with a
-trainable head, three with a frozen one.
+Some backends have a kernel that keeps the logits of the forward pass in registers. The backward pass computes the tiles
+again from the saved sums, whether the head is trainable or frozen. One tile serves both gradients. That makes four GEMM
+passes with a trainable head, and three with a frozen one.
 """
 
 from torch import Tensor
@@ -15,12 +15,12 @@ from dpo_kernels.strategies.row_results import RowResults
 
 
 def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[RowResult, Tensor | None]:
-    """Log-probs of the packed tokens, one GEMM pass; nothing else is kept."""
+    """Compute log-probs of the packed tokens in one GEMM pass. No derivative is saved."""
     packed = problem.packed
     if not kernels.streams_logps or not packed.used:
         return recompute.logps(kernels, problem, schedule)
-    like = problem.hidden.new_empty(0, dtype=accumulation_dtype(kernels.dtype))
-    rows = RowResults(kernels, packed, problem.head.vocab, problem.stats, like=like)
+    empty = problem.hidden.new_empty(0, dtype=accumulation_dtype(kernels.dtype))
+    rows = RowResults(kernels, packed, problem.head.vocab, problem.stats, like=empty)
     x_NH = packed.gather(problem.hidden, 0, packed.used, kernels.dtype)
     state = kernels.stream_logps(x_NH, problem.head, packed.labels[: packed.used], problem.stats)
     rows.put(0, packed.used, state)
