@@ -47,8 +47,8 @@ def plan_chunks(
     candidates = []
     for number in range(len(chunks), len(chunks) + 1 + (EXTRA_CHUNKS_TRIED if costs.tile_rows > 1 else 0)):
         limit = _least_limit(lengths, bounds, number, tile_rows)
-        full = min(tile_rows, -(-limit // costs.tile_rows) * costs.tile_rows)
-        candidates += [_packed(lengths, bounds, rows, tile_rows) for rows in (limit, full)]
+        rounded_limit = min(tile_rows, -(-limit // costs.tile_rows) * costs.tile_rows)
+        candidates += [_packed(lengths, bounds, rows, tile_rows) for rows in (limit, rounded_limit)]
     return min(candidates, key=lambda chunks: cost_of_chunks(chunks, costs))
 
 
