@@ -57,10 +57,10 @@ class HeadOptions:
 class Layout:
     """How sequences and labels are arranged, and how many tokens may be scored."""
 
-    pairs: str = STACKED
-    shift: bool = False
-    ignore_index: int = -100
-    max_scored_tokens: int | None = None
+    pairs: str = STACKED  # the pair order of the input
+    shift: bool = False  # hidden[t] predicts labels[t + 1]
+    ignore_index: int = -100  # the label of tokens that are not scored
+    max_scored_tokens: int | None = None  # a static capacity; None means as many tokens as are scored
 
     def __post_init__(self) -> None:
         checks.check_choice("pairs", self.pairs, PAIR_ORDERS)
@@ -74,8 +74,8 @@ class Reduction:
     """How the losses of the examples become one number. ``make_problem`` checks denominators against the batch."""
 
     reduction: str = "mean"
-    denominator: float | Tensor | None = None
-    token_denominator: float | Tensor | None = None
+    denominator: float | Tensor | None = None  # replaces the number of examples
+    token_denominator: float | Tensor | None = None  # replaces the number of tokens in means over tokens
 
     def __post_init__(self) -> None:
         checks.check_choice("reduction", self.reduction, REDUCTIONS)
@@ -87,8 +87,8 @@ class Reduction:
 class MainGradOptions:
     """A buffer for the gradient of the head. ``make_problem`` checks it against the head."""
 
-    main_grad: Tensor | None = None
-    main_grad_scale: float = 1.0
+    main_grad: Tensor | None = None  # (V, H) float32, or float64 for float64 operands
+    main_grad_scale: float = 1.0  # the upstream gradient that the caller promises
 
     def __post_init__(self) -> None:
         if checks.check_number("main_grad_scale", self.main_grad_scale) == 0:

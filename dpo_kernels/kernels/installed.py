@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.torch_version import TorchVersion
 
-# This Triton comes with torch 2.11, the oldest torch that the package supports.
+# Older versions are refused. The kernels have been compiled ahead of time with this version and with later ones.
 OLDEST_TRITON = "3.6"
 
 

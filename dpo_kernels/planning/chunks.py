@@ -6,8 +6,8 @@ from dpo_kernels.device_specs import ChunkCosts
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.shapes import Chunk
 
-# The plan also tries up to this many chunks more than needed. The number is a choice: each further chunk has a fixed
-# cost, so many more are never cheapest.
+# The plan also tries up to this many chunks more than needed. The number is a choice and not measured. Each further
+# chunk has a fixed cost, so many more of them would hardly pay.
 EXTRA_CHUNKS_TRIED = 2
 
 

@@ -28,14 +28,17 @@ GPU_WORKSPACE_BYTES = 256 * MIB
 CPU_STREAMING_BYTES = 1 * MIB
 GPU_STREAMING_BYTES = 256 * MIB
 
-# A strategy refuses a scratch whose tile has fewer bytes: it would do more bookkeeping than arithmetic.
+# The next three numbers are choices; no measurement of them is recorded. ``recompute`` and ``frozen_head`` refuse a
+# smaller tile than this many bytes, because they would do more bookkeeping than arithmetic.
 LEAST_TILE_BYTES = 1024
-# If fewer whole rows than this fit, the vocabulary is cut instead, because a GEMM with fewer rows is slow.
+# If fewer whole rows than this fit, a tile of log-probs is cut along the vocabulary instead. A GEMM with fewer rows is
+# slow.
 FEWEST_WHOLE_ROWS = 128
-# The streaming strategy's tile has at most this many rows on a GPU. Each block of rows reads and writes the whole
-# gradient of the head, so the rows should be many.
+# The same number for the streaming strategy on a GPU is larger, because there each block of rows reads and writes the
+# whole gradient of the head.
 GPU_STREAMING_ROWS = 4096
-# A tile of log-probs has at most this many rows on the CPU. Reading the head for more rows at once saves no time.
+# A tile of log-probs has at most this many rows on the CPU. Reading the head for more rows at once saves no time,
+# see docs/decisions.md.
 ENOUGH_CPU_ROWS = 1024
 
 # Logits that lie in the weight gradient's memory are copied to the scratch in blocks of at most this many bytes. Blocks

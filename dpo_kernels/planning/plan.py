@@ -204,7 +204,7 @@ def _reasons_against(plan: Plan) -> dict[str, str]:
 
 
 def _first(names: Sequence[str], asked: str, what: str, refuse: Callable[[str], str | None]) -> str:
-    """Return the first name that ``refuse`` gives no reason against, or check the one that was asked for."""
+    """Return ``asked``, or for ``"auto"`` the first name that can run. Raise ``ValueError`` if ``asked`` cannot."""
     if asked != AUTO:
         reason = refuse(asked)
         if reason is not None:

@@ -17,7 +17,7 @@ from dpo_kernels.problem import Workload
 
 
 def refuse_chunked(workload: Workload, budget: Budget, scratch_bytes: int) -> str | None:
-    """``chunked`` needs a separable loss of one number, and room for one row of logits.
+    """``chunked`` needs a separable loss that is reduced to one number, and room for one row of logits.
 
     Without a trainable head it is replaced by ``frozen_head``, which needs no loss.
     """

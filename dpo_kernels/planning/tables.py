@@ -43,9 +43,10 @@ class Strategy:
 
 
 def _forward_and_backward(recomputed: int) -> Callable[[Workload], int]:
-    """Return the count of GEMM passes of a strategy that computes ``recomputed`` of them again.
+    """Return a function that counts the GEMM passes of a strategy.
 
-    One is forward. The others, and those of the gradients, are only there if a gradient is wanted.
+    One pass is forward. If a gradient is wanted, ``recomputed`` passes compute logits again, and each gradient takes
+    one.
     """
     return lambda workload: 1 + (recomputed + workload.backward_gemms if any(workload.needs_grad) else 0)
 
