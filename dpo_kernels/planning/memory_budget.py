@@ -34,7 +34,7 @@ LEAST_TILE_BYTES = 1024
 # If fewer whole rows than this fit, a tile of log-probs is cut along the vocabulary instead. A GEMM with fewer rows is
 # slow.
 FEWEST_WHOLE_ROWS = 128
-# The same number for the streaming strategy on a GPU is larger, because there each block of rows reads and writes the
+# For the streaming strategy on a GPU that number is larger. There each block of rows reads and writes the
 # whole gradient of the head.
 GPU_STREAMING_ROWS = 4096
 # A tile of log-probs has at most this many rows on the CPU. Reading the head for more rows at once saves no time,
