@@ -67,12 +67,23 @@ def why_not_on(device: torch.device) -> str | None:
 
 
 def empty_cache() -> int:
-    """Give the memory that the C++ backend keeps between calls back to the system; returns the number of bytes.
+    """Give the memory that the C++ backend keeps between calls back to the system.
 
-    The backend keeps freed tiles and gradients of 4 MiB and more, because page faults of new memory would cost up to a
-    fifth of a step. At most an eighth of the machine's or container's memory lies idle. The processes that torchrun
-    started on this machine share that limit; ``DPO_KERNELS_CPU_CACHE_BYTES`` sets another (0: nothing is kept). Memory
-    that 16 later buffers had no use for goes back by itself. On a GPU see ``torch.cuda.empty_cache``.
+    The backend keeps freed tiles and gradients of 4 MiB and more. Page faults of new memory would cost up to a fifth of
+    a step. At most an eighth of the machine's or container's memory lies idle. The processes that torchrun started on
+    this machine share that limit. The variable ``DPO_KERNELS_CPU_CACHE_BYTES`` sets another one, and 0 keeps nothing.
+    Memory that 16 later buffers had no use for goes back by itself. On a GPU use ``torch.cuda.empty_cache``.
+
+    Returns:
+        The number of bytes that were given back, 0 without the C++ extension.
+
+    Raises:
+        Nothing: a process without the extension keeps no memory.
+
+    Example:
+        >>> from dpo_kernels import empty_cache
+        >>> empty_cache() >= 0
+        True
     """
     if why_not("cpu") is not None:
         return 0
