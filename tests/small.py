@@ -3,16 +3,19 @@
 import torch
 
 from dpo_kernels import DPOLossOutput, fused_dpo_loss
-from dpo_kernels.kernels import extension
 from dpo_kernels.planning import tables
+from dpo_kernels.planning.plan import make_plan
+from dpo_kernels.problem import NO_GRADIENTS, Workload
 from dpo_kernels.reference import dpo_loss_reference
 
 S, T, H, H_REF, V = 6, 5, 4, 3, 11
 P = S // 2
 COUNTS = [4, 2, 1, 5, 3, 0]  # scored tokens of the sequences below
 F64 = torch.float64
-CPU_BACKEND = "torch" if extension.why_not("cpu") else "cpp"  # what "auto" takes on this machine
-BACKENDS = tuple(sorted({"torch", CPU_BACKEND}))  # those for CPU tensors; Triton's interpreter needs its own process
+ON_CPU = Workload(1, 1, V, H, F64, torch.device("cpu"), NO_GRADIENTS)
+# The backends of the table that take CPU tensors on this machine; Triton's interpreter needs its own process.
+BACKENDS = tuple(sorted(name for name, each in tables.BACKENDS.items() if each.refuse(ON_CPU, False) is None))
+CPU_BACKEND = make_plan(ON_CPU).backend  # what "auto" takes
 # Those that train a head; frozen_head takes the place of two of them where there is nothing to train.
 STRATEGIES = tuple(name for name, each in tables.STRATEGIES.items() if each.loss_and_gradients or each.gradients)
 BY_PAIR = DPOLossOutput._fields[1:7]

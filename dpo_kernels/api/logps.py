@@ -46,7 +46,7 @@ def fused_sequence_logps(
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
         softcap: Cap of the scaled logits, a number > 0. None means no cap.
-        backend: "auto", "triton", "cuda", "cpp" or "torch".
+        backend: "auto", or a backend by its name, as the plan of ``explain`` lists them.
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
             "recompute" run "frozen_head".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
@@ -117,7 +117,7 @@ def fused_token_logps(
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
         softcap: Cap of the scaled logits, a number > 0. None means no cap.
-        backend: "auto", "triton", "cuda", "cpp" or "torch".
+        backend: "auto", or a backend by its name, as the plan of ``explain`` lists them.
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
             "recompute" run "frozen_head".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB

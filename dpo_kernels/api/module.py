@@ -33,7 +33,7 @@ class FusedDPOLoss(nn.Module):
             and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
             squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
             not scored.
-        backend: "auto", "triton", "cuda", "cpp" or "torch".
+        backend: "auto", or a backend by its name, as the plan of ``explain`` lists them.
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
             "recompute" run "frozen_head".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB

@@ -284,7 +284,9 @@ MUTATIONS: dict[str, tuple[str, str, str, Check]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("check", {check for *_, check in MUTATIONS.values()}, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check", dict.fromkeys(check for *_, check in MUTATIONS.values()), ids=lambda check: check.__name__
+)
 def test_nothing_is_caught_without_a_mutation(kernels: Emulated, check: Check) -> None:
     check(kernels)
 

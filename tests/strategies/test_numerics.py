@@ -4,16 +4,15 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels.kernels import extension
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.shapes import Head
 from tests.cases import STRATEGIES, Case, broken_by, run
 from tests.certain import broken, certain, off_log_probs, off_orpo
 from tests.extremes import assert_same_bits, extreme, masked
+from tests.small import BACKENDS
 
 STRATEGY_OPTIONS = {name: {"strategy": s, "scratch_bytes": b} for name, (s, b) in STRATEGIES.items()}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("torch",) if extension.why_not("cpu") else ("torch", "cpp")
 
 
 def fused(inputs, strategy, **keywords):
