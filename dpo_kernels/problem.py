@@ -1,6 +1,6 @@
 """The problem: what a call asks for, as one frozen object. ``inputs/make_problem.py`` checks its parts and makes it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,18 @@ class MainGrad:
 
 
 @dataclass(frozen=True)
+class VocabShard:
+    """This rank's rows of a head whose vocabulary is split over a group of ranks (``distributed.VocabParallel``)."""
+
+    start: int  # the id of the first token
+    total: int  # tokens of the whole vocabulary
+    largest: int  # rows of the largest shard; every rank plans with them, so that all have the same chunks
+    ranks: int
+    all_gather: Callable[[Tensor], Tensor]  # stacks the tensors of all ranks, the same bits on every rank
+    reduce_hidden_grad: Callable[[Tensor], None] | None  # adds up over the ranks in place; None: the caller does it
+
+
+@dataclass(frozen=True)
 class Problem:
     """What a call asks for, checked: a loss with its gradients, or log-probs where ``loss`` is None."""
 
@@ -65,7 +77,13 @@ class Problem:
     stacked: bool = False  # all chosen sequences come first in the input; packed ones alternate
     static: bool = False  # the host never knows how many tokens are scored
     labels_shape: tuple[int, ...] = ()  # shape of the caller's labels
+    shard: VocabShard | None = None  # the head is this rank's part of it; packed labels count from its first row
     result_dtype: torch.dtype = torch.float32  # dtype of what the caller gets
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens of the whole vocabulary."""
+        return self.head.vocab if self.shard is None else self.shard.total
 
     @property
     def workload(self) -> "Workload":
@@ -75,7 +93,7 @@ class Problem:
         return Workload(
             num_tokens=packed.capacity if tracing else packed.used,
             num_sequences=packed.counts.shape[0],
-            vocab=self.head.vocab,
+            vocab=self.head.vocab if self.shard is None else max(self.shard.largest, 1),
             width=self.hidden.shape[1],
             dtype=self.compute_dtype,
             device=self.hidden.device,
@@ -86,6 +104,7 @@ class Problem:
             static=self.static,
             tracing=tracing,
             fills_main_grad=self.main_grad is not None,
+            shard_ranks=1 if self.shard is None else self.shard.ranks,
             reference=None if reference is None else self.of_reference(reference).workload,
         )
 
@@ -99,6 +118,7 @@ class Problem:
             NO_GRADIENTS,
             shift=self.shift,
             static=self.static,
+            shard=self.shard,
         )
 
 
@@ -119,6 +139,7 @@ class Workload:
     static: bool = False  # the host never learns the counts
     tracing: bool = False  # the call is inside torch.compile or torch.export
     fills_main_grad: bool = False  # the head's gradient is added to the caller's buffer
+    shard_ranks: int = 1  # ranks that the vocabulary is split over; ``vocab`` is then the largest shard
     reference: "Workload | None" = None  # the workload of a reference that is scored in the call
 
     @property

@@ -18,7 +18,7 @@ PACKAGE = "dpo_kernels"
 MAY_IMPORT = {
     "public": {"api", "kernels", "losses", "loss_interface", "outputs"},
     "integrations": {"public", "api", "checks", "losses", "loss_interface", "outputs", "shapes"},
-    "api": {"checks", "engine", "inputs", "loss_interface", "losses", "outputs", "planning", "shapes"},
+    "api": {"checks", "distributed", "engine", "inputs", "loss_interface", "losses", "outputs", "planning", "shapes"},
     "engine": {
         "checks",
         "inputs",
@@ -41,6 +41,7 @@ MAY_IMPORT = {
         "strategies",
     },
     "strategies": {"kernel_interface", "problem", "segments", "shapes"},
+    "distributed": {"problem"},
     "inputs": {"checks", "loss_interface", "losses", "problem", "shapes"},
     "kernels": {"kernel_interface", "loss_interface", "segments", "shapes"},
     "losses": {"checks", "loss_interface", "outputs", "shapes"},

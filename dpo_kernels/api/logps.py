@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from dpo_kernels.distributed import VocabParallel
 from dpo_kernels.engine.run import run_logps
 from dpo_kernels.inputs.make_problem import logps_problem
 from dpo_kernels.inputs.options import HeadOptions, Layout, PolicyTensors
@@ -24,6 +25,7 @@ def fused_sequence_logps(
     strategy: str = "auto",
     scratch_bytes: int | None = None,
     max_scored_tokens: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor:
     """Compute the log-probs of sequences from hidden states, differentiably and without vocabulary-sized logits.
 
@@ -53,6 +55,8 @@ def fused_sequence_logps(
             or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere.
         max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
             sync. The log-probs are NaN if there are more.
+        vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
+            Labels stay ids of the whole vocabulary.
 
     Returns:
         ``(S,)``, float32 (float64 for float64 inputs). A sequence without a scored token gets 0.
@@ -76,7 +80,7 @@ def fused_sequence_logps(
         >>> [round(logp, 3) for logp in fused_sequence_logps(hidden, weight, labels).tolist()]
         [-2.773, -1.386]
     """
-    policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights)
+    policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel)
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)
     problem = logps_problem(policy, HeadOptions(logit_scale, softcap), layout, per_token=False)
     return run_logps(problem, make_plan(problem.workload, Execution(backend, strategy, scratch_bytes)))
@@ -97,6 +101,7 @@ def fused_token_logps(
     strategy: str = "auto",
     scratch_bytes: int | None = None,
     max_scored_tokens: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor:
     """Compute the log-prob of each token from hidden states, differentiably and without vocabulary-sized logits.
 
@@ -124,6 +129,8 @@ def fused_token_logps(
             or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere.
         max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
             sync. The log-probs are NaN if there are more.
+        vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
+            Labels stay ids of the whole vocabulary.
 
     Returns:
         Log-probs in the shape of ``labels``, each at the place of its label, float32 (float64 for float64 inputs). They
@@ -148,7 +155,7 @@ def fused_token_logps(
         >>> [round(logp, 3) for logp in logps[0].tolist()]
         [0.0, -1.386, -1.386]
     """
-    policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, None)
+    policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, None, vocab_parallel)
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)
     problem = logps_problem(policy, HeadOptions(logit_scale, softcap), layout, per_token=True)
     return run_logps(problem, make_plan(problem.workload, Execution(backend, strategy, scratch_bytes)))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dpo_kernels import losses
 from dpo_kernels.api.pairs import Loss, fused_dpo_loss
+from dpo_kernels.distributed import VocabParallel
 from dpo_kernels.inputs.options import HeadOptions, Layout, Reduction, ReferenceTensors, check_stats
 from dpo_kernels.outputs import DPOLossOutput
 from dpo_kernels.planning.plan import Execution
@@ -131,6 +132,7 @@ class FusedDPOLoss(nn.Module):
         token_weights: Tensor | None = None,
         denominator: float | Tensor | None = None,
         token_denominator: float | Tensor | None = None,
+        vocab_parallel: VocabParallel | None = None,
         **loss_options: Tensor,
     ) -> DPOLossOutput:
         """Return the loss of a batch, with the options of the constructor.
@@ -159,6 +161,8 @@ class FusedDPOLoss(nn.Module):
                 accumulation and data parallel training need it.
             token_denominator: Number > 0, or a 0-d tensor, that replaces the number of chosen tokens in the means over
                 tokens (``sft``, ``nll_weight``).
+            vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the
+                head.
             **loss_options: Options of the loss that differ by pair, ``(P,)`` or 0-d tensors, such as ``margin`` and
                 ``pair_weights``. They replace those of the constructor.
 
@@ -186,6 +190,7 @@ class FusedDPOLoss(nn.Module):
             token_weights=token_weights,
             denominator=denominator,
             token_denominator=token_denominator,
+            vocab_parallel=vocab_parallel,
             **self.options | loss_options,
         )
 

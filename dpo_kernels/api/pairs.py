@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dpo_kernels import losses
+from dpo_kernels.distributed import VocabParallel
 from dpo_kernels.engine.run import pair_output, run
 from dpo_kernels.inputs.make_problem import pair_problem
 from dpo_kernels.inputs.options import (
@@ -60,6 +61,7 @@ def fused_dpo_loss(
     max_scored_tokens: int | None = None,
     main_grad: Tensor | None = None,
     main_grad_scale: float = 1.0,
+    vocab_parallel: VocabParallel | None = None,
     **loss_options: Any,
 ) -> DPOLossOutput:
     """Compute DPO, or another loss of its family, from hidden states without vocabulary-sized logits.
@@ -128,6 +130,8 @@ def fused_dpo_loss(
         main_grad_scale: Upstream gradient that ``loss`` will get, a number other than 0. It is 1 / accumulation steps,
             or a GradScaler's scale. If another one arrives, the backward pass raises on the CPU and gives NaN
             elsewhere. A second backward pass raises.
+        vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
+            So are those of the reference. Labels stay ids of the whole vocabulary.
         **loss_options: Options of the loss by name; ``dpo_kernels.LOSSES[name].options`` lists those of one loss.
             "odpo" has ``margin``, "rebel" ``reward_gap``, "bco_pair" ``delta``, and these three may be ``(P,)``
             tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, and "alphapo" ``alpha``
@@ -169,7 +173,7 @@ def fused_dpo_loss(
     """
     loss = losses.bind(loss_type, beta, label_smoothing, loss_options)
     arguments = Arguments(
-        PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights),
+        PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel),
         HeadOptions(logit_scale, softcap),
         ReferenceTensors(ref_hidden, ref_weight, ref_bias, ref_logps, reference_free),
         Layout(pairs, shift, ignore_index, max_scored_tokens),

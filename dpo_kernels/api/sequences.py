@@ -40,6 +40,7 @@ OPTIONS = (
     "max_scored_tokens",
     "main_grad",
     "main_grad_scale",
+    "vocab_parallel",
 )
 
 

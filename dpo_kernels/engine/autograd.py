@@ -190,7 +190,7 @@ class _Logps(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, weight, bias, _, problem, plan = inputs
         _keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
-        ctx.frozen = passes.saves_dlogp_dhidden(plan.strategy, problem.needs_grad)
+        ctx.frozen, ctx.shard = passes.saves_dlogp_dhidden(plan.strategy, problem.needs_grad), problem.shard
         model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
         ctx.numbers, ctx.spec, ctx.plan = *operators.encode_options(problem, plan), plan
         _keep_logps(ctx, model, operators.packed_tensors(problem.packed), output)
@@ -232,6 +232,7 @@ def _logps_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, T
             )
         else:
             problem = operators.decode_problem(hidden, weight, bias, packed, ctx.numbers, ctx.spec)
+            problem = replace(problem, shard=ctx.shard)
             plan = ctx.plan or operators.plan_of(problem, ctx.spec)
             grads = passes.logps_gradients(grad_out, problem, plan, saved, ctx.dtypes)
     return _wrap_gradients(ctx, grads)
@@ -342,6 +343,7 @@ def _logps_operator_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.frozen = passes.saves_dlogp_dhidden(options.strategy, options.needs_grad)
     model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
     ctx.numbers, ctx.spec, ctx.plan = numbers, spec, None
+    ctx.shard = None
     _keep_logps(ctx, model, packed, output)
 
 

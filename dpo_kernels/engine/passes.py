@@ -99,6 +99,7 @@ def loss_and_gradients(problem: Problem, plan: Plan, ref_S: Tensor, denominator:
     with _autocast_off(problem.hidden), torch.no_grad():
         kernels, operands, schedule = _prepared(problem, plan)
         result = algorithm(kernels, operands, schedule, ref_S, denominator)
+        _reduce_hidden_grad(problem, result.hidden)
         means = _sequence_means(kernels, result.stats, problem)
     nothing = torch.empty(0, dtype=accumulation_dtype(problem.compute_dtype), device=problem.hidden.device)
     grads = KeptGradients(*(nothing.clone() if g is None else g for g in (result.hidden, result.weight, result.bias)))
@@ -156,6 +157,7 @@ def logps(problem: Problem, plan: Plan) -> LogpsResult:
     with _autocast_off(problem.hidden), torch.no_grad():
         kernels, operands, schedule = _prepared(problem, plan)
         rows, dlogp_dhidden = algorithm(kernels, operands, schedule)
+        _reduce_hidden_grad(problem, dlogp_dhidden)
         if problem.per_token:
             out = by_label(rows.logp, packed.slot, problem.shift)
         else:
@@ -218,6 +220,7 @@ def logps_gradients(
         kernels, operands, schedule = _prepared(problem, plan)
         rows = RowResult(saved.max[:0], saved.max, saved.sumexp, saved.others)
         dx, dw, db = algorithm(kernels, operands, schedule, rows, grad_N)
+        _reduce_hidden_grad(problem, dx)
         one, nothing = saved.max.new_ones(()), saved.dlogp_dhidden.new_zeros(0)
         return (
             nothing if dx is None else _to_input_rows(dx, slot, one, dtypes.hidden),
@@ -239,6 +242,13 @@ def _prepared(problem: Problem, plan: Plan) -> tuple[RowKernels, Problem, Schedu
         replace(problem, head=_operand_head(problem.head, problem.compute_dtype), stats=names),
         plan.schedule,
     )
+
+
+def _reduce_hidden_grad(problem: Problem, grad: Tensor | None) -> None:
+    """Add up the shards' parts of the hidden states' gradient, in the precision of accumulation."""
+    shard = problem.shard
+    if shard is not None and grad is not None and shard.reduce_hidden_grad is not None:
+        shard.reduce_hidden_grad(grad)
 
 
 def _operand_head(head: Head, dtype: torch.dtype) -> Head:

@@ -9,9 +9,9 @@ from dpo_kernels import losses
 from dpo_kernels.checks import refuse_batched, refuse_forward_mode
 from dpo_kernels.inputs.divisors import check_main_grad, check_reduction
 from dpo_kernels.inputs.options import Arguments, HeadOptions, Layout, PolicyTensors, Reduction, check_stats
-from dpo_kernels.inputs.packing import pack
 from dpo_kernels.inputs.pair_order import STACKED, to_alternating
 from dpo_kernels.inputs.reference import LossFacts, check_reference
+from dpo_kernels.inputs.shards import check_ranks, pack_labels_of, split_head, split_reference
 from dpo_kernels.inputs.tensors import Batch, check_batch
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.problem import CachedReference, Problem, ScoredReference
@@ -51,11 +51,14 @@ def sequence_problem(arguments: Arguments, loss_of: Callable[[Batch], SequenceLo
 
 def logps_problem(policy: PolicyTensors, options: HeadOptions, layout: Layout, *, per_token: bool) -> Problem:
     """Return the problem that asks for log-probs of sequences or of tokens."""
+    policy, shard = split_head(policy)
     batch = check_batch(policy, options, paired=False)
+    check_ranks(policy.vocab_parallel, batch, (per_token,))
     return Problem(
         hidden=batch.hidden,
         head=batch.head,
-        packed=pack(batch, layout, stacked=False),
+        packed=pack_labels_of(batch, layout, shard, stacked=False),
+        shard=shard,
         compute_dtype=batch.compute_dtype,
         needs_grad=gradients_wanted(batch),
         per_token=per_token,
@@ -82,13 +85,16 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
     for name, value in tensors.items():
         refuse_batched(name, value)
         refuse_forward_mode(name, value)
-    batch = check_batch(arguments.policy, arguments.head, paired=paired)
-    reference = check_reference(batch, arguments.policy, ref_tensors, arguments.head, facts)
+    policy, shard = split_head(arguments.policy)
+    batch = check_batch(policy, arguments.head, paired=paired)
+    ref_tensors = split_reference(ref_tensors, policy)
+    check_ranks(policy.vocab_parallel, batch, (facts.name, reduction.reduction, arguments.stats))
+    reference = check_reference(batch, policy, ref_tensors, arguments.head, facts)
     check_reduction(reduction, batch)
     stats = check_stats(arguments.stats)
     buffer = check_main_grad(main_grad, batch)
     layout, stacked = arguments.layout, paired and arguments.layout.pairs == STACKED
-    packed = pack(batch, layout, stacked=stacked)
+    packed = pack_labels_of(batch, layout, shard, stacked=stacked)
     needs_grad = gradients_wanted(batch)
     return Problem(
         hidden=batch.hidden,
@@ -98,6 +104,7 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
         needs_grad=needs_grad,
         stats=stats,
         loss=loss_of(batch, packed),
+        shard=shard,
         reference=_in_packed_order(reference, stacked),
         reduction=reduction.reduction,
         denominator=reduction.denominator,

@@ -24,6 +24,7 @@ class PolicyTensors:
     bias: Tensor | None = None  # (V,)
     cu_seqlens: Tensor | None = None  # (S + 1,) int32 or int64
     token_weights: Tensor | None = None  # like labels, in any floating-point dtype
+    vocab_parallel: Any = None  # distributed.VocabParallel: weight and bias are this rank's rows of the head
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,14 @@ class Packing:
     static: bool  # the host must not learn how many tokens are scored
 
 
-def pack(batch: Batch, layout: Layout, *, stacked: bool) -> PackedTokens:
+def pack(batch: Batch, layout: Layout, *, stacked: bool, vocab: int | None = None) -> PackedTokens:
     """Return the scored tokens of a batch. Under a tracer the capacity is every row, so no shape depends on data."""
     tracing, capacity = traced(batch.labels), layout.max_scored_tokens
     if capacity is not None or tracing:
         rows = batch.labels.shape[0]
         capacity = rows if capacity is None else min(capacity, rows)
     packing = Packing(
-        vocab=batch.head.vocab,
+        vocab=batch.head.vocab if vocab is None else vocab,
         ignore_index=layout.ignore_index,
         shift=layout.shift,
         stacked=stacked,

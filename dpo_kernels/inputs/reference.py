@@ -87,7 +87,8 @@ def _scored(batch: Batch, ref_hidden: Tensor, given: ReferenceTensors, options: 
             "bias is given, but a ref_weight of weight's shape comes without ref_bias: the reference is scored without "
             "a bias. Pass ref_bias, zeros where its head has none."
         )
-    head = check_head(ref_hidden, weight, bias, options, names=("ref_hidden", weight_name, "ref_bias"))
+    names = ("ref_hidden", weight_name, "ref_bias")
+    head = check_head(ref_hidden, weight, bias, options, names, shard=batch.head.vocab == 0)
     ref_head = Head(
         head.weight.detach(),
         None if head.bias is None else head.bias.detach(),

@@ -48,7 +48,9 @@ def check_batch(policy: PolicyTensors, options: HeadOptions, *, paired: bool) ->
         checks.refuse_forward_mode(name, tensor)
     check_float_tensor("hidden", hidden)
     _check_layout(hidden, cu_seqlens)
-    head = check_head(hidden, weight, bias, options, names=("hidden", "weight", "bias"))
+    head = check_head(
+        hidden, weight, bias, options, names=("hidden", "weight", "bias"), shard=policy.vocab_parallel is not None
+    )
     _check_labels(labels, hidden)
     if token_weights is not None:
         check_floating("token_weights", token_weights)
@@ -83,15 +85,22 @@ def check_batch(policy: PolicyTensors, options: HeadOptions, *, paired: bool) ->
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions, names: tuple[str, str, str]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: HeadOptions,
+    names: tuple[str, str, str],
+    *,
+    shard: bool = False,
 ) -> Head:
     """Check an LM head against the hidden states that it is applied to.
 
     ``hidden`` is ``(..., H)``, ``weight`` is ``(V, H)`` and ``bias`` is ``(V,)``. ``names`` are their names in errors.
+    A ``shard`` of the vocabulary may be empty.
     """
     hidden_name, weight_name, bias_name = names
     check_float_tensor(weight_name, weight)
-    if weight.dim() != 2 or 0 in weight.shape:
+    if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and not shard):
         hint = ": DeepSpeed ZeRO-3 has partitioned it, which is not supported: use ZeRO-2, or the model's own logits"
         raise ValueError(
             f"{weight_name} must have shape (V, H) with V >= 1 and H >= 1, got {shape(weight)}"

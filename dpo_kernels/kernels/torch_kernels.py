@@ -198,7 +198,7 @@ class TorchKernels(RowKernels):
     def add_rounding_residual(self, d: LogitsGradient, head: Head, out_CH: Tensor) -> None:
         """Add the rounding residual of each label's value, which is by far the largest of its row."""
         if d.residual is not None:
-            own_CH = head.weight.index_select(0, d.labels.clamp(min=0)).to(self.dtype).to(out_CH.dtype)
+            own_CH = head.weight.index_select(0, d.labels.clamp(0, head.vocab - 1)).to(self.dtype).to(out_CH.dtype)
             out_CH.addcmul_(own_CH, d.residual[:, None])
 
     def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:

@@ -61,7 +61,7 @@ class Buffers:
                 db.zero_()
         elif need.weight:
             dw = kernels.buffer(device, head.vocab, width)
-        rows = RowResults(kernels, packed, head.vocab, problem.stats, like=scratch, sums=False)
+        rows = RowResults(kernels, problem, like=scratch, sums=False)
         written = problem.main_grad is not None
         return Buffers(kernels, problem, schedule, ref_S, denominator, scratch, rows, dx, dw, db, written)
 
@@ -111,9 +111,11 @@ class Buffers:
         tile = kernels.tile_in(self.scratch, stop - start, head.vocab)
         state = kernels.new_state(stop - start, x_CH.device, self.problem.stats)
         if stop > start:
-            kernels.project(x_CH, head, 0, tile)
-            # The softcap's derivative needs the logits. Without a softcap they may be overwritten.
-            kernels.reduce(state, tile, labels_C, 0, keep_logits=head.softcap is not None)
+            keep_logits = head.softcap is not None or self.problem.shard is not None
+            if head.vocab:
+                kernels.project(x_CH, head, 0, tile)
+                # The softcap's derivative needs the logits, and so does a maximum that other ranks may raise.
+                kernels.reduce(state, tile, labels_C, 0, keep_logits=keep_logits)
             self.rows.put(start, stop, state)
         return x_CH, labels_C, tile, state
 

@@ -41,7 +41,7 @@ def loss_and_gradients(
         # The tokens' coefficients are known before the gradient is formed, so the product is rounded only once.
         x_CH, labels_C, tile, state = buffers.forward(chunk.start, chunk.stop)
         grad_S = buffers.close_examples(chunk)
-        if chunk.stop == chunk.start:
+        if chunk.stop == chunk.start or not problem.head.vocab:
             continue
         scale_C = buffers.row_scale(grad_S, chunk, chunk.start, chunk.stop, state)
         d = kernels.dlogits_(tile, labels_C, 0, state.max, state.others, problem.head, scale_C, state.exponentiated)

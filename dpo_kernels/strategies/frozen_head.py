@@ -12,6 +12,7 @@ from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import Head, Schedule, spans
 from dpo_kernels.strategies import recompute
 from dpo_kernels.strategies.row_results import RowResults
+from dpo_kernels.strategies.vocab_shards import complete
 
 
 def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[RowResult, Tensor | None]:
@@ -23,17 +24,17 @@ def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[Ro
         return recompute.logps(kernels, problem, schedule)
     head, packed, tile = problem.head, problem.packed, schedule.tile
     scratch = kernels.scratch(problem.hidden.device, tile.rows, tile.cols)
-    rows = RowResults(kernels, packed, head.vocab, problem.stats, like=scratch)
+    rows = RowResults(kernels, problem, like=scratch)
     dlogp_dhidden = scratch.new_zeros(packed.capacity + 1, problem.hidden.shape[1])
     for chunk in schedule.chunks:
         x_CH = packed.gather(problem.hidden, chunk.start, chunk.stop, kernels.dtype)
         labels_C, out_CH = packed.labels[chunk.start : chunk.stop], dlogp_dhidden[chunk.start : chunk.stop]
         state = kernels.new_state(labels_C.shape[0], x_CH.device, problem.stats)
-        if tile.cols >= head.vocab:
+        if tile.cols >= head.vocab and problem.shard is None:
             _whole_rows(kernels, state, x_CH, head, labels_C, scratch, out_CH)
         else:
-            _cut_rows(kernels, state, x_CH, head, labels_C, scratch, out_CH, tile.cols)
-        rows.put(chunk.start, chunk.stop, state)
+            _cut_rows(kernels, problem, state, x_CH, labels_C, scratch, out_CH, tile.cols)
+        rows.put(chunk.start, chunk.stop, state, completed=True)
     return rows.result, dlogp_dhidden
 
 
@@ -51,9 +52,9 @@ def _whole_rows(
 
 def _cut_rows(
     kernels: RowKernels,
+    problem: Problem,
     state: RowState,
     x_CH: Tensor,
-    head: Head,
     labels_C: Tensor,
     scratch: Tensor,
     out_CH: Tensor,
@@ -63,6 +64,7 @@ def _cut_rows(
 
     The sum of the head's rows, weighted by exponentials, is rescaled whenever a row's maximum grows.
     """
+    head = problem.head
     without_label = torch.zeros_like(state.others)  # the label's own term is added after the last tile
     for left, right in spans(head.vocab, cols):
         z = kernels.tile_in(scratch, x_CH.shape[0], right - left)
@@ -75,13 +77,22 @@ def _cut_rows(
         shift_C = state.max.masked_fill(state.max == -torch.inf, 0.0)
         d = kernels.dlogits_(z, labels_C, left, shift_C, without_label, head, None, state.exponentiated)
         kernels.grad_hidden(d, head, left, out_CH, accumulate=left > 0)
+    if problem.shard is not None:
+        before = state.max.clone()
+        complete(state, problem.shard)
+        out_CH.mul_(rescale(before, state.max)[:, None])
     out_CH.addcmul_(_label_rows(head, labels_C, state.target, kernels.dtype), state.others[:, None], value=-1)
     out_CH.mul_((head.logit_scale / state.sumexp)[:, None])
 
 
 def _label_rows(head: Head, labels_C: Tensor, target_C: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the labels' rows ``(C, H)`` of the head, times the softcap's derivative at the labels' logits."""
-    rows_CH = head.weight.index_select(0, labels_C).to(dtype).to(target_C.dtype)
+    rows_CH = head.weight.new_zeros(labels_C.shape[0], head.weight.shape[1], dtype=target_C.dtype)
+    here = (labels_C >= 0) & (labels_C < head.vocab)  # of a shard of the vocabulary not all labels are
+    if head.vocab:
+        labels_here = labels_C.clamp(0, head.vocab - 1)
+        rows_CH = head.weight.index_select(0, labels_here).to(dtype).to(target_C.dtype)
+        rows_CH = rows_CH.masked_fill(~here[:, None], 0.0)
     if head.softcap is None:
         return rows_CH
     return rows_CH * (1.0 - (target_C / head.softcap).square())[:, None]

@@ -27,6 +27,8 @@ def run(buffers: Buffers, chunk: Chunk) -> None:
         blocks.append((left, z, state.max.clone()))
     buffers.rows.put(chunk.start, chunk.stop, state)
     grad_S = buffers.close_examples(chunk)
+    if not blocks:  # this rank has no row of the head
+        return
     scale_C = buffers.row_scale(grad_S, chunk, chunk.start, chunk.stop, state)
     scaled_CH: Tensor | None = None
     for left, z, shift_C in blocks:

@@ -21,7 +21,7 @@ def run(buffers: Buffers, chunk: Chunk) -> None:
         first_of_side = side not in unscaled
         if first_of_side:
             unscaled[side] = _buffer_like(buffers, buffers.dw), _buffer_like(buffers, buffers.db)
-        if stop == start:
+        if stop == start or not head.vocab:
             continue
         scale_C = buffers.row_scale(one_S, chunk, start, stop, state)
         d = kernels.dlogits_(tile, labels_C, 0, state.max, state.others, head, scale_C, state.exponentiated)

@@ -20,7 +20,7 @@ def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[Ro
     """Compute log-probs of the packed tokens, one tile of logits at a time. No derivative is saved."""
     head, packed, tile = problem.head, problem.packed, schedule.tile
     scratch = kernels.scratch(problem.hidden.device, tile.rows, tile.cols)
-    rows = RowResults(kernels, packed, head.vocab, problem.stats, like=scratch)
+    rows = RowResults(kernels, problem, like=scratch)
     for chunk in schedule.chunks:
         x_CH = packed.gather(problem.hidden, chunk.start, chunk.stop, kernels.dtype)
         labels_C = packed.labels[chunk.start : chunk.stop]
@@ -56,6 +56,7 @@ def gradients(kernels: RowKernels, problem: Problem, schedule: Schedule, saved: 
         start, stop = chunk.start, chunk.stop
         x_CH = packed.gather(problem.hidden, start, stop, kernels.dtype)
         sums = (packed.labels[start:stop], saved.max[start:stop], saved.others[start:stop])
+        scale_C: Tensor | None = None
         for left, right in spans(head.vocab, tile.cols):
             z = kernels.tile_in(scratch, stop - start, right - left)
             if schedule.recompute_in_library:

@@ -1,12 +1,11 @@
 """The results of all tokens. Only here does the state of a row become its log-prob."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from dpo_kernels.kernel_interface import RowKernels, RowResult, RowState
-from dpo_kernels.shapes import PackedTokens
+from dpo_kernels.problem import Problem
+from dpo_kernels.strategies.vocab_shards import complete
 
 
 class RowResults:
@@ -15,29 +14,27 @@ class RowResults:
     Unused capacity keeps the log-prob 0. The tensors have the dtype and the device of ``like``.
     """
 
-    def __init__(
-        self,
-        kernels: RowKernels,
-        packed: PackedTokens,
-        vocab: int,
-        stats: Sequence[str],
-        like: Tensor,
-        *,
-        sums: bool = True,
-    ) -> None:
+    def __init__(self, kernels: RowKernels, problem: Problem, like: Tensor, *, sums: bool = True) -> None:
+        packed = problem.packed
         zeros = like.new_zeros(packed.capacity)
-        self.kernels, self.packed, self.vocab, self.sums = kernels, packed, vocab, sums
+        self.kernels, self.problem, self.sums = kernels, problem, sums
         self.result = RowResult(
             logp=zeros,
             max=torch.zeros_like(zeros) if sums else zeros[:0],
             sumexp=torch.ones_like(zeros) if sums else zeros[:0],
             others=torch.zeros_like(zeros) if sums else zeros[:0],
-            stats={name: torch.zeros_like(zeros) for name in stats},
+            stats={name: torch.zeros_like(zeros) for name in problem.stats},
         )
 
-    def put(self, start: int, stop: int, state: RowState) -> None:
-        """Record the results of rows ``start..stop-1``. Every column has been folded into their state."""
-        part = self.kernels.row_logps(state, self.packed.labels[start:stop], self.vocab)
+    def put(self, start: int, stop: int, state: RowState, *, completed: bool = False) -> None:
+        """Record the results of rows ``start..stop-1``. Every column of this rank has been folded into their state.
+
+        With a shard of the vocabulary the state becomes that of all ranks, unless it was ``completed`` before.
+        """
+        if not completed:
+            complete(state, self.problem.shard)
+        labels_C = self.problem.packed.labels[start:stop]
+        part = self.kernels.row_logps(state, labels_C, self.problem.vocab_size)
         self.result.logp[start:stop] = part.logp
         if self.sums:
             self.result.max[start:stop] = part.max

@@ -20,7 +20,7 @@ def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[Ro
     if not kernels.streams_logps or not packed.used:
         return recompute.logps(kernels, problem, schedule)
     empty = problem.hidden.new_empty(0, dtype=accumulation_dtype(kernels.dtype))
-    rows = RowResults(kernels, packed, problem.head.vocab, problem.stats, like=empty)
+    rows = RowResults(kernels, problem, like=empty)
     x_NH = packed.gather(problem.hidden, 0, packed.used, kernels.dtype)
     state = kernels.stream_logps(x_NH, problem.head, packed.labels[: packed.used], problem.stats)
     rows.put(0, packed.used, state)

@@ -635,4 +635,72 @@ _LOSSES = [
     ),
 ]
 
-CORE: tuple[Mutant, ...] = (*_ROWS, *_CALLS, *_PLAN, *_STRATEGIES, *_AUTOGRAD, *_OPTIONS, *_LOSSES)
+_SPLIT = "tests/distributed/test_vocab_parallel.py::test_split_equals_whole[3-chunked-torch.float64]"
+
+_SHARDS = [
+    Mutant(
+        "dpo_kernels/distributed.py",
+        "reduce = self.all_reduce_ if self.reduce_hidden_grad else None",
+        "reduce = None",
+        _SPLIT,
+        "the hidden states get the gradient of one shard",
+    ),
+    Mutant(
+        "dpo_kernels/distributed.py",
+        "first, end = (following, following + num_rows) if first < 0 else (first, end)",
+        "first, end = (following, following + num_rows) if first < 0 else (first, end)\n            first, following = (0, 0)",
+        _SPLIT,
+        "every shard is taken for the first one",
+    ),
+    Mutant(
+        "dpo_kernels/engine/passes.py",
+        "        shard.reduce_hidden_grad(grad)",
+        "        shard.reduce_hidden_grad(grad)\n        shard.reduce_hidden_grad(grad)",
+        _SPLIT,
+        "the gradient of the hidden states is added up twice",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/frozen_head.py",
+        "rows.put(chunk.start, chunk.stop, state, completed=True)",
+        "rows.put(chunk.start, chunk.stop, state)",
+        "tests/distributed/test_vocab_parallel.py::test_split_equals_whole[3-frozen-torch.float64]",
+        "the states of the ranks are merged twice",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/vocab_shards.py",
+        "state.others = (others_RC * factor_RC).sum(dim=0)",
+        "state.others = others_RC.sum(dim=0)",
+        _SPLIT,
+        "sums under different maxima are added up as they are",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/vocab_shards.py",
+        "first_RC = shard.all_gather(state.argmax + shard.start)",
+        "first_RC = shard.all_gather(state.argmax)",
+        "tests/distributed/test_vocab_parallel.py::test_split_equals_whole[3-statistics-torch.float64]",
+        "the best token is numbered from the first row of its shard",
+    ),
+    Mutant(
+        "dpo_kernels/inputs/shards.py",
+        "labels=packed.labels - shard.start",
+        "labels=packed.labels",
+        _SPLIT,
+        "every rank looks for the labels in its own first rows",
+    ),
+    Mutant(
+        "dpo_kernels/distributed.py",
+        "kept = [max(0, min(end, total) - min(first, total)) for first, end in bounds]",
+        "kept = [end - first for first, end in bounds]",
+        "tests/distributed/test_vocab_parallel.py::test_split_equals_whole[3-padded rows-torch.float64]",
+        "padded rows enter the sum",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/buffers.py",
+        "keep_logits = head.softcap is not None or self.problem.shard is not None",
+        "keep_logits = head.softcap is not None",
+        _SPLIT,
+        "a tile holds exponentials under a maximum that another rank has raised",
+    ),
+]
+
+CORE: tuple[Mutant, ...] = (*_SHARDS, *_ROWS, *_CALLS, *_PLAN, *_STRATEGIES, *_AUTOGRAD, *_OPTIONS, *_LOSSES)

@@ -40,6 +40,7 @@ CLEAN = {
     "dpo_kernels/losses.py": "import torch.nn.functional as F\nfrom .loss_interface import LossInputs\n",
     "dpo_kernels/segments.py": "from .shapes import sum_dtype\n",
     "dpo_kernels/naive.py": "import torch\n",
+    "dpo_kernels/distributed.py": "import torch.distributed as dist\nfrom .problem import VocabShard\n",
     "dpo_kernels/reference.py": "import math\nimport torch\n",
     "dpo_kernels/strategies/__init__.py": "",
     "dpo_kernels/strategies/chunked.py": "from ..segments import to_token\nfrom . import recompute\n",
@@ -73,7 +74,8 @@ inputs -> strategies kernels planning engine api
 planning -> losses inputs engine api
 engine -> kernels strategies api
 checks -> inputs losses kernels
-problem -> losses kernels inputs planning
+problem -> losses kernels inputs planning distributed
+distributed -> inputs engine api losses kernels strategies
 loss_interface -> losses kernels problem
 kernel_interface -> kernels losses problem
 device_specs -> planning kernels

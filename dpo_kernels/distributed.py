@@ -1,0 +1,162 @@
+"""Heads that are split over ranks. This is the only file of the core that imports ``torch.distributed``.
+
+A ``VocabParallel`` says which group of ranks holds the head and which rows of it are this rank's. It has no engine of
+its own: every collective is one of ``torch.distributed``, on the group that the caller has made.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_kernels.problem import VocabShard
+
+CHECK_VARIABLE = "DPO_KERNELS_CHECK"
+
+
+class VocabParallel:
+    """The head is split along the vocabulary over a group of ranks, as in tensor parallelism.
+
+    ``weight`` (and ``bias``) of the call is this rank's rows of the head, in the order of the ranks. The shards may
+    have any sizes, and may be empty. Every rank passes the same hidden states and labels. It gets the same loss,
+    log-probs and gradient of the hidden states, bit for bit. The gradient of the shard is this rank's own.
+
+    Args:
+        group: A ``ProcessGroup``, a ``DeviceMesh`` of one dimension, or ``(mesh, "name")``.
+        start: The id of the shard's first token. Without it the ranks exchange their sizes once.
+        stop: The id after the shard's last token.
+        vocab_size: The number of tokens. Rows beyond it are padding: they hold real weights in some models, and would
+            otherwise enter the sum.
+        reduce_hidden_grad: Whether the gradient of the hidden states is added up over the ranks, in float32, before it
+            is rounded. With False the caller does it, as a layer that copies hidden states to its ranks does. Adding up
+            in both places makes it too large by the number of ranks. Adding up in neither leaves a part of it.
+
+    Raises:
+        TypeError: ``group`` is of another kind.
+        ValueError: bounds that are no bounds, a mesh of several dimensions without a name, or no process group.
+
+    Example:
+        >>> from dpo_kernels.distributed import VocabParallel
+        >>> VocabParallel("tp")
+        Traceback (most recent call last):
+        ...
+        TypeError: group must be a ProcessGroup, a DeviceMesh or (mesh, "name"), got str
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        *,
+        start: int | None = None,
+        stop: int | None = None,
+        vocab_size: int | None = None,
+        reduce_hidden_grad: bool = True,
+    ) -> None:
+        self.group = _process_group(group)
+        if (start is None) != (stop is None):
+            raise ValueError("start and stop go together: give both bounds of the shard, or neither")
+        if start is not None and stop is not None and not 0 <= start <= stop:
+            raise ValueError(f"start and stop must satisfy 0 <= start <= stop, got {start} and {stop}")
+        if vocab_size is not None and vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
+        self.start, self.stop, self.vocab_size = start, stop, vocab_size
+        self.reduce_hidden_grad = reduce_hidden_grad
+        self._bounds: dict[
+            int, tuple[int, int, int, int]
+        ] = {}  # rows of the weight -> start, kept rows, total, largest
+        self._checked: set[str] = set()
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks that hold a shard."""
+        return dist.get_world_size(self.group)
+
+    def shard_of(self, weight: Tensor) -> tuple[int, VocabShard]:
+        """Return how many rows of ``weight`` are tokens, and where they stand in the vocabulary.
+
+        The first call with a weight of so many rows exchanges the sizes; the result is kept on this object.
+        """
+        rows = weight.shape[0]
+        if rows not in self._bounds:
+            self._bounds[rows] = self._exchange(rows, weight.device)
+        start, kept, total, largest = self._bounds[rows]
+        reduce = self.all_reduce_ if self.reduce_hidden_grad else None
+        return kept, VocabShard(start, total, largest, self.ranks, self.all_gather, reduce)
+
+    def _exchange(self, rows: int, device: torch.device) -> tuple[int, int, int, int]:
+        start, stop = -1 if self.start is None else self.start, -1 if self.stop is None else self.stop
+        size = self.vocab_size or -1
+        mine = torch.tensor([rows, start, stop, size], dtype=torch.int64, device=device)
+        all_sizes: list[list[int]] = self.all_gather(mine).tolist()
+        if len({size for *_, size in all_sizes}) > 1:
+            raise ValueError(f"the ranks disagree about vocab_size: {[size for *_, size in all_sizes]}")
+        bounds, following = [], 0
+        for rank, (num_rows, first, end, _) in enumerate(all_sizes):
+            first, end = (following, following + num_rows) if first < 0 else (first, end)
+            if end - first != num_rows:
+                raise ValueError(f"rank {rank} has {num_rows} rows of the head, but bounds {first} to {end}")
+            if first != following:
+                raise ValueError(f"the shard of rank {rank} begins at {first}, but those before it end at {following}")
+            bounds.append((first, end))
+            following = end
+        total = following if self.vocab_size is None else self.vocab_size
+        if total > following:
+            raise ValueError(f"vocab_size={total} is more than the {following} rows that the ranks hold together")
+        if total == 0:
+            raise ValueError("the head has no rows on any rank")
+        kept = [max(0, min(end, total) - min(first, total)) for first, end in bounds]
+        rank = dist.get_rank(self.group)
+        return min(bounds[rank][0], total), kept[rank], total, max(kept)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all ranks, ``(ranks, ...)``, in the order of the ranks."""
+        tensor = tensor.contiguous()
+        out = tensor.new_empty(self.ranks * tensor.numel())
+        dist.all_gather_into_tensor(out, tensor.view(-1), group=self.group)
+        return out.view(self.ranks, *tensor.shape)
+
+    def all_reduce_(self, tensor: Tensor) -> None:
+        """Add up a contiguous tensor over the ranks, in place; every rank gets the same bits."""
+        dist.all_reduce(tensor, group=self.group)
+
+    def check_same(self, facts: tuple[Any, ...], device: torch.device) -> None:
+        """Raise on every rank where the ranks' problems differ in ``facts``.
+
+        It is done for the first call of a kind, and for every call with ``DPO_KERNELS_CHECK=1``.
+        """
+        said = repr(facts)
+        if said in self._checked and os.environ.get(CHECK_VARIABLE) != "1":
+            return
+        digest = torch.tensor([_digest(said)], dtype=torch.int64, device=device)
+        digests: list[int] = self.all_gather(digest)[:, 0].tolist()
+        if len(set(digests)) > 1:
+            others = [rank for rank, each in enumerate(digests) if each != int(digest)]
+            raise ValueError(
+                f"vocab_parallel: ranks {others} were given another problem than this one, which has (shape of hidden, "
+                f"dtypes, sequences, gradients wanted, scale, softcap, loss, ...) = {said}"
+            )
+        self._checked.add(said)
+
+
+def _digest(text: str) -> int:
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _process_group(group: Any) -> dist.ProcessGroup:
+    if not dist.is_available() or not dist.is_initialized():
+        if isinstance(group, str):
+            raise TypeError(f'group must be a ProcessGroup, a DeviceMesh or (mesh, "name"), got {type(group).__name__}')
+        raise ValueError("there is no process group: call torch.distributed.init_process_group first")
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    mesh, name = group if isinstance(group, tuple) and len(group) == 2 else (group, None)
+    if not hasattr(mesh, "get_group"):
+        raise TypeError(f'group must be a ProcessGroup, a DeviceMesh or (mesh, "name"), got {type(group).__name__}')
+    if name is None and mesh.ndim != 1:
+        raise ValueError(f'the mesh has {mesh.ndim} dimensions: name the one of the vocabulary, (mesh, "name")')
+    found: dist.ProcessGroup = mesh.get_group(name) if name is not None else mesh.get_group()
+    return found
