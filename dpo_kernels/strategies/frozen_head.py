@@ -78,9 +78,9 @@ def _cut_rows(
         d = kernels.dlogits_(z, labels_C, left, shift_C, without_label, head, None, state.exponentiated)
         kernels.grad_hidden(d, head, left, out_CH, accumulate=left > 0)
     if problem.shard is not None:
-        before = state.max.clone()
+        own_max = state.max
         complete(state, problem.shard)
-        out_CH.mul_(rescale(before, state.max)[:, None])
+        out_CH.mul_(rescale(own_max, state.max)[:, None])
     out_CH.addcmul_(_label_rows(head, labels_C, state.target, kernels.dtype), state.others[:, None], value=-1)
     out_CH.mul_((head.logit_scale / state.sumexp)[:, None])
 

@@ -648,7 +648,7 @@ _SHARDS = [
     Mutant(
         "dpo_kernels/distributed.py",
         "first, end = (following, following + num_rows) if first < 0 else (first, end)",
-        "first, end = (following, following + num_rows) if first < 0 else (first, end)\n            first, following = (0, 0)",
+        "first, end = (0, num_rows) if first < 0 else (first, end)\n            following = first",
         _SPLIT,
         "every shard is taken for the first one",
     ),
