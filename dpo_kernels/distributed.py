@@ -68,6 +68,49 @@ class VocabParallel:
         ] = {}  # rows of the weight -> start, kept rows, total, largest
         self._checked: set[str] = set()
 
+    @classmethod
+    def of(cls, weight: Tensor, *, mesh_dim: str | None = None, **options: Any) -> "tuple[Tensor, VocabParallel]":
+        """Return this rank's rows of a head that is a ``DTensor``, and the ``VocabParallel`` of its mesh dimension.
+
+        The rows are differentiable: the gradient of the head is a ``DTensor`` like the head. Bounds come from the
+        ``DTensor``. A shard that FSDP has made has the very same placements, and is no shard of the vocabulary.
+
+        Args:
+            weight: ``(V, H)`` ``DTensor``, ``Shard(0)`` on one dimension of its mesh and replicated on the others.
+            mesh_dim: The name of that dimension. It must be given where the mesh has several.
+            **options: ``vocab_size`` and ``reduce_hidden_grad`` of the constructor.
+
+        Returns:
+            The rows ``(V_local, H)`` and the value for ``vocab_parallel``.
+
+        Raises:
+            TypeError: ``weight`` is no ``DTensor``.
+            ValueError: The placements are others. Redistribute the head, or pass rows and bounds yourself.
+
+        """
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        if not isinstance(weight, DTensor):
+            raise TypeError(f"VocabParallel.of takes a DTensor, got {type(weight).__name__}: pass VocabParallel(group)")
+        mesh, placements = weight.device_mesh, weight.placements
+        names = mesh.mesh_dim_names or ()
+        split = [place for place, placement in enumerate(placements) if not isinstance(placement, Replicate)]
+        described = f"{placements} on a mesh of {names or mesh.shape}"
+        if len(split) != 1 or type(placements[split[0]]) is not Shard or not placements[split[0]].is_shard(0):
+            raise ValueError(
+                f"weight has placements {described}; expected Shard(0) on one dimension and Replicate on the others: "
+                "redistribute it, or gather what FSDP has sharded before the call"
+            )
+        if mesh_dim is None and mesh.ndim > 1:
+            raise ValueError(f"weight has placements {described}: name the dimension of the vocabulary, mesh_dim=...")
+        if mesh_dim is not None and (mesh_dim not in names or names.index(mesh_dim) != split[0]):
+            raise ValueError(f"weight is not split along {mesh_dim!r}: it has placements {described}")
+        shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+        start = min(offset[0], weight.shape[0])
+        group = mesh.get_group(split[0])
+        return weight.to_local(), cls(group, start=start, stop=start + shape[0], **options)
+
     @property
     def ranks(self) -> int:
         """The number of ranks that hold a shard."""

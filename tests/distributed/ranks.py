@@ -240,8 +240,43 @@ def in_a_mesh(sizes: list[int]) -> list[str]:
     dist.all_reduce(part)
     if not torch.allclose(part, whole["dhidden"], rtol=1e-12, atol=1e-14):
         found.append("the parts do not add up")
+    found += _of_a_dtensor(mesh, made, whole)
     bounds = VocabParallel(mesh["tp"], start=rows.start, stop=rows.stop)
     loss = step({}, made, rows, vocab_parallel=bounds)["loss"]
     if not torch.allclose(loss, whole["loss"], rtol=1e-12, atol=0):
         found.append("with bounds the loss differs")
+    return found
+
+
+def _of_a_dtensor(mesh: Any, made: dict[str, Tensor], whole: dict[str, Tensor]) -> list[str]:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    found = []
+    weight = distribute_tensor(made["weight"], mesh, [Replicate(), Shard(0)]).requires_grad_()
+    rows, parallel = VocabParallel.of(weight, mesh_dim="tp")
+    out = dk.fused_dpo_loss(
+        made["hidden"], rows, made["labels"], ref_logps=made["ref_logps"], beta=0.5, vocab_parallel=parallel
+    )
+    out.loss.backward()
+    if not torch.allclose(weight.grad.full_tensor(), whole["dweight"], rtol=1e-12, atol=1e-14):
+        found.append("the gradient of a DTensor head differs")
+    wrong = {
+        "split along 'dp'": (weight, {"mesh_dim": "dp"}),
+        "name the dimension": (weight, {}),
+        "expected Shard(0) on one": (distribute_tensor(made["weight"], mesh, [Replicate(), Shard(1)]), {}),
+        "takes a DTensor, got Tensor": (made["weight"], {}),
+    }
+    for words, (head, options) in wrong.items():
+        try:
+            VocabParallel.of(head, **options)
+            found.append(f"no error: {words}")
+        except (TypeError, ValueError) as error:
+            if words not in str(error):
+                found.append(f"{error} does not say {words}")
+    try:
+        dk.fused_dpo_loss(made["hidden"], weight, made["labels"], ref_logps=made["ref_logps"])
+        found.append("a DTensor head was taken without being asked for")
+    except TypeError as error:
+        if "is a DTensor" not in str(error):
+            found.append(str(error))
     return found
