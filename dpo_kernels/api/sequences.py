@@ -119,6 +119,8 @@ def fused_kto_loss(
         main_grad_scale: Upstream gradient that ``loss`` will get, a number other than 0. It is 1 / accumulation steps,
             or a GradScaler's scale. If another one arrives, the backward pass raises on the CPU and gives NaN
             elsewhere. A second backward pass raises.
+        vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
+            So are those of the reference. Labels stay ids of the whole vocabulary.
 
     Returns:
         ``SequenceLossOutput``, of which only ``loss`` carries a gradient.
@@ -239,6 +241,8 @@ def fused_group_loss(
         main_grad_scale: Upstream gradient that ``loss`` will get, a number other than 0. It is 1 / accumulation steps,
             or a GradScaler's scale. If another one arrives, the backward pass raises on the CPU and gives NaN
             elsewhere. A second backward pass raises.
+        vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
+            So are those of the reference. Labels stay ids of the whole vocabulary.
 
     Returns:
         ``SequenceLossOutput``, of which only ``loss`` carries a gradient.
