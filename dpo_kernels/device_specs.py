@@ -74,21 +74,24 @@ GPUS = {
         312e12,
         19.5e12,
         2.039e12,
-        "A100 80GB SXM data sheet: 312 TFLOP/s, 19.5, 2039 GB/s; prediction: docs/benchmarks/nvidia-a100.md",
+        "A100 80GB SXM data sheet: 312 TFLOP/s in 16 bits, 19.5 TFLOP/s in float32, 2039 GB/s; "
+        "prediction: docs/benchmarks/nvidia-a100.md",
     ),
     "H100": Gpu(
         "H100",
         989.4e12,
         67e12,
         3.35e12,
-        "H100 SXM data sheet: 1979 TFLOP/s sparse / 2, 67, 3.35 TB/s; prediction: docs/benchmarks/nvidia-h100.md",
+        "H100 SXM data sheet: 1979 TFLOP/s sparse / 2 in 16 bits, 67 TFLOP/s in float32, 3.35 TB/s; "
+        "prediction: docs/benchmarks/nvidia-h100.md",
     ),
     "H200": Gpu(
         "H200",
         989.4e12,
         67e12,
         4.8e12,
-        "H200 SXM data sheet: 1979 TFLOP/s sparse / 2, 67, 4.8 TB/s; prediction: docs/benchmarks/nvidia-h200.md",
+        "H200 SXM data sheet: 1979 TFLOP/s sparse / 2 in 16 bits, 67 TFLOP/s in float32, 4.8 TB/s; "
+        "prediction: docs/benchmarks/nvidia-h200.md",
     ),
 }
 # A GPU without an entry is planned for as if it were this one.

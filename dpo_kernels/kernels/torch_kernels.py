@@ -147,7 +147,13 @@ class TorchKernels(RowKernels):
         scale_C: Tensor | None,
         exponentiated: bool = False,
     ) -> LogitsGradient:
-        """See ``RowKernels``. A tile that is not rounded here comes back without its scale."""
+        """See ``RowKernels``. A tile that is not rounded here comes back without its scale.
+
+        Without a softcap, a row of the tile becomes ``exp(z_v - max)``. At the label ``y`` it becomes minus the sum of
+        ``exp(z_v - max)`` over all other ``v``. The scale of a token is ``-g * logit_scale / sumexp``, with ``g`` the
+        derivative of the total by its log-prob. The product is ``g * logit_scale * (onehot - p)``, the gradient of the
+        unscaled logits.
+        """
         column = labels_C - start
         label_in_tile = (column >= 0) & (column < tile.shape[1])
         label, label_value = column.clamp(0, tile.shape[1] - 1)[:, None], -others_C[:, None]

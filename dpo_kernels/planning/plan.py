@@ -11,6 +11,7 @@ from dpo_kernels.planning.tables import BACKEND_NAMES, BACKENDS, STRATEGIES, Str
 from dpo_kernels.problem import Workload
 from dpo_kernels.shapes import Schedule, Tile
 
+KIB = 2**10  # bytes
 AUTO = "auto"  # the caller leaves the choice to ``make_plan``
 
 
@@ -109,18 +110,39 @@ class Plan:
         return self.rejected
 
     def __str__(self) -> str:
-        chunks = "" if self.chunks is None else f", chunks: {self.chunks}"
+        workload, tile = self.workload, self.tile
+        most = " at most" if workload.static else ""  # the host knows only the capacity
+        used = tile.rows * self.budget.row_bytes(tile.cols)
+        # Without any scratch there is still a tile of ``LEAST_TILE_BYTES``.
+        limit = f" of at most {_size(self.scratch_bytes)}" if used <= self.scratch_bytes else ", the least"
         lines = [
             f"strategy {self.strategy}, backend {self.backend}",
+            f"  N={workload.num_tokens} scored tokens{most}, H={workload.width}, V={workload.vocab}, "
+            + str(workload.dtype).removeprefix("torch."),
             f"  GEMM passes (2 N H V FLOP each): {self.gemms} policy + {self.reference_gemms} reference",
-            f"  logits tile {self.tile.rows} x {self.tile.cols}, scratch {self.scratch_bytes / MIB:.4g} MiB{chunks}",
+            f"  logits tile {tile.rows} x {tile.cols} ({_size(used)}{limit}){self._number_of_chunks()}",
         ]
         if self.logits_in_weight_grad:
             lines.append("  logits in the memory of the head's gradient, which replaces them tile by tile")
         if self.extra_bytes:
-            lines.append(f"  accumulators for oversized pairs: {self.extra_bytes / MIB:.4g} MiB")
+            lines.append(f"  accumulators for oversized pairs: {_size(self.extra_bytes)}")
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
         return "\n".join(lines)
+
+    def _number_of_chunks(self) -> str:
+        """Return the end of the line about the tile, or nothing where the host does not know the lengths."""
+        if self.chunks is None:
+            return ""
+        what, rest = ("chunk", " of whole examples") if self.forms_gradients else ("tile", "")
+        return f", {self.chunks} {what}{'' if self.chunks == 1 else 's'}{rest}"
+
+
+def _size(size_bytes: int) -> str:
+    """Return a number of bytes in words, in the largest unit of which there is at least one."""
+    for unit, name in ((MIB, "MiB"), (KIB, "KiB")):
+        if size_bytes >= unit:
+            return f"{round(size_bytes / unit, 1):g} {name}"
+    return f"{size_bytes} bytes"
 
 
 def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:

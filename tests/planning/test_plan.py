@@ -11,6 +11,7 @@ from dpo_kernels import device_specs, losses
 from dpo_kernels.device_specs import ChunkCosts
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.planning import memory_budget, schedules, tables
+from dpo_kernels.planning import plan as plan_module
 from dpo_kernels.planning.chunks import Chunk, cost_of_chunks, plan_chunks
 from dpo_kernels.planning.plan import Execution, make_plan
 from dpo_kernels.problem import Workload
@@ -50,6 +51,33 @@ def test_choice_and_reasons(options, strategy, refused, words):
     assert words in plan.against[refused]
     assert words in str(plan)
     assert set(plan.against) == {*tables.STRATEGIES, *tables.BACKEND_NAMES} - {plan.strategy, plan.backend}
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, "logits tile 128 x 512 (256 KiB of at most 512 MiB), 1 chunk of whole examples"),
+        ({"scratch_bytes": 65536}, "logits tile 24 x 512 (48 KiB of at most 64 KiB), 4 chunks of whole examples"),
+        ({"strategy": "recompute"}, "logits tile 128 x 512 (256 KiB of at most 512 MiB), 1 tile"),
+        ({"scratch_bytes": 2000}, "logits tile 19 x 19 (1.4 KiB of at most 2 KiB), 189 tiles"),
+        ({"scratch_bytes": 0}, "logits tile 16 x 16 (1 KiB, the least), 256 tiles"),
+        ({"max_scored_tokens": 128}, "N=128 scored tokens at most, H=8, V=512, float32"),
+    ],
+)
+def test_a_plan_says_how_large_it_is(options, line):
+    assert f"  {line}\n" in str(explain(*problem(), backend="torch", **options))
+
+
+def test_sizes_have_a_unit_that_fits_them():
+    sizes = (0, 1023, 1024, 2**20 - 2**9, 2**20, 16000 * 2**20)
+    assert [plan_module._size(size) for size in sizes] == [
+        "0 bytes",
+        "1023 bytes",
+        "1 KiB",
+        "1023.5 KiB",
+        "1 MiB",
+        "16000 MiB",
+    ]
 
 
 @pytest.mark.parametrize("options", [{"reduction": "none"}, {"loss_type": coupled}, {"scratch_bytes": 100}])
