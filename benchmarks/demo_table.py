@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "demo-cpu.json"
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-MB = 1e6
+MIB = 2**20
 KEPT = ("model", "device", "torch", "before", "after", "comparison", "stage_seconds")
 
 
@@ -40,7 +40,7 @@ def section(results: dict[str, Any]) -> str:
     rows = [
         ("training step, s", full["step_s"], fused["step_s"], "{:.2f}"),
         ("head and loss alone, s", full["head_s"], fused["head_s"], "{:.3f}"),
-        ("peak extra memory of head and loss, MB", full["peak_bytes"] / MB, fused["peak_bytes"] / MB, "{:.0f}"),
+        ("peak extra memory of head and loss, MiB", full["peak_bytes"] / MIB, fused["peak_bytes"] / MIB, "{:.0f}"),
     ]
     table = [f"| {name} | {form.format(a)} | {form.format(b)} | {b / a:.2f} |" for name, a, b, form in rows]
     return "\n".join(

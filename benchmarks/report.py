@@ -26,6 +26,8 @@ IMAGES = "docs/images"  # seen from the root, where the README is
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SHOWN_PEERS = ("full logits", "TRL chunked head", "Liger DPO")
 SHOWN_TOKENS = {"cpu": ("cpu", 2048), "cuda": ("gpu-models", 8192)}  # group and scored tokens of the cases in tables
+ROUNDS = "A ratio is the median over rounds of measurement, so it is not the quotient of the times shown."
+FULL_LOGITS = "The table's full logits are plain torch, not compiled."
 README_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # what each kind of device multiplies fast
 PREDICTED = ("chunked", "recompute", "streaming", "full logits", "full logits, compiled", "TRL chunked head")
 
@@ -266,6 +268,7 @@ def performance_section(known: dict[str, dict[str, Any]]) -> str:
             f"[{state['machine']['name']}](benchmarks/{slug}.md), {_conditions(state)}: forward and backward over the "
             "floor of bare GEMMs, trainable head, cached reference.",
             [head, "|" + "---|" * (head.count("|") - 1), *rows],
+            " ".join([ROUNDS, FULL_LOGITS, *_below_the_floor(shown_cases(state))]),
         ]
     parts.append(_predicted_only(known, "benchmarks"))
     return _text(*parts).strip()
@@ -293,6 +296,8 @@ def readme_section(known: dict[str, dict[str, Any]]) -> str:
             f"Time and extra memory, forward and backward, {dtype}, trainable head, cached reference, on "
             f"[{state['machine']['name']}](docs/benchmarks/{slug}.md), {_conditions(state)}:",
             [head, "|" + "---|" * (head.count("|") - 1), *rows],
+            f"{_said_of_ours(cases)} The picture shows time over that of the bare matrix products (dashed line). "
+            f"{ROUNDS} {FULL_LOGITS} The picture has the fastest variant, which is compiled where that was measured.",
         ]
     parts.append(_predicted_only(known, "docs/benchmarks"))
     return _text(*parts).strip()
@@ -320,6 +325,27 @@ def _ours(results: dict[str, Any]) -> Line | None:
     """Our fastest row of a case."""
     timed = [one for one in tables.lines(results) if one.family == "ours" and one.seconds is not None]
     return min(timed, key=lambda one: one.seconds or 0.0) if timed else None
+
+
+def _said_of_ours(cases: Iterable[dict[str, Any]]) -> str:
+    """Which backend and strategy stand in the column of ours."""
+    found = {ours.provider.removeprefix("ours/") for case in cases if (ours := _ours(case)) is not None}
+    named = ("the backend `{}` with the strategy `{}`".format(*name.split("/", 1)) for name in sorted(found))
+    return f'"Ours" is {", or ".join(named)}.'
+
+
+def _below_the_floor(cases: Iterable[dict[str, Any]]) -> list[str]:
+    """A sentence for each float32 row of ours that is below 1. The same GEMMs do not take less time than the floor."""
+    said = []
+    for results in cases:
+        case, ours = tables.case_of(results), _ours(results)
+        floor = tables.line(results, "floor")
+        if case.dtype == "float32" and ours is not None and ours.over_floor is not None and ours.over_floor < 1:
+            said.append(
+                f"The {tables.ratio(ours.over_floor)} of H={case.hidden} V={case.vocab} {case.dtype} is noise of the "
+                f"floor, whose rounds took {tables.interval(floor)} (median, 20th to 80th percentile)."
+            )
+    return said
 
 
 def _conditions(state: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ def section(results: dict[str, Any]) -> str:
     apart = max(abs(a - b) for curve in curves for a, b in zip(curves[0], curve, strict=True))
     rows = [
         ("steps per second, median", "steps_per_second", "{:.3f}"),
-        ("peak resident memory of the process, MB", "peak_resident_mb", "{:.0f}"),
+        ("peak resident memory of the process, MiB", "peak_resident_mb", "{:.0f}"),
         ("first loss", "first_loss", "{:.4f}"),
         ("last loss", "last_loss", "{:.4f}"),
         ("held-out loss before", "eval_loss before", "{:.4f}"),

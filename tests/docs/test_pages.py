@@ -213,7 +213,13 @@ def test_the_table_of_losses_is_complete():
         assert (reference == "yes", by_token == "yes", int(gemms)) == facts, name
         for option in spec.options:
             assert option in formula or option in ("label_smoothing",), (name, option)
-    assert f"{len(REGISTER)} losses for pairs" in README
+    assert "over 20 losses for pairs" in README
+    assert "over 20 preference losses" in PAGES["CHANGELOG.md"]
+    assert len(REGISTER) > 20
+
+
+def test_the_fields_of_loss_inputs_are_listed():
+    assert [row[0] for row in table(LOSSES, "field")] == list(dpo_kernels.LossInputs._fields)
 
 
 def test_the_table_of_strategies_says_what_explain_says():
