@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import inspect
 import io
 import json
 import re
@@ -253,7 +254,22 @@ def test_every_public_name_has_a_docstring_and_an_entry():
     assert sorted(entries) == sorted(set(dpo_kernels.__all__) - {"__version__"})
     for name in entries:
         assert getattr(dpo_kernels, name).__doc__, name
-        assert re.search(rf"`{name}` \w+[^\n]*[.\n]", PAGES["docs/api.md"]), f"{name} has no sentence of its own"
+        said = re.search(rf"\[`{name}`\]\(\.\./(\S+)\) \w+[^\n]*[.\n]", PAGES["docs/api.md"])
+        assert said, f"{name} has no link with a sentence"
+        source = (ROOT / said[1]).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:def|class) {name}\b|^{name}\b[^=\n]*= ", source, re.MULTILINE), name
+
+
+def test_the_arguments_of_fused_dpo_loss_are_listed():
+    signature = inspect.signature(dpo_kernels.fused_dpo_loss).parameters
+    defaults = {name: "–" if p.default is p.empty else repr(p.default) for name, p in signature.items()}
+    defaults.pop("loss_options")
+    rows = table(PAGES["docs/api.md"], "argument")
+    listed = {row[0]: row[1].replace('"', "'") for row in rows}
+    assert {name: listed[name] for name in defaults} == defaults
+    documented = dpo_kernels.fused_dpo_loss.__doc__.partition("Args:")[2].partition("Returns:")[0]
+    described = re.findall(r"^ {8}\*{0,2}(\w+): ", documented, re.MULTILINE)
+    assert [row[0] for row in rows] == [name for name in described if name != "loss_options"]
 
 
 # --- generated --------------------------------------------------------------------------------------------------------
