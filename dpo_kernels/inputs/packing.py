@@ -77,36 +77,17 @@ def pack_labels(labels_R: Tensor, cu_seqlens: Tensor, token_weights_R: Tensor | 
             its values are wrong.
 
     """
-    vocab, ignore_index, shift, width = how.vocab, how.ignore_index, how.shift, how.width
-    capacity, static = how.capacity, how.static
-    device, sequences = labels_R.device, cu_seqlens.shape[0] - 1
-    rows = labels_R.shape[0]
-    if device.type == "cpu" and not width:
+    device, rows, sequences = labels_R.device, labels_R.shape[0], cu_seqlens.shape[0] - 1
+    if device.type == "cpu" and not how.width:
         check_cumulative(cu_seqlens.tolist(), rows, "hidden")
-    targets_R, position = labels_R, torch.arange(rows, device=device)
-    sequence_R = torch.bucketize(position, cu_seqlens[1:], right=True)
-    in_range = sequence_R < sequences
-    sequence_R = sequence_R.clamp(max=max(sequences - 1, 0))
-    if shift:
-        # hidden[t] predicts labels[t + 1]. The last row of a sequence predicts nothing.
-        targets_R = torch.cat([labels_R[1:], labels_R.new_full((min(rows, 1),), ignore_index)])
-        in_range &= position + 1 < cu_seqlens[1:].index_select(0, sequence_R) if sequences else in_range
-    scored_R = (targets_R != ignore_index) & in_range
-    bad_R = scored_R & ((targets_R < 0) | (targets_R >= vocab))
+    position = torch.arange(rows, device=device)
+    targets_R, scored_R, sequence_R = _scored(labels_R, cu_seqlens, position, how)
+    bad_R = scored_R & ((targets_R < 0) | (targets_R >= how.vocab))
     if device.type == "cpu" and bool(bad_R.any()):
         _raise_bad_label(targets_R, bad_R, how)
     order_S = _alternating_order(sequences, how.stacked, device)
     slot_R, counts_S = _slots(scored_R, sequence_R, cu_seqlens, order_S)
-    if static:
-        counts_host = torch.full((sequences,), -1, dtype=torch.int64, device="cpu")
-    else:
-        host = torch.cat([counts_S, cu_seqlens]).to("cpu", copy=True)  # one transfer for both
-        counts_host = host[:sequences].clone()
-        if device.type != "cpu" and not width:
-            check_cumulative(host[sequences:].tolist(), rows, "hidden")
-        if capacity is None:
-            capacity = int(counts_host.sum())
-    assert capacity is not None, "a static packing has a capacity"
+    counts_host, capacity = _on_the_host(counts_S, cu_seqlens, rows, how)
     overflow = counts_S.sum() > capacity
     slot_R = slot_R.clamp(0, capacity)
     # All rows that are not scored go to one more slot than the capacity, which is then cut off.
@@ -114,27 +95,56 @@ def pack_labels(labels_R: Tensor, cu_seqlens: Tensor, token_weights_R: Tensor | 
     segments = _segments(counts_S, capacity)
     unused = torch.arange(capacity, device=device) >= counts_S.sum()
     labels_N = targets_R.index_select(0, index).to(torch.int64) if rows else index
-    labels_N = labels_N.clamp(0, vocab - 1).masked_fill(unused, 0)
-    weights = None
-    if token_weights_R is not None:
-        shifted = torch.cat([token_weights_R[1:], token_weights_R[:1]]) if shift else token_weights_R
-        weights = shifted.index_select(0, index) if rows else shifted.new_zeros(capacity)
-        weights = weights.to(accumulation_dtype(weights.dtype))
-        weights = weights.masked_fill(unused, 0.0)
-    elif static:
-        weights = (~unused).to(torch.float32)  # no coefficient may reach a row that stands for nothing
+    labels_N = labels_N.clamp(0, how.vocab - 1).masked_fill(unused, 0)
     invalid = bad_R.any() | overflow | (cu_seqlens[0] != 0) | (cu_seqlens[-1] != rows) | (cu_seqlens.diff() < 0).any()
     zero = torch.zeros((), dtype=sum_dtype(device), device=device)
     return PackedTokens(
         index=index.clone(),
         labels=labels_N,
-        weights=weights,
+        weights=_packed_weights(token_weights_R, index, unused, how),
         segments=segments,
         slot=slot_R,
         counts=counts_S,
         counts_host=counts_host,
         nan_if_invalid=torch.where(invalid, zero + math.nan, zero),
     )
+
+
+def _scored(labels_R: Tensor, cu_seqlens: Tensor, position: Tensor, how: Packing) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each row the label that it predicts, whether that is scored, and the row's sequence."""
+    rows, sequences = labels_R.shape[0], cu_seqlens.shape[0] - 1
+    targets_R = labels_R
+    sequence_R = torch.bucketize(position, cu_seqlens[1:], right=True)
+    in_range = sequence_R < sequences
+    sequence_R = sequence_R.clamp(max=max(sequences - 1, 0))
+    if how.shift:
+        # hidden[t] predicts labels[t + 1]. The last row of a sequence predicts nothing.
+        targets_R = torch.cat([labels_R[1:], labels_R.new_full((min(rows, 1),), how.ignore_index)])
+        in_range &= position + 1 < cu_seqlens[1:].index_select(0, sequence_R) if sequences else in_range
+    return targets_R, (targets_R != how.ignore_index) & in_range, sequence_R
+
+
+def _on_the_host(counts_S: Tensor, cu_seqlens: Tensor, rows: int, how: Packing) -> tuple[Tensor, int]:
+    """Return the counts on the CPU, -1 where they are not to be read, and the capacity."""
+    sequences = counts_S.shape[0]
+    if how.static:
+        assert how.capacity is not None, "a static packing has a capacity"
+        return torch.full((sequences,), -1, dtype=torch.int64, device="cpu"), how.capacity
+    host = torch.cat([counts_S, cu_seqlens]).to("cpu", copy=True)  # one transfer for both
+    counts_host = host[:sequences].clone()
+    if counts_S.device.type != "cpu" and not how.width:
+        check_cumulative(host[sequences:].tolist(), rows, "hidden")
+    return counts_host, int(counts_host.sum()) if how.capacity is None else how.capacity
+
+
+def _packed_weights(token_weights_R: Tensor | None, index: Tensor, unused: Tensor, how: Packing) -> Tensor | None:
+    """Return the packed tokens' weights, None where all are 1; no coefficient may reach unused capacity."""
+    if token_weights_R is None:
+        return (~unused).to(torch.float32) if how.static else None
+    shifted = torch.cat([token_weights_R[1:], token_weights_R[:1]]) if how.shift else token_weights_R
+    weights = shifted.index_select(0, index) if shifted.shape[0] else shifted.new_zeros(index.shape[0])
+    weights = weights.to(accumulation_dtype(weights.dtype))
+    return weights.masked_fill(unused, 0.0)
 
 
 def _alternating_order(sequences: int, stacked: bool, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ _ROWS = [
     ),
     Mutant(
         "dpo_kernels/inputs/packing.py",
-        "torch.cat([token_weights_R[1:], token_weights_R[:1]]) if shift else token_weights_R",
+        "torch.cat([token_weights_R[1:], token_weights_R[:1]]) if how.shift else token_weights_R",
         "token_weights_R",
         "tests/api/test_semantics.py::test_shift_moves_labels_and_weights_within_their_sequence",
         "labels are shifted and their weights are not",
@@ -35,15 +35,15 @@ _ROWS = [
     ),
     Mutant(
         "dpo_kernels/inputs/packing.py",
-        "| (targets_R >= vocab))",
-        "| (targets_R > vocab))",
+        "| (targets_R >= how.vocab))",
+        "| (targets_R > how.vocab))",
         "tests/strategies/test_numerics.py::test_a_bad_token_poisons_instead_of_passing",
         "a label one past the vocabulary is scored",
     ),
     Mutant(
         "dpo_kernels/inputs/packing.py",
-        "weights = weights.masked_fill(unused, 0.0)",
-        "weights = weights.clone()",
+        "return weights.masked_fill(unused, 0.0)",
+        "return weights",
         "tests/api/test_execution.py::test_a_static_capacity_that_fits_changes_nothing",
         "capacity that stands for nothing has the weight of row 0",
     ),

@@ -7,8 +7,8 @@ from tests.mutants.records import Mutant
 PATHS: tuple[Mutant, ...] = (
     Mutant(
         "dpo_kernels/inputs/packing.py",
-        "        weights = (~unused).to(torch.float32)  #",
-        "        weights = torch.ones_like(unused, dtype=torch.float32)  #",
+        "(~unused).to(torch.float32) if how.static",
+        "torch.ones_like(unused, dtype=torch.float32) if how.static",
         "tests/api/test_execution.py::test_capacity_that_is_not_used_adds_nothing",
         "capacity that stands for nothing counts in the bias's gradient",
     ),
