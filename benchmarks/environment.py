@@ -52,7 +52,7 @@ def record(device: str, threads: int) -> dict[str, Any]:
         "peers": {name: _version(name) for name in PEERS},
         "threads": threads,
         "platform": platform.platform(terse=True),
-        **_commit(),
+        **commit_and_changes(),
     }
     if device == "cuda":
         found |= {"cuda": torch.version.cuda, "driver": _driver()}
@@ -86,19 +86,20 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _commit() -> dict[str, Any]:
+def commit_and_changes() -> dict[str, Any]:
     """The commit measured, and whether files that can change a number differ from it; None outside a checkout."""
-    commit = _run("git", "rev-parse", "HEAD")
-    status = _run("git", "--no-optional-locks", "status", "--porcelain", "--", "dpo_kernels", "csrc", "setup.py")
+    commit = output_of("git", "rev-parse", "HEAD")
+    status = output_of("git", "--no-optional-locks", "status", "--porcelain", "--", "dpo_kernels", "csrc", "setup.py")
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 
 def _driver() -> str | None:
-    text = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    text = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return text.splitlines()[0] if text else None
 
 
-def _run(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
+    """What a command prints; None where it fails or is not there."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 # These are the messages that this process has issued.
-_given: set[str] = set()
+issued: set[str] = set()
 
 
 def warn_once(message: str) -> None:
     """Warn, unless this message was issued before."""
     # The tracer of torch.compile cannot issue warnings.
-    if message in _given or torch.compiler.is_compiling():
+    if message in issued or torch.compiler.is_compiling():
         return
-    _given.add(message)
+    issued.add(message)
     warnings.warn(message, stacklevel=4)
 
 

@@ -41,7 +41,7 @@ BACKENDS = sorted({"torch", CPU_BACKEND})
 
 @pytest.fixture(autouse=True)
 def _forget_warnings(monkeypatch):
-    monkeypatch.setattr(notices, "_given", set())
+    monkeypatch.setattr(notices, "issued", set())
 
 
 @pytest.fixture(params=STRATEGIES)

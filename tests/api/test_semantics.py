@@ -37,7 +37,7 @@ from tests.small import (
 
 @pytest.fixture(autouse=True)
 def _forget_warnings(monkeypatch):
-    monkeypatch.setattr(notices, "_given", set())
+    monkeypatch.setattr(notices, "issued", set())
 
 
 @pytest.fixture(params=STRATEGIES)

@@ -43,7 +43,7 @@ def _tiny(monkeypatch):
     monkeypatch.setitem(CASES, TINY.name, TINY)
     monkeypatch.setitem(CASES, GPU_TINY.name, GPU_TINY)
     monkeypatch.setattr(store.os, "fsync", lambda _: None)
-    monkeypatch.setattr(environment, "_commit", lambda: {"commit": "0" * 40, "dirty": False})
+    monkeypatch.setattr(environment, "commit_and_changes", lambda: {"commit": "0" * 40, "dirty": False})
 
 
 def few(**planted):
@@ -526,7 +526,7 @@ def test_another_version_does_not_finish_what_one_began(tmp_path, monkeypatch):
     out = tmp_path / "results.json"
     measured(out, few())
     old = out.read_text()
-    monkeypatch.setattr(environment, "_commit", lambda: {"commit": "1" * 40, "dirty": False})
+    monkeypatch.setattr(environment, "commit_and_changes", lambda: {"commit": "1" * 40, "dirty": False})
     measured(out, few(), "--resume")
     assert out.read_text() == old
     provider, _ = _stopping(0)
@@ -536,7 +536,7 @@ def test_another_version_does_not_finish_what_one_began(tmp_path, monkeypatch):
     provider, _ = _stopping(4)
     with pytest.raises(_Stop):
         measured(out, few(planted=provider))
-    monkeypatch.setattr(environment, "_commit", lambda: {"commit": "2" * 40, "dirty": False})
+    monkeypatch.setattr(environment, "commit_and_changes", lambda: {"commit": "2" * 40, "dirty": False})
     provider, calls = _stopping(0)
     _, found = measured(out, few(planted=provider), "--resume")
     assert found["environment"]["commit"] == "2" * 40
@@ -670,7 +670,7 @@ class FakeCuda:
 def test_the_gpu_path_with_a_fake_gpu(tmp_path, monkeypatch):
     """Events, L2 flush, peak memory, three samples a round, driver and device: all but the GPU."""
     monkeypatch.setattr(devices, "L2_FLUSH_BYTES", 4096)
-    monkeypatch.setattr(environment, "_run", lambda *command: "580.1" if command[0] == "nvidia-smi" else None)
+    monkeypatch.setattr(environment, "output_of", lambda *command: "580.1" if command[0] == "nvidia-smi" else None)
     device = devices.Cuda(FakeCuda(), torch.device("cpu"))
     device._flush.fill_(1)
     out = tmp_path / "gpu.json"

@@ -205,7 +205,7 @@ def test_timing_changes_nothing_but_the_launch(monkeypatch, tmp_path, fastest):
     case = Case(torch.bfloat16, bias=True, weights=True, options=RICH)
     found = []
     for launches in ((family[fastest],), family, family):
-        monkeypatch.setattr(launch_matmul, "_family", lambda *_, launches=launches: launches)
+        monkeypatch.setattr(launch_matmul, "launch_family", lambda *_, launches=launches: launches)
         found.append(fused(case.tensors(), "streaming", **case.keywords()))
     assert tried
     assert len(tried) % 2 == 0

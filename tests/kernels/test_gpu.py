@@ -148,7 +148,7 @@ def test_every_launch_of_the_families(monkeypatch, extras, number, dtype):
         family = configs.family_of(kernel, configs.target_of(x.device), x.dtype, stats)
         return (family[number % len(family)],)
 
-    monkeypatch.setattr(launch_matmul, "_family", one)
+    monkeypatch.setattr(launch_matmul, "launch_family", one)
     case = Case(dtype, bias=extras, weights=extras, options=RICH if extras else {})
     assert not broken_rules(case, "streaming", "triton", device="cuda")
 

@@ -138,13 +138,14 @@ def choose_launch(
     kernel: str, x_CH: Tensor, weight: Tensor, head: Head, stats: bool, run: Callable[[MatrixLaunch], object]
 ) -> MatrixLaunch:
     """The launch for a call of a matmul kernel; the autotuner may time ``run``."""
-    family = _family(kernel, x_CH, stats)
+    family = launch_family(kernel, x_CH, stats)
     sizes = (f"N<={autotune.bucket(x_CH.shape[0])}", f"V<={autotune.bucket(weight.shape[0])}", f"H={x_CH.shape[1]}")
     forms = ("bias" if head.bias is not None else "", "softcap" if head.softcap else "", "stats" if stats else "")
     return autotune.fastest_launch(kernel, family, (str(x_CH.dtype), *sizes, *filter(None, forms)), x_CH, run)
 
 
-def _family(kernel: str, x_CH: Tensor, stats: bool) -> tuple[MatrixLaunch, ...]:
+def launch_family(kernel: str, x_CH: Tensor, stats: bool) -> tuple[MatrixLaunch, ...]:
+    """Return the launches that are tried for a matmul kernel on the device of ``x_CH``."""
     return family_of(kernel, target_of(x_CH.device), x_CH.dtype, stats) if x_CH.is_cuda else (INTERPRETED,)
 
 
