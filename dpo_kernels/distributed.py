@@ -4,6 +4,7 @@ A ``VocabParallel`` says which group of ranks holds the head and which rows of i
 its own: every collective is one of ``torch.distributed``, on the group that the caller has made.
 """
 
+import hashlib
 import os
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_kernels import checks
 from dpo_kernels.problem import VocabShard
 
 CHECK_VARIABLE = "DPO_KERNELS_CHECK"
@@ -25,7 +27,7 @@ class VocabParallel:
 
     Args:
         group: A ``ProcessGroup``, a ``DeviceMesh`` of one dimension, or ``(mesh, "name")``.
-        start: The id of the shard's first token. Without it the ranks exchange their sizes once.
+        start: The id of the shard's first token. Without it the shards follow each other in the order of the ranks.
         stop: The id after the shard's last token.
         vocab_size: The number of tokens. Rows beyond it are padding: they hold real weights in some models, and would
             otherwise enter the sum.
@@ -57,16 +59,17 @@ class VocabParallel:
         self.group = _process_group(group)
         if (start is None) != (stop is None):
             raise ValueError("start and stop go together: give both bounds of the shard, or neither")
+        for name, value, least in (("start", start, 0), ("stop", stop, 0), ("vocab_size", vocab_size, 1)):
+            checks.check_count(name, value, least)
         if start is not None and stop is not None and not 0 <= start <= stop:
             raise ValueError(f"start and stop must satisfy 0 <= start <= stop, got {start} and {stop}")
-        if vocab_size is not None and vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
         self.start, self.stop, self.vocab_size = start, stop, vocab_size
         self.reduce_hidden_grad = reduce_hidden_grad
-        self._bounds: dict[
-            int, tuple[int, int, int, int]
-        ] = {}  # rows of the weight -> start, kept rows, total, largest
-        self._checked: set[str] = set()
+        self._bounds: tuple[int, int, int, int] | None = None  # first id, rows that are tokens, all tokens, largest
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VocabParallel":
+        """Share the group: a copy of a model belongs to the same ranks."""
+        return self
 
     @classmethod
     def of(cls, weight: Tensor, *, mesh_dim: str | None = None, **options: Any) -> "tuple[Tensor, VocabParallel]":
@@ -116,15 +119,21 @@ class VocabParallel:
         """The number of ranks that hold a shard."""
         return dist.get_world_size(self.group)
 
-    def shard_of(self, weight: Tensor) -> tuple[int, VocabShard]:
-        """Return how many rows of ``weight`` are tokens, and where they stand in the vocabulary.
+    def begin(self, weight: Any, *, keep: bool = False) -> None:
+        """Exchange the sizes of the shards. Every call begins with it, on every rank.
 
-        The first call with a weight of so many rows exchanges the sizes; the result is kept on this object.
+        With ``keep`` sizes that are known are taken as they are, so that nothing is read back from a GPU.
         """
-        rows = weight.shape[0]
-        if rows not in self._bounds:
-            self._bounds[rows] = self._exchange(rows, weight.device)
-        start, kept, total, largest = self._bounds[rows]
+        if keep and self._bounds is not None and not _checks_always():
+            return
+        rows = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else -1
+        device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
+        self._bounds = self._exchange(rows, device)
+
+    def shard_of(self, weight: Tensor) -> tuple[int, VocabShard]:
+        """Return how many rows of ``weight`` are tokens, and where they stand in the vocabulary."""
+        assert self._bounds is not None, "a call begins with begin()"
+        start, kept, total, largest = self._bounds
         reduce = self.all_reduce_ if self.reduce_hidden_grad else None
         return kept, VocabShard(start, total, largest, self.ranks, self.all_gather, reduce)
 
@@ -133,6 +142,8 @@ class VocabParallel:
         size = self.vocab_size or -1
         mine = torch.tensor([rows, start, stop, size], dtype=torch.int64, device=device)
         all_sizes: list[list[int]] = self.all_gather(mine).tolist()
+        if any(num_rows < 0 for num_rows, *_ in all_sizes):
+            raise ValueError("weight is no matrix on some rank")
         if len({size for *_, size in all_sizes}) > 1:
             raise ValueError(f"the ranks disagree about vocab_size: {[size for *_, size in all_sizes]}")
         bounds, following = [], 0
@@ -164,29 +175,36 @@ class VocabParallel:
         """Add up a contiguous tensor over the ranks, in place; every rank gets the same bits."""
         dist.all_reduce(tensor, group=self.group)
 
-    def check_same(self, facts: tuple[Any, ...], device: torch.device) -> None:
-        """Raise on every rank where the ranks' problems differ in ``facts``.
+    def compares(self, static: bool) -> bool:
+        """Whether a call compares the ranks' plans: always, but for static ones, whose host must not wait."""
+        return not static or _checks_always()
 
-        It is done for the first call of a kind, and for every call with ``DPO_KERNELS_CHECK=1``.
+    def agree(self, facts: tuple[Any, ...] | None, device: torch.device) -> None:
+        """Raise on every rank where the ranks are about to do different things, or where one of them has raised.
+
+        ``facts`` is what this rank will do, None where it has raised and is about to say so.
         """
-        said = repr(facts)
-        if said in self._checked and os.environ.get(CHECK_VARIABLE) != "1":
-            return
-        digest = torch.tensor([_digest(said)], dtype=torch.int64, device=device)
+        digest = torch.tensor([0 if facts is None else _digest(repr(facts))], dtype=torch.int64, device=device)
         digests: list[int] = self.all_gather(digest)[:, 0].tolist()
+        if facts is None:
+            return
+        if 0 in digests:
+            failed = [rank for rank, each in enumerate(digests) if each == 0]
+            raise RuntimeError(f"vocab_parallel: ranks {failed} have raised an error before the first product")
         if len(set(digests)) > 1:
             others = [rank for rank, each in enumerate(digests) if each != int(digest)]
             raise ValueError(
-                f"vocab_parallel: ranks {others} were given another problem than this one, which has (shape of hidden, "
-                f"dtypes, sequences, gradients wanted, scale, softcap, loss, ...) = {said}"
+                f"vocab_parallel: ranks {others} were given another problem, or plan it otherwise, than this one: "
+                f"{facts}"
             )
-        self._checked.add(said)
+
+
+def _checks_always() -> bool:
+    return os.environ.get(CHECK_VARIABLE) == "1"
 
 
 def _digest(text: str) -> int:
-    import hashlib
-
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    return 1 + int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _process_group(group: Any) -> dist.ProcessGroup:

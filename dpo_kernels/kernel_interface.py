@@ -66,7 +66,7 @@ class RowResult:
 
 
 class RowKernels(ABC):
-    """The kernel interface: ten row operations that a backend must have, and optional ones with defaults.
+    """The kernel interface: nine row operations that a backend must have, and optional ones with defaults.
 
     An instance is made for one call. It knows the dtype of the GEMM operands and a limit on its own temporaries.
     A tile ``(C, Vt)`` is a view into scratch that the strategy owns. It holds the columns ``start..start+Vt-1`` of the

@@ -41,7 +41,7 @@ MAY_IMPORT = {
         "strategies",
     },
     "strategies": {"kernel_interface", "problem", "segments", "shapes"},
-    "distributed": {"problem"},
+    "distributed": {"checks", "problem"},
     "inputs": {"checks", "loss_interface", "losses", "problem", "shapes"},
     "kernels": {"kernel_interface", "loss_interface", "segments", "shapes"},
     "losses": {"checks", "loss_interface", "outputs", "shapes"},

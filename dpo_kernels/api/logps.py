@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from dpo_kernels.distributed import VocabParallel
+from dpo_kernels.engine.in_step import planned
 from dpo_kernels.engine.run import run_logps
 from dpo_kernels.inputs.make_problem import logps_problem
 from dpo_kernels.inputs.options import HeadOptions, Layout, PolicyTensors
-from dpo_kernels.planning.plan import Execution, make_plan
+from dpo_kernels.planning.plan import Execution
 
 
 def fused_sequence_logps(
@@ -82,8 +83,12 @@ def fused_sequence_logps(
     """
     policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel)
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)
-    problem = logps_problem(policy, HeadOptions(logit_scale, softcap), layout, per_token=False)
-    return run_logps(problem, make_plan(problem.workload, Execution(backend, strategy, scratch_bytes)))
+    head, execution = HeadOptions(logit_scale, softcap), Execution(backend, strategy, scratch_bytes)
+    static = max_scored_tokens is not None
+    problem, plan = planned(
+        lambda: logps_problem(policy, head, layout, per_token=False), execution, vocab_parallel, weight, static=static
+    )
+    return run_logps(problem, plan)
 
 
 def fused_token_logps(
@@ -157,5 +162,9 @@ def fused_token_logps(
     """
     policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, None, vocab_parallel)
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)
-    problem = logps_problem(policy, HeadOptions(logit_scale, softcap), layout, per_token=True)
-    return run_logps(problem, make_plan(problem.workload, Execution(backend, strategy, scratch_bytes)))
+    head, execution = HeadOptions(logit_scale, softcap), Execution(backend, strategy, scratch_bytes)
+    static = max_scored_tokens is not None
+    problem, plan = planned(
+        lambda: logps_problem(policy, head, layout, per_token=True), execution, vocab_parallel, weight, static=static
+    )
+    return run_logps(problem, plan)

@@ -1,4 +1,4 @@
-"""Losses of pairs, chosen and rejected: ``fused_dpo_loss``, its module, the loss on log-probs alone, ``explain``.
+"""Losses of pairs, chosen and rejected: ``fused_dpo_loss``, and ``explain``, which says how it would run.
 
 Every function takes hidden states as ``(2B, T, H)`` with labels ``(2B, T)``, or packed as ``(N, H)`` with labels
 ``(N,)`` and ``cu_seqlens`` ``(2B + 1,)``. A position is scored unless its label is ``ignore_index``.
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpo_kernels import losses
 from dpo_kernels.distributed import VocabParallel
+from dpo_kernels.engine.in_step import planned
 from dpo_kernels.engine.run import pair_output, run
 from dpo_kernels.inputs.make_problem import pair_problem
 from dpo_kernels.inputs.options import (
@@ -25,7 +26,7 @@ from dpo_kernels.inputs.options import (
 )
 from dpo_kernels.loss_interface import LossInputs
 from dpo_kernels.outputs import DPOLossOutput
-from dpo_kernels.planning.plan import Execution, Plan, make_plan
+from dpo_kernels.planning.plan import Execution, Plan
 
 Loss = str | Sequence[str] | Callable[[LossInputs], Tensor]
 
@@ -182,8 +183,9 @@ def fused_dpo_loss(
         stats,
     )
     execution = Execution(backend, strategy, scratch_bytes)
-    problem = pair_problem(arguments, loss)
-    return pair_output(problem, run(problem, make_plan(problem.workload, execution)))
+    static = max_scored_tokens is not None
+    problem, plan = planned(lambda: pair_problem(arguments, loss), execution, vocab_parallel, weight, static=static)
+    return pair_output(problem, run(problem, plan))
 
 
 def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Plan:
@@ -286,5 +288,9 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
     bound.apply_defaults()
     named = bound.arguments
     loss = losses.bind(named["loss_type"], named["beta"], named["label_smoothing"], named["loss_options"])
-    problem = pair_problem(Arguments.by_name(named), loss)
-    return make_plan(problem.workload, Execution(named["backend"], named["strategy"], named["scratch_bytes"]))
+    arguments = Arguments.by_name(named)
+    execution = Execution(named["backend"], named["strategy"], named["scratch_bytes"])
+    static = named["max_scored_tokens"] is not None
+    parallel = named["vocab_parallel"]
+    _, plan = planned(lambda: pair_problem(arguments, loss), execution, parallel, weight, static=static)
+    return plan

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import checks
+from dpo_kernels.engine.in_step import planned
 from dpo_kernels.engine.run import run, sequence_output
 from dpo_kernels.inputs.make_problem import sequence_problem
 from dpo_kernels.inputs.options import Arguments
@@ -14,7 +15,7 @@ from dpo_kernels.inputs.tensors import Batch
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.losses import GROUP_LOSSES, KTO_LOSSES, GroupLoss, LabelledLoss
 from dpo_kernels.outputs import SequenceLossOutput
-from dpo_kernels.planning.plan import Execution, make_plan
+from dpo_kernels.planning.plan import Execution
 from dpo_kernels.shapes import sum_dtype
 
 # What these losses take of the options of ``fused_dpo_loss``, in its order.
@@ -292,9 +293,14 @@ def _run(
         if name not in OPTIONS:
             raise TypeError(f"{function}() got an unexpected option {name!r}; known: {', '.join(OPTIONS)}")
     arguments = Arguments.by_name({**dict(zip(("hidden", "weight", "labels"), policy, strict=True)), **options})
-    problem = sequence_problem(arguments, loss_of, function)
     wished = {name: options[name] for name in ("backend", "strategy", "scratch_bytes") if name in options}
-    plan = make_plan(problem.workload, Execution(**wished))
+    problem, plan = planned(
+        lambda: sequence_problem(arguments, loss_of, function),
+        Execution(**wished),
+        options.get("vocab_parallel"),
+        arguments.policy.weight,
+        static=options.get("max_scored_tokens") is not None,
+    )
     return sequence_output(problem, run(problem, plan))
 
 

@@ -233,7 +233,7 @@ def _logps_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, T
         else:
             problem = operators.decode_problem(hidden, weight, bias, packed, ctx.numbers, ctx.spec)
             problem = replace(problem, shard=ctx.shard)
-            plan = ctx.plan or operators.plan_of(problem, ctx.spec)
+            plan = ctx.plan or operators.plan_of(problem, ctx.numbers, ctx.spec)
             grads = passes.logps_gradients(grad_out, problem, plan, saved, ctx.dtypes)
     return _wrap_gradients(ctx, grads)
 

@@ -35,7 +35,6 @@ class Spec(NamedTuple):
 
     strategy: str
     backend: str
-    scratch_bytes: int
     compute_dtype: torch.dtype
     needs_grad: NeedsGrad
     stats: tuple[str, ...]
@@ -85,14 +84,14 @@ def encode_options(
     words = (
         plan.strategy,
         plan.backend,
-        str(plan.scratch_bytes),
         DTYPES[problem.compute_dtype],
         "".join("1" if flag else "0" for flag in flags),
         ",".join(problem.stats),
         loss_code,
     )
     softcap = 0.0 if head.softcap is None else head.softcap
-    return [head.logit_scale, softcap, *loss_numbers], "|".join(words)
+    # A scratch that changes from call to call must not make another graph: it is a number, not a part of the string.
+    return [head.logit_scale, softcap, float(plan.scratch_bytes), *loss_numbers], "|".join(words)
 
 
 def encode(problem: Problem, plan: Plan, loss_code: str = "", loss_numbers: Sequence[float] = ()) -> Encoded:
@@ -105,12 +104,11 @@ def encode(problem: Problem, plan: Plan, loss_code: str = "", loss_numbers: Sequ
 @functools.lru_cache(maxsize=256)
 def decode_spec(spec: str) -> Spec:
     """Return the options that ``encode_options`` has written into a string."""
-    strategy, backend, scratch_bytes, dtype, flags, stats, loss = spec.split("|")
+    strategy, backend, dtype, flags, stats, loss = spec.split("|")
     hidden, weight, bias, has_weights, has_softcap, per_token, shift, static = (flag == "1" for flag in flags)
     return Spec(
         strategy,
         backend,
-        int(scratch_bytes),
         BY_NAME[dtype],
         NeedsGrad(hidden, weight, bias),
         tuple(filter(None, stats.split(","))),
@@ -156,10 +154,11 @@ def decode_problem(
     )
 
 
-def plan_of(problem: Problem, spec: str) -> Plan:
+def plan_of(problem: Problem, numbers: Sequence[float], spec: str) -> Plan:
     """Return the plan that was encoded, with chunks for the lengths of this problem."""
     options = decode_spec(spec)
-    return lay_out(problem.workload, options.strategy, options.backend, options.scratch_bytes)
+    _, _, scratch_bytes, *_ = numbers
+    return lay_out(problem.workload, options.strategy, options.backend, int(scratch_bytes))
 
 
 def encode_rounding(dtypes: GradDtypes, needs: NeedsGrad) -> str:
@@ -192,10 +191,10 @@ def _loss(
     total, losses, log-probs, means, gradients (hidden, weight, bias) and log-probs of tokens.
     """
     ref_S, denominator, by_pair = loss_tensors
-    _, _, beta, *loss_numbers = numbers
+    _, _, _, beta, *loss_numbers = numbers
     loss = losses.decode(decode_spec(spec).loss, beta, loss_numbers, by_pair)
     problem = decode_problem(hidden, weight, bias, packed, numbers, spec, loss)
-    result = passes.loss_and_gradients(problem, plan_of(problem, spec), ref_S, denominator)
+    result = passes.loss_and_gradients(problem, plan_of(problem, numbers, spec), ref_S, denominator)
     return result.total, result.losses, result.logps, result.means, *result.kept, result.tokens
 
 
@@ -216,7 +215,7 @@ def _logps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run ``passes.logps``. The outputs are log-probs, means, the four of ``SavedRows``, and log-probs of tokens."""
     problem = decode_problem(hidden, weight, bias, packed, numbers, spec)
-    result = passes.logps(problem, plan_of(problem, spec))
+    result = passes.logps(problem, plan_of(problem, numbers, spec))
     return result.logps, result.means, *result.saved, result.tokens
 
 
@@ -233,7 +232,7 @@ def _logps_backward(
     packed, saved = packed_and_saved[:NUM_PACKED], packed_and_saved[NUM_PACKED:]
     problem = decode_problem(hidden, weight, bias, packed, numbers, spec)
     dtypes = GradDtypes.of(hidden, weight, bias)
-    return passes.logps_gradients(grad_out, problem, plan_of(problem, spec), SavedRows(*saved), dtypes)
+    return passes.logps_gradients(grad_out, problem, plan_of(problem, numbers, spec), SavedRows(*saved), dtypes)
 
 
 def _frozen_logps_backward(

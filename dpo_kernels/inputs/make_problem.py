@@ -11,7 +11,7 @@ from dpo_kernels.inputs.divisors import check_main_grad, check_reduction
 from dpo_kernels.inputs.options import Arguments, HeadOptions, Layout, PolicyTensors, Reduction, check_stats
 from dpo_kernels.inputs.pair_order import STACKED, to_alternating
 from dpo_kernels.inputs.reference import LossFacts, check_reference
-from dpo_kernels.inputs.shards import check_ranks, pack_labels_of, split_head, split_reference
+from dpo_kernels.inputs.shards import pack_labels_of, split_head, split_main_grad, split_reference
 from dpo_kernels.inputs.tensors import Batch, check_batch
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.problem import CachedReference, Problem, ScoredReference
@@ -53,7 +53,6 @@ def logps_problem(policy: PolicyTensors, options: HeadOptions, layout: Layout, *
     """Return the problem that asks for log-probs of sequences or of tokens."""
     policy, shard = split_head(policy)
     batch = check_batch(policy, options, paired=False)
-    check_ranks(policy.vocab_parallel, batch, (per_token,))
     return Problem(
         hidden=batch.hidden,
         head=batch.head,
@@ -87,8 +86,9 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
         refuse_forward_mode(name, value)
     policy, shard = split_head(arguments.policy)
     batch = check_batch(policy, arguments.head, paired=paired)
-    ref_tensors = split_reference(ref_tensors, policy)
-    check_ranks(policy.vocab_parallel, batch, (facts.name, reduction.reduction, arguments.stats))
+    num_rows = arguments.policy.weight.shape[0]
+    ref_tensors = split_reference(ref_tensors, policy, num_rows)
+    main_grad = split_main_grad(main_grad, policy, num_rows)
     reference = check_reference(batch, policy, ref_tensors, arguments.head, facts)
     check_reduction(reduction, batch)
     stats = check_stats(arguments.stats)

@@ -1,9 +1,10 @@
 """A head that is split over ranks: this rank's rows, and labels that count from the first of them."""
 
 from dataclasses import replace
-from typing import Any
 
-from dpo_kernels.inputs.options import Layout, PolicyTensors, ReferenceTensors
+from torch import Tensor
+
+from dpo_kernels.inputs.options import Layout, MainGradOptions, PolicyTensors, ReferenceTensors
 from dpo_kernels.inputs.packing import pack
 from dpo_kernels.inputs.tensors import Batch
 from dpo_kernels.problem import VocabShard, traced
@@ -26,24 +27,31 @@ def split_head(policy: PolicyTensors) -> tuple[PolicyTensors, VocabShard | None]
     return replace(policy, weight=policy.weight[:num_rows], bias=bias), shard
 
 
-def split_reference(reference: ReferenceTensors, policy: PolicyTensors) -> ReferenceTensors:
-    """Return the reference with the same rows of its own head."""
+def split_reference(reference: ReferenceTensors, policy: PolicyTensors, num_rows: int) -> ReferenceTensors:
+    """Return the reference with the same rows of its own head, which is split as the policy's is.
+
+    ``num_rows`` are those of the policy's weight as the caller gave it, padding included.
+    """
     if policy.vocab_parallel is None:
         return reference
-    num_rows = policy.weight.shape[0]
-    weight = None if reference.ref_weight is None else reference.ref_weight[:num_rows]
-    bias = None if reference.ref_bias is None else reference.ref_bias[:num_rows]
-    return replace(reference, ref_weight=weight, ref_bias=bias)
+    weight, bias = reference.ref_weight, reference.ref_bias
+    for name, tensor in (("ref_weight", weight), ("ref_bias", bias)):
+        if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[0] != num_rows:
+            raise ValueError(f"{name} has {tensor.shape[0]} rows, expected this rank's {num_rows}, as weight has")
+    kept = policy.weight.shape[0]
+    return replace(
+        reference,
+        ref_weight=None if weight is None else weight[:kept],
+        ref_bias=None if bias is None else bias[:kept],
+    )
 
 
-def check_ranks(parallel: Any, batch: Batch, facts: tuple[Any, ...]) -> None:
-    """Raise on every rank where ranks were given problems that do not fit together."""
-    if parallel is None:
-        return
-    hidden, head = batch.hidden, batch.head
-    needs = (hidden.requires_grad, head.weight.requires_grad, head.bias is not None)
-    kind = (tuple(hidden.shape), str(hidden.dtype), str(head.weight.dtype), batch.sequences, needs)
-    parallel.check_same((*kind, head.logit_scale, head.softcap, *facts), hidden.device)
+def split_main_grad(options: MainGradOptions, policy: PolicyTensors, num_rows: int) -> MainGradOptions:
+    """Return the buffer's rows that are tokens; it has ``num_rows`` as the weight the caller gave."""
+    buffer, kept = options.main_grad, policy.weight.shape[0]
+    if policy.vocab_parallel is None or buffer is None or kept == num_rows or buffer.shape[:1] != (num_rows,):
+        return options
+    return replace(options, main_grad=buffer[:kept])
 
 
 def pack_labels_of(batch: Batch, layout: Layout, shard: VocabShard | None, *, stacked: bool) -> PackedTokens:

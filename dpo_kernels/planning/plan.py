@@ -39,7 +39,7 @@ class Plan:
     lengths. ``extra_bytes`` is the memory of the accumulators of oversized examples.
     """
 
-    workload: Workload = field(repr=False)
+    workload: Workload = field(repr=False, compare=False)
     strategy: str
     backend: str
     scratch_bytes: int
@@ -74,8 +74,8 @@ class Plan:
     @property
     def tile(self) -> Tile:
         """The block of logits that the scratch holds."""
-        assert self.schedule is not None, "a plan is explained where the lengths are known"
-        return self.schedule.tile
+        schedule = self.schedule or self.algorithm.schedule(self.workload, self.budget)
+        return schedule.tile
 
     @property
     def chunks(self) -> int | None:
@@ -102,6 +102,7 @@ class Plan:
     # These are older names of the properties, which callers may still use.
     units = gemms
     reference_units = reference_gemms
+    forms_gradient = forms_gradients
     lent = logits_in_weight_grad
 
     @property

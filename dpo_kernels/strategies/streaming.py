@@ -17,7 +17,7 @@ from dpo_kernels.strategies.row_results import RowResults
 def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[RowResult, Tensor | None]:
     """Compute log-probs of the packed tokens in one GEMM pass. No derivative is saved."""
     packed = problem.packed
-    if not kernels.streams_logps or not packed.used:
+    if not kernels.streams_logps or not packed.used or not problem.head.vocab:
         return recompute.logps(kernels, problem, schedule)
     empty = problem.hidden.new_empty(0, dtype=accumulation_dtype(kernels.dtype))
     rows = RowResults(kernels, problem, like=empty)

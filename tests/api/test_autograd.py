@@ -599,3 +599,18 @@ def test_meta_tensors_have_shapes_only():
     )
     assert out.loss.is_meta
     assert out.loss.shape == out.chosen_rewards.shape == (2,)
+
+
+@pytest.mark.parametrize("function", [dk.fused_dpo_loss, dk.fused_sequence_logps])
+def test_a_compiled_call_takes_another_scratch(function):
+    """It is a number that the tracer makes symbolic, and must not end in a string."""
+    inputs = small(bias=False)
+    given = {"reference_free": True} if function is dk.fused_dpo_loss else {}
+
+    def step(scratch_bytes):
+        out = function(inputs["hidden"], inputs["weight"], inputs["labels"], scratch_bytes=scratch_bytes, **given)
+        return out.loss if function is dk.fused_dpo_loss else out.sum()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for scratch_bytes in (10_000, 11_000, 12_000):
+        torch.testing.assert_close(compiled(scratch_bytes), step(scratch_bytes))

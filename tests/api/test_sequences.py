@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels.api import sequences as api_sequences
+from dpo_kernels.engine import in_step
 from dpo_kernels.reference import sequence_logps_reference
 from tests.cases import STRATEGIES, Case, bfloat16_tile
 from tests.small import BACKENDS, F64
@@ -134,8 +134,10 @@ def test_equivalence(kind, strategy, backend):
 def test_one_pass_like_dpo(kind, units, monkeypatch):
     """Separable by sequence or group: the gradient is formed in the forward pass."""
     plans = []
-    choose = api_sequences.make_plan
-    monkeypatch.setattr("dpo_kernels.api.sequences.make_plan", lambda *given: plans.append(choose(*given)) or plans[-1])
+    choose = in_step.make_plan
+    monkeypatch.setattr(
+        "dpo_kernels.engine.in_step.make_plan", lambda *given: plans.append(choose(*given)) or plans[-1]
+    )
     KINDS[kind](Case(torch.float32).tensors(), 0.3, torch.ones(6, dtype=torch.bool))
     assert (plans[-1].strategy, plans[-1].units) == ("chunked", units)
 
@@ -169,8 +171,10 @@ CHUNKS = {
 @pytest.mark.parametrize("kind", CHUNKS)
 def test_every_chunk_has_examples_of_its_own(kind, backend, monkeypatch):
     """Labels, weights and sizes of a later chunk are those of its sequences, not of the first ones."""
-    plans, choose = [], api_sequences.make_plan
-    monkeypatch.setattr("dpo_kernels.api.sequences.make_plan", lambda *given: plans.append(choose(*given)) or plans[-1])
+    plans, choose = [], in_step.make_plan
+    monkeypatch.setattr(
+        "dpo_kernels.engine.in_step.make_plan", lambda *given: plans.append(choose(*given)) or plans[-1]
+    )
     function = dk.fused_group_loss if "group_sizes" in CHUNKS[kind] else dk.fused_kto_loss
     inputs = Case(F64).tensors()
     leaves = (inputs["hidden"], inputs["weight"])

@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a shard of -inf": {"UNREACHABLE": True, "BIAS": True},
     "masked sequence": {"MASKED": True},
     "padded rows": {"PADDING": 3},
+    "padded rows, main grad": {"PADDING": 3, "MAIN_GRAD": True},
     "sequence log-probs": {"FUNCTION": "sequences"},
     "token log-probs": {"FUNCTION": "tokens"},
     "token log-probs, frozen": {"FUNCTION": "tokens", "TRAINED": "hidden"},
@@ -147,10 +148,10 @@ def differences(case: dict[str, Any], sizes: list[int], dtype: torch.dtype) -> l
         right, other = truth[name], plain[name].to(F64)
         if name in ("dweight", "dbias", "dmain"):
             right, other = right[rows], other[rows]
-            if "PADDING" in case:  # padded rows have the gradient 0
+            if "PADDING" in case:  # padded rows have the gradient 0, and a buffer keeps its 1
                 kept = right.shape[0]
                 beyond = value[kept:]
-                if name != "dmain" and bool((beyond != 0).any()):
+                if bool((beyond != (1 if name == "dmain" else 0)).any()):
                     found.append(f"{name}: padding has a gradient")
                 value = value[:kept]
         size = float(truth[name].abs().nan_to_num(0.0, 0.0, 0.0).max()) if truth[name].numel() else 0.0
@@ -199,7 +200,7 @@ def refusals(sizes: list[int]) -> dict[str, str]:
             dk.fused_dpo_loss(
                 **{"hidden": made["hidden"], "weight": shard, **common, **changes}, vocab_parallel=parallel()
             )
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
         return "no error"
 
@@ -208,7 +209,17 @@ def refusals(sizes: list[int]) -> dict[str, str]:
     other_labels = made["labels"][:, :4] if rank else made["labels"]
     beyond = made["labels"].clone()
     beyond[1, 1] = sum(sizes)
+    trained_here = {
+        "weight": shard.clone().requires_grad_(rank == 0),
+        "hidden": made["hidden"].clone().requires_grad_(),
+    }
+    whole_reference = {"reference_free": False, "ref_hidden": made["ref_hidden"], "ref_weight": made["ref_weight"]}
     return {
+        "one rank trains": call(lambda: VocabParallel(world), **trained_here),
+        "betas": call(lambda: VocabParallel(world), beta=0.1 + 0.1 * rank),
+        "scratches": call(lambda: VocabParallel(world), scratch_bytes=10**7 if rank else 300),
+        "one rank raises": call(lambda: VocabParallel(world), **({"bias": made["bias"]} if rank else {})),
+        "whole reference": call(lambda: VocabParallel(world), **whole_reference),
         "shapes": call(lambda: VocabParallel(world), hidden=other_hidden, labels=other_labels),
         "losses": call(lambda: VocabParallel(world), loss_type="ipo" if rank else "hinge"),
         "a label": call(lambda: VocabParallel(world), labels=beyond),

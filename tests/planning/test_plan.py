@@ -308,3 +308,16 @@ def test_groups_are_whole_pairs_or_one_oversized_pair():
 
 def test_static_capacity_is_one_group():
     assert plan_chunks(None, 9, (0, 2, 4), tile_rows=9) == [Chunk(0, 2, (0, 4), 0, 9, oversized=False)]
+
+
+def test_a_plan_of_tensors_without_values_can_be_printed():
+    hidden, weight, labels = (torch.empty(shape, device="meta") for shape in ((6, 4, 8), (32, 8), (6, 4)))
+    plan = explain(hidden, weight.requires_grad_(), labels.long())
+    assert (plan.strategy, plan.tile, plan.chunks) == ("chunked", memory_budget.Tile(24, 32), None)
+    assert "logits tile 24 x 32" in str(plan)
+
+
+def test_equal_calls_have_equal_plans():
+    inputs = problem()
+    assert explain(*inputs) == explain(*inputs)
+    assert explain(*inputs) != explain(*inputs, reduction="none")
