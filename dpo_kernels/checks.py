@@ -121,12 +121,14 @@ def check_cumulative(values: Sequence[int], rows: int, of: str) -> None:
         )
 
 
-def has_values(tensor: Tensor) -> bool:
-    """Return whether the tensor has numbers to look at.
+def traced(tensor: Tensor) -> bool:
+    """Return whether a tracer or fake tensors are at work, so that only operators of the dispatcher may run."""
+    return tensor.is_meta or type(tensor).__name__ in WITHOUT_VALUES or torch.compiler.is_compiling()
 
-    It has none on the meta device, as a fake tensor, and while ``torch.compile`` traces.
-    """
-    return not (tensor.is_meta or type(tensor).__name__ in WITHOUT_VALUES or torch.compiler.is_compiling())
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether the numbers of a tensor can be read: it is not on the meta device, and no tracer is at work."""
+    return not traced(tensor)
 
 
 def refuse_batched(name: str, value: Any) -> None:

@@ -219,5 +219,7 @@ def _process_group(group: Any) -> dist.ProcessGroup:
         raise TypeError(f'group must be a ProcessGroup, a DeviceMesh or (mesh, "name"), got {type(group).__name__}')
     if name is None and mesh.ndim != 1:
         raise ValueError(f'the mesh has {mesh.ndim} dimensions: name the one of the vocabulary, (mesh, "name")')
+    if name is not None and name not in (mesh.mesh_dim_names or ()):
+        raise ValueError(f"the mesh has no dimension {name!r}; it has {mesh.mesh_dim_names}")
     found: dist.ProcessGroup = mesh.get_group(name) if name is not None else mesh.get_group()
     return found

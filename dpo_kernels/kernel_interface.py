@@ -77,7 +77,6 @@ class RowKernels(ABC):
     name: str
     can_alias_weight_grad = False  # whether logits may lie in the buffer of the head's gradient until that is formed
     streams_logps = False  # whether ``stream_logps`` exists
-    recomputes_in_one_kernel = False  # whether ``recomputed_dlogits`` is more than two operations in turn
 
     def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
         self.dtype = dtype  # dtype of the GEMM operands

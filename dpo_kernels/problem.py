@@ -6,19 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpo_kernels.checks import traced
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.shapes import Head, NeedsGrad, PackedTokens
 
-# torch's tracers pass tensors of these classes, which hold no values.
-TRACED_TENSORS = ("FakeTensor", "FunctionalTensor")
 # A reference gets no gradients.
 NO_GRADIENTS = NeedsGrad(hidden=False, weight=False, bias=False)
-
-
-def traced(tensor: Tensor) -> bool:
-    """Return whether a tracer or fake tensors are at work. Only operators of torch's dispatcher may run then."""
-    fake = tensor.is_meta or type(tensor).__name__ in TRACED_TENSORS
-    return fake or torch.compiler.is_compiling()
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "kernels": {"kernel_interface", "loss_interface", "segments", "shapes"},
     "losses": {"checks", "loss_interface", "outputs", "shapes"},
     "kernel_interface": {"loss_interface", "segments", "shapes"},
-    "problem": {"loss_interface", "shapes"},
+    "problem": {"checks", "loss_interface", "shapes"},
     "checks": {"shapes"},
     "segments": {"shapes"},
     "loss_interface": set(),

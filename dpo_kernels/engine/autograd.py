@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import checks, losses
+from dpo_kernels.checks import traced
 from dpo_kernels.engine import operators, passes
 from dpo_kernels.engine.passes import GradDtypes, KeptGradients, SavedRows
 from dpo_kernels.planning.plan import Plan
-from dpo_kernels.problem import Problem, traced
+from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import TOKEN_LOGPS, NeedsGrad
 
 SECOND_DERIVATIVE = (

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dpo_kernels import losses
 from dpo_kernels.planning.plan import Execution, Plan, make_plan
 from dpo_kernels.problem import Problem
 
@@ -40,8 +41,10 @@ def _facts(problem: Problem, plan: Plan) -> tuple[Any, ...]:
     loss, head, shard = problem.loss, problem.head, problem.shard
     code: tuple[Any, ...] = ()
     if loss is not None:
-        code = (type(loss).__name__, getattr(loss, "name", ""), loss.beta, getattr(loss, "nll_weight", 0.0))
-        code += tuple(part.options for part in getattr(loss, "parts", ()))
+        code = (type(loss).__name__, getattr(loss, "name", ""), loss.beta)
+    if isinstance(loss, losses.BoundLoss):
+        code += (loss.f_divergence, loss.f_alpha, loss.nll_weight, tuple(loss.tensors))
+        code += tuple((part.weight, part.options) for part in loss.parts)
     shapes = (tuple(problem.hidden.shape), str(problem.compute_dtype), str(problem.result_dtype), head.bias is not None)
     how = (head.logit_scale, head.softcap, problem.shift, problem.stacked, problem.per_token, problem.stats)
     what = (problem.reduction, problem.main_grad is not None, type(problem.reference).__name__)

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dpo_kernels.checks import check_cumulative
+from dpo_kernels.checks import check_cumulative, traced
 from dpo_kernels.inputs.options import Layout
 from dpo_kernels.inputs.tensors import Batch
-from dpo_kernels.problem import traced
 from dpo_kernels.shapes import PackedTokens, accumulation_dtype, sum_dtype
 
 NOWHERE = 2**62  # the slot of a row that is not scored, past every capacity

@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-from torch import Tensor
-
+from dpo_kernels.checks import traced
 from dpo_kernels.inputs.options import Layout, MainGradOptions, PolicyTensors, ReferenceTensors
 from dpo_kernels.inputs.packing import pack
-from dpo_kernels.inputs.tensors import Batch
-from dpo_kernels.problem import VocabShard, traced
+from dpo_kernels.inputs.tensors import Batch, check_tensor
+from dpo_kernels.problem import VocabShard
 from dpo_kernels.shapes import PackedTokens
 
 
@@ -18,6 +17,10 @@ def split_head(policy: PolicyTensors) -> tuple[PolicyTensors, VocabShard | None]
         return policy, None
     if not hasattr(parallel, "shard_of"):
         raise TypeError(f"vocab_parallel must be a VocabParallel, got {type(parallel).__name__}")
+    check_tensor("hidden", policy.hidden)
+    check_tensor("weight", policy.weight)
+    if policy.bias is not None:
+        check_tensor("bias", policy.bias)
     if traced(policy.hidden):
         raise ValueError("vocab_parallel is not supported inside torch.compile yet: leave the call out of the graph")
     num_rows, shard = parallel.shard_of(policy.weight)
@@ -36,7 +39,10 @@ def split_reference(reference: ReferenceTensors, policy: PolicyTensors, num_rows
         return reference
     weight, bias = reference.ref_weight, reference.ref_bias
     for name, tensor in (("ref_weight", weight), ("ref_bias", bias)):
-        if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[0] != num_rows:
+        if tensor is None:
+            continue
+        check_tensor(name, tensor)
+        if tensor.dim() and tensor.shape[0] != num_rows:
             raise ValueError(f"{name} has {tensor.shape[0]} rows, expected this rank's {num_rows}, as weight has")
     kept = policy.weight.shape[0]
     return replace(
@@ -49,7 +55,10 @@ def split_reference(reference: ReferenceTensors, policy: PolicyTensors, num_rows
 def split_main_grad(options: MainGradOptions, policy: PolicyTensors, num_rows: int) -> MainGradOptions:
     """Return the buffer's rows that are tokens; it has ``num_rows`` as the weight the caller gave."""
     buffer, kept = options.main_grad, policy.weight.shape[0]
-    if policy.vocab_parallel is None or buffer is None or kept == num_rows or buffer.shape[:1] != (num_rows,):
+    if policy.vocab_parallel is None or buffer is None or kept == num_rows:
+        return options
+    check_tensor("main_grad", buffer)
+    if buffer.shape[:1] != (num_rows,):
         return options
     return replace(options, main_grad=buffer[:kept])
 

@@ -17,9 +17,7 @@ from dpo_kernels.problem import Problem, Workload
 from dpo_kernels.shapes import Schedule
 from dpo_kernels.strategies import chunked, frozen_head, recompute, streaming
 from dpo_kernels.strategies.buffers import LossAndGradients
-
-# These are gradients of the hidden states, the weight and the bias, each None where not wanted.
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+from dpo_kernels.strategies.recompute import Gradients
 
 
 @dataclass(frozen=True)

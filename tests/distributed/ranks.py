@@ -110,13 +110,12 @@ def step(case: dict[str, Any], made: dict[str, Tensor], rows: slice, **how: Any)
         found = {"logps": logps}
         (logps * torch.linspace(-1, 2, logps.numel()).view_as(logps)).sum().backward()
     else:
-        extra: dict[str, Any] = {}
         if function == "kto":
             out: Any = dk.fused_kto_loss(**tensors, desirable=DESIRABLE, beta=0.5, **options, **how)
         elif function == "groups":
             out = dk.fused_group_loss(**tensors, group_sizes=[3, 1], beta=0.5, **options, **how)
         else:
-            out = dk.fused_dpo_loss(**tensors, beta=0.5, **options, **extra, **how)
+            out = dk.fused_dpo_loss(**tensors, beta=0.5, **options, **how)
         found = {name: value for name, value in out._asdict().items() if isinstance(value, Tensor)}
         found |= {f"stats.{name}": value for name, value in out.stats.items()}
         out.loss.sum().backward()
@@ -226,6 +225,12 @@ def refusals(sizes: list[int]) -> dict[str, str]:
         "bounds": call(lambda: VocabParallel(world, start=0, stop=sizes[rank])),
         "size": call(lambda: VocabParallel(world, vocab_size=sum(sizes) + 1)),
         "one bound": call(lambda: VocabParallel(world, start=0)),
+        "divergences": call(lambda: VocabParallel(world), **({"f_divergence": "js"} if rank else {})),
+        "no tensor": call(lambda: VocabParallel(world), weight=[[1.0]]),
+        "bias no tensor": call(lambda: VocabParallel(world), bias=1.0),
+        "main_grad no tensor": call(
+            lambda: VocabParallel(world, vocab_size=sum(sizes) - 1), main_grad=[1.0], labels=made["labels"].clamp(max=5)
+        ),
         "kind": call(lambda: "tp"),
         "group": call(lambda: VocabParallel(3)),
     }
