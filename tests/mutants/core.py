@@ -639,14 +639,14 @@ _SPLIT = "tests/distributed/test_vocab_parallel.py::test_split_equals_whole[3-ch
 
 _SHARDS = [
     Mutant(
-        "dpo_kernels/distributed.py",
+        "dpo_kernels/distributed/vocab_parallel.py",
         "reduce = self.all_reduce_ if self.reduce_hidden_grad else None",
         "reduce = None",
         _SPLIT,
         "the hidden states get the gradient of one shard",
     ),
     Mutant(
-        "dpo_kernels/distributed.py",
+        "dpo_kernels/distributed/vocab_parallel.py",
         "first, end = (following, following + num_rows) if first < 0 else (first, end)",
         "first, end = (0, num_rows) if first < 0 else (first, end)\n            following = first",
         _SPLIT,
@@ -688,7 +688,7 @@ _SHARDS = [
         "every rank looks for the labels in its own first rows",
     ),
     Mutant(
-        "dpo_kernels/distributed.py",
+        "dpo_kernels/distributed/vocab_parallel.py",
         "kept = [max(0, min(end, total) - min(first, total)) for first, end in bounds]",
         "kept = [end - first for first, end in bounds]",
         "tests/distributed/test_vocab_parallel.py::test_split_equals_whole[3-padded rows-torch.float64]",

@@ -1,11 +1,5 @@
-"""Heads that are split over ranks. This is the only file of the core that imports ``torch.distributed``.
+"""``VocabParallel``: which group of ranks holds the head, and which rows of it are this rank's."""
 
-A ``VocabParallel`` says which group of ranks holds the head and which rows of it are this rank's. It has no engine of
-its own: every collective is one of ``torch.distributed``, on the group that the caller has made.
-"""
-
-import hashlib
-import os
 from typing import Any
 
 import torch
@@ -13,12 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_kernels import checks
+from dpo_kernels.distributed.group import Ranks, checks_always
 from dpo_kernels.problem import VocabShard
 
-CHECK_VARIABLE = "DPO_KERNELS_CHECK"
 
-
-class VocabParallel:
+class VocabParallel(Ranks):
     """The head is split along the vocabulary over a group of ranks, as in tensor parallelism.
 
     ``weight`` (and ``bias``) of the call is this rank's rows of the head, in the order of the ranks. The shards may
@@ -47,6 +40,8 @@ class VocabParallel:
         TypeError: group must be a ProcessGroup, a DeviceMesh or (mesh, "name"), got str
     """
 
+    argument = "vocab_parallel"
+
     def __init__(
         self,
         group: Any,
@@ -56,7 +51,7 @@ class VocabParallel:
         vocab_size: int | None = None,
         reduce_hidden_grad: bool = True,
     ) -> None:
-        self.group = _process_group(group)
+        super().__init__(group)
         if (start is None) != (stop is None):
             raise ValueError("start and stop go together: give both bounds of the shard, or neither")
         for name, value, least in (("start", start, 0), ("stop", stop, 0), ("vocab_size", vocab_size, 1)):
@@ -66,10 +61,6 @@ class VocabParallel:
         self.start, self.stop, self.vocab_size = start, stop, vocab_size
         self.reduce_hidden_grad = reduce_hidden_grad
         self._bounds: tuple[int, int, int, int] | None = None  # first id, rows that are tokens, all tokens, largest
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "VocabParallel":
-        """Share the group: a copy of a model belongs to the same ranks."""
-        return self
 
     @classmethod
     def of(cls, weight: Tensor, *, mesh_dim: str | None = None, **options: Any) -> "tuple[Tensor, VocabParallel]":
@@ -114,17 +105,12 @@ class VocabParallel:
         group = mesh.get_group(split[0])
         return weight.to_local(), cls(group, start=start, stop=start + shape[0], **options)
 
-    @property
-    def ranks(self) -> int:
-        """The number of ranks that hold a shard."""
-        return dist.get_world_size(self.group)
-
     def begin(self, weight: Any, *, keep: bool = False) -> None:
         """Exchange the sizes of the shards. Every call begins with it, on every rank.
 
         With ``keep`` sizes that are known are taken as they are, so that nothing is read back from a GPU.
         """
-        if keep and self._bounds is not None and not _checks_always():
+        if keep and self._bounds is not None and not checks_always():
             return
         rows = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else -1
         device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
@@ -163,63 +149,3 @@ class VocabParallel:
         kept = [max(0, min(end, total) - min(first, total)) for first, end in bounds]
         rank = dist.get_rank(self.group)
         return min(bounds[rank][0], total), kept[rank], total, max(kept)
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Return the tensors of all ranks, ``(ranks, ...)``, in the order of the ranks."""
-        tensor = tensor.contiguous()
-        out = tensor.new_empty(self.ranks * tensor.numel())
-        dist.all_gather_into_tensor(out, tensor.view(-1), group=self.group)
-        return out.view(self.ranks, *tensor.shape)
-
-    def all_reduce_(self, tensor: Tensor) -> None:
-        """Add up a contiguous tensor over the ranks, in place; every rank gets the same bits."""
-        dist.all_reduce(tensor, group=self.group)
-
-    def compares(self, static: bool) -> bool:
-        """Whether a call compares the ranks' plans: always, but for static ones, whose host must not wait."""
-        return not static or _checks_always()
-
-    def agree(self, facts: tuple[Any, ...] | None, device: torch.device) -> None:
-        """Raise on every rank where the ranks are about to do different things, or where one of them has raised.
-
-        ``facts`` is what this rank will do, None where it has raised and is about to say so.
-        """
-        digest = torch.tensor([0 if facts is None else _digest(repr(facts))], dtype=torch.int64, device=device)
-        digests: list[int] = self.all_gather(digest)[:, 0].tolist()
-        if facts is None:
-            return
-        if 0 in digests:
-            failed = [rank for rank, each in enumerate(digests) if each == 0]
-            raise RuntimeError(f"vocab_parallel: ranks {failed} have raised an error before the first product")
-        if len(set(digests)) > 1:
-            others = [rank for rank, each in enumerate(digests) if each != int(digest)]
-            raise ValueError(
-                f"vocab_parallel: ranks {others} were given another problem, or plan it otherwise, than this one: "
-                f"{facts}"
-            )
-
-
-def _checks_always() -> bool:
-    return os.environ.get(CHECK_VARIABLE) == "1"
-
-
-def _digest(text: str) -> int:
-    return 1 + int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
-
-def _process_group(group: Any) -> dist.ProcessGroup:
-    if not dist.is_available() or not dist.is_initialized():
-        if isinstance(group, str):
-            raise TypeError(f'group must be a ProcessGroup, a DeviceMesh or (mesh, "name"), got {type(group).__name__}')
-        raise ValueError("there is no process group: call torch.distributed.init_process_group first")
-    if isinstance(group, dist.ProcessGroup):
-        return group
-    mesh, name = group if isinstance(group, tuple) and len(group) == 2 else (group, None)
-    if not hasattr(mesh, "get_group"):
-        raise TypeError(f'group must be a ProcessGroup, a DeviceMesh or (mesh, "name"), got {type(group).__name__}')
-    if name is None and mesh.ndim != 1:
-        raise ValueError(f'the mesh has {mesh.ndim} dimensions: name the one of the vocabulary, (mesh, "name")')
-    if name is not None and name not in (mesh.mesh_dim_names or ()):
-        raise ValueError(f"the mesh has no dimension {name!r}; it has {mesh.mesh_dim_names}")
-    found: dist.ProcessGroup = mesh.get_group(name) if name is not None else mesh.get_group()
-    return found

@@ -1,0 +1,9 @@
+"""Work that is split over ranks. Only this package of the core imports ``torch.distributed``.
+
+A ``VocabParallel`` says that the head is split along the vocabulary. It is a small value without an engine: every
+collective is one of ``torch.distributed``, on the group that the caller has made.
+"""
+
+from dpo_kernels.distributed.vocab_parallel import VocabParallel
+
+__all__ = ["VocabParallel"]
