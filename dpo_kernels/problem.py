@@ -51,6 +51,21 @@ class VocabShard:
 
 
 @dataclass(frozen=True)
+class ContextShard:
+    """This rank's tokens of sequences that are split over a group of ranks (``distributed.ContextParallel``)."""
+
+    counts: Tensor  # (S,) int64, scored tokens of each packed sequence on all ranks together
+    most: tuple[int, ...] | None  # the largest count of any rank; None where the host must not know
+    ranks: int
+    all_gather: Callable[[Tensor], Tensor]  # stacks the tensors of all ranks, the same bits on every rank
+    grad_scale: float  # every gradient is multiplied by it
+
+    def complete(self, sums: Tensor) -> Tensor:
+        """Return the sums over the tokens of all ranks, the same bits on every rank."""
+        return self.all_gather(sums).sum(dim=0)
+
+
+@dataclass(frozen=True)
 class Problem:
     """What a call asks for, checked: a loss with its gradients, or log-probs where ``loss`` is None."""
 
@@ -64,6 +79,7 @@ class Problem:
     reference: CachedReference | ScoredReference | None = None
     reduction: str = "mean"
     denominator: float | Tensor | None = None  # replaces the number of examples under "mean"
+    token_denominator: float | Tensor | None = None  # replaces the number of chosen tokens in means over tokens
     main_grad: MainGrad | None = None
     per_token: bool = False  # the log-probs are wanted by token and not by sequence
     shift: bool = False  # labels[t + 1] is predicted by hidden[t]
@@ -71,12 +87,19 @@ class Problem:
     static: bool = False  # the host never knows how many tokens are scored
     labels_shape: tuple[int, ...] = ()  # shape of the caller's labels
     shard: VocabShard | None = None  # the head is this rank's part of it; packed labels count from its first row
+    context: ContextShard | None = None  # the tokens are this rank's part of the sequences
+    gathered_bytes: tuple[int, int] = (0, 0)  # of this rank's part of hidden and ref_hidden that the call has gathered
     result_dtype: torch.dtype = torch.float32  # dtype of what the caller gets
 
     @property
     def vocab_size(self) -> int:
         """The number of tokens of the whole vocabulary."""
         return self.head.vocab if self.shard is None else self.shard.total
+
+    @property
+    def total_counts(self) -> Tensor:
+        """The scored tokens ``(S,)`` of each packed sequence, on all ranks that hold a part of it."""
+        return self.packed.counts if self.context is None else self.context.counts
 
     @property
     def workload(self) -> "Workload":
@@ -97,7 +120,13 @@ class Problem:
             static=self.static,
             tracing=tracing,
             fills_main_grad=self.main_grad is not None,
-            shard_ranks=1 if self.shard is None else self.shard.ranks,
+            shard_ranks=0 if self.shard is None else self.shard.ranks,
+            context_ranks=0 if self.context is None else self.context.ranks,
+            most_counts=None if self.context is None else self.context.most,
+            stats=self.stats,
+            reduces_hidden_grad=self.shard is not None and self.shard.reduce_hidden_grad is not None,
+            per_token=self.per_token,
+            gathered_bytes=self.gathered_bytes,
             reference=None if reference is None else self.of_reference(reference).workload,
         )
 
@@ -112,6 +141,7 @@ class Problem:
             shift=self.shift,
             static=self.static,
             shard=self.shard,
+            context=self.context,
         )
 
 
@@ -132,8 +162,26 @@ class Workload:
     static: bool = False  # the host never learns the counts
     tracing: bool = False  # the call is inside torch.compile or torch.export
     fills_main_grad: bool = False  # the head's gradient is added to the caller's buffer
-    shard_ranks: int = 1  # ranks that the vocabulary is split over; ``vocab`` is then the largest shard
+    shard_ranks: int = (
+        0  # ranks that the vocabulary is split over, 0 for a whole one; ``vocab`` is then the largest shard
+    )
+    context_ranks: int = 0  # ranks that the tokens of a sequence are split over, 0 for whole ones
+    most_counts: Sequence[int] | None = None  # the largest counts of any of them, from which all make the same chunks
+    stats: tuple[str, ...] = ()
+    reduces_hidden_grad: bool = False  # the shards' parts of the hidden states' gradient are added up in the call
+    per_token: bool = False
+    gathered_bytes: tuple[int, int] = (0, 0)
     reference: "Workload | None" = None  # the workload of a reference that is scored in the call
+
+    @property
+    def shared_counts(self) -> Sequence[int] | None:
+        """The counts that chunks are made from, the same on every rank that sequences are split over."""
+        return self.counts if self.most_counts is None else self.most_counts
+
+    @property
+    def shared_tokens(self) -> int:
+        """The number of tokens that a schedule with a loss is made for, the same on those ranks."""
+        return self.num_tokens if self.most_counts is None else sum(self.most_counts)
 
     @property
     def backward_gemms(self) -> int:

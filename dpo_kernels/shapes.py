@@ -177,6 +177,11 @@ class Schedule:
     logits_in_weight_grad: bool = False  # the logits lie in the memory of the head's gradient
     recompute_in_library: bool = False  # recomputed logits come from torch's GEMM, not from the backend's own kernel
 
+    @property
+    def oversized_rows(self) -> int:
+        """The most rows of a tile of an oversized example: whole blocks of the GEMM, if one fits."""
+        return self.tile.rows // self.block_rows * self.block_rows or self.tile.rows
+
 
 def number_like(value: float | Tensor, like: Tensor) -> Tensor:
     """A number of the caller's, in the dtype and on the device of a 0-d tensor."""

@@ -2,11 +2,19 @@
 
 from torch import Tensor
 
-from dpo_kernels.distributed import VocabParallel
+from dpo_kernels.distributed import ContextParallel, VocabParallel
 from dpo_kernels.engine.in_step import planned
 from dpo_kernels.engine.run import run_logps
 from dpo_kernels.inputs.make_problem import logps_problem
-from dpo_kernels.inputs.options import HeadOptions, Layout, PolicyTensors
+from dpo_kernels.inputs.options import (
+    Arguments,
+    HeadOptions,
+    Layout,
+    MainGradOptions,
+    PolicyTensors,
+    Reduction,
+    ReferenceTensors,
+)
 from dpo_kernels.planning.plan import Execution
 
 
@@ -27,6 +35,7 @@ def fused_sequence_logps(
     scratch_bytes: int | None = None,
     max_scored_tokens: int | None = None,
     vocab_parallel: VocabParallel | None = None,
+    context_parallel: ContextParallel | None = None,
 ) -> Tensor:
     """Compute the log-probs of sequences from hidden states, differentiably and without vocabulary-sized logits.
 
@@ -58,6 +67,8 @@ def fused_sequence_logps(
             sync. The log-probs are NaN if there are more.
         vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             Labels stay ids of the whole vocabulary.
+        context_parallel: a ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
+            the sequences, and ``shift`` must be false. Sums and counts are completed over the group.
 
     Returns:
         ``(S,)``, float32 (float64 for float64 inputs). A sequence without a scored token gets 0.
@@ -81,14 +92,12 @@ def fused_sequence_logps(
         >>> [round(logp, 3) for logp in fused_sequence_logps(hidden, weight, labels).tolist()]
         [-2.773, -1.386]
     """
-    policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel)
+    policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel, context_parallel)
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)
-    head, execution = HeadOptions(logit_scale, softcap), Execution(backend, strategy, scratch_bytes)
-    static = max_scored_tokens is not None
-    problem, plan = planned(
-        lambda: logps_problem(policy, head, layout, per_token=False), execution, vocab_parallel, weight, static=static
-    )
-    return run_logps(problem, plan)
+    head = HeadOptions(logit_scale, softcap)
+    arguments = Arguments(policy, head, ReferenceTensors(), layout, Reduction(), MainGradOptions())
+    execution = Execution(backend, strategy, scratch_bytes)
+    return run_logps(*planned(lambda given: logps_problem(given, per_token=False), arguments, execution))
 
 
 def fused_token_logps(
@@ -162,9 +171,7 @@ def fused_token_logps(
     """
     policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, None, vocab_parallel)
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)
-    head, execution = HeadOptions(logit_scale, softcap), Execution(backend, strategy, scratch_bytes)
-    static = max_scored_tokens is not None
-    problem, plan = planned(
-        lambda: logps_problem(policy, head, layout, per_token=True), execution, vocab_parallel, weight, static=static
-    )
-    return run_logps(problem, plan)
+    head = HeadOptions(logit_scale, softcap)
+    arguments = Arguments(policy, head, ReferenceTensors(), layout, Reduction(), MainGradOptions())
+    execution = Execution(backend, strategy, scratch_bytes)
+    return run_logps(*planned(lambda given: logps_problem(given, per_token=True), arguments, execution))

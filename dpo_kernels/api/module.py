@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dpo_kernels import losses
 from dpo_kernels.api.pairs import Loss, fused_dpo_loss
-from dpo_kernels.distributed import VocabParallel
+from dpo_kernels.distributed import ContextParallel, VocabParallel
 from dpo_kernels.inputs.options import HeadOptions, Layout, Reduction, ReferenceTensors, check_stats
 from dpo_kernels.outputs import DPOLossOutput
 from dpo_kernels.planning.plan import Execution
@@ -133,6 +133,7 @@ class FusedDPOLoss(nn.Module):
         denominator: float | Tensor | None = None,
         token_denominator: float | Tensor | None = None,
         vocab_parallel: VocabParallel | None = None,
+        context_parallel: ContextParallel | None = None,
         **loss_options: Tensor,
     ) -> DPOLossOutput:
         """Return the loss of a batch, with the options of the constructor.
@@ -163,6 +164,8 @@ class FusedDPOLoss(nn.Module):
                 tokens (``sft``, ``nll_weight``).
             vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the
                 head.
+            context_parallel: a ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens
+                of the sequences.
             **loss_options: Options of the loss that differ by pair, ``(P,)`` or 0-d tensors, such as ``margin`` and
                 ``pair_weights``. They replace those of the constructor.
 
@@ -191,6 +194,7 @@ class FusedDPOLoss(nn.Module):
             denominator=denominator,
             token_denominator=token_denominator,
             vocab_parallel=vocab_parallel,
+            context_parallel=context_parallel,
             **self.options | loss_options,
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dpo_kernels import losses
-from dpo_kernels.distributed import VocabParallel
+from dpo_kernels.distributed import ContextParallel, VocabParallel
 from dpo_kernels.engine.in_step import planned
 from dpo_kernels.engine.run import pair_output, run
 from dpo_kernels.inputs.make_problem import pair_problem
@@ -63,6 +63,7 @@ def fused_dpo_loss(
     main_grad: Tensor | None = None,
     main_grad_scale: float = 1.0,
     vocab_parallel: VocabParallel | None = None,
+    context_parallel: ContextParallel | None = None,
     **loss_options: Any,
 ) -> DPOLossOutput:
     """Compute DPO, or another loss of its family, from hidden states without vocabulary-sized logits.
@@ -130,9 +131,11 @@ def fused_dpo_loss(
             ``(V, H)`` memory only if a pair exceeds the scratch.
         main_grad_scale: Upstream gradient that ``loss`` will get, a number other than 0. It is 1 / accumulation steps,
             or a GradScaler's scale. If another one arrives, the backward pass raises on the CPU and gives NaN
+            elsewhere. A second backward pass raises.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
-            elsewhere. A second backward pass raises.
+        context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
+            the sequences, and ``shift`` must be false. Sums and counts are completed before the loss.
         **loss_options: Options of the loss by name; ``dpo_kernels.LOSSES[name].options`` lists those of one loss.
             "odpo" has ``margin``, "rebel" ``reward_gap``, "bco_pair" ``delta``, and these three may be ``(P,)``
             tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, and "alphapo" ``alpha``
@@ -174,7 +177,7 @@ def fused_dpo_loss(
     """
     loss = losses.bind(loss_type, beta, label_smoothing, loss_options)
     arguments = Arguments(
-        PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel),
+        PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel, context_parallel),
         HeadOptions(logit_scale, softcap),
         ReferenceTensors(ref_hidden, ref_weight, ref_bias, ref_logps, reference_free),
         Layout(pairs, shift, ignore_index, max_scored_tokens),
@@ -183,8 +186,7 @@ def fused_dpo_loss(
         stats,
     )
     execution = Execution(backend, strategy, scratch_bytes)
-    static = max_scored_tokens is not None
-    problem, plan = planned(lambda: pair_problem(arguments, loss), execution, vocab_parallel, weight, static=static)
+    problem, plan = planned(lambda given: pair_problem(given, loss), arguments, execution)
     return pair_output(problem, run(problem, plan))
 
 
@@ -252,6 +254,8 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
             elsewhere. A second backward pass raises.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
+        context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
+            the sequences, and ``shift`` must be false. Sums and counts are completed before the loss.
         loss_options: Further options of the loss, each by its own name.
         pair_weights: Factor on each pair's loss, ``(P,)`` or 0-d, floating point or integer.
         nll_weight: Number that multiplies the mean negative log-prob of the chosen tokens, which is added to the loss.
@@ -263,9 +267,9 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
 
     Returns:
         A ``Plan``, whose ``str()`` is meant for people. Programs read ``strategy``, ``backend``, ``gemms``,
-        ``reference_gemms``, ``tile``, ``scratch_bytes``, ``chunks``, ``extra_bytes``, ``logits_in_weight_grad`` and
-        ``rejected``. A GEMM pass is 2 N H V FLOP, with N scored tokens. The older names ``units``, ``reference_units``,
-        ``lent`` and ``against`` are aliases.
+        ``reference_gemms``, ``tile``, ``scratch_bytes``, ``chunks``, ``extra_bytes``, ``logits_in_weight_grad``,
+        ``collectives`` and ``rejected``. A GEMM pass is 2 N H V FLOP, with N scored tokens. The older names ``units``,
+        ``reference_units``, ``lent`` and ``against`` are aliases.
 
     Raises:
         ValueError: A shape, a value or a combination is wrong, or what was asked for by name cannot run.
@@ -290,7 +294,5 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
     loss = losses.bind(named["loss_type"], named["beta"], named["label_smoothing"], named["loss_options"])
     arguments = Arguments.by_name(named)
     execution = Execution(named["backend"], named["strategy"], named["scratch_bytes"])
-    static = named["max_scored_tokens"] is not None
-    parallel = named["vocab_parallel"]
-    _, plan = planned(lambda: pair_problem(arguments, loss), execution, parallel, weight, static=static)
+    _, plan = planned(lambda given: pair_problem(given, loss), arguments, execution)
     return plan

@@ -42,6 +42,7 @@ OPTIONS = (
     "main_grad",
     "main_grad_scale",
     "vocab_parallel",
+    "context_parallel",
 )
 
 
@@ -122,6 +123,8 @@ def fused_kto_loss(
             elsewhere. A second backward pass raises.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
+        context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
+            the sequences, and ``shift`` must be false. Sums and counts are completed before the loss.
 
     Returns:
         ``SequenceLossOutput``, of which only ``loss`` carries a gradient.
@@ -244,6 +247,8 @@ def fused_group_loss(
             elsewhere. A second backward pass raises.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
+        context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
+            the sequences, and ``shift`` must be false. Sums and counts are completed before the loss.
 
     Returns:
         ``SequenceLossOutput``, of which only ``loss`` carries a gradient.
@@ -294,13 +299,7 @@ def _run(
             raise TypeError(f"{function}() got an unexpected option {name!r}; known: {', '.join(OPTIONS)}")
     arguments = Arguments.by_name({**dict(zip(("hidden", "weight", "labels"), policy, strict=True)), **options})
     wished = {name: options[name] for name in ("backend", "strategy", "scratch_bytes") if name in options}
-    problem, plan = planned(
-        lambda: sequence_problem(arguments, loss_of, function),
-        Execution(**wished),
-        options.get("vocab_parallel"),
-        arguments.policy.weight,
-        static=options.get("max_scored_tokens") is not None,
-    )
+    problem, plan = planned(lambda given: sequence_problem(given, loss_of, function), arguments, Execution(**wished))
     return sequence_output(problem, run(problem, plan))
 
 

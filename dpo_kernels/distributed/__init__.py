@@ -1,9 +1,10 @@
 """Work that is split over ranks. Only this package of the core imports ``torch.distributed``.
 
-A ``VocabParallel`` says that the head is split along the vocabulary. It is a small value without an engine: every
-collective is one of ``torch.distributed``, on the group that the caller has made.
+``VocabParallel`` says that the head is split along the vocabulary, ``ContextParallel`` that the tokens of each sequence
+are. Both are small values without an engine: every collective is one of ``torch.distributed``, on the caller's group.
 """
 
+from dpo_kernels.distributed.context_parallel import ContextParallel
 from dpo_kernels.distributed.vocab_parallel import VocabParallel
 
-__all__ = ["VocabParallel"]
+__all__ = ["ContextParallel", "VocabParallel"]

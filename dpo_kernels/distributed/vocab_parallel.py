@@ -10,6 +10,9 @@ from dpo_kernels import checks
 from dpo_kernels.distributed.group import Ranks, checks_always
 from dpo_kernels.problem import VocabShard
 
+# These stand for a size along the tokens: hidden states that are not split, that are not there, or that are no matrix.
+WHOLE, MISSING, NO_HIDDEN = -1, -2, -3
+
 
 class VocabParallel(Ranks):
     """The head is split along the vocabulary over a group of ranks, as in tensor parallelism.
@@ -27,10 +30,15 @@ class VocabParallel(Ranks):
         reduce_hidden_grad: Whether the gradient of the hidden states is added up over the ranks, in float32, before it
             is rounded. With False the caller does it, as a layer that copies hidden states to its ranks does. Adding up
             in both places makes it too large by the number of ranks. Adding up in neither leaves a part of it.
+        sequence_sharded_hidden: Whether ``hidden`` and ``ref_hidden`` arrive split over the group along the tokens, as
+            in Megatron's sequence parallelism: ``(S, T_local, H)``, or ``(N_local, H)`` packed, in the order of the
+            ranks. The call gathers them. Each rank gets the added-up gradient of its own tokens. Labels, ``cu_seqlens``
+            and weights are those of all tokens.
 
     Raises:
-        TypeError: ``group`` is of another kind.
-        ValueError: bounds that are no bounds, a mesh of several dimensions without a name, or no process group.
+        TypeError: ``group`` is of another kind, or a flag is no bool.
+        ValueError: bounds that are no bounds, a mesh of several dimensions without a name, or no process group. Or
+            hidden states are gathered in the call, but their gradient is not to be added up there.
 
     Example:
         >>> from dpo_kernels.distributed import VocabParallel
@@ -50,6 +58,7 @@ class VocabParallel(Ranks):
         stop: int | None = None,
         vocab_size: int | None = None,
         reduce_hidden_grad: bool = True,
+        sequence_sharded_hidden: bool = False,
     ) -> None:
         super().__init__(group)
         if (start is None) != (stop is None):
@@ -58,9 +67,14 @@ class VocabParallel(Ranks):
             checks.check_count(name, value, least)
         if start is not None and stop is not None and not 0 <= start <= stop:
             raise ValueError(f"start and stop must satisfy 0 <= start <= stop, got {start} and {stop}")
+        checks.check_flag("reduce_hidden_grad", reduce_hidden_grad)
+        checks.check_flag("sequence_sharded_hidden", sequence_sharded_hidden)
+        if sequence_sharded_hidden and not reduce_hidden_grad:
+            raise ValueError("sequence_sharded_hidden=True goes with reduce_hidden_grad=True: whoever gathers adds up")
         self.start, self.stop, self.vocab_size = start, stop, vocab_size
-        self.reduce_hidden_grad = reduce_hidden_grad
+        self.reduce_hidden_grad, self.sequence_sharded_hidden = reduce_hidden_grad, sequence_sharded_hidden
         self._bounds: tuple[int, int, int, int] | None = None  # first id, rows that are tokens, all tokens, largest
+        self._token_sizes: list[list[int]] = []  # of hidden and of ref_hidden: each rank's size along the tokens
 
     @classmethod
     def of(cls, weight: Tensor, *, mesh_dim: str | None = None, **options: Any) -> "tuple[Tensor, VocabParallel]":
@@ -72,7 +86,7 @@ class VocabParallel(Ranks):
         Args:
             weight: ``(V, H)`` ``DTensor``, ``Shard(0)`` on one dimension of its mesh and replicated on the others.
             mesh_dim: The name of that dimension. It must be given where the mesh has several.
-            **options: ``vocab_size`` and ``reduce_hidden_grad`` of the constructor.
+            **options: ``vocab_size``, ``reduce_hidden_grad`` and ``sequence_sharded_hidden`` of the constructor.
 
         Returns:
             The rows ``(V_local, H)`` and the value for ``vocab_parallel``.
@@ -105,16 +119,48 @@ class VocabParallel(Ranks):
         group = mesh.get_group(split[0])
         return weight.to_local(), cls(group, start=start, stop=start + shape[0], **options)
 
-    def begin(self, weight: Any, *, keep: bool = False) -> None:
+    def begin(self, weight: Any, hiddens: tuple[Any, Any], *, keep: bool = False) -> None:
         """Exchange the sizes of the shards. Every call begins with it, on every rank.
 
         With ``keep`` sizes that are known are taken as they are, so that nothing is read back from a GPU.
+
+        Args:
+            weight: this rank's rows of the head.
+            hiddens: the hidden states of policy and reference; the second may be None.
+            keep: whether the host must not wait for the device.
+
         """
         if keep and self._bounds is not None and not checks_always():
             return
         rows = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else -1
         device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
-        self._bounds = self._exchange(rows, device)
+        shapes = [self._shape_of(hidden) for hidden in hiddens]
+        start, stop = -1 if self.start is None else self.start, -1 if self.stop is None else self.stop
+        numbers = [rows, start, stop, self.vocab_size or -1, *shapes[0], *shapes[1]]
+        mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+        all_sizes: list[list[int]] = self.all_gather(mine).tolist()
+        self._token_sizes = [_token_sizes("hidden", [tuple(sizes[4:7]) for sizes in all_sizes])]
+        self._token_sizes.append(_token_sizes("ref_hidden", [tuple(sizes[7:]) for sizes in all_sizes]))
+        self._bounds = self._bounds_of([sizes[:4] for sizes in all_sizes])
+
+    def _shape_of(self, hidden: Any) -> tuple[int, int, int]:
+        """Return the sizes of hidden states along the tokens, the sequences and H, or why there are none."""
+        if not self.sequence_sharded_hidden:
+            return WHOLE, 0, 0
+        if hidden is None:
+            return MISSING, 0, 0
+        if not isinstance(hidden, Tensor) or hidden.dim() not in (2, 3):
+            return NO_HIDDEN, 0, 0
+        return hidden.shape[-2], hidden.shape[0] if hidden.dim() == 3 else -1, hidden.shape[-1]
+
+    def gather_tokens(self, hidden: Any, place: int) -> Any:
+        """Return the hidden states of all tokens, differentiably. Whole ones are returned as they are.
+
+        ``place`` is 0 for the policy and 1 for the reference.
+        """
+        if hidden is None or not self.sequence_sharded_hidden:
+            return hidden
+        return _GatherTokens.apply(hidden, self, self._token_sizes[place])
 
     def shard_of(self, weight: Tensor) -> tuple[int, VocabShard]:
         """Return how many rows of ``weight`` are tokens, and where they stand in the vocabulary."""
@@ -123,11 +169,7 @@ class VocabParallel(Ranks):
         reduce = self.all_reduce_ if self.reduce_hidden_grad else None
         return kept, VocabShard(start, total, largest, self.ranks, self.all_gather, reduce)
 
-    def _exchange(self, rows: int, device: torch.device) -> tuple[int, int, int, int]:
-        start, stop = -1 if self.start is None else self.start, -1 if self.stop is None else self.stop
-        size = self.vocab_size or -1
-        mine = torch.tensor([rows, start, stop, size], dtype=torch.int64, device=device)
-        all_sizes: list[list[int]] = self.all_gather(mine).tolist()
+    def _bounds_of(self, all_sizes: list[list[int]]) -> tuple[int, int, int, int]:
         if any(num_rows < 0 for num_rows, *_ in all_sizes):
             raise ValueError("weight is no matrix on some rank")
         if len({size for *_, size in all_sizes}) > 1:
@@ -149,3 +191,33 @@ class VocabParallel(Ranks):
         kept = [max(0, min(end, total) - min(first, total)) for first, end in bounds]
         rank = dist.get_rank(self.group)
         return min(bounds[rank][0], total), kept[rank], total, max(kept)
+
+
+def _token_sizes(name: str, shapes: list[tuple[int, ...]]) -> list[int]:
+    """Return each rank's size of ``hidden`` or ``ref_hidden`` along the tokens. Raise where ranks do not fit."""
+    sizes = [tokens for tokens, *_ in shapes]
+    if NO_HIDDEN in sizes:
+        raise ValueError(f"{name} must have shape (S, T_local, H) or (N_local, H) on every rank")
+    if len({min(size, 0) for size in sizes}) > 1:
+        raise ValueError(f"the ranks disagree about sequence_sharded_hidden, or some have no {name}")
+    if len({tuple(others) for _, *others in shapes}) > 1:
+        raise ValueError(f"the ranks have {name} of shapes that differ not only along the tokens")
+    return sizes
+
+
+class _GatherTokens(torch.autograd.Function):
+    """Gather hidden states along the tokens. The loss adds up their gradient, of which each rank keeps its part."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, parallel: VocabParallel, sizes: list[int]) -> Tensor:
+        rank = dist.get_rank(parallel.group)
+        ctx.start, ctx.size = sum(sizes[:rank]), sizes[rank]
+        largest = max(sizes)
+        missing = largest - hidden.shape[-2]
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden
+        parts = parallel.all_gather(padded)
+        return torch.cat([part.narrow(-2, 0, size) for part, size in zip(parts, sizes, strict=True)], dim=-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.narrow(-2, ctx.start, ctx.size).contiguous(), None, None

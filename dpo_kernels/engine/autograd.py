@@ -192,12 +192,15 @@ class _Logps(torch.autograd.Function):
         hidden, weight, bias, _, problem, plan = inputs
         _keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
         ctx.frozen, ctx.shard = passes.saves_dlogp_dhidden(plan.strategy, problem.needs_grad), problem.shard
+        ctx.grad_scale = 1.0 if problem.context is None else problem.context.grad_scale
         model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
         ctx.numbers, ctx.spec, ctx.plan = *operators.encode_options(problem, plan), plan
         _keep_logps(ctx, model, operators.packed_tensors(problem.packed), output)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_out is not None and ctx.grad_scale != 1.0:
+            grad_out = grad_out * ctx.grad_scale
         return (*_logps_backward(ctx, grad_out), None, None, None)
 
     @staticmethod

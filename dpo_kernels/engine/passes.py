@@ -162,8 +162,10 @@ def logps(problem: Problem, plan: Plan) -> LogpsResult:
             out = by_label(rows.logp, packed.slot, problem.shift)
         else:
             out = kernels.segment_sum(rows.logp, packed.weights, packed.counts)
-        means = _sequence_means(kernels, rows.stats, problem)
         out = out + packed.nan_if_invalid.to(out.dtype)
+        if problem.context is not None and not problem.per_token:
+            out = problem.context.complete(out)
+        means = _sequence_means(kernels, rows.stats, problem)
     nothing = rows.logp.new_zeros(0)
     if dlogp_dhidden is None:
         saved = SavedRows(rows.max, rows.sumexp, rows.others, nothing)
@@ -277,11 +279,13 @@ def _autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
 def _sequence_means(kernels: RowKernels, stats: dict[str, Tensor], problem: Problem) -> Tensor:
     """Return the means ``(k, S)`` float32 over scored tokens. They are 0 for a sequence without any."""
     packed = problem.packed
-    tokens = packed.counts.clamp(min=1)
     names = [name for name in problem.stats if name in STATS]
-    means = [kernels.segment_sum(stats[name], None, packed.counts) / tokens for name in names]
-    nothing = packed.nan_if_invalid.new_zeros(0, packed.counts.shape[0])
-    return torch.stack(means).float() if means else nothing.float()
+    if not names:
+        return packed.nan_if_invalid.new_zeros(0, packed.counts.shape[0]).float()
+    sums = torch.stack([kernels.segment_sum(stats[name], None, packed.counts) for name in names])
+    if problem.context is not None:
+        sums = problem.context.complete(sums)
+    return (sums / problem.total_counts.clamp(min=1)).float()
 
 
 def by_label(logp_N: Tensor, slot: Tensor, shift: bool) -> Tensor:

@@ -32,7 +32,7 @@ def run(problem: Problem, plan: Plan) -> Result:
         loss, policy_S, means, tokens = autograd.loss_and_gradients(problem, plan, ref_S, denominator)
     else:
         policy_S, means, tokens = autograd.logps(problem, plan)
-        losses_E = problem.loss(policy_S, ref_S, problem.packed.counts)
+        losses_E = problem.loss(policy_S, ref_S, problem.total_counts)
         loss = losses_E if problem.reduction == "none" else losses_E.sum() / denominator
     return Result(loss, policy_S, ref_S, _statistics(problem, means, tokens))
 
@@ -76,7 +76,7 @@ def _by_sequence(problem: Problem, result: Result) -> tuple[torch.dtype, Tensor,
 def _statistics(problem: Problem, means: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     names, stacked = [name for name in problem.stats if name in STATS], problem.stacked
     stats = {name: to_callers_order(means[i], stacked) for i, name in enumerate(names)}
-    stats["tokens"] = to_callers_order(problem.packed.counts, stacked).float()
+    stats["tokens"] = to_callers_order(problem.total_counts, stacked).float()
     if TOKEN_LOGPS in problem.stats:
         stats[TOKEN_LOGPS] = tokens.view(problem.labels_shape).to(problem.result_dtype)
     return stats

@@ -8,28 +8,24 @@ from torch import Tensor
 from dpo_kernels import losses
 from dpo_kernels.checks import refuse_batched, refuse_forward_mode
 from dpo_kernels.inputs.divisors import check_main_grad, check_reduction
-from dpo_kernels.inputs.options import Arguments, HeadOptions, Layout, PolicyTensors, Reduction, check_stats
+from dpo_kernels.inputs.options import Arguments, check_stats
 from dpo_kernels.inputs.pair_order import STACKED, to_alternating
 from dpo_kernels.inputs.reference import LossFacts, check_reference
-from dpo_kernels.inputs.shards import pack_labels_of, split_head, split_main_grad, split_reference
+from dpo_kernels.inputs.shards import pack_labels_of, split_main_grad, split_reference, split_work
 from dpo_kernels.inputs.tensors import Batch, check_batch
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.problem import CachedReference, Problem, ScoredReference
-from dpo_kernels.shapes import NeedsGrad, PackedTokens, number_like, sum_dtype
+from dpo_kernels.shapes import NeedsGrad, sum_dtype
 
 # The loss is made once the batch is known, because options with one value for each pair must fit it.
-LossOfBatch = Callable[[Batch, PackedTokens], SequenceLoss]
+LossOfBatch = Callable[[Batch], SequenceLoss]
 
 
 def pair_problem(arguments: Arguments, loss: losses.BoundLoss) -> Problem:
     """Return the problem of a loss of pairs, chosen and rejected."""
 
-    def of_batch(batch: Batch, packed: PackedTokens) -> losses.BoundLoss:
-        pairs = batch.sequences // 2
-        batch_loss = losses.fit_to_batch(loss, pairs, batch.hidden.device)
-        if not batch_loss.needs_token_factor:
-            return batch_loss
-        return batch_loss.with_token_factor(_token_factor(packed, arguments.reduction), pairs)
+    def of_batch(batch: Batch) -> losses.BoundLoss:
+        return losses.fit_to_batch(loss, batch.sequences // 2, batch.hidden.device)
 
     for name, value in loss.tensors.items():
         refuse_batched(name, value)
@@ -46,13 +42,14 @@ def sequence_problem(arguments: Arguments, loss_of: Callable[[Batch], SequenceLo
         function: name of the loss in errors.
 
     """
-    return _problem(arguments, lambda batch, packed: loss_of(batch), LossFacts(function, True), paired=False)
+    return _problem(arguments, loss_of, LossFacts(function, True), paired=False)
 
 
-def logps_problem(policy: PolicyTensors, options: HeadOptions, layout: Layout, *, per_token: bool) -> Problem:
+def logps_problem(arguments: Arguments, *, per_token: bool) -> Problem:
     """Return the problem that asks for log-probs of sequences or of tokens."""
-    policy, shard = split_head(policy)
-    batch = check_batch(policy, options, paired=False)
+    layout = arguments.layout
+    policy, shard = split_work(arguments.policy, layout)
+    batch = check_batch(policy, arguments.head, paired=False)
     return Problem(
         hidden=batch.hidden,
         head=batch.head,
@@ -84,11 +81,10 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
     for name, value in tensors.items():
         refuse_batched(name, value)
         refuse_forward_mode(name, value)
-    policy, shard = split_head(arguments.policy)
+    policy, shard = split_work(arguments.policy, arguments.layout)
     batch = check_batch(policy, arguments.head, paired=paired)
-    num_rows = arguments.policy.weight.shape[0]
-    ref_tensors = split_reference(ref_tensors, policy, num_rows)
-    main_grad = split_main_grad(main_grad, policy, num_rows)
+    ref_tensors = split_reference(ref_tensors, policy, arguments.policy.weight.shape[0])
+    main_grad = split_main_grad(main_grad, policy, arguments.policy.weight.shape[0])
     reference = check_reference(batch, policy, ref_tensors, arguments.head, facts)
     check_reduction(reduction, batch)
     stats = check_stats(arguments.stats)
@@ -103,11 +99,12 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
         compute_dtype=batch.compute_dtype,
         needs_grad=needs_grad,
         stats=stats,
-        loss=loss_of(batch, packed),
+        loss=loss_of(batch),
         shard=shard,
         reference=_in_packed_order(reference, stacked),
         reduction=reduction.reduction,
         denominator=reduction.denominator,
+        token_denominator=reduction.token_denominator,
         main_grad=buffer if needs_grad.head else None,
         shift=layout.shift,
         stacked=stacked,
@@ -134,15 +131,3 @@ def gradients_wanted(batch: Batch) -> NeedsGrad:
         recording and head.weight.requires_grad,
         recording and head.bias is not None and head.bias.requires_grad,
     )
-
-
-def _token_factor(packed: PackedTokens, reduction: Reduction) -> Tensor:
-    """Return the 0-d factor that makes the mean over pairs a mean over the tokens of the chosen sequences.
-
-    It multiplies each pair's sum of chosen log-probs.
-    """
-    counts = packed.counts[0::2]
-    num_tokens = counts.sum().clamp(min=1).to(sum_dtype(counts.device))
-    tokens, pairs = reduction.token_denominator, reduction.denominator
-    num_pairs = torch.full_like(num_tokens, counts.shape[0]) if pairs is None else number_like(pairs, num_tokens)
-    return num_pairs / (num_tokens if tokens is None else number_like(tokens, num_tokens))

@@ -25,6 +25,7 @@ class PolicyTensors:
     cu_seqlens: Tensor | None = None  # (S + 1,) int32 or int64
     token_weights: Tensor | None = None  # like labels, in any floating-point dtype
     vocab_parallel: Any = None  # distributed.VocabParallel: weight and bias are this rank's rows of the head
+    context_parallel: Any = None  # distributed.ContextParallel: the tokens are this rank's part of the sequences
 
 
 @dataclass(frozen=True)

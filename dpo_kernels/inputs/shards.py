@@ -1,4 +1,4 @@
-"""A head that is split over ranks: this rank's rows, and labels that count from the first of them."""
+"""What is split over ranks: this rank's rows of the head, with labels that count from the first, and its tokens."""
 
 from dataclasses import replace
 
@@ -10,8 +10,12 @@ from dpo_kernels.problem import VocabShard
 from dpo_kernels.shapes import PackedTokens
 
 
-def split_head(policy: PolicyTensors) -> tuple[PolicyTensors, VocabShard | None]:
-    """Return the policy with the rows of its head that are tokens, and where they stand in the vocabulary."""
+def split_work(policy: PolicyTensors, layout: Layout) -> tuple[PolicyTensors, VocabShard | None]:
+    """Check what is split over ranks. Without ``context_parallel`` and ``vocab_parallel`` nothing is.
+
+    Returns the policy with the rows of its head that are tokens, and where they stand in the vocabulary.
+    """
+    _check_split_tokens(policy, layout)
     parallel = policy.vocab_parallel
     if parallel is None:
         return policy, None
@@ -28,6 +32,22 @@ def split_head(policy: PolicyTensors) -> tuple[PolicyTensors, VocabShard | None]
         return policy, shard
     bias = None if policy.bias is None else policy.bias[:num_rows]
     return replace(policy, weight=policy.weight[:num_rows], bias=bias), shard
+
+
+def _check_split_tokens(policy: PolicyTensors, layout: Layout) -> None:
+    parallel = policy.context_parallel
+    if parallel is None:
+        return
+    if not hasattr(parallel, "share"):
+        raise TypeError(f"context_parallel must be a ContextParallel, got {type(parallel).__name__}")
+    check_tensor("hidden", policy.hidden)
+    if layout.shift:
+        raise ValueError(
+            "context_parallel goes with labels that were shifted before the split, shift=False: the label of a rank's "
+            "last position lies on the next rank"
+        )
+    if traced(policy.hidden):
+        raise ValueError("context_parallel is not supported inside torch.compile yet: leave the call out of the graph")
 
 
 def split_reference(reference: ReferenceTensors, policy: PolicyTensors, num_rows: int) -> ReferenceTensors:

@@ -1,6 +1,8 @@
 """Chunks of whole examples: which packed tokens go through the scratch together. Only lengths decide it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 
 from dpo_kernels.device_specs import ChunkCosts
 from dpo_kernels.loss_interface import SequenceLoss
@@ -50,6 +52,12 @@ def plan_chunks(
         rounded_limit = min(tile_rows, -(-limit // costs.tile_rows) * costs.tile_rows)
         candidates += [_packed(lengths, bounds, rows, tile_rows) for rows in (limit, rounded_limit)]
     return min(candidates, key=lambda chunks: cost_of_chunks(chunks, costs))
+
+
+def with_counts(chunks: Sequence[Chunk], counts: Sequence[int]) -> list[Chunk]:
+    """Return chunks of the same examples for other numbers of scored tokens, ``counts`` of each sequence."""
+    ends = [0, *accumulate(counts)]
+    return [replace(chunk, start=ends[chunk.sequences[0]], stop=ends[chunk.sequences[1]]) for chunk in chunks]
 
 
 def cost_of_chunks(chunks: Sequence[Chunk], costs: ChunkCosts) -> int:

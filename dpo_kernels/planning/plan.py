@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from dpo_kernels import checks
+from dpo_kernels.planning.collectives import Collective, Pass, collectives_of
 from dpo_kernels.planning.memory_budget import MIB, Budget, default_scratch_bytes
 from dpo_kernels.planning.schedules import extra_bytes, num_tiles
 from dpo_kernels.planning.tables import BACKEND_NAMES, BACKENDS, STRATEGIES, Strategy, divide_scratch
@@ -94,6 +95,19 @@ class Plan:
         """Whether the logits lie in the memory of the head's gradient, which replaces them tile by tile."""
         return self.schedule is not None and self.schedule.logits_in_weight_grad
 
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """The collectives of the call, forward and backward, where the head or the sequences are split over ranks."""
+        policy = self._as_pass()
+        reference = None if self.reference is None else self.reference._as_pass()
+        return () if policy is None else collectives_of(policy, reference)
+
+    def _as_pass(self) -> Pass | None:
+        if self.schedule is None:
+            return None
+        streams = self.strategy == "streaming" and BACKENDS[self.backend].load().streams_logps
+        return Pass(self.workload, self.schedule, self.forms_gradients, streams)
+
     @cached_property
     def rejected(self) -> dict[str, str]:
         """Why every other strategy and backend does not run, by name."""
@@ -127,6 +141,12 @@ class Plan:
             lines.append("  logits in the memory of the head's gradient, which replaces them tile by tile")
         if self.extra_bytes:
             lines.append(f"  accumulators for oversized pairs: {_size(self.extra_bytes)}")
+        if self.collectives:
+            number, sent = (
+                sum(values) for values in zip(*((e.number, e.bytes) for e in self.collectives), strict=True)
+            )
+            what = ", ".join(f"{each.number} of {each.what} ({_size(each.bytes)})" for each in self.collectives)
+            lines.append(f"  collectives: {number}, to which this rank brings {_size(sent)}: {what}")
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
         return "\n".join(lines)
 

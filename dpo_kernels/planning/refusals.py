@@ -48,7 +48,7 @@ def refuse_chunked(workload: Workload, budget: Budget, scratch_bytes: int) -> st
     schedule = schedule_examples(workload, budget)
     if oversized_buffers(schedule.chunks, workload.loss) > 2:
         return "a group of more than two sequences is longer than the chunk: each would need an accumulator of its own"
-    if workload.device.type != "cuda" or workload.static or workload.shard_ranks > 1:
+    if workload.device.type != "cuda" or workload.static or max(workload.shard_ranks, workload.context_ranks) > 1:
         return None
     extra = extra_bytes(workload, schedule)
     if extra and extra > _free_bytes(workload.device):

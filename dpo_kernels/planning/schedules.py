@@ -3,7 +3,7 @@
 import math
 
 from dpo_kernels.device_specs import ChunkCosts, gpu_at
-from dpo_kernels.planning.chunks import oversized_buffers, plan_chunks
+from dpo_kernels.planning.chunks import oversized_buffers, plan_chunks, with_counts
 from dpo_kernels.planning.memory_budget import Budget, tile_of_examples, tile_of_logps, tile_of_streaming
 from dpo_kernels.problem import Workload
 from dpo_kernels.shapes import Chunk, Schedule, Tile, accumulation_dtype, spans
@@ -20,7 +20,7 @@ def tile_with_gradients(workload: Workload, budget: Budget) -> Tile:
     # A tracer must not look at the number of tokens. The operator makes its own schedule.
     aliases = workload.loss is not None and workload.scalar and workload.needs_grad.weight
     aliases = aliases and not workload.fills_main_grad and not workload.tracing
-    return tile_of_examples(budget, workload.num_tokens, workload.vocab, workload.width if aliases else 0)
+    return tile_of_examples(budget, workload.shared_tokens, workload.vocab, workload.width if aliases else 0)
 
 
 def schedule_examples(workload: Workload, budget: Budget) -> Schedule:
@@ -28,8 +28,10 @@ def schedule_examples(workload: Workload, budget: Budget) -> Schedule:
     assert workload.loss is not None, "examples are those of a loss"
     tile, costs = tile_with_gradients(workload, budget), chunk_costs(workload)
     bounds = workload.loss.bounds(workload.num_sequences)
-    chunks = plan_chunks(workload.counts, workload.num_tokens, bounds, tile.rows, costs)
+    chunks = plan_chunks(workload.shared_counts, workload.shared_tokens, bounds, tile.rows, costs)
     largest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    if workload.most_counts is not None and workload.counts is not None:
+        chunks = with_counts(chunks, workload.counts)
     return Schedule(
         tile=Tile(min(tile.rows, largest), tile.cols),
         chunks=tuple(chunks),

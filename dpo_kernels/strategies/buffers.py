@@ -78,14 +78,17 @@ class Buffers:
         packed, loss = self.problem.packed, self.problem.loss
         assert loss is not None, "a pass that forms gradients has a loss"
         tokens, sequences = slice(chunk.start, chunk.stop), slice(*chunk.sequences)
-        logps_S, losses_E, grad_S = self.kernels.sequence_loss(
-            self.rows.result.logp[tokens],
-            None if packed.weights is None else packed.weights[tokens],
-            packed.counts[sequences],
-            self.ref[sequences],
-            packed.nan_if_invalid,
-            loss.of_examples(chunk.first, chunk.last),
-        )
+        logp_C, loss = self.rows.result.logp[tokens], loss.of_examples(chunk.first, chunk.last)
+        weights_C = None if packed.weights is None else packed.weights[tokens]
+        counts_S, ref_S, invalid = packed.counts[sequences], self.ref[sequences], packed.nan_if_invalid
+        context = self.problem.context
+        if context is None:
+            logps_S, losses_E, grad_S = self.kernels.sequence_loss(logp_C, weights_C, counts_S, ref_S, invalid, loss)
+        else:
+            logps_S = context.complete(self.kernels.segment_sum(logp_C, weights_C, counts_S) + invalid)
+            losses_E, grad_S = loss.value_and_grad(logps_S, ref_S, context.counts[sequences])
+            # A hinge maps a NaN margin to a finite gradient. Then the input of some rank is invalid.
+            grad_S = grad_S.masked_fill(logps_S.isnan(), torch.nan) * context.grad_scale
         self.losses.append(losses_E)
         self.logps.append(logps_S)
         grad_S = grad_S / self.denominator

@@ -17,6 +17,9 @@ def run(buffers: Buffers, chunk: Chunk) -> None:
     """Compute the chunk of all tokens. It writes every gradient for the first and last time."""
     kernels, head, dw = buffers.kernels, buffers.problem.head, buffers.dw
     assert dw is not None, "the schedule lets logits lie in a gradient that is formed"
+    if chunk.stop == chunk.start:  # the tokens of all sequences are on other ranks
+        buffers.close_examples(chunk)
+        return
     x_CH, labels_C = buffers.gather(chunk.start, chunk.stop)
     state = kernels.new_state(labels_C.shape[0], x_CH.device, buffers.problem.stats)
     blocks: list[tuple[int, Tensor, Tensor]] = []  # first column, logits, maxima (C,) that shifted them

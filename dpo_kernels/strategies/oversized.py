@@ -41,7 +41,7 @@ def _derivative_by_difference(buffers: Buffers, chunk: Chunk) -> Tensor:
     A pair's loss may depend on a difference of log-probs alone. Then they are +1 and -1, over the token counts if the
     loss averages. Otherwise each is 1.
     """
-    loss, counts = buffers.problem.loss, buffers.problem.packed.counts[slice(*chunk.sequences)]
+    loss, counts = buffers.problem.loss, buffers.problem.total_counts[slice(*chunk.sequences)]
     assert loss is not None, "a pass that forms gradients has a loss"
     ones = torch.ones_like(counts, dtype=buffers.ref.dtype)
     if loss.difference is None:
@@ -65,7 +65,7 @@ def _tiles(buffers: Buffers, chunk: Chunk) -> list[tuple[int, int, int]]:
         for side, count in enumerate(counts[slice(*chunk.sequences)]):
             bounds.append((start, start + count, side))
             start += count
-    most = schedule.tile.rows // schedule.block_rows * schedule.block_rows or schedule.tile.rows
+    most = schedule.oversized_rows
     return [
         (start, min(start + most, stop), side) for first, stop, side in bounds for start in range(first, stop, most)
     ]

@@ -17,12 +17,15 @@ from dpo_kernels.strategies.row_results import RowResults
 def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[RowResult, Tensor | None]:
     """Compute log-probs of the packed tokens in one GEMM pass. No derivative is saved."""
     packed = problem.packed
-    if not kernels.streams_logps or not packed.used or not problem.head.vocab:
+    if not kernels.streams_logps or not packed.used:
         return recompute.logps(kernels, problem, schedule)
     empty = problem.hidden.new_empty(0, dtype=accumulation_dtype(kernels.dtype))
     rows = RowResults(kernels, problem, like=empty)
     x_NH = packed.gather(problem.hidden, 0, packed.used, kernels.dtype)
-    state = kernels.stream_logps(x_NH, problem.head, packed.labels[: packed.used], problem.stats)
+    if problem.head.vocab:
+        state = kernels.stream_logps(x_NH, problem.head, packed.labels[: packed.used], problem.stats)
+    else:  # this rank has no row of the head, but meets the others once for all tokens
+        state = kernels.new_state(packed.used, x_NH.device, problem.stats)
     rows.put(0, packed.used, state)
     return rows.result, None
 

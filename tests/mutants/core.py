@@ -114,9 +114,9 @@ _CALLS = [
         "cached log-probs of stacked pairs are taken for interleaved ones",
     ),
     Mutant(
-        "dpo_kernels/inputs/make_problem.py",
-        "counts = packed.counts[0::2]",
-        "counts = packed.counts[1::2]",
+        "dpo_kernels/engine/in_step.py",
+        "counts = problem.total_counts[0::2]",
+        "counts = problem.total_counts[1::2]",
         "tests/strategies/test_equivalence.py::test_family[sft-torch]",
         "the mean over the chosen tokens divides by the rejected ones",
     ),
@@ -296,9 +296,9 @@ _STRATEGIES = [
         "the rejected side of an oversized pair gets the chosen one's coefficient",
     ),
     Mutant(
-        "dpo_kernels/strategies/oversized.py",
-        "schedule.tile.rows // schedule.block_rows * schedule.block_rows or schedule.tile.rows",
-        "schedule.tile.rows",
+        "dpo_kernels/shapes.py",
+        "self.tile.rows // self.block_rows * self.block_rows or self.tile.rows",
+        "self.tile.rows",
         "tests/planning/test_plan.py::test_tiles_of_an_oversized_pair_end_where_a_gemms_do",
         "tiles of an oversized pair end anywhere",
     ),
@@ -360,8 +360,8 @@ _STRATEGIES = [
     ),
     Mutant(
         "dpo_kernels/engine/passes.py",
-        "kernels.segment_sum(stats[name], None, packed.counts) / tokens",
-        "kernels.segment_sum(stats[name], packed.weights, packed.counts) / tokens",
+        "kernels.segment_sum(stats[name], None, packed.counts)",
+        "kernels.segment_sum(stats[name], packed.weights, packed.counts)",
         "tests/api/test_semantics.py::test_stats_are_means_over_scored_tokens",
         "statistics are weighted by the tokens' weights",
     ),
@@ -703,4 +703,82 @@ _SHARDS = [
     ),
 ]
 
-CORE: tuple[Mutant, ...] = (*_SHARDS, *_ROWS, *_CALLS, *_PLAN, *_STRATEGIES, *_AUTOGRAD, *_OPTIONS, *_LOSSES)
+_IN_CONTEXT = "tests/distributed/test_context_parallel.py::test_split_equals_whole"
+
+_CONTEXTS = [
+    Mutant(
+        "dpo_kernels/problem.py",
+        "return self.all_gather(sums).sum(dim=0)",
+        "return sums",
+        f"{_IN_CONTEXT}[2-contiguous-chunked-torch.float64]",
+        "a rank takes the sums over its own tokens for those of all ranks",
+    ),
+    Mutant(
+        "dpo_kernels/problem.py",
+        "return self.packed.counts if self.context is None else self.context.counts",
+        "return self.packed.counts",
+        f"{_IN_CONTEXT}[2-contiguous-nll, recompute-torch.float64]",
+        "a mean is one over this rank's tokens",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/buffers.py",
+        "loss.value_and_grad(logps_S, ref_S, context.counts[sequences])",
+        "loss.value_and_grad(logps_S, ref_S, counts_S)",
+        f"{_IN_CONTEXT}[2-contiguous-ipo-torch.float64]",
+        "a loss of averages divides by this rank's tokens",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/buffers.py",
+        " * context.grad_scale",
+        "",
+        f"{_IN_CONTEXT}[2-contiguous-chunked-torch.float64]",
+        "gradients that a wrapper averages are too small",
+    ),
+    Mutant(
+        "dpo_kernels/engine/autograd.py",
+        "grad_out = grad_out * ctx.grad_scale",
+        "grad_out = grad_out * 1.0",
+        f"{_IN_CONTEXT}[2-contiguous-recompute-torch.float64]",
+        "the same for log-probs that come first",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/logits_in_weight_grad.py",
+        "        buffers.close_examples(chunk)\n        return",
+        "        return",
+        "tests/distributed/test_context_parallel.py::test_logits_in_the_memory_of_the_gradient",
+        "a rank without tokens skips the collective",
+    ),
+    Mutant(
+        "dpo_kernels/planning/schedules.py",
+        "plan_chunks(workload.shared_counts, workload.shared_tokens, bounds",
+        "plan_chunks(workload.counts, workload.num_tokens, bounds",
+        f"{_IN_CONTEXT}[2-a rank without tokens-small scratch-torch.float64]",
+        "ranks make chunks of other examples",
+    ),
+    Mutant(
+        "dpo_kernels/distributed/vocab_parallel.py",
+        "ctx.start, ctx.size = sum(sizes[:rank]), sizes[rank]",
+        "ctx.start, ctx.size = rank * sizes[rank], sizes[rank]",
+        "tests/distributed/test_context_parallel.py::test_hidden_states_that_arrive_split_along_the_tokens[3]",
+        "every rank is taken to hold as many tokens",
+    ),
+    Mutant(
+        "dpo_kernels/engine/in_step.py",
+        "        for each in waiting:\n            each.agree(None, device)\n",
+        "",
+        "tests/distributed/test_context_parallel.py::test_one_rank_of_four_raises_and_all_end",
+        "a rank that raises leaves the others waiting",
+    ),
+]
+
+CORE: tuple[Mutant, ...] = (
+    *_CONTEXTS,
+    *_SHARDS,
+    *_ROWS,
+    *_CALLS,
+    *_PLAN,
+    *_STRATEGIES,
+    *_AUTOGRAD,
+    *_OPTIONS,
+    *_LOSSES,
+)
