@@ -1,14 +1,15 @@
 """The problem: what a call asks for, as one frozen object. ``inputs/make_problem.py`` checks its parts and makes it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.checks import traced
 from dpo_kernels.loss_interface import SequenceLoss
-from dpo_kernels.shapes import Head, NeedsGrad, PackedTokens
+from dpo_kernels.shapes import Head, NeedsGrad, PackedTokens, Schedule
 
 # A reference gets no gradients.
 NO_GRADIENTS = NeedsGrad(hidden=False, weight=False, bias=False)
@@ -171,6 +172,7 @@ class Workload:
     reduces_hidden_grad: bool = False  # the shards' parts of the hidden states' gradient are added up in the call
     per_token: bool = False
     gathered_bytes: tuple[int, int] = (0, 0)
+    schedules: dict[Any, Schedule] = field(init=False, default_factory=dict, compare=False, repr=False)  # by budget
     reference: "Workload | None" = None  # the workload of a reference that is scored in the call
 
     @property

@@ -1,6 +1,7 @@
 """Which Triton is installed. It is found out without importing it."""
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -33,8 +34,12 @@ def why_no_triton() -> str | None:
     return None
 
 
+@functools.cache
 def triton_version() -> str | None:
-    """Return the version of the installed Triton, or None where there is none."""
+    """Return the version of the installed Triton, or None where there is none.
+
+    It is read from disk once in a process. Every call of a public function asks for it while a GPU waits.
+    """
     if importlib.util.find_spec("triton") is None:
         return None
     for distribution in ("triton", "pytorch-triton", "triton-rocm", "triton-windows"):

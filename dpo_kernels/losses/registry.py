@@ -42,19 +42,16 @@ class LossSpec:
     by_pair: tuple[str, ...] = ()
     filled_by_engine: tuple[str, ...] = ()
     nll_weight: float = 0.0
+    # Default value of each keyword option of the function; ``inspect.Parameter.empty`` where it must be given.
+    defaults: dict[str, Any] = field(init=False)
+    options: tuple[str, ...] = field(init=False)  # their names
 
-    @property
-    def options(self) -> tuple[str, ...]:
-        """Names of the keyword options that the function takes."""
+    def __post_init__(self) -> None:
         parameters = inspect.signature(self.fn).parameters.values()
-        names = (p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
-        return tuple(name for name in names if name not in self.filled_by_engine)
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Default value of each option; ``inspect.Parameter.empty`` where an option must be given."""
-        parameters = inspect.signature(self.fn).parameters
-        return {name: parameters[name].default for name in self.options}
+        given = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        defaults = {p.name: p.default for p in given if p.name not in self.filled_by_engine}
+        object.__setattr__(self, "defaults", defaults)
+        object.__setattr__(self, "options", tuple(defaults))
 
 
 LOSSES: dict[str, LossSpec] = {}

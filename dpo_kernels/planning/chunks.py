@@ -1,8 +1,9 @@
 """Chunks of whole examples: which packed tokens go through the scratch together. Only lengths decide it."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from dpo_kernels.device_specs import ChunkCosts
 from dpo_kernels.loss_interface import SequenceLoss
@@ -42,16 +43,21 @@ def plan_chunks(
     examples = len(bounds) - 1
     if counts is None:
         return [Chunk(0, examples, (bounds[0], bounds[-1]), 0, capacity, oversized=False)]
-    lengths = [sum(counts[bounds[example] : bounds[example + 1]]) for example in range(examples)]
-    chunks = _packed(lengths, bounds, tile_rows, tile_rows)
-    if any(chunk.oversized for chunk in chunks):
-        return chunks
-    candidates = []
-    for number in range(len(chunks), len(chunks) + 1 + (EXTRA_CHUNKS_TRIED if costs.tile_rows > 1 else 0)):
-        limit = _least_limit(lengths, bounds, number, tile_rows)
-        rounded_limit = min(tile_rows, -(-limit // costs.tile_rows) * costs.tile_rows)
-        candidates += [_packed(lengths, bounds, rows, tile_rows) for rows in (limit, rounded_limit)]
-    return min(candidates, key=lambda chunks: cost_of_chunks(chunks, costs))
+    rows_before = [0, *accumulate(counts)]
+    ends = [rows_before[bound] - rows_before[bounds[0]] for bound in bounds]
+    longest = max((stop - start for start, stop in pairwise(ends)), default=0)
+    filled = _filled(ends, tile_rows)
+    if longest <= tile_rows:
+        candidates = []
+        for number in range(len(filled) - 1, len(filled) + (EXTRA_CHUNKS_TRIED if costs.tile_rows > 1 else 0)):
+            limit = _least_limit(ends, number, longest, tile_rows)
+            rounded_limit = min(tile_rows, -(-limit // costs.tile_rows) * costs.tile_rows)
+            candidates += [_filled(ends, rows) for rows in (limit, rounded_limit)]
+        filled = min(candidates, key=lambda firsts: cost_of_chunks([ends[first] for first in firsts], costs))
+    return [
+        Chunk(first, last, (bounds[first], bounds[last]), ends[first], ends[last], ends[last] - ends[first] > tile_rows)
+        for first, last in pairwise(filled)
+    ]
 
 
 def with_counts(chunks: Sequence[Chunk], counts: Sequence[int]) -> list[Chunk]:
@@ -60,40 +66,50 @@ def with_counts(chunks: Sequence[Chunk], counts: Sequence[int]) -> list[Chunk]:
     return [replace(chunk, start=ends[chunk.sequences[0]], stop=ends[chunk.sequences[1]]) for chunk in chunks]
 
 
-def cost_of_chunks(chunks: Sequence[Chunk], costs: ChunkCosts) -> int:
-    """Return the cost in rows: the rows of whole GEMM tiles, and a fixed cost for each chunk after the first."""
-    tiles = sum(-(-(chunk.stop - chunk.start) // costs.tile_rows) for chunk in chunks)
-    return tiles * costs.tile_rows + max(0, len(chunks) - 1) * costs.extra_chunk_cost_rows
+def cost_of_chunks(ends: Sequence[int], costs: ChunkCosts) -> int:
+    """Return the cost in rows: the rows of whole GEMM tiles, and a fixed cost for each chunk after the first.
+
+    ``ends`` are the first row of each chunk, and the row after the last chunk.
+    """
+    tiles = sum(-(-(stop - start) // costs.tile_rows) for start, stop in pairwise(ends))
+    return tiles * costs.tile_rows + max(0, len(ends) - 2) * costs.extra_chunk_cost_rows
 
 
-def _least_limit(lengths: Sequence[int], bounds: Sequence[int], number: int, tile_rows: int) -> int:
-    """Return the smallest limit of rows with which ``number`` chunks are enough."""
-    lowest, highest = max(lengths, default=0), max(tile_rows, 0)
+def _least_limit(ends: Sequence[int], number: int, lowest: int, highest: int) -> int:
+    """Return the smallest limit of rows, from ``lowest`` to ``highest``, with which ``number`` chunks are enough."""
+    # Fewer rows than an even share are not enough, and each chunk misses its share by less than one example.
+    even = -(-ends[-1] // max(number, 1))
+    highest = max(0, min(highest, even + lowest))
+    lowest = max(lowest, even)
     while lowest < highest:
         middle = (lowest + highest) // 2
-        if len(_packed(lengths, bounds, middle, tile_rows)) <= number:
+        if _suffices(ends, middle, number):
             highest = middle
         else:
             lowest = middle + 1
     return lowest
 
 
-def _packed(lengths: Sequence[int], bounds: Sequence[int], limit: int, tile_rows: int) -> list[Chunk]:
-    """Fill chunks of at most ``limit`` rows greedily. A chunk of more than ``tile_rows`` rows is oversized."""
-    chunks: list[Chunk] = []
-    first, start, stop = 0, 0, 0
+def _suffices(ends: Sequence[int], limit: int, number: int) -> bool:
+    """Return whether ``number`` chunks of at most ``limit`` rows hold all examples, none of which is longer."""
+    first, rows = 0, ends[-1]
+    for _ in range(number):
+        if ends[first] + limit >= rows:
+            return True
+        first = bisect_right(ends, ends[first] + limit, lo=first) - 1
+    return False
 
-    def close(last: int) -> None:
-        chunks.append(Chunk(first, last, (bounds[first], bounds[last]), start, stop, stop - start > tile_rows))
 
-    for example, length in enumerate(lengths):
-        if example > first and stop + length - start > limit:
-            close(example)
-            first, start = example, stop
-        stop += length
-    if len(lengths) > first:
-        close(len(lengths))
-    return chunks
+def _filled(ends: Sequence[int], limit: int) -> list[int]:
+    """Return the first example of each chunk, and the number of examples, if chunks are filled to ``limit`` rows.
+
+    ``ends`` are the rows before each example, and all rows. An example of more rows than the limit is a chunk alone.
+    """
+    firsts, examples = [0], len(ends) - 1
+    while firsts[-1] < examples:
+        first = firsts[-1]
+        firsts.append(max(first + 1, bisect_right(ends, ends[first] + limit, lo=first) - 1))
+    return firsts
 
 
 def oversized_buffers(chunks: Sequence[Chunk], loss: SequenceLoss) -> int:

@@ -24,20 +24,26 @@ def tile_with_gradients(workload: Workload, budget: Budget) -> Tile:
 
 
 def schedule_examples(workload: Workload, budget: Budget) -> Schedule:
-    """Return the schedule of a pass that forms gradients with the loss. Chunks hold whole examples and fit the tile."""
+    """Return the schedule of a pass that forms gradients with the loss. Chunks hold whole examples and fit the tile.
+
+    It is made once for a workload and a budget, because the GPU waits for it.
+    """
     assert workload.loss is not None, "examples are those of a loss"
+    if (known := workload.schedules.get(budget)) is not None:
+        return known
     tile, costs = tile_with_gradients(workload, budget), chunk_costs(workload)
     bounds = workload.loss.bounds(workload.num_sequences)
     chunks = plan_chunks(workload.shared_counts, workload.shared_tokens, bounds, tile.rows, costs)
     largest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     if workload.most_counts is not None and workload.counts is not None:
         chunks = with_counts(chunks, workload.counts)
-    return Schedule(
+    workload.schedules[budget] = Schedule(
         tile=Tile(min(tile.rows, largest), tile.cols),
         chunks=tuple(chunks),
         block_rows=costs.tile_rows,
         logits_in_weight_grad=tile.cols < workload.vocab,
     )
+    return workload.schedules[budget]
 
 
 def schedule_logps(workload: Workload, budget: Budget) -> Schedule:

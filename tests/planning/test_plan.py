@@ -9,6 +9,7 @@ import torch
 import dpo_kernels as dk
 from dpo_kernels import device_specs, losses
 from dpo_kernels.device_specs import ChunkCosts
+from dpo_kernels.kernels import installed
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.planning import memory_budget, schedules, tables
 from dpo_kernels.planning import plan as plan_module
@@ -159,6 +160,7 @@ def test_free_memory_counts_what_the_allocator_keeps(monkeypatch):
 
 
 def test_an_old_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(installed, "triton_version", installed.triton_version.__wrapped__)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "3.5.1")
     assert explain(*problem()).against["triton"] == "triton 3.5.1 is older than 3.6"
     monkeypatch.setattr("importlib.metadata.version", lambda name: "3.10.0+git1")
@@ -199,6 +201,10 @@ def test_chunks_fill_the_tiles_of_a_gemm_where_that_is_cheaper():
     assert sizes(300, 2000, ChunkCosts(128, 200)) == [300]
 
 
+def ends(chunks):
+    return [0, *(chunk.stop for chunk in chunks)]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_no_plan_costs_more_than_the_most_even_one(seed):
     g = torch.Generator().manual_seed(seed)
@@ -207,7 +213,7 @@ def test_no_plan_costs_more_than_the_most_even_one(seed):
         arguments = (counts, sum(counts), range(0, 121, 2))
         for most in (181, 500, 1111, 9999):
             plan, even = plan_chunks(*arguments, most, chunking), plan_chunks(*arguments, most)
-            assert cost_of_chunks(plan, chunking) <= cost_of_chunks(even, chunking)
+            assert cost_of_chunks(ends(plan), chunking) <= cost_of_chunks(ends(even), chunking)
             assert [group.first for group in plan[1:]] == [group.last for group in plan[:-1]]
             assert plan[-1].last == 60
 
