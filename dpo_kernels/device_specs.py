@@ -4,7 +4,7 @@ No entry has been tuned on its hardware. ``benchmarks/model.py`` predicts times 
 ``docs/benchmarks/nvidia-*.md`` show the predictions. A measurement that contradicts a number replaces it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,10 +41,12 @@ class Gpu:
     """Constants of a GPU. Rates are those of SXM boards and of dense matrices, without sparsity."""
 
     name: str
+    names: tuple[str, ...]  # that the driver reports; no other board is taken for this one
     tensor_flops: float  # FLOP/s of the tensor cores with 16-bit operands
     plain_flops: float  # FLOP/s in float32; torch leaves TF32 off by default
     bandwidth: float  # byte/s of the memory (HBM)
     source: str
+    streaming_measured: bool = False  # whether STREAMING_EFFICIENCY was measured on this GPU
 
     @property
     def chunking(self) -> ChunkCosts:
@@ -58,6 +60,15 @@ class Gpu:
 
     @property
     def streaming_width(self) -> int:
+        """Largest H for which log-probs alone stream: the predicted one where the kernel was measured, else 0.
+
+        A plain Triton matmul may reach much less of a newer chip than of those it was written for. So the library's
+        GEMM computes the logits until somebody has measured.
+        """
+        return self.predicted_streaming_width if self.streaming_measured else 0
+
+    @property
+    def predicted_streaming_width(self) -> int:
         """Largest H for which log-probs alone are predicted to be faster without logits in memory.
 
         The time of a logit's GEMM grows with H, and the time of its memory traffic does not. Up to this width the
@@ -71,6 +82,7 @@ class Gpu:
 GPUS = {
     "A100": Gpu(
         "A100",
+        ("NVIDIA A100-SXM4-80GB",),
         312e12,
         19.5e12,
         2.039e12,
@@ -79,6 +91,7 @@ GPUS = {
     ),
     "H100": Gpu(
         "H100",
+        ("NVIDIA H100 80GB HBM3",),
         989.4e12,
         67e12,
         3.35e12,
@@ -87,6 +100,7 @@ GPUS = {
     ),
     "H200": Gpu(
         "H200",
+        ("NVIDIA H200",),
         989.4e12,
         67e12,
         4.8e12,
@@ -94,13 +108,13 @@ GPUS = {
         "prediction: docs/benchmarks/nvidia-h200.md",
     ),
 }
-# A GPU without an entry is planned for as if it were this one.
-UNKNOWN = GPUS["H100"]
+# The chunks of a GPU without an entry are planned as if it were this one.
+UNKNOWN = replace(GPUS["H100"], name="unknown", names=())
 
 
 def gpu_of(name: str) -> Gpu | None:
     """Return the entry for a device name as the driver reports it, or None if there is no entry."""
-    return next((gpu for key, gpu in GPUS.items() if key in name), None)
+    return next((gpu for gpu in GPUS.values() if name in gpu.names), None)
 
 
 def gpu_at(device: torch.device) -> Gpu | None:

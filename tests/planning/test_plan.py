@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,6 +232,25 @@ def on_a_gpu(**facts):
     return replace(workload, **facts)
 
 
+def measured(gpu):
+    return gpu and replace(device_specs.GPUS[gpu], streaming_measured=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA B200", "NVIDIA GH200 480GB", "NVIDIA H20", "AMD Instinct MI300X", "NVIDIA H200"]
+)
+def test_where_nobody_has_measured_the_library_computes_the_logits(monkeypatch, name):
+    """Neither a chip without an entry nor one whose entry is a data sheet decides for our own matmul."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**37))
+    assert device_specs.gpu_at(torch.device("cuda", 0)).name == ("H200" if name == "NVIDIA H200" else "unknown")
+    assert make_plan(on_a_gpu(width=1024), Execution("triton")).strategy == "frozen_head"
+    plan = make_plan(on_a_gpu(width=1024, needs_grad=NeedsGrad(True, True, False)), Execution("triton", "recompute"))
+    assert plan.schedule.recompute_in_library
+
+
 @pytest.mark.parametrize(
     ("gpu", "facts", "backend", "strategy"),
     [
@@ -246,7 +266,7 @@ def on_a_gpu(**facts):
 )
 def test_log_probs_alone_stream_where_logits_would_cost_more(monkeypatch, gpu, facts, backend, strategy):
     pytest.importorskip("triton")
-    monkeypatch.setattr(schedules, "gpu_at", lambda device: device_specs.GPUS.get(gpu))
+    monkeypatch.setattr(schedules, "gpu_at", lambda device: measured(gpu))
     workload = on_a_gpu(**facts)
     plan = make_plan(workload, Execution(backend))
     assert (plan.strategy, plan.gemms) == (strategy, 2 if any(workload.needs_grad) else 1)
@@ -266,7 +286,7 @@ def test_log_probs_alone_stream_where_logits_would_cost_more(monkeypatch, gpu, f
 )
 def test_a_wide_models_logits_are_recomputed_by_the_library(monkeypatch, gpu, facts, expected):
     """Its GEMM saves more than the traffic of the logits costs; the plan says so, not the kernel."""
-    monkeypatch.setattr(schedules, "gpu_at", lambda device: device_specs.GPUS.get(gpu))
+    monkeypatch.setattr(schedules, "gpu_at", lambda device: measured(gpu))
     workload = on_a_gpu(needs_grad=NeedsGrad(True, True, False), **facts)
     for strategy in ("recompute", "streaming"):
         plan = make_plan(workload, Execution("torch", strategy))
