@@ -208,11 +208,24 @@ def broken_by(
     saturated: bool = False,
 ) -> list[str]:
     """The same for given inputs."""
-    oracle = run(dpo_loss_reference, widened(inputs), upstream, **keywords)
-    plain = run(dpo_loss_reference, inputs, upstream, **keywords)
     name, scratch = STRATEGIES[strategy]
     how = {"strategy": name, "scratch_bytes": scratch, "backend": backend}
     got = run(dpo_kernels.fused_dpo_loss, inputs, upstream, **how, **keywords)
+    return broken_results(got, inputs, keywords, dtype, backend, upstream, saturated)
+
+
+def broken_results(
+    got: dict[str, Tensor],
+    inputs: dict[str, Any],
+    keywords: dict[str, Any],
+    dtype: torch.dtype,
+    backend: str = "torch",
+    upstream: Tensor | float = 1.0,
+    saturated: bool = False,
+) -> list[str]:
+    """The same for results that have been computed from these inputs."""
+    oracle = run(dpo_loss_reference, widened(inputs), upstream, **keywords)
+    plain = run(dpo_loss_reference, inputs, upstream, **keywords)
     assert got.keys() == oracle.keys()
     broken = []
     for key, value in got.items():
