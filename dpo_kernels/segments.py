@@ -29,9 +29,9 @@ def segment_sum(values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) ->
     if counts_S.shape[0] == 0:
         return values.new_zeros(0)
     if values.device.type not in ("cpu", "cuda"):
-        segments = torch.repeat_interleave(torch.arange(counts_S.shape[0], device=values.device), counts_S)
-        out = values.new_zeros(counts_S.shape[0])
-        return out.index_add_(0, segments, values[: segments.shape[0]])
+        place = torch.arange(values.shape[0], device=values.device)
+        segments = torch.bucketize(place, counts_S.cumsum(0), right=True)  # S for values of no sequence
+        return values.new_zeros(counts_S.shape[0] + 1).index_add_(0, segments, values)[:-1]
     offsets = offsets_of(counts_S, values.shape[0])
     # ``unsafe`` skips a check that would copy the offsets to the host, which is a sync.
     return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)

@@ -42,4 +42,39 @@ _KERNELS = [
     ),
 ]
 
-TENSOR_PARALLEL: list[Mutant] = [*_KERNELS]
+_SYNCS = (
+    "tests/distributed/test_host_syncs.py::test_a_static_capacity_adds_no_sync_after_the_first_call[chunked-trainable]"
+)
+
+_HOST = [
+    Mutant(
+        "dpo_kernels/engine/in_step.py",
+        "vocab_parallel.begin(weight, keep=static)",
+        "vocab_parallel.begin(weight)",
+        _SYNCS + "[chunked-trainable]",
+        "a static call reads the sizes of the shards every time",
+    ),
+    Mutant(
+        "dpo_kernels/distributed/group.py",
+        "return not static or checks_always()",
+        "return True",
+        _SYNCS + "[chunked-trainable]",
+        "a static call compares the ranks every time",
+    ),
+    Mutant(
+        "dpo_kernels/segments.py",
+        "segments = torch.bucketize(place, counts_S.cumsum(0), right=True)",
+        "segments = torch.repeat_interleave(place[: counts_S.shape[0]], counts_S)",
+        _SYNCS + "[chunked-trainable]",
+        "sums on a device of another kind wait for the counts",
+    ),
+    Mutant(
+        "dpo_kernels/segments.py",
+        "segments = torch.bucketize(place, counts_S.cumsum(0), right=True)",
+        "segments = torch.bucketize(place, counts_S.cumsum(0))",
+        _SYNCS + "[chunked-trainable]",
+        "the first token of a sequence counts for the one before on a device of another kind",
+    ),
+]
+
+TENSOR_PARALLEL: list[Mutant] = [*_KERNELS, *_HOST]
