@@ -77,4 +77,23 @@ _HOST = [
     ),
 ]
 
-TENSOR_PARALLEL: list[Mutant] = [*_KERNELS, *_HOST]
+_TRAINS = "tests/distributed/test_tensor_parallel_example.py::test_it_trains_as_one_process_does"
+
+_EXAMPLE = [
+    Mutant(
+        "examples/tensor_parallel_dpo.py",
+        "to_local(grad_placements=[Replicate()])",
+        "to_local(grad_placements=[torch.distributed.tensor.Partial()])",
+        _TRAINS,
+        "the gradient of the hidden states is added up by the loss and by the layers",
+    ),
+    Mutant(
+        "examples/tensor_parallel_dpo.py",
+        "        tensor /= copies.size()\n",
+        "        pass\n",
+        _TRAINS + "[4]",
+        "the copies of the model add up their gradients",
+    ),
+]
+
+TENSOR_PARALLEL: list[Mutant] = [*_KERNELS, *_HOST, *_EXAMPLE]
