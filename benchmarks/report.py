@@ -1,8 +1,8 @@
 """Pages from results: ``python -m benchmarks.report`` writes docs/benchmarks/ and the tables of other pages.
 
-It writes a page for each results file, an index, a page of predictions for each GPU that was never measured, the table
-of docs/performance.md, and the README's short table and picture. ``--check`` writes nothing. It fails where a page or a
-section between markers is not what the results say.
+It writes a page for each results file, an index, a page of predictions for each GPU that was never measured and one for
+many GPUs, the table of docs/performance.md, and the README's short table and picture. ``--check`` writes nothing. It
+fails where a page or a section between markers is not what the results say.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import model, store, tables
+from benchmarks import model, scaling_page, store, tables
 from benchmarks.cases import CASES
 from benchmarks.tables import Line
 from dpo_kernels.device_specs import GPUS, Gpu, gpu_of
@@ -65,6 +65,7 @@ def write(results: Path, pages: Path, *, pictures: bool = True) -> list[Path]:
         if gpu.name not in measured_gpus(known):
             written.append(_save(pages / f"nvidia-{gpu.name.lower()}.md", unmeasured(gpu)))
     written.append(_save(pages / "model.md", model_page()))
+    written.append(_save(pages / "scaling.md", _text(*scaling_page.parts())))
     written.append(_save(pages / "README.md", index(known)))
     return written
 
@@ -98,7 +99,8 @@ def index(known: dict[str, dict[str, Any]]) -> str:
         "Made by `python -m benchmarks.report` from `benchmarks/results/`. [How it is measured]"
         "(../../benchmarks/README.md).",
         ["| machine | cases | measured |", "|---|---|---|", *rows],
-        "[The static model](model.md) predicts GPUs and is compared with published numbers.",
+        "[The static model](model.md) predicts GPUs and is compared with published numbers. [Many GPUs](scaling.md) is "
+        "what it says of heads that are split over ranks.",
     )
 
 

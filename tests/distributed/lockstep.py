@@ -25,6 +25,7 @@ class Group(dist.ProcessGroup):
         super().__init__(0, ranks)
         self.ranks = ranks
         self.calls: Counter[str] = Counter()  # collectives of rank 0 by name
+        self.given_bytes: Counter[str] = Counter()  # what it gave to them
         self._turn, self._wake = 0, threading.Condition()
         self._left: set[int] = set()  # ranks that have returned or raised
         self._given: dict[tuple[int, int], Tensor] = {}  # by round and rank
@@ -43,6 +44,7 @@ class Group(dist.ProcessGroup):
         self._given[number, me] = tensor.detach().clone()
         if me == 0:
             self.calls[name] += 1
+            self.given_bytes[name] += tensor.nbytes
         self._pass_on(me)
         self._await(me)
         everyone = [self._given.get((number, rank)) for rank in range(self.ranks)]

@@ -96,4 +96,28 @@ _EXAMPLE = [
     ),
 ]
 
-TENSOR_PARALLEL: list[Mutant] = [*_KERNELS, *_HOST, *_EXAMPLE]
+_SCALING = [
+    Mutant(
+        "benchmarks/scaling.py",
+        "return self._ring(2 * size * (self.ranks - 1) / self.ranks, 2, links)",
+        "return self._ring(2 * size * (self.ranks - 1), 2, links)",
+        "tests/bench/test_scaling.py::test_collectives",
+        "an all-reduce moves the whole at every hop",
+    ),
+    Mutant(
+        "benchmarks/scaling.py",
+        "links.network * (self.ranks // self.nodes)",
+        "links.network",
+        "tests/bench/test_scaling.py::test_collectives",
+        "a node has one adapter for all of its GPUs",
+    ),
+    Mutant(
+        "benchmarks/scaling.py",
+        "return self.chunks + 1 + AGREEMENTS if self.given_bytes else 0",
+        "return self.chunks + AGREEMENTS if self.given_bytes else 0",
+        "tests/bench/test_scaling.py::test_a_call_has_as_many_collectives_and_bytes_as_the_model_says",
+        "the sum of the gradient of the hidden states is no collective",
+    ),
+]
+
+TENSOR_PARALLEL: list[Mutant] = [*_KERNELS, *_HOST, *_EXAMPLE, *_SCALING]
