@@ -223,8 +223,8 @@ _PLAN = [
     ),
     Mutant(
         "dpo_kernels/planning/chunks.py",
-        "stop - start > tile_rows))",
-        "stop - start >= tile_rows))",
+        "ends[last] - ends[first] > tile_rows)",
+        "ends[last] - ends[first] >= tile_rows)",
         "tests/planning/test_plan.py::test_groups_are_whole_pairs_or_one_oversized_pair",
         "a chunk that just fits is cut, and takes a buffer of its own",
     ),
@@ -237,7 +237,7 @@ _PLAN = [
     ),
     Mutant(
         "dpo_kernels/planning/chunks.py",
-        "max(0, len(chunks) - 1) * costs.extra_chunk_cost_rows",
+        "max(0, len(ends) - 2) * costs.extra_chunk_cost_rows",
         "0",
         "tests/planning/test_plan.py::test_chunks_fill_the_tiles_of_a_gemm_where_that_is_cheaper",
         "another chunk is free",

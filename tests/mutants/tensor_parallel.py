@@ -28,8 +28,8 @@ _KERNELS = [
     ),
     Mutant(
         "dpo_kernels/strategies/streaming.py",
-        " or not problem.head.vocab",
-        "",
+        "if problem.head.vocab:",
+        "if True:",
         _INTERPRETED + "test_split_equals_whole[streaming]",
         "a kernel is launched over an empty shard",
     ),
@@ -49,8 +49,8 @@ _SYNCS = (
 _HOST = [
     Mutant(
         "dpo_kernels/engine/in_step.py",
-        "vocab_parallel.begin(weight, keep=static)",
-        "vocab_parallel.begin(weight)",
+        "(policy.hidden, reference.ref_hidden), keep=static)",
+        "(policy.hidden, reference.ref_hidden))",
         _SYNCS + "[chunked-trainable]",
         "a static call reads the sizes of the shards every time",
     ),
