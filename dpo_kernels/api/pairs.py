@@ -13,7 +13,7 @@ from torch import Tensor
 from dpo_kernels import losses
 from dpo_kernels.distributed import ContextParallel, VocabParallel
 from dpo_kernels.engine.in_step import planned
-from dpo_kernels.engine.run import pair_output, run
+from dpo_kernels.engine.run import run_pairs
 from dpo_kernels.inputs.make_problem import pair_problem
 from dpo_kernels.inputs.options import (
     Arguments,
@@ -187,7 +187,7 @@ def fused_dpo_loss(
     )
     execution = Execution(backend, strategy, scratch_bytes)
     problem, plan = planned(lambda given: pair_problem(given, loss), arguments, execution)
-    return pair_output(problem, run(problem, plan))
+    return run_pairs(problem, plan)
 
 
 def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Plan:

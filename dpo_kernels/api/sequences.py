@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpo_kernels import checks
 from dpo_kernels.engine.in_step import planned
-from dpo_kernels.engine.run import run, sequence_output
+from dpo_kernels.engine.run import run_sequences
 from dpo_kernels.inputs.make_problem import sequence_problem
 from dpo_kernels.inputs.options import Arguments
 from dpo_kernels.inputs.tensors import Batch
@@ -300,7 +300,7 @@ def _run(
     arguments = Arguments.by_name({**dict(zip(("hidden", "weight", "labels"), policy, strict=True)), **options})
     wished = {name: options[name] for name in ("backend", "strategy", "scratch_bytes") if name in options}
     problem, plan = planned(lambda given: sequence_problem(given, loss_of, function), arguments, Execution(**wished))
-    return sequence_output(problem, run(problem, plan))
+    return run_sequences(problem, plan)
 
 
 def _check_beta(beta: float) -> float:

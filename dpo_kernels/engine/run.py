@@ -1,5 +1,8 @@
 """``run`` carries out a plan: the reference, then the loss or log-probs, then the outputs for the caller."""
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -9,8 +12,13 @@ from dpo_kernels.engine import autograd
 from dpo_kernels.inputs.pair_order import to_callers_order
 from dpo_kernels.outputs import DPOLossOutput, SequenceLossOutput
 from dpo_kernels.planning.plan import Plan
-from dpo_kernels.problem import CachedReference, Problem, ScoredReference
+from dpo_kernels.problem import CachedReference, MainGrad, Problem, ScoredReference
 from dpo_kernels.shapes import STATS, TOKEN_LOGPS, number_like, sum_dtype
+
+MAIN_GRAD_IS_LOST = (
+    "dpo_kernels: the error came after a gradient was added to main_grad, or a part of one. main_grad is NaN now: zero "
+    "it before the next step"
+)
 
 
 class Result(NamedTuple):
@@ -44,27 +52,51 @@ def run_logps(problem: Problem, plan: Plan) -> Tensor:
     return out.view(problem.labels_shape) if problem.per_token else out
 
 
-def pair_output(problem: Problem, result: Result) -> DPOLossOutput:
-    """Return the results of pairs in the caller's dtype."""
-    dtype, policy_S, ref_S, rewards_S = _by_sequence(problem, result)
-    return DPOLossOutput(
-        result.loss.to(dtype),
-        rewards_S[0::2].to(dtype),
-        rewards_S[1::2].to(dtype),
-        policy_S[0::2].to(dtype),
-        policy_S[1::2].to(dtype),
-        ref_S[0::2].to(dtype),
-        ref_S[1::2].to(dtype),
-        result.stats,
-    )
+def run_pairs(problem: Problem, plan: Plan) -> DPOLossOutput:
+    """Compute the loss of pairs. The results have the caller's dtype."""
+    with _guarding(problem.main_grad):
+        result = run(problem, plan)
+        dtype, policy_S, ref_S, rewards_S = _by_sequence(problem, result)
+        return DPOLossOutput(
+            result.loss.to(dtype),
+            rewards_S[0::2].to(dtype),
+            rewards_S[1::2].to(dtype),
+            policy_S[0::2].to(dtype),
+            policy_S[1::2].to(dtype),
+            ref_S[0::2].to(dtype),
+            ref_S[1::2].to(dtype),
+            result.stats,
+        )
 
 
-def sequence_output(problem: Problem, result: Result) -> SequenceLossOutput:
-    """Return the results of sequences or groups in the caller's dtype."""
-    dtype, policy_S, ref_S, rewards_S = _by_sequence(problem, result)
-    return SequenceLossOutput(
-        result.loss.to(dtype), rewards_S.to(dtype), policy_S.to(dtype), ref_S.to(dtype), result.stats
-    )
+def run_sequences(problem: Problem, plan: Plan) -> SequenceLossOutput:
+    """Compute the loss of sequences or groups. The results have the caller's dtype."""
+    with _guarding(problem.main_grad):
+        result = run(problem, plan)
+        dtype, policy_S, ref_S, rewards_S = _by_sequence(problem, result)
+        return SequenceLossOutput(
+            result.loss.to(dtype), rewards_S.to(dtype), policy_S.to(dtype), ref_S.to(dtype), result.stats
+        )
+
+
+@contextmanager
+def _guarding(main_grad: MainGrad | None) -> Iterator[None]:
+    """Fill the caller's buffer with NaN where an error leaves it with a gradient that nobody expects, or a part of one.
+
+    A trainer that catches an out-of-memory error and goes on would otherwise train on it without a word.
+    """
+    if main_grad is None:
+        yield
+        return
+    before = main_grad.buffer._version  # torch counts the operations that write to a tensor
+    try:
+        yield
+    except BaseException as error:
+        if main_grad.buffer._version != before:
+            main_grad.buffer.fill_(math.nan)
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(MAIN_GRAD_IS_LOST)
+        raise
 
 
 def _by_sequence(problem: Problem, result: Result) -> tuple[torch.dtype, Tensor, Tensor, Tensor]:

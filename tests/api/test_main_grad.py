@@ -1,7 +1,10 @@
 """The head's gradient added to a given buffer while the loss is computed."""
 
+import sys
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo_kernels as dk
 from dpo_kernels.kernels.torch_kernels import TorchKernels
@@ -195,3 +198,45 @@ def test_it_is_not_traced():
 
     with pytest.raises(Exception, match=r"torch\.compile must not trace"):
         step(one(weight))
+
+
+class OutOfMemoryAt(TorchDispatchMode):
+    """Let the ``number``-th operation of torch fail as one that finds no memory."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.left = number
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == 0:
+            raise torch.OutOfMemoryError("no memory")
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scratch_bytes", [None, 3000])
+def test_an_error_at_any_place_leaves_no_part_of_a_gradient(backend, scratch_bytes):
+    """Wherever memory ends, the buffer is what it was, or NaN with a note that says so."""
+    inputs = problem(pairs=2, length=5, vocab=40)
+    untouched, lost, number = 0, 0, 0
+    while True:
+        number += 1
+        buffer = torch.ones(inputs[1].shape)
+        try:
+            with OutOfMemoryAt(number):
+                options = {"reference_free": True, "scratch_bytes": scratch_bytes, "backend": backend}
+                dk.fused_dpo_loss(*inputs, main_grad=buffer, **options)
+            break
+        except torch.OutOfMemoryError as error:
+            notes = "".join(getattr(error, "__notes__", []))
+            if torch.equal(buffer, torch.ones_like(buffer)):
+                assert not notes
+                untouched += 1
+            else:
+                assert buffer.isnan().all()
+                assert "main_grad is NaN now" in notes or sys.version_info < (3, 11)
+                lost += 1
+    assert untouched > 20
+    assert lost > 5
+    assert bool(buffer.isfinite().all())

@@ -707,6 +707,13 @@ _IN_CONTEXT = "tests/distributed/test_context_parallel.py::test_split_equals_who
 
 _CONTEXTS = [
     Mutant(
+        "dpo_kernels/engine/run.py",
+        "if main_grad.buffer._version != before:",
+        "if False:",
+        "tests/api/test_main_grad.py::test_an_error_at_any_place_leaves_no_part_of_a_gradient[None-torch]",
+        "main_grad keeps a part of a gradient after an error",
+    ),
+    Mutant(
         "dpo_kernels/problem.py",
         "return self.all_gather(sums).sum(dim=0)",
         "return sums",
