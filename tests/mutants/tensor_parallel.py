@@ -42,9 +42,7 @@ _KERNELS = [
     ),
 ]
 
-_SYNCS = (
-    "tests/distributed/test_host_syncs.py::test_a_static_capacity_adds_no_sync_after_the_first_call[chunked-trainable]"
-)
+_SYNCS = "tests/distributed/test_host_syncs.py::test_a_static_capacity_adds_no_sync_after_the_first_call"
 
 _HOST = [
     Mutant(
