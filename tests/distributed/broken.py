@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,11 +27,11 @@ from tests.distributed import ranks
 RANKS = 2  # rank 1 is the one that fails
 SIZES = (20, 17)
 LONG_S = 60  # a group's timeout that must not be what ends a rank
-SHORT_S = 3  # one that is
+SHORT_S = 4  # one that is
 HANGS_S = 100
 
 
-def step(rank: int, **changes: Any) -> None:
+def step(rank: int, group: dist.ProcessGroup, **changes: Any) -> None:
     """One step with a split head."""
     made = ranks.problem({}, sum(SIZES), torch.float64)
     start = sum(SIZES[:rank])
@@ -38,14 +39,16 @@ def step(rank: int, **changes: Any) -> None:
     given = leaves | {"labels": made["labels"], "backend": "torch"} | changes
     for name in leaves:
         given[name] = given[name].clone().requires_grad_()
-    out = dk.fused_dpo_loss(**given, reference_free=True, vocab_parallel=VocabParallel(dist.group.WORLD))
+    out = dk.fused_dpo_loss(**given, reference_free=True, vocab_parallel=VocabParallel(group))
     out.loss.backward()
 
 
-def failing(rank: int, how: Callable[..., Any], method: str = "project", **changes: Any) -> None:
+def failing(
+    rank: int, group: dist.ProcessGroup, how: Callable[..., Any], method: str = "project", **changes: Any
+) -> None:
     """A step in which rank 1 fails when its kernels come to ``method``."""
     with patch.object(TorchKernels, method, how if rank else getattr(TorchKernels, method)):
-        step(rank, **changes)
+        step(rank, group, **changes)
 
 
 def raises(*_: Any, **__: Any) -> None:
@@ -68,23 +71,23 @@ def fails() -> None:
     Path("failed").write_text(str(time.time()))
 
 
-def goes_on(rank: int) -> None:
+def goes_on(rank: int, group: dist.ProcessGroup) -> None:
     """Rank 1 raises, takes the error for harmless, and does something else."""
     try:
-        failing(rank, raises)
+        failing(rank, group, raises)
     except RuntimeError:
         if not rank:
             raise
         time.sleep(2 * SHORT_S)
 
 
-def before_the_call(rank: int) -> None:
+def before_the_call(rank: int, group: dist.ProcessGroup) -> None:
     if rank:
         raises()
-    step(rank)
+    step(rank, group)
 
 
-def other_shapes(rank: int, checked: bool) -> None:
+def other_shapes(rank: int, group: dist.ProcessGroup, checked: bool) -> None:
     """Rank 1 has fewer tokens; with a static capacity nothing is compared unless that is asked for."""
     made = ranks.problem({}, sum(SIZES), torch.float64)
     part = slice(None, 3 if rank else None)
@@ -92,21 +95,21 @@ def other_shapes(rank: int, checked: bool) -> None:
         fails()
     with patch.dict(os.environ, {"DPO_KERNELS_CHECK": str(int(checked))}):
         hidden, labels = made["hidden"][:, part], made["labels"][:, part]
-        step(rank, hidden=hidden, labels=labels, max_scored_tokens=labels.numel())
+        step(rank, group, hidden=hidden, labels=labels, max_scored_tokens=labels.numel())
 
 
-CASES: dict[str, tuple[Callable[[int], None], int]] = {
+CASES: dict[str, tuple[Callable[[int, dist.ProcessGroup], None], int]] = {
     "raises before the call": (before_the_call, LONG_S),
-    "raises in the call": (lambda rank: failing(rank, raises), LONG_S),
-    "is killed in the call": (lambda rank: failing(rank, is_killed), LONG_S),
-    "leaves in the call": (lambda rank: failing(rank, leaves), LONG_S),
+    "raises in the call": (partial(failing, how=raises), LONG_S),
+    "is killed in the call": (partial(failing, how=is_killed), LONG_S),
+    "leaves in the call": (partial(failing, how=leaves), LONG_S),
     "is killed in the backward": (
-        lambda rank: failing(rank, is_killed, "grad_weight", strategy="recompute"),
+        partial(failing, how=is_killed, method="grad_weight", strategy="recompute"),
         LONG_S,
     ),
     "raises and goes on": (goes_on, SHORT_S),
-    "other shapes": (lambda rank: other_shapes(rank, False), SHORT_S),
-    "other shapes, compared": (lambda rank: other_shapes(rank, True), LONG_S),
+    "other shapes": (partial(other_shapes, checked=False), SHORT_S),
+    "other shapes, compared": (partial(other_shapes, checked=True), LONG_S),
 }
 
 
@@ -115,14 +118,13 @@ def run_rank(case: str, rank: int, folder: Path) -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
     work, seconds = CASES[case]
-    timeout = datetime.timedelta(seconds=seconds)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS, timeout=timeout
-    )
+    long, short = (datetime.timedelta(seconds=each) for each in (LONG_S, seconds))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS, timeout=long)
+    group = dist.new_group(timeout=short)
     said = "no error"
     try:
         dist.barrier()
-        work(rank)
+        work(rank, group)
     except Exception as error:  # noqa: BLE001
         said = f"{type(error).__name__}: {error}"
     Path(f"ended-{rank}").write_text(json.dumps({"said": said, "at": time.time()}))

@@ -83,11 +83,6 @@ def _all_reduce(tensor: Tensor, group: Group) -> None:
     tensor.copy_(torch.stack(group.exchange("all_reduce", tensor)).sum(dim=0))
 
 
-def _reduce_scatter(out: Tensor, tensor: Tensor, group: Group) -> None:
-    total = torch.stack(group.exchange("reduce_scatter", tensor)).sum(dim=0)
-    out.copy_(total.view(group.ranks, *out.shape)[group.mine])
-
-
 @contextmanager
 def _as_torch_distributed() -> Iterator[None]:
     """Answer what the library asks of ``torch.distributed``."""
@@ -97,7 +92,6 @@ def _as_torch_distributed() -> Iterator[None]:
         "get_rank": lambda group: group.mine,
         "all_gather_into_tensor": _all_gather,
         "all_reduce": _all_reduce,
-        "reduce_scatter_tensor": _reduce_scatter,
     }
     with ExitStack() as stack:
         for name, answer in answers.items():
