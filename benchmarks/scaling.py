@@ -7,8 +7,9 @@ the head's rows is averaged over the copies of the model. That is named apart, b
 pass of the layers.
 
 A collective is a ring. It takes a start, a latency for each hop, and its bytes at the bandwidth of the slowest link.
-These are NCCL's own constants, by which it chooses its protocols. Inside of a node all links are NVLink. Between nodes
-a group has one network adapter for each of its GPUs in a node.
+Starts and latencies are NCCL's own constants, by which it chooses its protocols. Bandwidths are those of data sheets,
+of which large messages are taken to reach 80 %. Inside of a node all links are NVLink. Between nodes a group has one
+network adapter for each of its GPUs in a node.
 
 What it does not know: the host's wait in the two exchanges before the first product, hidden states that are gathered
 in the call, traffic of other collectives on the same links, switches that add up by themselves, and the layers.
