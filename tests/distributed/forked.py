@@ -16,7 +16,7 @@ from pathlib import Path
 
 from examples import material
 
-HANGS_S = 100  # after which all ranks are killed
+HANGS_S = 200  # after which all ranks are killed; 5 s is usual
 
 
 def run_rank(module: str, folder: Path, rank: int, shared: dict[str, str], arguments: list[str]) -> None:
