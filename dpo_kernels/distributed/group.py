@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHECK_VARIABLE = "DPO_KERNELS_CHECK"
+# torch 2.13 has given this collective another name, and warns where the older one is called.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
 class Ranks:
@@ -41,7 +43,7 @@ class Ranks:
         """Return the tensors of all ranks, ``(ranks, ...)``, in the order of the ranks."""
         tensor = tensor.contiguous()
         out = tensor.new_empty(self.ranks * tensor.numel())
-        dist.all_gather_into_tensor(out, tensor.view(-1), group=self.group)
+        getattr(dist, ALL_GATHER)(out, tensor.view(-1), group=self.group)
         return out.view(self.ranks, *tensor.shape)
 
     def all_reduce_(self, tensor: Tensor) -> None:

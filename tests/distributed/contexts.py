@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import dpo_kernels as dk
 from dpo_kernels.api import pairs
 from dpo_kernels.distributed import ContextParallel, VocabParallel
+from dpo_kernels.distributed.group import ALL_GATHER
 from tests.distributed import ranks
 
 VOCAB = 37
@@ -310,7 +311,7 @@ def _telling(told: list[Any]) -> Iterator[None]:
 @contextmanager
 def _counting(seen: dict[str, list[int]]) -> Iterator[None]:
     """Count the collectives that run, and the bytes that this rank brings to them."""
-    plain = dist.all_gather_into_tensor, dist.all_reduce
+    plain = getattr(dist, ALL_GATHER), dist.all_reduce
 
     def all_gather(out: Tensor, tensor: Tensor, **options: Any) -> Any:
         seen["all-gather"][0] += 1
@@ -322,11 +323,13 @@ def _counting(seen: dict[str, list[int]]) -> Iterator[None]:
         seen["all-reduce"][1] += tensor.nbytes
         return plain[1](tensor, **options)
 
-    dist.all_gather_into_tensor, dist.all_reduce = all_gather, all_reduce
+    setattr(dist, ALL_GATHER, all_gather)
+    dist.all_reduce = all_reduce
     try:
         yield
     finally:
-        dist.all_gather_into_tensor, dist.all_reduce = plain
+        setattr(dist, ALL_GATHER, plain[0])
+        dist.all_reduce = plain[1]
 
 
 def logits_in_the_gradient() -> list[str]:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_kernels.distributed.group import ALL_GATHER
+
 HANGS_S = 120  # after which a rank is taken to wait for good
 
 
@@ -90,7 +92,7 @@ def _as_torch_distributed() -> Iterator[None]:
         "is_initialized": lambda: True,
         "get_world_size": lambda group: group.ranks,
         "get_rank": lambda group: group.mine,
-        "all_gather_into_tensor": _all_gather,
+        ALL_GATHER: _all_gather,
         "all_reduce": _all_reduce,
     }
     with ExitStack() as stack:
