@@ -173,6 +173,25 @@ def test_tiles_of_a_wide_model_are_recomputed_by_the_library(monkeypatch, row):
     assert set(launched) - {"linear_logps"} == (set() if row["wide"] else {"linear_dlogits"})
 
 
+@pytest.fixture(params=["ieee", "tf32"])
+def precision(request):
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = request.param
+    yield request.param
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_float32_products_are_those_that_torch_is_told_to_make(precision):
+    """TF32 rounds operands to 11 bits in our matmuls too, if and only if it does in torch's."""
+    g = torch.Generator().manual_seed(7)
+    x, w = torch.randn(3, 64, generator=g), torch.randn(70, 64, generator=g)
+    labels = torch.randint(70, (3,), generator=g)
+    state = launch_matmul.linear_logps(x, w, Head(w), labels, ())
+    exact = (x.double() @ w.double().t()).gather(1, labels[:, None])[:, 0]
+    error = float((state.target.double() - exact).abs().max())
+    assert (1e-4 < error < 2e-2) if precision == "tf32" else error < 1e-5
+
+
 def test_parts_of_the_vocabulary_fill_the_gpu():
     """Waves of an H200's 132 multiprocessors, by 501 blocks of 256 columns; blocks of 128 rows by H = 4096."""
     narrow, wide = 1, 128 * 4096 * 2

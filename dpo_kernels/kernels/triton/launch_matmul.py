@@ -60,7 +60,7 @@ def linear_logps(x_NH: Tensor, weight: Tensor, head: Head, labels_N: Tensor, sta
                 HAS_SOFTCAP=head.softcap is not None,
                 HAS_STATS=bool(stats),
                 **launch.blocks,
-                PRECISION="ieee",
+                PRECISION=precision_of(weight),
                 **launch.options,
             )
         return sums, argmax
@@ -113,11 +113,21 @@ def linear_dlogits(
                 HAS_SCALE=scale_C is not None,
                 HAS_RESIDUAL=residual_C is not None,
                 **launch.blocks,
-                PRECISION="ieee",
+                PRECISION=precision_of(weight),
                 **launch.options,
             )
 
     run(choose_launch("linear_dlogits", x_CH, weight, head, False, run))
+
+
+def precision_of(operand: Tensor) -> str:
+    """How float32 operands enter a product: as they are, or in TF32 where torch's own GEMMs do that.
+
+    ``torch.backends.cuda.matmul.fp32_precision`` decides for every backend, so that one call has one precision. 16-bit
+    operands are taken as they are.
+    """
+    tf32 = operand.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def aligned_rows(matrix: Tensor) -> Tensor:
@@ -141,6 +151,7 @@ def choose_launch(
     family = launch_family(kernel, x_CH, stats)
     sizes = (f"N<={autotune.bucket(x_CH.shape[0])}", f"V<={autotune.bucket(weight.shape[0])}", f"H={x_CH.shape[1]}")
     forms = ("bias" if head.bias is not None else "", "softcap" if head.softcap else "", "stats" if stats else "")
+    forms += ("tf32" if precision_of(weight) == "tf32" else "",)
     return autotune.fastest_launch(kernel, family, (str(x_CH.dtype), *sizes, *filter(None, forms)), x_CH, run)
 
 
