@@ -74,6 +74,7 @@ ONLY_IN = {
     "peft": f"{PACKAGE}.integrations",
     "datasets": f"{PACKAGE}.integrations",
     "accelerate": f"{PACKAGE}.integrations",
+    "deepspeed": f"{PACKAGE}.distributed",
 }
 OUTSIDE = ("tests", "benchmarks", "demo", "examples")
 # Imported at its first use: whoever imports the package must not import triton with it.

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # PEFT's names of adapters that do a part of their work in PEFT's own forward, around the model's. aLoRA does so too.
@@ -36,7 +37,7 @@ def why_not_linear(module: nn.Module | None) -> str:
             "gradient; keep the head out of quantisation (llm_int8_skip_modules, modules_to_not_convert)"
         )
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    if not isinstance(weight, Tensor) or len(whole_shape(weight)) != 2:
         return f"the head is a {name} without a weight (V, H)"
     if not weight.is_floating_point():
         return f"the head is quantised: its weight is {weight.dtype}; keep the head out of quantisation"
@@ -48,6 +49,21 @@ def why_not_linear(module: nn.Module | None) -> str:
     if not isinstance(layer, nn.Linear):
         return f"the head is a {name}, not torch.nn.Linear"
     return ""
+
+
+def whole_shape(weight: Any) -> torch.Size:
+    """Return the shape of a weight, whole where ZeRO-3 keeps a shard of it.
+
+    Args:
+        weight: a tensor.
+
+    Example:
+        >>> whole_shape(nn.Linear(4, 8).weight)
+        torch.Size([8, 4])
+
+    """
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return shape
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -66,7 +82,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
     """
     while True:
-        for attribute in ("_orig_mod", "base_layer", "original_module"):
+        for attribute in ("_fsdp_wrapped_module", "_orig_mod", "base_layer", "original_module"):
             if isinstance(inner := getattr(module, attribute, None), nn.Module):
                 module = inner
                 break
@@ -92,7 +108,7 @@ def state(module: nn.Module) -> tuple[Any, ...]:
     while True:
         found += [type(module).__name__, getattr(module, "disable_adapters", None)]
         found += [tuple(getattr(module, name, ())) for name in ("active_adapters", "merged_adapters")]
-        for attribute in ("token_adapter", "_orig_mod", "base_layer", "original_module"):
+        for attribute in ("_fsdp_wrapped_module", "token_adapter", "_orig_mod", "base_layer", "original_module"):
             if isinstance(inner := getattr(module, attribute, None), nn.Module):
                 module = inner
                 break

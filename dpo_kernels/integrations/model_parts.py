@@ -151,7 +151,7 @@ def why_not_direct(model: Any) -> str:
     embedding, body = model.get_output_embeddings(), backbone(model)
     width = getattr(model.config.get_text_config(), "hidden_size", None)
     linear: Any = lm_head.unwrapped(embedding)
-    narrower = width is not None and linear.weight.shape[1] != width
+    narrower = width is not None and lm_head.whole_shape(linear.weight)[1] != width
     for name, child in model.named_children():
         if child is body or child is embedding:
             continue

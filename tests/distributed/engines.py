@@ -1,6 +1,7 @@
 """Engines that train a model on several processes, in one form: DDP, FSDP1, FSDP2, ZeRO-1, 2 and 3."""
 
 import functools
+import importlib
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -177,13 +178,18 @@ def quiet_deepspeed() -> Any:
     """DeepSpeed on the CPU, without the extension that it would compile for quicker sums within one machine."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
-    import deepspeed.comm.torch
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed("gloo")
     return deepspeed
+
+
+def shard_before(model: nn.Module) -> None:
+    """Shard a model as transformers does while it loads one for ZeRO-3, before its engine is made."""
+    deepspeed = quiet_deepspeed()
+    deepspeed.zero.Init(module=model, config_dict_or_path={"train_batch_size": 2, "zero_optimization": {"stage": 3}})
 
 
 ENGINES = {"DDP": DDP, "FSDP1": FSDP1, "FSDP2": FSDP2, "ZeRO": ZeRO}

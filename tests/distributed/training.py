@@ -13,7 +13,7 @@ from torch import Tensor
 from dpo_kernels import fused_dpo_loss, fused_sequence_logps
 from dpo_kernels.integrations.transformers import fused_lm_head
 from tests import tolerance
-from tests.distributed.engines import ENGINES, Engine
+from tests.distributed.engines import ENGINES, Engine, shard_before
 from tests.integration_helpers import V, tiny
 
 F64, BETA, STEPS, LENGTH = torch.float64, 0.1, 3, 9
@@ -59,38 +59,70 @@ def fsdp2_cases() -> Cases:
     }
 
 
-def other_cases() -> Cases:
+def unit_cases() -> Cases:
     cases: Cases = {}
     for name, engine in {
         "DDP": {"ENGINE": "DDP"},
         "FSDP1": {"ENGINE": "FSDP1", "UNIT": "root"},
         "FSDP1, own": {"ENGINE": "FSDP1", "UNIT": "own"},
-        "ZeRO-1": {"ENGINE": "ZeRO", "STAGE": 1},
-        "ZeRO-2": {"ENGINE": "ZeRO", "STAGE": 2},
-        "ZeRO-3": {"ENGINE": "ZeRO", "STAGE": 3},
     }.items():
         cases |= {
             name: engine,
             f"{name}, log-probs": engine | {"KIND": "log-probs"},
-            f"{name}, frozen head": engine | {"FROZEN": True},
             f"{name}, nothing scored": engine | {"SILENT": True},
-            f"{name}, two micro-batches": engine | {"ACCUMULATE": 2, "NO_SYNC": True},
-            f"{name}, LoRA": engine | {"PEFT": {"target_modules": ["q_proj"]}},
+            f"{name}, two micro-batches, no sync": engine | {"ACCUMULATE": 2, "NO_SYNC": True},
         }
-        if name != "FSDP1, own":
-            cases[f"{name}, tied"] = engine | {"MODEL": "qwen3", "KIND": "log-probs"}
-        if name in ("FSDP1, own", "ZeRO-3"):
-            cases |= {
-                f"{name}, checkpointing": engine | {"CHECKPOINTING": True},
-                f"{name}, by pair": engine | {"KIND": "by pair"},
-                f"{name}, LoRA on the head": engine | {"PEFT": {"target_modules": ["lm_head"]}, "KIND": "log-probs"},
-                f"{name}, saved head": engine
-                | {"PEFT": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}},
-            }
-    return cases
+    own = {"ENGINE": "FSDP1", "UNIT": "own"}
+    return cases | {
+        "DDP, tied": {"ENGINE": "DDP", "MODEL": "qwen3"},
+        "FSDP1, tied": {"ENGINE": "FSDP1", "UNIT": "root", "MODEL": "qwen3", "KIND": "log-probs"},
+        "FSDP1, two micro-batches": own | {"ACCUMULATE": 2},
+        "FSDP1, frozen head": own | {"FROZEN": True},
+        "FSDP1, checkpointing": own | {"CHECKPOINTING": True},
+        "FSDP1, LoRA": own | {"PEFT": {"target_modules": ["q_proj"]}},
+        "FSDP1, LoRA on the head": own | {"PEFT": {"target_modules": ["lm_head"]}, "KIND": "log-probs"},
+    }
 
 
-CASES = {"FSDP2": fsdp2_cases(), "others": other_cases()}
+def zero_cases() -> Cases:
+    first, second, third = ({"ENGINE": "ZeRO", "STAGE": stage} for stage in (1, 2, 3))
+    saved = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    tokens = {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3, 7]}}
+    return {
+        "1": first,
+        "1, two micro-batches": first | {"ACCUMULATE": 2},
+        "2": second,
+        "2, tied, log-probs": second | {"MODEL": "qwen3", "KIND": "log-probs"},
+        "2, nothing scored": second | {"SILENT": True},
+        "3": third,
+        "3, log-probs": third | {"KIND": "log-probs"},
+        "3, by pair": third | {"KIND": "by pair"},
+        "3, tied": third | {"MODEL": "qwen3"},
+        "3, tied, log-probs": third | {"MODEL": "qwen3", "KIND": "log-probs"},
+        "3, softcap": third | {"MODEL": "gemma2"},
+        "3, frozen head": third | {"FROZEN": True, "KIND": "log-probs"},
+        "3, nothing scored": third | {"SILENT": True},
+        "3, two micro-batches": third | {"ACCUMULATE": 2},
+        "3, checkpointing": third | {"CHECKPOINTING": True, "KIND": "log-probs"},
+        "3, bfloat16": third | {"BFLOAT16": True},
+        "3, sharded before": third | {"SHARDED_BEFORE": True},
+        "3, LoRA": third | {"PEFT": {"target_modules": ["q_proj"]}},
+        "3, LoRA on the head": third | {"PEFT": {"target_modules": ["lm_head"]}, "KIND": "log-probs"},
+        "3, saved head": third | {"PEFT": saved},
+        "3, trained tokens": third | {"PEFT": tokens},
+    }
+
+
+CASES = {"FSDP2": fsdp2_cases(), "DDP and FSDP1": unit_cases(), "ZeRO": zero_cases()}
+CASES["on three"] = {
+    name: CASES["FSDP2"][name]
+    for name in (
+        "untied, own, resharded",
+        "tied, own, resharded, log-probs",
+        "untied, root, resharded",
+        "nothing scored",
+    )
+}
 
 
 # --- one problem ------------------------------------------------------------------------------------------------------
@@ -222,12 +254,19 @@ def truth_of(case: dict[str, Any], world: int, dtype: torch.dtype) -> dict[str, 
 
 def differences(case: dict[str, Any]) -> list[str]:
     """What training under the engine gives otherwise than one process."""
-    world, rank, dtype = dist.get_world_size(), dist.get_rank(), dtype_of(case)
-    model = model_of(case, dtype)
+    model = model_of(case, dtype_of(case))
+    if "SHARDED_BEFORE" in case:
+        shard_before(model)
     head = fused_lm_head(model).attach()
-    engine = ENGINES[case["ENGINE"]](model, case)
-    ours = steps(case, engine, fused, world, rank)
-    found = [] if head.checked else ["the head was not compared"]
+    found = differences_from(case, ENGINES[case["ENGINE"]](model, case), fused)
+    return found if head.checked else [*found, "the head was not compared"]
+
+
+def differences_from(case: dict[str, Any], engine: Engine, compute: Any) -> list[str]:
+    """What steps of a way to compute the loss give otherwise than one process."""
+    world, rank, dtype = dist.get_world_size(), dist.get_rank(), dtype_of(case)
+    ours = steps(case, engine, compute, world, rank)
+    found = []
     right = truth_of(case, world, dtype)
     plain = None
     if "BFLOAT16" in case:
