@@ -156,9 +156,9 @@ def check_tensor(name: str, tensor: Any) -> None:
     """Raise unless ``tensor`` is a plain tensor. The error for a ``DTensor`` says what to do instead."""
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
-            f"{name} is a DTensor of shape {shape(tensor)}: how it is sharded cannot be told from it. Hidden states and "
-            f"labels: gather it, or take its local part. A head that FSDP shards: {GATHERED_BY} A head that tensor "
-            "parallelism splits: VocabParallel.of(weight)"
+            f"{name} is a DTensor of shape {shape(tensor)}: how it is sharded cannot be told from it. Hidden states "
+            f"and labels: gather it, or take its local part. A head that FSDP shards: {GATHERED_BY} A head that is "
+            "split for tensor parallelism: VocabParallel.of(weight)"
         )
     checks.check_tensor(name, tensor)
 

@@ -28,8 +28,10 @@ dist.destroy_process_group()
 """
 
 
-def run(function: str, world: int, folder: Path, *arguments: Any, module: str = "ranks") -> list[Any]:
-    """What a function of a module of this folder returns on each of ``world`` processes."""
+def run(
+    function: str, world: int, folder: Path, *arguments: Any, module: str = "ranks", seconds: float = 240
+) -> list[Any]:
+    """What a function of a module of this folder returns on each of ``world`` processes, all within some seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -47,7 +49,7 @@ def run(function: str, world: int, folder: Path, *arguments: Any, module: str = 
         for rank in range(world)
     ]
     try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        said = [process.communicate(timeout=seconds)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

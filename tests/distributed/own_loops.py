@@ -90,16 +90,19 @@ CASES: dict[str, training.Cases] = {
 }  # fmt: skip
 
 
+CASES["on four"] = {"apart": CASES["FSDP2"]["apart, log-probs, after"]}
+
+
 def every_case(group: str, names: list[str] | None = None) -> dict[str, list[str]]:
     """The differences of every case of a group, by its name."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for name, case in CASES[group].items():
         if names is None or name in names:
             print(name, flush=True)  # the last one before a failure
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = model_of(case, training.dtype_of(case))
-                engine: Engine = {"FSDP2": Loop, "ZeRO": ZeROLoop}[group](model, case)
+                engine: Engine = (ZeROLoop if case["ENGINE"] == "ZeRO" else Loop)(model, case)
                 found[name] = differences_from(case, engine, loop)
     return found
 
@@ -177,3 +180,12 @@ def refusals() -> dict[str, str]:
         "FSDP1, own": said(own.lm_head),
         "adapter apart": adapter_apart(),
     }
+
+
+def everything(groups: list[tuple[str, str]]) -> dict[str, Any]:
+    """The differences of groups of cases of this module and of ``training``, by ``module group: case``."""
+    found: dict[str, Any] = {}
+    for module, group in groups:
+        differences = every_case(group) if module == "own_loops" else training.every_case(group)
+        found |= {f"{module} {group}: {case}": value for case, value in differences.items()}
+    return found | (others() if ("training", "on four") in groups else {})
