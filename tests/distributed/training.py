@@ -70,8 +70,6 @@ def unit_cases() -> Cases:
     return cases | {
         "DDP, tied": {"ENGINE": "DDP", "MODEL": "qwen3"},
         "FSDP1, tied": {"ENGINE": "FSDP1", "UNIT": "root", "MODEL": "qwen3", "KIND": "log-probs"},
-        "FSDP1, two micro-batches": own | {"ACCUMULATE": 2},
-        "FSDP1, frozen head": own | {"FROZEN": True},
         "FSDP1, checkpointing": own | {"CHECKPOINTING": True},
         "FSDP1, LoRA": own | {"PEFT": {"target_modules": ["q_proj"]}},
         "FSDP1, LoRA on the head": own | {"PEFT": {"target_modules": ["lm_head"]}, "KIND": "log-probs"},
