@@ -9,12 +9,33 @@ columns of it are dropped.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dpo_kernels.integrations import head_forward
+
+
+class HeadInputs(NamedTuple):
+    """What the fused functions take of a model: ``fn(hidden, weight, labels, shift=True, **options)``.
+
+    Attributes:
+        hidden: floating point ``(B, T, H)``.
+        weight: floating point ``(V, H)``.
+        options: ``bias`` ``(V,)`` or None, ``logit_scale`` and ``softcap``.
+
+    Example::
+
+        inputs = fused_lm_head(model)(input_ids=ids)
+        logps = fused_sequence_logps(inputs.hidden, inputs.weight, labels, shift=True, **inputs.options)
+
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    options: dict[str, Any]
+
 
 # What reads a head: it is given ``hidden'``, ``weight'`` and ``bias'``.
 Work = Callable[[Tensor, Any, Any], Any]
@@ -180,7 +201,8 @@ def _adapter_parts(layer: Any) -> list[Any]:
 
 
 def _check_plain(layer: Any, name: str) -> None:
-    if not all(isinstance(factors[name], nn.Linear) for factors in (layer.lora_A, layer.lora_B)):
+    factors = [head_forward.within_fsdp1(parts[name]) for parts in (layer.lora_A, layer.lora_B)]
+    if not all(isinstance(factor, nn.Linear) for factor in factors):
         # AdaLoRA's factors are bare parameters, with singular values of their own between them.
         raise ValueError(f"the head's adapter {name!r} is not a plain LoRA: {type(layer).__name__}; use plain LoRA")
     variant = getattr(layer, "lora_variant", {}).get(name)

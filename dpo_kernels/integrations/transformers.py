@@ -13,37 +13,18 @@ import copy
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from dpo_kernels.distributed import sharded_heads
 from dpo_kernels.integrations import head_check, head_forward, head_operands, lm_head, model_parts
 from dpo_kernels.integrations.head_forward import CALL
+from dpo_kernels.integrations.head_operands import HeadInputs
 
 FOR_PEFTS_FORWARD = ("adapter_names", "alora_offsets", "task_ids")  # inputs that only PEFT's own forward reads
 # Class names of wrappers that synchronise gradients in their own forward, which must therefore be called.
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
-
-
-class HeadInputs(NamedTuple):
-    """What the fused functions take of a model: ``fn(hidden, weight, labels, shift=True, **options)``.
-
-    Attributes:
-        hidden: floating point ``(B, T, H)``.
-        weight: floating point ``(V, H)``.
-        options: ``bias`` ``(V,)`` or None, ``logit_scale`` and ``softcap``.
-
-    Example::
-
-        inputs = fused_lm_head(model)(input_ids=ids)
-        logps = fused_sequence_logps(inputs.hidden, inputs.weight, labels, shift=True, **inputs.options)
-
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    options: dict[str, Any]
 
 
 def fused_lm_head(model: nn.Module, *, check: bool = True) -> "FusedLMHead":
@@ -187,6 +168,11 @@ class FusedLMHead:
         if unread := [name for name in FOR_PEFTS_FORWARD if name in inputs]:
             raise ValueError(
                 f"{', '.join(unread)}: only PEFT's own forward reads this, and it is not called; leave it out"
+            )
+        if sharded_heads.gathers(self.output_embedding):
+            raise ValueError(
+                "an engine shards the head, and its weight is whole in the head's own forward only: use attach(), and "
+                f"wrapped(**inputs, {CALL}=work)"
             )
         self._settle(inputs, self._called)
         outputs = self.hidden_states(inputs)

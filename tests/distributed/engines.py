@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +29,11 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def leaves(head: nn.Module) -> list[nn.Module]:
+    """The modules of a head and its adapters that hold weights, as PEFT's policy for FSDP makes units of them."""
+    return [module for module in head.modules() if isinstance(module, nn.Linear)]
 
 
 class Engine:
@@ -81,12 +87,17 @@ class FSDP2(Engine):
     def wrap(self, model: Any) -> Any:
         backbone, head = parts(model)
         options: dict[str, Any] = {"reshard_after_forward": self.case.get("RESHARD", True)}
+        if "MESH" in self.case:
+            options["mesh"] = init_device_mesh("cpu", self.case["MESH"], mesh_dim_names=("replicate", "shard"))
         if "BFLOAT16" in self.case:
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in backbone.layers:
             fully_shard(layer, **options)
         embedding = [backbone.embed_tokens] if backbone.embed_tokens.weight is head.weight else []  # a tied head's
-        unit = {"root": [], "own": [*embedding, head], "norm": [*embedding, backbone.norm, head]}[self.case["UNIT"]]
+        own = [*embedding, head]
+        unit = {"root": [], "own": own, "norm": [backbone.norm, *own], "each": []}[self.case["UNIT"]]
+        for leaf in leaves(head) if self.case["UNIT"] == "each" else []:
+            fully_shard(leaf, **options)
         if unit:
             fully_shard(unit if len(unit) > 1 else unit[0], **options)
         return fully_shard(model, **options)
@@ -108,7 +119,7 @@ class FSDP1(Engine):
 
     def wrap(self, model: Any) -> Any:
         backbone, head = parts(model)
-        units = {*backbone.layers, *([head] if self.case["UNIT"] == "own" else [])}
+        units = {*backbone.layers, *{"root": [], "own": [head], "each": leaves(head)}[self.case["UNIT"]]}
         policy = functools.partial(lambda_auto_wrap_policy, lambda_fn=units.__contains__)
         device = torch.device("cpu")
         return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)

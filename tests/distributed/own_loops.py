@@ -164,8 +164,14 @@ def refusals() -> dict[str, str]:
     """What the errors say."""
     case = {"ENGINE": "FSDP2", "UNIT": "root"}
     fsdp2 = FSDP2(model_of(case, training.F64), case).model
+    tree = FSDP2(model_of(case, training.F64), case | {"UNIT": "own"}).model
     fsdp1 = FSDP1(model_of(case, training.F64), case).model
     own = FSDP1(model_of(case, training.F64), case | {"UNIT": "own"}).model
+
+    try:
+        called = str(fused_lm_head(tree)(input_ids=torch.ones(2, 3, dtype=torch.int64)))
+    except ValueError as error:
+        called = str(error)
 
     def said(module: Any) -> str:
         try:
@@ -175,6 +181,7 @@ def refusals() -> dict[str, str]:
             return str(error)
 
     return {
+        "not attached": called,
         "larger unit": said(fsdp2.lm_head),
         "FSDP1": said(fsdp1.lm_head),
         "FSDP1, own": said(own.lm_head),

@@ -65,6 +65,7 @@ def test_without_gradients_the_head_is_a_shard_again_after_the_context(found_by)
         "larger unit": "Linear has DTensor weights, but fully_shard was not called with it",
         "FSDP1": "FSDP1 does not reduce gradients of weights that are gathered outside of a forward",
         "FSDP1, own": "FSDP1 does not reduce gradients of weights that are gathered outside of a forward",
+        "not attached": "an engine shards the head, and its weight is whole in the head's own forward only",
         "adapter apart": "the head has an adapter whose weight is sharded",
     }.items(),
 )

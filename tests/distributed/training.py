@@ -18,6 +18,8 @@ from tests.integration_helpers import V, tiny
 
 F64, BETA, STEPS, LENGTH = torch.float64, 0.1, 3, 9
 
+LORA_ON_THE_HEAD = {"target_modules": ["q_proj", "lm_head"]}
+
 # name -> the engine, the model and, with a capital, what is done with them
 Cases = dict[str, dict[str, Any]]
 
@@ -39,14 +41,14 @@ def fsdp2_cases() -> Cases:
         "nothing scored": own | {"SILENT": True},
         "nothing scored, log-probs": own | {"SILENT": True, "KIND": "log-probs"},
         "nothing scored, frozen head, log-probs": own | {"SILENT": True, "FROZEN": True, "KIND": "log-probs"},
-        "nothing scored, tied": own | {"MODEL": "qwen3", "SILENT": True},
         "two micro-batches": own | {"ACCUMULATE": 2},
         "two micro-batches, no sync": own | {"ACCUMULATE": 2, "NO_SYNC": True},
         "checkpointing": own | {"CHECKPOINTING": True, "LAYERS": 2},
         "checkpointing, log-probs": own | {"CHECKPOINTING": True, "LAYERS": 2, "KIND": "log-probs"},
         "bfloat16, log-probs, tied": own | {"MODEL": "qwen3", "BFLOAT16": True, "KIND": "log-probs"},
         "LoRA": own | {"PEFT": {"target_modules": ["q_proj"]}},
-        "LoRA on the head": own | {"PEFT": {"target_modules": ["q_proj", "lm_head"]}, "KIND": "log-probs"},
+        "LoRA on the head": own | {"PEFT": LORA_ON_THE_HEAD, "KIND": "log-probs"},
+        "LoRA on the head, a unit each": own | {"UNIT": "each", "PEFT": LORA_ON_THE_HEAD, "KIND": "log-probs"},
         "saved head": own | {"PEFT": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}},
         "trained tokens": own
         | {"PEFT": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3, 7]}}},
@@ -72,7 +74,8 @@ def unit_cases() -> Cases:
         "FSDP1, tied": {"ENGINE": "FSDP1", "UNIT": "root", "MODEL": "qwen3", "KIND": "log-probs"},
         "FSDP1, checkpointing": own | {"CHECKPOINTING": True},
         "FSDP1, LoRA": own | {"PEFT": {"target_modules": ["q_proj"]}},
-        "FSDP1, LoRA on the head": own | {"PEFT": {"target_modules": ["lm_head"]}, "KIND": "log-probs"},
+        "FSDP1, LoRA on the head": own | {"PEFT": LORA_ON_THE_HEAD, "KIND": "log-probs"},
+        "FSDP1, LoRA on the head, a unit each": own | {"UNIT": "each", "PEFT": LORA_ON_THE_HEAD},
     }
 
 
@@ -96,7 +99,7 @@ def zero_cases() -> Cases:
         "3, bfloat16": third | {"BFLOAT16": True},
         "3, sharded before": third | {"SHARDED_BEFORE": True},
         "3, LoRA": third | {"PEFT": {"target_modules": ["q_proj"]}},
-        "3, LoRA on the head": third | {"PEFT": {"target_modules": ["lm_head"]}, "KIND": "log-probs"},
+        "3, LoRA on the head": third | {"PEFT": LORA_ON_THE_HEAD, "KIND": "log-probs"},
         "3, saved head": third | {"PEFT": saved},
         "3, trained tokens": third | {"PEFT": tokens},
     }
@@ -106,7 +109,7 @@ CASES = {"FSDP2": fsdp2_cases(), "DDP and FSDP1": unit_cases(), "ZeRO": zero_cas
 CASES["on four"] = {
     name: CASES["FSDP2"][name]
     for name in ("untied, own, resharded", "tied, own, resharded, log-probs", "nothing scored")
-}
+} | {"replicated shards": {"ENGINE": "FSDP2", "UNIT": "own", "MESH": (2, 2), "KIND": "log-probs"}}
 
 
 # --- one problem ------------------------------------------------------------------------------------------------------
