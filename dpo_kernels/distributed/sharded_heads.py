@@ -56,6 +56,36 @@ def gathers(module: nn.Module) -> bool:
     return any(engine_of(part) is not None for part in module.modules())
 
 
+def return_unrounded(module: nn.Module | None, result: Any) -> None:
+    """Let the call of a module that is running return a result as it is, and not in the unit's ``output_dtype``.
+
+    accelerate sets this dtype to that of the training. In 16 bits a log-prob of -300 would be off by one.
+
+    Args:
+        module: a module whose forward is running. Unless it is a unit of FSDP2 with an ``output_dtype``, nothing is
+            done.
+        result: what its forward is about to return.
+
+    Example:
+        >>> from torch import nn
+        >>> return_unrounded(nn.Linear(4, 8), None)
+    """
+    if module is None or torch.compiler.is_compiling() or engine_of(module) != "FSDP2":
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    state: Any = fully_shard.state(module)  # type: ignore[attr-defined]
+    if state._mp_policy.output_dtype is None or state._training_state.name != "FORWARD":
+        return
+
+    # It is the last of the module's hooks. What FSDP2 hooks for the backward is on the tensors of the result.
+    def instead(module: nn.Module, args: Any, rounded: Any) -> Any:
+        handle.remove()
+        return result
+
+    handle = module.register_forward_hook(instead)
+
+
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[nn.Module]:
     """Gather the weights of a module of one's own loop, so that they can be read outside of its forward.

@@ -73,7 +73,13 @@ def call(module: Any, hidden: Tensor, read: Callable[[Any, Tensor], Any]) -> Any
     if sharded_heads.engine_of(module) is None:
         return read(module, hidden)
     attach(module)
-    return module(hidden, **{CALL: read})
+
+    def unrounded(inner: Any, hidden: Tensor) -> Any:
+        result = read(inner, hidden)
+        sharded_heads.return_unrounded(module, result)
+        return result
+
+    return module(hidden, **{CALL: unrounded})
 
 
 def directly(module: Any, hidden: Tensor, read: Callable[[Any, Tensor], Any]) -> Any:

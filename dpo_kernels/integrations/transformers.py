@@ -263,9 +263,13 @@ class FusedLMHead:
             head = self.of(model)
             head._settle(kwargs, model)  # first: where a graph breaks, torch warns of tensors with a history
             outputs = head.hidden_states(kwargs)
-            if not sharded_heads.gathers(head.output_embedding):  # one frame: where a graph breaks, few are compiled
-                return fused_call(outputs, *head.operands(outputs[0]))
-            return head.inside(outputs[0], functools.partial(fused_call, outputs))
+            if sharded_heads.gathers(head.output_embedding):
+                result = head.inside(outputs[0], functools.partial(fused_call, outputs))
+            else:  # in this frame: where a graph breaks, few are compiled
+                result = fused_call(outputs, *head.operands(outputs[0]))
+            for unit in (head.peft_model, model):
+                sharded_heads.return_unrounded(unit, result)
+            return result
 
         setattr(forward, CALL, self)
         head_forward.attach(self.output_embedding)

@@ -90,7 +90,7 @@ class FSDP2(Engine):
         if "MESH" in self.case:
             options["mesh"] = init_device_mesh("cpu", self.case["MESH"], mesh_dim_names=("replicate", "shard"))
         if "BFLOAT16" in self.case:
-            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.bfloat16)
         for layer in backbone.layers:
             fully_shard(layer, **options)
         embedding = [backbone.embed_tokens] if backbone.embed_tokens.weight is head.weight else []  # a tied head's

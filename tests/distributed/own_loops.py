@@ -109,7 +109,7 @@ def every_case(group: str, names: list[str] | None = None) -> dict[str, list[str
 
 def others() -> dict[str, Any]:
     """What is neither a loss nor a gradient."""
-    return {"checked": checked(), "without gradients": without_gradients("own"), **refusals()}
+    return {"checked": checked(), "dtypes": dtypes(), "without gradients": without_gradients("own"), **refusals()}
 
 
 def checked() -> list[bool]:
@@ -125,6 +125,20 @@ def checked() -> list[bool]:
         with torch.no_grad():
             model(input_ids=batch["ids"], attention_mask=mask, fused_call=lambda outputs, hidden, *_: hidden)
         found.append(head.checked)
+    return found
+
+
+def dtypes() -> list[str]:
+    """Of log-probs under a policy whose ``output_dtype`` is bfloat16, by what the root of the units is."""
+    found = []
+    for peft in ({}, {"PEFT": {"target_modules": ["q_proj"]}}):
+        case = {"ENGINE": "FSDP2", "UNIT": "own", "KIND": "log-probs", "BFLOAT16": True} | peft
+        model = model_of(case, torch.float32)
+        fused_lm_head(model).attach()
+        batch = training.micro_batches(case, dist.get_world_size(), dist.get_rank())[0]
+        loss, others = fused(case, FSDP2(model, case).wrapped, batch, 1.0)
+        loss.backward()
+        found += [str(others["chosen_logps"].dtype), str(model(input_ids=batch["ids"]).logits.dtype)]
     return found
 
 

@@ -7,7 +7,7 @@ FOUR = "tests/distributed/test_sharded_heads.py"  # the start on four ranks is t
 SHARDED = (
     Mutant(
         "dpo_kernels/integrations/head_forward.py",
-        "    return module(hidden, **{CALL: read})\n",
+        "    return module(hidden, **{CALL: unrounded})\n",
         "    whole = types.SimpleNamespace(weight=module.weight.full_tensor(), bias=None, _forward_pre_hooks={})\n"
         "    return read(whole, hidden)\n",
         f"{FOUR}::test_training_equals_one_process[training on four: untied, own, resharded]",
@@ -26,6 +26,13 @@ SHARDED = (
         "if False:",
         f"{FOUR}::test_a_rank_whose_batch_is_padding_compares_in_step_with_the_others",
         "a rank whose batch is padding leaves the self-check out, and its collectives",
+    ),
+    Mutant(
+        "dpo_kernels/distributed/sharded_heads.py",
+        "    handle = module.register_forward_hook(instead)\n",
+        "",
+        f"{FOUR}::test_results_keep_their_precision_whatever_the_unit_returns",
+        "log-probs are rounded to the output_dtype of FSDP2's policy",
     ),
     Mutant(
         "dpo_kernels/distributed/sharded_heads.py",
