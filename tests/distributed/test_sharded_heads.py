@@ -10,6 +10,8 @@ pytest.importorskip("peft", reason="peft is not installed")
 from tests.distributed import gloo, own_loops, training
 from tests.shared import made_once
 
+pytestmark = pytest.mark.slow
+
 # Starts of the processes: how many there are, and the groups of cases that run on them.
 STARTS = {
     "torch": (2, [("training", "FSDP2"), ("training", "DDP and FSDP1"), ("own_loops", "FSDP2")]),
