@@ -17,7 +17,7 @@ PACKAGE = "dpo_kernels"
 # The layers of ours that each layer may import, beside its own. Whatever is not here is forbidden.
 MAY_IMPORT = {
     "public": {"api", "kernels", "losses", "loss_interface", "outputs"},
-    "integrations": {"public", "api", "checks", "losses", "loss_interface", "outputs", "shapes"},
+    "integrations": {"public", "api", "checks", "distributed", "losses", "loss_interface", "outputs", "shapes"},
     "api": {"checks", "distributed", "engine", "inputs", "loss_interface", "losses", "outputs", "planning", "shapes"},
     "engine": {
         "checks",
@@ -74,6 +74,7 @@ ONLY_IN = {
     "peft": f"{PACKAGE}.integrations",
     "datasets": f"{PACKAGE}.integrations",
     "accelerate": f"{PACKAGE}.integrations",
+    "deepspeed": f"{PACKAGE}.distributed",
 }
 OUTSIDE = ("tests", "benchmarks", "demo", "examples")
 # Imported at its first use: whoever imports the package must not import triton with it.

@@ -14,6 +14,12 @@ from dpo_kernels.checks import FLOAT_DTYPES, INDEX_DTYPES, check_device, refuse_
 from dpo_kernels.inputs.options import HeadOptions, PolicyTensors
 from dpo_kernels.shapes import Head
 
+# What to do where an engine shards the head. A gradient through ``full_tensor()`` would be wrong without a word.
+GATHERED_BY = (
+    "call this in the head's own forward, as fused_lm_head(model).attach() does, or within "
+    "dpo_kernels.distributed.unsharded(head)."
+)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -101,7 +107,7 @@ def check_head(
     hidden_name, weight_name, bias_name = names
     check_float_tensor(weight_name, weight)
     if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and not shard):
-        hint = ": DeepSpeed ZeRO-3 has partitioned it, which is not supported: use ZeRO-2, or the model's own logits"
+        hint = f": DeepSpeed ZeRO-3 has partitioned it: {GATHERED_BY}"
         raise ValueError(
             f"{weight_name} must have shape (V, H) with V >= 1 and H >= 1, got {shape(weight)}"
             f"{hint if hasattr(weight, 'ds_id') else ''}"
@@ -150,9 +156,9 @@ def check_tensor(name: str, tensor: Any) -> None:
     """Raise unless ``tensor`` is a plain tensor. The error for a ``DTensor`` says what to do instead."""
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
-            f"{name} is a DTensor of shape {shape(tensor)}: how it is sharded cannot be told from it. Call this where "
-            "FSDP holds it whole, inside its module's forward (register_fsdp_forward_method), or gather it so that its "
-            "gradient is the mean over ranks: full_tensor(grad_placements=[Partial('avg')])"
+            f"{name} is a DTensor of shape {shape(tensor)}: how it is sharded cannot be told from it. Hidden states "
+            f"and labels: gather it, or take its local part. A head that FSDP shards: {GATHERED_BY} A head that is "
+            "split for tensor parallelism: VocabParallel.of(weight)"
         )
     checks.check_tensor(name, tensor)
 

@@ -9,14 +9,17 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# The logits are compared for this many sequences, positions and tokens of the vocabulary. At every other position the
-# hidden states are stretched until the largest logit is STRETCHED, at which a soft cap of any model shows.
-ROWS, POSITIONS, COLUMNS, STRETCHED = 2, 8, 1024, 100.0
+from dpo_kernels.distributed import sharded_heads
+from dpo_kernels.integrations import head_forward, positions
+
+# The logits of this many tokens of the vocabulary are compared. At every other position the hidden states are stretched
+# until the largest logit is STRETCHED, at which a soft cap of any model shows.
+COLUMNS, STRETCHED = 1024, 100.0
 # The largest difference of logits at a position, relative to the largest logit there, by dtype. float32 loses 1e-6
 # without and 1e-3 with TF32, bfloat16 loses 2^-8. Where all logits are below LEAST_LARGEST, it takes the place of the
 # largest.
@@ -52,11 +55,12 @@ def check(head: Any, inputs: dict[str, Any], called: Any) -> bool:
         check(fused_lm_head(model), {"input_ids": ids, "attention_mask": mask}, model)
 
     """
-    name, few = type(head.model).__name__, _few(inputs)
+    name, few = type(head.model).__name__, _few(inputs, sharded_heads.gathers(head.model))
     if few is None:
         return False
     with torch.compiler.set_stance("force_eager"), evaluating(head.model):
-        with _stretching(head, few.get("attention_mask")) as seen, _watching(head.backbone) as returned:
+        ahead = _ahead(head, few) if sharded_heads.gathers(head.output_embedding) else None
+        with _stretching(head, few.get("attention_mask"), ahead) as seen, _watching(head.backbone) as returned:
             run = functools.partial(head.model_forward, head.model) if called is head.model else called
             logits = _logits(run(**few))
             if not seen:  # TRL's wrapper of a forward, deep-copied, still runs the model it was made for
@@ -67,7 +71,7 @@ def check(head: Any, inputs: dict[str, Any], called: Any) -> bool:
                 f"linear in its hidden states: use the model's own logits. {SWITCH_OFF}."
             )
         # Within PEFT's forward a backbone may return something else than when it is called by itself.
-        hidden = _hidden_states(head, few, returned if called is head.model else {})
+        hidden = ahead.hidden if ahead else _hidden_states(head, few, returned if called is head.model else {})
     received = seen["natural"]
     if hidden.shape != received.shape:
         raise RuntimeError(
@@ -77,9 +81,10 @@ def check(head: Any, inputs: dict[str, Any], called: Any) -> bool:
         )
     if not len(seen["places"][0]):
         return False
-    hidden = _taken(hidden, seen["places"]).to(received.device)
-    close = torch.allclose(hidden.to(received.dtype), _taken(received, seen["places"]), 1e-2, 1e-3)
-    _compare(head, logits, _stretched(hidden, seen["factor"]), "" if close else BETWEEN)
+    hidden = positions.taken(hidden, seen["places"]).to(received.device)
+    close = torch.allclose(hidden.to(received.dtype), positions.taken(received, seen["places"]), 1e-2, 1e-3)
+    ours = ahead.ours if ahead else _fused_logits(head, *head.operands(positions.stretched(hidden, seen["factor"])))
+    _compare(head, logits, ours, "" if close else BETWEEN)
     return True
 
 
@@ -108,17 +113,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _few(inputs: dict[str, Any]) -> dict[str, Any] | None:
+def _few(inputs: dict[str, Any], in_step: bool = False) -> dict[str, Any] | None:
     """Take a few sequences of the inputs; None if all is padding.
 
-    All sequences are taken unless every input certainly has one row for each sequence.
+    All sequences are taken unless every input certainly has one row for each sequence. With ``in_step`` ranks must run
+    the same forwards, so that a batch which is all padding is taken without its mask.
     """
     inputs = {n: value for n, value in inputs.items() if value is not None and n not in NOT_FOR_THE_CHECK}
     ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if not isinstance(ids, Tensor) or ids.dim() < 2:
         return inputs | {"use_cache": False}
 
-    rows = _kept(inputs.get("attention_mask"), ids.shape[:2])[0]
+    rows = positions.kept(inputs.get("attention_mask"), ids.shape[:2])[0]
+    if not len(rows) and in_step and ids.shape[:2].numel():
+        return _few(inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])})
     if not len(rows):
         return None
     # The first dimension of image patches, position ids (3, B, T) and the like is not the batch, or only by chance.
@@ -130,39 +138,50 @@ def _few(inputs: dict[str, Any]) -> dict[str, Any] | None:
     return inputs | {"use_cache": False}
 
 
-def _kept(mask: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Choose which sequences ``(R,)`` and positions ``(R, POSITIONS)`` of ``shape`` ``(B, T)`` are compared.
+class _Logits(NamedTuple):
+    """Logits of the fused head ``(..., C)`` for some tokens of the vocabulary ``(C,)``, and of how many tokens."""
 
-    They are CPU indices: the last positions that are no padding, of the first sequences that have the most of them.
-    Padding is left out because anything may stand there, NaN included. A sequence with fewer positions repeats them, so
-    that of a single position both the natural and the stretched logits are compared.
-    """
-    kept = torch.ones(shape, dtype=torch.bool, device="cpu")
-    if isinstance(mask, Tensor) and (mask.shape == shape or (shape[0] == 1 and mask.numel() == shape[1])):
-        kept = (mask != 0).cpu().reshape(shape)
-    most = kept.sum(dim=1).clamp(max=POSITIONS)
-    rows = torch.argsort(most, descending=True, stable=True)[:ROWS]
-    rows = rows[most[rows] > 0]
-    slots = torch.arange(POSITIONS, device="cpu")
-    columns = [kept[row].nonzero()[-POSITIONS:, 0] for row in rows]
-    places = [some[slots % len(some)] for some in columns]
-    return rows, torch.stack(places) if places else torch.zeros(0, POSITIONS, dtype=torch.long, device="cpu")
+    logits: Tensor
+    columns: Tensor
+    vocab: int
+    dtype: torch.dtype  # of its operands
+    biased: bool
 
 
-def _taken(hidden: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
-    """Take the compared positions of hidden states ``(B, T, H)`` or ``(T, H)``."""
-    rows, columns = places
-    return hidden[rows[:, None], columns] if hidden.dim() > 2 else hidden[columns[0]]
+class _Ahead(NamedTuple):
+    """Of a head that an engine shards: what is computed of it in its own forward, before the model runs."""
+
+    hidden: Tensor
+    factor: float
+    ours: _Logits
 
 
-def _stretched(hidden: Tensor, factor: float) -> Tensor:
-    """Multiply every other position of ``(R, POSITIONS, ..., H)`` or ``(POSITIONS, H)`` by a factor."""
-    odd = torch.arange(POSITIONS, device=hidden.device) % 2 == 1
-    return torch.where(odd.view(-1, *[1] * max(1, hidden.dim() - 2)), hidden * factor, hidden)
+def _ahead(head: Any, inputs: dict[str, Any]) -> _Ahead:
+    """Run backbone and head once, as the model itself does, so that a unit which holds parts of both sees one pass."""
+    hidden = _hidden_states(head, inputs, {})
+    mask = inputs.get("attention_mask")
+    natural = positions.taken(hidden, positions.kept(mask, hidden.shape[:2]))
+    found = []
+
+    def work(given: Tensor, weight: Tensor, options: dict[str, Any]) -> None:
+        factor = _factor(head, natural, given, weight)
+        found.append((factor, _fused_logits(head, positions.stretched(given, factor), weight, options)))
+
+    head.inside(natural, work)
+    return _Ahead(hidden, *found[0])
+
+
+def _factor(head: Any, natural: Tensor, given: Tensor, weight: Tensor) -> float:
+    """By how much hidden states are stretched; ``given`` is what the weight is multiplied with."""
+    columns = torch.arange(min(COLUMNS, weight.shape[0]), device=weight.device)
+    plain = (given.float() @ weight[columns].float().t()).abs().amax() * abs(head.logit_scale)
+    # This bound keeps hidden states of 16 bits in their range.
+    most = 1e4 / float(natural.abs().amax().clamp(min=1e-6))
+    return float((STRETCHED / plain.clamp(min=1e-6)).clamp(max=most))
 
 
 @contextmanager
-def _stretching(head: Any, mask: Any) -> Iterator[dict[str, Any]]:
+def _stretching(head: Any, mask: Any, ahead: _Ahead | None) -> Iterator[dict[str, Any]]:
     """Let the output embedding see a few positions only, and every other one of them stretched.
 
     The dictionary is filled once the model has run. ``natural`` is what the output embedding was to receive, ``places``
@@ -175,21 +194,20 @@ def _stretching(head: Any, mask: Any) -> Iterator[dict[str, Any]]:
             return None
         received = args[0]
         # Hidden states without a batch dimension are one sequence, or all sequences end to end.
-        places = _kept(mask, received.shape[:2] if received.dim() > 2 else torch.Size([1, len(received)]))
+        places = positions.kept(mask, received.shape[:2] if received.dim() > 2 else torch.Size([1, len(received)]))
         if not len(places[0]):
             seen.update(natural=received, places=places)
             return None
-        hidden = _taken(received, places)
-        given, weight, _ = head.operands(hidden)
-        columns = torch.arange(min(COLUMNS, weight.shape[0]), device=weight.device)
-        plain = (given.float() @ weight[columns].float().t()).abs().amax() * abs(head.logit_scale)
-        # This bound keeps hidden states of 16 bits in their range.
-        most = 1e4 / float(hidden.abs().amax().clamp(min=1e-6))
-        factor = float((STRETCHED / plain.clamp(min=1e-6)).clamp(max=most))
+        hidden = positions.taken(received, places)
+        if ahead is None:
+            given, weight, _ = head.operands(hidden)
+            factor = _factor(head, hidden, given, weight)
+        else:
+            factor = ahead.factor
         seen.update(natural=received, places=places, factor=factor)
-        return (_stretched(hidden, factor), *args[1:])
+        return (positions.stretched(hidden, factor), *args[1:])
 
-    handle = head.output_embedding.register_forward_pre_hook(hook)
+    handle = head_forward.within_fsdp1(head.output_embedding).register_forward_pre_hook(hook)
     try:
         yield seen
     finally:
@@ -243,37 +261,38 @@ def _logits(outputs: Any) -> Tensor:
     return logits
 
 
-def _compare(head: Any, logits: Tensor, hidden: Tensor, between: str) -> None:
-    hidden, weight, options = head.operands(hidden)
-    last = logits.shape[-1] - 1
-    columns = torch.linspace(0, last, min(COLUMNS, last + 1), dtype=torch.float64, device="cpu").round().long()
-    columns = columns.to(weight.device)
-    ours = _fused_logits(head, hidden, weight, options["bias"], columns)
-    model = logits.to(ours.device).index_select(-1, columns).to(ours.dtype)
-    largest = model.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST_LARGEST)
-    error = float(((ours - model).abs() / largest).amax())
-    tolerance = max(TOLERANCE[dtype] for dtype in (logits.dtype, _operand_dtype(weight)))
+def _compare(head: Any, logits: Tensor, ours: _Logits, between: str) -> None:
+    error = float("inf")
+    if logits.shape[-1] == ours.vocab:
+        model = logits.to(ours.logits.device).index_select(-1, ours.columns).to(ours.logits.dtype)
+        largest = model.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST_LARGEST)
+        error = float(((ours.logits - model).abs() / largest).amax())
+    tolerance = max(TOLERANCE[dtype] for dtype in (logits.dtype, ours.dtype))
     if not error <= tolerance:
         raise RuntimeError(
             f"the fused head does not reproduce the logits of {type(head.model).__name__}: with "
             f"logit_scale={head.logit_scale}, softcap={head.softcap} and "
-            f"{'a' if options['bias'] is not None else 'no'} bias they differ by {error:.1e} of the largest logit "
+            f"{'a' if ours.biased else 'no'} bias they differ by {error:.1e} of the largest logit "
             f"at a position (allowed: {tolerance:.0e}). The model does something between its hidden states and its "
             f"logits that this version does not know{between}; set head.logit_scale and head.softcap, or use the "
             f"model's own logits. {SWITCH_OFF}."
         )
 
 
-def _fused_logits(head: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor) -> Tensor:
+def _fused_logits(head: Any, hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> _Logits:
     # Operands are rounded as the model rounds them. Where a cap squeezes large logits, their errors would otherwise
     # show beside small ones.
+    vocab, bias = weight.shape[0], options["bias"]
+    columns = torch.linspace(0, vocab - 1, min(COLUMNS, vocab), dtype=torch.float64, device="cpu").round().long()
+    columns = columns.to(weight.device)
     narrow, wide = _operand_dtype(weight), torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = hidden.to(narrow).to(wide) @ weight[columns].to(narrow).to(wide).t()
         if bias is not None:
             logits = logits + bias[columns].to(wide)
         logits = logits * head.logit_scale
-        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+        logits = logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    return _Logits(logits, columns, vocab, narrow, bias is not None)
 
 
 def _operand_dtype(weight: Tensor) -> torch.dtype:

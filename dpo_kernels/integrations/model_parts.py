@@ -2,15 +2,13 @@
 
 import inspect
 import re
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from dpo_kernels.integrations import lm_head
 
-CALL = "fused_call"  # the keyword that ``FusedLMHead.attach`` gives a model's forward
 # The names by which configurations call a factor on the logits, a divisor of the logits, and a soft cap. The self-check
 # of the head tells whether a name still means what it did.
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -153,7 +151,7 @@ def why_not_direct(model: Any) -> str:
     embedding, body = model.get_output_embeddings(), backbone(model)
     width = getattr(model.config.get_text_config(), "hidden_size", None)
     linear: Any = lm_head.unwrapped(embedding)
-    narrower = width is not None and linear.weight.shape[1] != width
+    narrower = width is not None and lm_head.whole_shape(linear.weight)[1] != width
     for name, child in model.named_children():
         if child is body or child is embedding:
             continue
@@ -167,40 +165,6 @@ def why_not_direct(model: Any) -> str:
                 "embedding; fused losses need logits = scale (W h + b), so use the model's own logits"
             )
     return ""
-
-
-def unbound_forward(model: Any) -> Callable[..., Any]:
-    """Give a model's forward as a function whose first argument is the model.
-
-    If the forward is a method, the function serves deep copies of the model too.
-
-    Args:
-        model: a model, whose forward may have been replaced.
-
-    Returns:
-        A function of the model and of what its forward takes. Called with a deep copy of the model, it raises
-        ``RuntimeError`` where the forward is not a method: it would run the original.
-
-    Example:
-        >>> import torch
-        >>> model = nn.Identity()
-        >>> unbound_forward(model)(nn.Identity(), torch.ones(2))
-        tensor([1., 1.])
-
-    """
-    forward: Callable[..., Any] = model.forward
-    if isinstance(forward, types.MethodType) and forward.__self__ is model:
-        return forward.__func__
-
-    def alone(other: Any, *args: Any, **kwargs: Any) -> Any:
-        if other is not model:
-            raise RuntimeError(
-                f"a deep copy of this {type(model).__name__} would run the original: when it got {CALL}, something "
-                "that is not a method stood for its forward; deep-copy the model before that"
-            )
-        return forward(*args, **kwargs)
-
-    return alone
 
 
 def forward_parameters(model: Any) -> list[str]:

@@ -131,7 +131,7 @@ def _known_ids(head: FusedLMHead) -> tuple[int, int]:
     """Return how many token ids the model reads, and how many of them it scores."""
     embeddings: list[Any] = [head.model.get_input_embeddings(), head.output_embedding]
     cores: list[Any] = [lm_head.unwrapped(embedding) for embedding in embeddings]
-    read, scored = (core.weight.shape[0] for core in cores)
+    read, scored = (lm_head.whole_shape(core.weight)[0] for core in cores)
     return read, min(read, scored)
 
 

@@ -13,36 +13,18 @@ import copy
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
-from dpo_kernels.integrations import head_check, lm_head, model_parts
-from dpo_kernels.integrations.model_parts import CALL
+from dpo_kernels.distributed import sharded_heads
+from dpo_kernels.integrations import head_check, head_forward, head_operands, lm_head, model_parts
+from dpo_kernels.integrations.head_forward import CALL
+from dpo_kernels.integrations.head_operands import HeadInputs
 
 FOR_PEFTS_FORWARD = ("adapter_names", "alora_offsets", "task_ids")  # inputs that only PEFT's own forward reads
 # Class names of wrappers that synchronise gradients in their own forward, which must therefore be called.
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
-
-
-class HeadInputs(NamedTuple):
-    """What the fused functions take of a model: ``fn(hidden, weight, labels, shift=True, **options)``.
-
-    Attributes:
-        hidden: floating point ``(B, T, H)``.
-        weight: floating point ``(V, H)``.
-        options: ``bias`` ``(V,)`` or None, ``logit_scale`` and ``softcap``.
-
-    Example::
-
-        inputs = fused_lm_head(model)(input_ids=ids)
-        logps = fused_sequence_logps(inputs.hidden, inputs.weight, labels, shift=True, **inputs.options)
-
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    options: dict[str, Any]
 
 
 def fused_lm_head(model: nn.Module, *, check: bool = True) -> "FusedLMHead":
@@ -132,7 +114,7 @@ class FusedLMHead:
 
     @property
     def output_embedding(self) -> nn.Module:
-        """The head's module, with PEFT's wrapper around it."""
+        """The head's module, with PEFT's wrapper and FSDP's around it."""
         return self.model.get_output_embeddings()
 
     @property
@@ -187,6 +169,11 @@ class FusedLMHead:
             raise ValueError(
                 f"{', '.join(unread)}: only PEFT's own forward reads this, and it is not called; leave it out"
             )
+        if sharded_heads.gathers(self.output_embedding):
+            raise ValueError(
+                "an engine shards the head, and its weight is whole in the head's own forward only: use attach(), and "
+                f"wrapped(**inputs, {CALL}=work)"
+            )
         self._settle(inputs, self._called)
         outputs = self.hidden_states(inputs)
         return outputs, self.operands(outputs[0])
@@ -224,11 +211,31 @@ class FusedLMHead:
             ``(hidden, weight, options)``. A LoRA adapter on the head makes the last dimension of both tensors larger.
 
         Raises:
-            ValueError: as in ``lm_head.operands``.
+            ValueError: as in ``head_operands.operands``.
 
         """
-        hidden, weight, bias = lm_head.operands(self.output_embedding, hidden)
+        hidden, weight, bias = head_operands.operands(self.output_embedding, hidden)
         return HeadInputs(hidden, weight, {"bias": bias, **self.options})
+
+    def inside(self, hidden: Tensor, work: Callable[[Tensor, Tensor, dict[str, Any]], Any]) -> Any:
+        """Run work in the head's own forward, where an engine that shards the head has gathered it.
+
+        Args:
+            hidden: floating point ``(..., H)``.
+            work: it is called with ``(hidden, weight, options)`` as ``operands`` gives them.
+
+        Returns:
+            What ``work`` returns.
+
+        Raises:
+            ValueError: as in ``head_operands.inside``.
+
+        """
+
+        def read(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            return work(hidden, weight, {"bias": bias, **self.options})
+
+        return head_operands.inside(self.output_embedding, hidden, read)
 
     def attach(self) -> "FusedLMHead":
         """Give the model's ``forward`` the keyword ``fused_call``.
@@ -244,7 +251,7 @@ class FusedLMHead:
         attached = getattr(self.model.forward, CALL, None)
         if attached is not None and attached.model is self.model:
             return self
-        self.model_forward = original = model_parts.unbound_forward(self.model)
+        self.model_forward = original = head_forward.unbound_forward(self.model)
 
         @functools.wraps(type(self.model).forward)  # generate() reads the signature
         def forward(model: Any, *args: Any, fused_call: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
@@ -256,9 +263,16 @@ class FusedLMHead:
             head = self.of(model)
             head._settle(kwargs, model)  # first: where a graph breaks, torch warns of tensors with a history
             outputs = head.hidden_states(kwargs)
-            return fused_call(outputs, *head.operands(outputs[0]))
+            if sharded_heads.gathers(head.output_embedding):
+                result = head.inside(outputs[0], functools.partial(fused_call, outputs))
+            else:  # in this frame: where a graph breaks, few are compiled
+                result = fused_call(outputs, *head.operands(outputs[0]))
+            for unit in (head.peft_model, model):
+                sharded_heads.return_unrounded(unit, result)
+            return result
 
         setattr(forward, CALL, self)
+        head_forward.attach(self.output_embedding)
         self.model.forward = types.MethodType(forward, self.model)
         return self
 

@@ -222,7 +222,7 @@ TYPE_ERRORS = {
     "hidden a list": ({"hidden": [[[0.0]]]}, "hidden must be a tensor ... got list"),
     "weight int32": ({"weight": torch.ones(V, H, dtype=torch.int32)}, "weight must be float32 ... got torch.int32"),
     "weight a DTensor": ({"weight": rand(V, H).as_subclass(DTensor)},
-        "weight is a DTensor of shape (7, 5) ... register_fsdp_forward_method ... gather it ... Partial('avg')"),
+        "weight is a DTensor of shape (7, 5) ... attach() ... unsharded(head) ... VocabParallel.of(weight)"),
     "hidden a DTensor": ({"hidden": rand(S, T, H).as_subclass(DTensor)}, "hidden is a DTensor ... gather it"),
     "bias int64": ({"bias": torch.ones(V, dtype=torch.int64)}, "bias must be float32 ... got torch.int64"),
     "weight of another dtype": ({"weight": rand(V, H, dtype=BF16)},

@@ -10,17 +10,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
-import pickle, sys
+import importlib, os, pickle, sys
 import torch, torch.distributed as dist
 from datetime import timedelta
 
-rank, world, port, out, function, arguments = sys.argv[1:]
+rank, world, port, out, module, function, arguments = sys.argv[1:]
 torch.set_num_threads(1)
 store = dist.TCPStore("127.0.0.1", int(port), int(world), rank == "0", timeout=timedelta(seconds=60))
 dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(world), timeout=timedelta(seconds=30))
-from tests.distributed import ranks
-
-result = getattr(ranks, function)(*pickle.loads(bytes.fromhex(arguments)))
+os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}  # DeepSpeed reads them
+call = getattr(importlib.import_module(f"tests.distributed.{module}"), function)
+result = call(*pickle.loads(bytes.fromhex(arguments)))
 with open(f"{out}/{rank}.pickle", "wb") as file:
     pickle.dump(result, file)
 dist.barrier()
@@ -28,8 +28,10 @@ dist.destroy_process_group()
 """
 
 
-def run(function: str, world: int, folder: Path, *arguments: Any) -> list[Any]:
-    """What a function of ``ranks.py`` returns on each of ``world`` processes."""
+def run(
+    function: str, world: int, folder: Path, *arguments: Any, module: str = "ranks", seconds: float = 240
+) -> list[Any]:
+    """What a function of a module of this folder returns on each of ``world`` processes, all within some seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -37,7 +39,7 @@ def run(function: str, world: int, folder: Path, *arguments: Any) -> list[Any]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(world), str(port), str(folder), function, packed],
+            [sys.executable, "-c", WORKER, str(rank), str(world), str(port), str(folder), module, function, packed],
             cwd=ROOT,
             env=env,
             stdout=subprocess.PIPE,
@@ -47,7 +49,7 @@ def run(function: str, world: int, folder: Path, *arguments: Any) -> list[Any]:
         for rank in range(world)
     ]
     try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        said = [process.communicate(timeout=seconds)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -1,7 +1,10 @@
 """The examples run, learn, and do with the fused loss what they do without."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +19,7 @@ from accelerate.state import AcceleratorState
 
 from benchmarks import trainer_table
 from dpo_kernels.integrations.precompute import precompute_reference_logps
-from examples import plain_loop, trl_dpo
+from examples import fsdp2_dpo, plain_loop, trl_dpo
 from tests.integration_helpers import V, tiny
 from tests.trl_helpers import OTHERS_WARNINGS
 
@@ -51,6 +54,25 @@ def test_the_plain_loop_learns(tmp_path):
     assert losses[-1] < 0.5
     again = plain_loop.main(["--out", str(tmp_path)])  # the reference is read from disk
     assert again == losses
+
+
+@pytest.mark.slow
+def test_the_fsdp2_example_learns_on_two_processes_what_it_learns_on_one(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    said = subprocess.run(
+        [*command, "-m", "examples.fsdp2_dpo"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert said.returncode == 0, said.stderr[-4000:]
+    losses = [json.loads(line)["loss"] for line in said.stdout.splitlines() if line.startswith("{")]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        alone = fsdp2_dpo.main(["--batch", "8"])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert losses == pytest.approx(alone, rel=1e-5)
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses[-1] < 0.5
 
 
 def gradients_of_every_step(folder, monkeypatch, *options):
@@ -93,7 +115,8 @@ def test_the_plain_loop_scores_the_reference_in_the_precision_of_the_training(tm
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
 
 
-PAGES = Path(__file__).parents[2] / "docs/integrations"
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs/integrations"
 
 
 def code_of(page):

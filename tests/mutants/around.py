@@ -53,14 +53,14 @@ _INTEGRATIONS = [
         "the router loss is added without its coefficient",
     ),
     Mutant(
-        "dpo_kernels/integrations/lm_head.py",
-        "down.weight) * layer.scaling[name]",
-        "down.weight)",
+        "dpo_kernels/integrations/head_operands.py",
+        "factor) * layer.scaling[name]",
+        "factor)",
         "tests/integrations/test_peft.py::test_loss_and_gradients_are_those_of_full_logits",
         "an adapter on the head is not scaled",
     ),
     Mutant(
-        "dpo_kernels/integrations/lm_head.py",
+        "dpo_kernels/integrations/head_operands.py",
         "up.bias.to(weight.dtype) * layer.scaling[name]",
         "up.bias.to(weight.dtype)",
         "tests/integrations/test_peft.py::test_lora_and_its_bias_on_a_head_with_a_bias",

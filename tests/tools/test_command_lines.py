@@ -14,7 +14,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("trl", reason="trl is not installed")
 
 from demo import online
-from examples import material, plain_loop, trl_dpo
+from examples import fsdp2_dpo, material, plain_loop, trl_dpo
 from tests.trl_helpers import OTHERS_WARNINGS
 
 pytestmark = OTHERS_WARNINGS
@@ -23,6 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
     plain_loop.main: {
         **dict.fromkeys(("--pairs", "--epochs", "--batch", "--accumulate", "--max-length"), ("0", "-1", "1.5", "many")),
+        **dict.fromkeys(("--beta", "--learning-rate"), ("-0.1", "nan", "inf")),
+    },
+    fsdp2_dpo.main: {
+        **dict.fromkeys(("--pairs", "--epochs", "--batch", "--max-length"), ("0", "-1")),
         **dict.fromkeys(("--beta", "--learning-rate"), ("-0.1", "nan", "inf")),
     },
     trl_dpo.main: {

@@ -20,7 +20,8 @@ from trl.trainer import dpo_trainer as trl_module
 from dpo_kernels import fused_dpo_loss, fused_sequence_logps, wpo_pair_weights
 from dpo_kernels.integrations import lm_head
 from dpo_kernels.integrations.head_check import evaluating
-from dpo_kernels.integrations.model_parts import CALL, innermost
+from dpo_kernels.integrations.head_forward import CALL
+from dpo_kernels.integrations.model_parts import innermost
 from dpo_kernels.integrations.routers import router_loss, why_no_router_loss
 from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
 from dpo_kernels.integrations.trl.batch import REFERENCE, PairBatch, check_packing, pair_batch
