@@ -115,7 +115,7 @@ def differences(case: dict[str, Any], split: str, dtype: torch.dtype, grad_scale
             value = value / grad_scale
         size = float(truth[name].abs().nan_to_num(0.0, 0.0, 0.0).max()) if truth[name].numel() else 0.0
         lost = float((other - right).abs().nan_to_num(0.0).max()) if right.numel() else 0.0
-        allowed = 1e-12 * size if dtype == F64 else 2 * lost + 2e-6 * size
+        allowed = ranks.allowance(name, dtype, size, lost)
         off = (value.to(F64) - right).abs()
         off = torch.where((value.to(F64) == right) | (value.isnan() & right.isnan()), torch.zeros_like(off), off)
         if value.shape != right.shape or (off.numel() and not float(off.max()) <= allowed):
@@ -131,7 +131,7 @@ def every_context_case(splits: list[str]) -> dict[str, list[str]]:
     found = {}
     for split in splits:
         for name, case in CASES.items():
-            for dtype in (F64, torch.float32):
+            for dtype in ranks.DTYPES:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a shared head warns, which has a test of its own
                     scale = 2.0 if "MAIN_GRAD" not in case else 1.0

@@ -22,7 +22,7 @@ def found(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("dtype", ["torch.float64", "torch.float32"])
+@pytest.mark.parametrize("dtype", ["torch.float64", "torch.float32", "torch.bfloat16"])
 @pytest.mark.parametrize("case", contexts.CASES)
 @pytest.mark.parametrize(("world", "split"), CASES)
 def test_split_equals_whole(found, world, split, case, dtype):

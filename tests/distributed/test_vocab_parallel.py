@@ -21,7 +21,7 @@ def found(request, tmp_path_factory):
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(len(sizes))]
 
 
-@pytest.mark.parametrize("dtype", ["torch.float64", "torch.float32"])
+@pytest.mark.parametrize("dtype", ["torch.float64", "torch.float32", "torch.bfloat16"])
 @pytest.mark.parametrize("case", ranks.CASES)
 def test_split_equals_whole(found, case, dtype):
     if case.startswith("padded rows") and len(found) == 4:
