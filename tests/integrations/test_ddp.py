@@ -3,6 +3,7 @@
 import datetime
 import faulthandler
 import gc
+import importlib.util
 import os
 import subprocess
 import sys
@@ -70,6 +71,8 @@ def join(folder):
     """Meet the other process over a file: no port that something else may have taken, no name to be looked up."""
     faulthandler.dump_traceback_later(HANGS_S, exit=True)  # says where, and the test says what both printed
     torch.set_num_threads(1)
+    if importlib.util.find_spec("deepspeed"):  # accelerate imports it, and its functions keep the group that is there
+        importlib.import_module("deepspeed")
     rank, folder = int(os.environ["RANK"]), Path(folder)
     torch.distributed.init_process_group(
         "gloo",
