@@ -3,10 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
+
+from torch import Tensor
 
 from dpo_kernels import checks
 from dpo_kernels.planning.collectives import Collective, Pass, collectives_of
 from dpo_kernels.planning.memory_budget import MIB, Budget, default_scratch_bytes
+from dpo_kernels.planning.refusals import refuse_triton_on
 from dpo_kernels.planning.schedules import extra_bytes, num_tiles
 from dpo_kernels.planning.tables import BACKEND_NAMES, BACKENDS, STRATEGIES, Strategy, divide_scratch
 from dpo_kernels.problem import Workload
@@ -164,6 +168,16 @@ def _size(size_bytes: int) -> str:
         if size_bytes >= unit:
             return f"{round(size_bytes / unit, 1):g} {name}"
     return f"{size_bytes} bytes"
+
+
+def packs_in_triton(hidden: Any, execution: Execution) -> bool:
+    """Return whether a call on ``hidden`` may run Triton kernels, before anything is known about its work.
+
+    Then they pack its tokens too. A caller who asks for another backend by name gets no Triton kernel at all.
+    """
+    if execution.backend not in (AUTO, "triton") or not isinstance(hidden, Tensor):
+        return False
+    return refuse_triton_on(hidden.device, hidden.dtype, execution.backend != AUTO) is None
 
 
 def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
