@@ -103,7 +103,7 @@ def _pack_in_triton(
         labels_R, cu_seqlens, how.sequences, how.width, how.vocab, how.ignore_index, how.shift, how.stacked
     )
     counted = launch_pack.count(given)
-    if labels_R.device.type == "cpu" and bool(counted.bad.any()):  # in Triton's interpreter
+    if labels_R.device.type == "cpu" and any(counted.bad.tolist()):  # in Triton's interpreter
         _raise_first_bad_label(labels_R, cu_seqlens, how)
     counts_host, capacity = _on_the_host(counted.counts_and_bounds, given.rows, how)
     index, labels, weights, segments, slot, nan_if_invalid = launch_pack.write(

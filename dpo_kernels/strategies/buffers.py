@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowState
+from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowScale, RowState
+from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.problem import Problem
-from dpo_kernels.segments import sequence_to_token
 from dpo_kernels.shapes import Chunk, Schedule
 from dpo_kernels.strategies.row_results import RowResults
 
@@ -75,13 +75,8 @@ class Buffers:
 
         Returns the derivative ``(sequences of the chunk,)`` of the total by the sequence log-probs, float64.
         """
-        packed, loss = self.problem.packed, self.problem.loss
-        assert loss is not None, "a pass that forms gradients has a loss"
-        tokens, sequences = slice(chunk.start, chunk.stop), slice(*chunk.sequences)
-        logp_C, loss = self.rows.result.logp[tokens], loss.of_examples(chunk.first, chunk.last)
-        weights_C = None if packed.weights is None else packed.weights[tokens]
-        counts_S, ref_S, invalid = packed.counts[sequences], self.ref[sequences], packed.nan_if_invalid
-        context = self.problem.context
+        packed, (logp_C, weights_C, counts_S, ref_S, loss) = self.problem.packed, self._examples(chunk)
+        context, sequences, invalid = self.problem.context, slice(*chunk.sequences), packed.nan_if_invalid
         if context is None:
             logps_S, losses_E, grad_S = self.kernels.sequence_loss(logp_C, weights_C, counts_S, ref_S, invalid, loss)
         else:
@@ -94,15 +89,39 @@ class Buffers:
         grad_S = grad_S / self.denominator
         return grad_S if self.problem.main_grad is None else grad_S * self.problem.main_grad.scale
 
+    def close_chunk(self, chunk: Chunk, state: RowState) -> Tensor:
+        """Do ``close_examples`` and ``row_scale`` of a chunk that fits the tile. ``state`` is that of its rows."""
+        if self.problem.context is not None:
+            return self.row_scale(self.close_examples(chunk), chunk, chunk.start, chunk.stop, state)
+        packed, (logp_C, weights_C, counts_S, ref_S, loss) = self.problem.packed, self._examples(chunk)
+        segments_C, logit_scale = packed.segments[chunk.start : chunk.stop], self.problem.head.logit_scale
+        grad_scale = 1.0 if self.problem.main_grad is None else self.problem.main_grad.scale
+        scale = RowScale(state, segments_C, chunk.sequences[0], logit_scale, self.denominator, grad_scale)
+        logps_S, losses_E, scale_C = self.kernels.sequence_loss_and_scale(
+            logp_C, weights_C, counts_S, ref_S, packed.nan_if_invalid, loss, scale
+        )
+        self.losses.append(losses_E)
+        self.logps.append(logps_S)
+        return scale_C
+
+    def _examples(self, chunk: Chunk) -> tuple[Tensor, Tensor | None, Tensor, Tensor, SequenceLoss]:
+        """Return log-probs and weights of the chunk's tokens, counts and reference of its sequences, and its loss."""
+        packed, loss = self.problem.packed, self.problem.loss
+        assert loss is not None, "a pass that forms gradients has a loss"
+        tokens, sequences = slice(chunk.start, chunk.stop), slice(*chunk.sequences)
+        weights_C = None if packed.weights is None else packed.weights[tokens]
+        examples = loss.of_examples(chunk.first, chunk.last)
+        return self.rows.result.logp[tokens], weights_C, packed.counts[sequences], self.ref[sequences], examples
+
     def row_scale(self, grad_S: Tensor, chunk: Chunk, start: int, stop: int, state: RowState) -> Tensor:
         """Return the factor ``(C,)`` of the rows of the logits' gradient for tokens ``start..stop-1`` of the chunk.
 
         It is minus the coefficient of the token times the logit scale, over the token's sum of exponentials.
         """
-        packed, tokens = self.problem.packed, slice(start, stop)
-        weights = None if packed.weights is None else packed.weights[tokens]
-        coefficient_C = sequence_to_token(grad_S, packed.segments[tokens] - chunk.sequences[0], weights)
-        return (-coefficient_C * self.problem.head.logit_scale / state.sumexp).to(self.scratch.dtype)
+        packed = self.problem.packed
+        weights_C = None if packed.weights is None else packed.weights[start:stop]
+        scale = RowScale(state, packed.segments[start:stop], chunk.sequences[0], self.problem.head.logit_scale)
+        return scale.factors(grad_S, weights_C)
 
     def forward(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, RowState]:
         """Compute logits of whole rows in the scratch, and record the log-probs.
@@ -112,12 +131,16 @@ class Buffers:
         kernels, head = self.kernels, self.problem.head
         x_CH, labels_C = self.gather(start, stop)
         tile = kernels.tile_in(self.scratch, stop - start, head.vocab)
+        if stop > start and head.vocab:
+            kernels.project(x_CH, head, 0, tile)
+        # The softcap's derivative needs the logits, and so does a maximum that other ranks may raise.
+        keep_logits = head.softcap is not None or self.problem.shard is not None
+        if stop > start and self.problem.shard is None and not self.problem.stats:
+            logp_C = self.rows.result.logp[start:stop]
+            return x_CH, labels_C, tile, kernels.reduce_to_logps(tile, labels_C, logp_C, keep_logits)
         state = kernels.new_state(stop - start, x_CH.device, self.problem.stats)
         if stop > start:
-            keep_logits = head.softcap is not None or self.problem.shard is not None
             if head.vocab:
-                kernels.project(x_CH, head, 0, tile)
-                # The softcap's derivative needs the logits, and so does a maximum that other ranks may raise.
                 kernels.reduce(state, tile, labels_C, 0, keep_logits=keep_logits)
             self.rows.put(start, stop, state)
         return x_CH, labels_C, tile, state
@@ -152,9 +175,14 @@ class Buffers:
             for grad in (self.dw, self.db):
                 if grad is not None:
                     grad.zero_()
-        losses = torch.cat(self.losses) if self.losses else self.ref[:0]
-        logps = torch.cat(self.logps) if self.logps else self.ref
+        losses = _joined(self.losses) if self.losses else self.ref[:0]
+        logps = _joined(self.logps) if self.logps else self.ref
         total = losses.sum() / self.denominator
         dw = self.dw if self.problem.main_grad is None else None
         rows = self.rows.result
         return LossAndGradients(total, losses, logps, rows.stats, rows.logp, self.dx, dw, self.db)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return the parts as one tensor, without a copy where there is one only."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

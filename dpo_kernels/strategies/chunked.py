@@ -45,10 +45,9 @@ def _run(buffers: Buffers, chunk: Chunk) -> None:
     """Compute a chunk that fits the tile. Its coefficients are known before its gradient is formed and rounded."""
     kernels, head = buffers.kernels, buffers.problem.head
     x_CH, labels_C, tile, state = buffers.forward(chunk.start, chunk.stop)
-    grad_S = buffers.close_examples(chunk)
+    scale_C = buffers.close_chunk(chunk, state)
     if chunk.stop == chunk.start or not head.vocab:
         return
-    scale_C = buffers.row_scale(grad_S, chunk, chunk.start, chunk.stop, state)
     d = kernels.dlogits_(tile, labels_C, 0, state.max, state.others, head, scale_C, state.exponentiated)
     buffers.backward(d, x_CH, chunk.start, buffers.dw, buffers.db, accumulate=buffers.written)
     buffers.written = True

@@ -2,6 +2,7 @@
 
 A program of both owns a packed sequence ``s``. With stacked input its rows are those of input sequence
 ``s // 2 + (s % 2) * S / 2``, so that chosen and rejected alternate. The host reads the counts between the two launches.
+Numbers that differ from batch to batch are not specialised: their code would be compiled in the middle of a training.
 """
 
 import triton
@@ -33,14 +34,17 @@ def _scored(labels_ptr, at, end, ignore_index, SHIFT: tl.constexpr):
     return label, inside & (label != ignore_index)
 
 
-@triton.jit(do_not_specialize_on_alignment=["labels_ptr", "bounds_ptr"])
+@triton.jit(
+    do_not_specialize=["sequences", "rows", "width"],
+    do_not_specialize_on_alignment=["labels_ptr", "bounds_ptr"],
+)
 def count_scored(
     labels_ptr,  # (R,) int32 or int64
     bounds_ptr,  # (S + 1,) int32 or int64 cu_seqlens
     counts_ptr,  # (S,) int64, written
     copy_ptr,  # (S + 1,) int64, written with the bounds
     bad_ptr,  # (S,) int64, written: scored labels outside of the vocabulary
-    sequences,
+    sequences: tl.int64,
     rows: tl.int64,
     width: tl.int64,
     vocab: tl.int64,
@@ -90,7 +94,10 @@ def _nan_if_invalid(
     return tl.where(invalid, float("nan"), 0.0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["labels_ptr", "bounds_ptr", "token_weights_ptr"])
+@triton.jit(
+    do_not_specialize=["sequences", "rows", "width", "capacity"],
+    do_not_specialize_on_alignment=["labels_ptr", "bounds_ptr", "token_weights_ptr"],
+)
 def write_packed(
     labels_ptr,  # (R,) int32 or int64
     bounds_ptr,  # (S + 1,) int32 or int64 cu_seqlens
@@ -103,7 +110,7 @@ def write_packed(
     segments_ptr,  # (N,) int64
     slot_ptr,  # (R,) int64
     nan_if_invalid_ptr,  # () float64
-    sequences,
+    sequences: tl.int64,
     rows: tl.int64,
     width: tl.int64,
     vocab: tl.int64,
