@@ -310,13 +310,26 @@ class RowKernels(ABC):
     def tile_in(self, scratch: Tensor, rows: int, cols: int) -> Tensor:
         """Return a tile ``(rows, cols)`` that is a view of the beginning of the scratch."""
         pitch = padded(cols, self.row_alignment(scratch.device.type))
-        return scratch[: rows * pitch].view(rows, pitch)[:, :cols]
+        return scratch.as_strided((rows, cols), (pitch, 1))
 
     def empty_operands_like(self, tile: Tensor) -> Tensor:
         """Return an uninitialised tile of the same shape in the dtype of the GEMM operands."""
         rows, cols = tile.shape
         pitch = padded(cols, self.row_alignment(tile.device.type))
         return tile.new_empty(rows, pitch, dtype=self.dtype)[:, :cols]
+
+    @staticmethod
+    def to_input_rows(dx: Tensor, slot: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return packed rows at their places in the input, times a factor, or None to leave it to torch's operations.
+
+        Args:
+            dx: ``(N + 1, H)`` rows in the dtype of accumulation, the last one 0.
+            slot: ``(R,)`` int64 packed place of each input row, N where it is not scored.
+            factor: 0-d.
+            dtype: dtype of the result, ``(R, H)``.
+
+        """
+        return None
 
     @staticmethod
     def finalize_weight_grad(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -24,34 +25,19 @@ MICROSECOND = 1e-6
 
 
 class Launches(TorchDispatchMode):
-    """Counts torch's operations that launch a kernel on a GPU or copy to the host, by their names.
-
-    What works on results of the copy to the host is none of them.
-    """
+    """Counts torch's operations that launch a kernel on a GPU, by their names."""
 
     def __init__(self) -> None:
         super().__init__()
         self.by_name: Counter[str] = Counter()
-        self.kept: list[torch.Tensor] = []  # on the host; a freed one's address would be used again
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        out = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if given and all(self._on_the_host(each) for each in given):
-            self.kept += results
-            return out
-        if name == "_to_copy" and kwargs.get("device") == torch.device("cpu") and "dtype" not in kwargs:
-            self.kept += results
-        if not (func.is_view or name in NO_LAUNCH or not any(each.numel() for each in results)):
+        filled = any(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+        if filled and not func.is_view and name not in NO_LAUNCH:
             self.by_name[name] += 1
         return out
-
-    def _on_the_host(self, tensor: torch.Tensor) -> bool:
-        storage = tensor.untyped_storage()._cdata
-        return any(each.untyped_storage()._cdata == storage for each in self.kept)
 
 
 class Stubs:
@@ -60,7 +46,7 @@ class Stubs:
     def __init__(self, scored: int) -> None:
         self.scored = scored  # tokens of each sequence
         self.kernels: Counter[str] = Counter()
-        self.gemms = 0
+        self.gemms = self.copies = 0
         self.synced = self.first_gemm = 0.0
 
     def kernel(self, kernel, *arguments, grid, warmup=False, **options) -> None:
@@ -88,7 +74,9 @@ class Stubs:
         """Return the function that copies the counts to the host, which also remembers when it came back."""
 
         def copied(*arguments):
-            out = on_the_host(*arguments)
+            with _disable_current_modes():
+                out = on_the_host(*arguments)
+            self.copies += 1
             self.synced, self.first_gemm = time.perf_counter(), 0.0
             return out
 
@@ -127,28 +115,46 @@ class _NoDevice:
         pass
 
 
-def call(pairs: int, length: int = 4, chunks: int = 1, vocab: int = 512, width: int = 64) -> Callable[[], None]:
+def step_of(pairs: int, length: int = 4, chunks: int = 1, vocab: int = 512, width: int = 64) -> Callable[[], None]:
     """Return a forward and backward pass of DPO with a trainable bfloat16 head and a cached reference."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(2 * pairs, length, width, generator=g).bfloat16().requires_grad_()
     weight = torch.randn(vocab, width, generator=g).bfloat16().requires_grad_()
     labels = torch.randint(0, vocab, (2 * pairs, length), generator=g)
     ref_logps = torch.randn(2 * pairs, generator=g)
-    rows = 2 * pairs * length // chunks
-    budget = rows * vocab * 6 + 2**20 if chunks > 1 else 2**30
-    return lambda: dk.fused_dpo_loss(
-        hidden, weight, labels, ref_logps=ref_logps, scratch_bytes=budget, backend="triton"
-    ).loss.backward()
+    tile_bytes = 2 * pairs * length // chunks * vocab * 6  # a quarter more is the workspace
+    options = {"ref_logps": ref_logps, "backend": "triton", "scratch_bytes": -(-tile_bytes * 4 // 3)}
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        dk.fused_dpo_loss(hidden, weight, labels, **options).loss.backward()
+
+    return step
 
 
-def launches(step: Callable[[], None], scored: int) -> tuple[Counter[str], Counter[str], int]:
-    """Return how often torch's operations and our kernels are launched in a step, and its matrix products."""
+class Cost(NamedTuple):
+    """The launches of a step."""
+
+    torch: Counter[str]  # by operation; a copy to the host counts
+    ours: Counter[str]  # by kernel
+    gemms: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.torch.total() + self.ours.total() + self.gemms
+
+
+def cost(step: Callable[[], None], scored: int) -> Cost:
+    """Return what a step launches, whose sequences have ``scored`` tokens each."""
+    with on_a_gpu_of_stubs(scored) as stubs:
+        step()  # what is loaded once
     with on_a_gpu_of_stubs(scored) as stubs, Launches() as seen:
         step()
-    return seen.by_name, stubs.kernels, stubs.gemms
+    return Cost(seen.by_name + Counter({"copy to the host": stubs.copies}), stubs.kernels, stubs.gemms)
 
 
-def seconds_to_first_gemm(step: Callable[[], None], scored: int, tries: int = 50) -> float:
+def seconds_to_first_gemm(step: Callable[[], None], scored: int, tries: int = 100) -> float:
     """Return the least time in a number of tries between the one sync of a call and its first matrix product."""
     found = []
     with on_a_gpu_of_stubs(scored) as stubs:
@@ -161,11 +167,11 @@ def seconds_to_first_gemm(step: Callable[[], None], scored: int, tries: int = 50
 def main() -> None:
     """Print the launches of one chunk and of more, and the time to the first product."""
     for chunks in (1, 2, 4):
-        aten, kernels, gemms = launches(call(8, 64, chunks), 64)
-        print(f"{chunks} chunks: {aten.total()} of torch, {kernels.total()} of ours, {gemms} GEMMs")
-        print(f"  {dict(aten)}\n  {dict(kernels)}")
+        found = cost(step_of(8, 64, chunks), 64)
+        print(f"{chunks} chunks: {found.total} launches, {found.gemms} of them GEMMs")
+        print(f"  torch {dict(found.torch)}\n  ours {dict(found.ours)}")
     for pairs in (8, 256):
-        print(f"{pairs} pairs: {seconds_to_first_gemm(call(pairs), 4) / MICROSECOND:.0f} us from sync to first GEMM")
+        print(f"{pairs} pairs: {seconds_to_first_gemm(step_of(pairs), 4) / MICROSECOND:.0f} us from sync to first GEMM")
 
 
 if __name__ == "__main__":

@@ -105,10 +105,14 @@ def _pack_in_triton(
     counted = launch_pack.count(given)
     if labels_R.device.type == "cpu" and any(counted.bad.tolist()):  # in Triton's interpreter
         _raise_first_bad_label(labels_R, cu_seqlens, how)
-    counts_host, capacity = _on_the_host(counted.counts_and_bounds, given.rows, how)
+    # Everything is packed before the host waits for the counts, so that the GPU has nothing left to do for packing.
     index, labels, weights, segments, slot, nan_if_invalid = launch_pack.write(
-        given, counted, token_weights_R, capacity, static=how.static
+        given, counted, token_weights_R, how.capacity, static=how.static
     )
+    counts_host, capacity = _on_the_host(counted.counts_and_bounds, given.rows, how)
+    if how.capacity is None:
+        index, labels, segments = index[:capacity], labels[:capacity], segments[:capacity]
+        weights = None if weights is None else weights[:capacity]
     return PackedTokens(index, labels, weights, segments, slot, counted.counts, counts_host, nan_if_invalid)
 
 

@@ -50,6 +50,7 @@ class Plan:
     scratch_bytes: int
     schedule: Schedule | None  # None while tracing; the operator makes it once it knows the lengths
     reference: "Plan | None" = None  # the plan of a reference that is scored in the call
+    divided: Budget | None = field(default=None, repr=False, compare=False)  # the scratch, where it is divided already
 
     @property
     def forms_gradients(self) -> bool:
@@ -64,6 +65,8 @@ class Plan:
     @property
     def budget(self) -> Budget:
         """How the scratch is divided."""
+        if self.divided is not None:
+            return self.divided
         return divide_scratch(self.scratch_bytes, self.backend, self.workload.dtype, self.workload.device)
 
     @property
@@ -213,16 +216,23 @@ def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
         forms_gradients = wished.strategy != AUTO and STRATEGIES[wished.strategy].loss_and_gradients is not None
         wished = Execution(wished.backend, AUTO if forms_gradients else wished.strategy, scratch_bytes)
         reference = make_plan(workload.reference, wished)
-    return lay_out(workload, strategy, backend, scratch_bytes, reference)
+    return lay_out(workload, strategy, backend, scratch_bytes, reference, budget)
 
 
-def lay_out(workload: Workload, strategy: str, backend: str, scratch_bytes: int, reference: Plan | None = None) -> Plan:
+def lay_out(
+    workload: Workload,
+    strategy: str,
+    backend: str,
+    scratch_bytes: int,
+    reference: Plan | None = None,
+    budget: Budget | None = None,
+) -> Plan:
     """Return the plan with a chosen strategy and backend. Inside an operator this call makes the chunks."""
     schedule = None
     if not workload.tracing:
-        budget = divide_scratch(scratch_bytes, backend, workload.dtype, workload.device)
+        budget = budget or divide_scratch(scratch_bytes, backend, workload.dtype, workload.device)
         schedule = STRATEGIES[strategy].schedule(workload, budget)
-    return Plan(workload, strategy, backend, scratch_bytes, schedule, reference)
+    return Plan(workload, strategy, backend, scratch_bytes, schedule, reference, budget)
 
 
 def _check_main_grad(workload: Workload, strategy: str, budget: Budget, scratch_bytes: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowScale, RowState
 from dpo_kernels.kernels.torch_kernels import TorchKernels
-from dpo_kernels.kernels.triton import launch_matmul, launch_rows
+from dpo_kernels.kernels.triton import launch_hidden, launch_matmul, launch_rows
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head
 
@@ -113,7 +113,7 @@ class TritonKernels(TorchKernels):
     def add_rounding_residual(self, d: LogitsGradient, head: Head, out_CH: Tensor) -> None:
         """See ``TorchKernels``; one kernel reads the labels' rows of the head and adds to the gradient."""
         if d.residual is not None and out_CH.shape[0]:
-            launch_rows.add_label_rows(out_CH, head.weight, d.labels, d.residual)
+            launch_hidden.add_label_rows(out_CH, head.weight, d.labels, d.residual)
 
     def stream_logps(self, x_CH: Tensor, head: Head, labels_C: Tensor, stats: Sequence[str]) -> RowState:
         """See ``RowKernels``; the logits stay in registers."""
@@ -138,6 +138,11 @@ class TritonKernels(TorchKernels):
             x_CH, self._weight(head), head, start, out, labels_C, max_C, others_C, applied, residual
         )
         return LogitsGradient(out, left, labels_C, residual)
+
+    @staticmethod
+    def to_input_rows(dx: Tensor, slot: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """See ``RowKernels``; one kernel gathers, multiplies and rounds."""
+        return launch_hidden.to_input_rows(dx, slot, factor, dtype)
 
     def _scaled_before_rounding(
         self, scale_C: Tensor | None, like_C: Tensor

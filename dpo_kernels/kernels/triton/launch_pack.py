@@ -74,7 +74,7 @@ def count(given: Labels) -> Counted:
 
 
 def write(
-    given: Labels, counted: Counted, token_weights: Tensor | None, capacity: int, *, static: bool
+    given: Labels, counted: Counted, token_weights: Tensor | None, capacity: int | None, *, static: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """Pack the scored tokens.
 
@@ -82,7 +82,8 @@ def write(
         given: the labels and how they are read.
         counted: what ``count`` has returned for them.
         token_weights: ``(R,)`` weights at their labels' places, or None for 1.
-        capacity: N, the packed tokens to allocate.
+        capacity: N, the packed tokens to allocate. None means the scored ones, whose number is not known here: as many
+            as there are rows are allocated, and those behind the scored ones are not written.
         static: whether unused capacity is told apart by a weight of 0, even without ``token_weights``.
 
     Returns:
@@ -91,6 +92,9 @@ def write(
 
     """
     labels, device = given.labels, given.labels.device
+    fits = capacity is None
+    if capacity is None:
+        capacity = given.rows
     index, packed_labels, segments = (torch.empty(capacity, dtype=torch.int64, device=device) for _ in range(3))
     weights = None
     if token_weights is not None or static:
@@ -119,6 +123,7 @@ def write(
             given.vocab,
             given.ignore_index,
             capacity,
+            FITS=fits,
             HAS_TOKEN_WEIGHTS=token_weights is not None,
             HAS_WEIGHTS=weights is not None,
             **given.constants,

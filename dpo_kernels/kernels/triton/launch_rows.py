@@ -10,8 +10,6 @@ from torch.nn.functional import pad
 from dpo_kernels.kernel_interface import RowScale, RowState
 from dpo_kernels.kernels.triton import row_kernels, sequence_loss
 from dpo_kernels.kernels.triton.configs import (
-    LABEL_BLOCK,
-    LABEL_WARPS,
     ROW_BLOCK,
     ROW_WARPS,
     SAFE_SHIFT,
@@ -152,24 +150,6 @@ def softmax_grad_rows(state: RowState, tile: Tensor, out: Tensor, labels_C: Tens
             num_warps=ROW_WARPS,
         )
     return factor_C, residual_C
-
-
-def add_label_rows(out_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, residual_C: Tensor) -> None:
-    """Add ``residual`` times the head's row of its label to each row of ``out``."""
-    count, width = out_CH.shape
-    with on_device(out_CH):
-        row_kernels.add_label_rows[(count, triton.cdiv(width, LABEL_BLOCK))](
-            out_CH,
-            weight_VH,
-            labels_C,
-            residual_C,
-            width,
-            weight_VH.shape[0],
-            out_CH.stride(0),
-            *weight_VH.stride(),
-            BLOCK=LABEL_BLOCK,
-            num_warps=LABEL_WARPS,
-        )
 
 
 def sigmoid_sequence_loss(

@@ -119,11 +119,15 @@ def write_packed(
     SHIFT: tl.constexpr,
     STACKED: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
+    FITS: tl.constexpr,
     HAS_TOKEN_WEIGHTS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (S,). The programs share what is left of the capacity, where the label is 0 and so is the weight."""
+    """Grid (S,). The programs share what is left of the capacity, where the label is 0 and so is the weight.
+
+    FITS: the capacity is the number of scored tokens, at most that of the argument.
+    """
     sequence = tl.program_id(0).to(tl.int64)
     before = tl.zeros([BLOCK], tl.int64)
     everything = tl.zeros([BLOCK], tl.int64)
@@ -134,6 +138,8 @@ def write_packed(
         before += tl.where(at < sequence, count, 0)
     place = tl.sum(before, axis=0)
     total = tl.sum(everything, axis=0)
+    if FITS:
+        capacity = tl.minimum(total, capacity)
     begin, end = _rows_of(sequence, sequences, bounds_ptr, width, rows, STACKED, HAS_BOUNDS)
     for first in range(begin, end, BLOCK):
         at = first + tl.arange(0, BLOCK)

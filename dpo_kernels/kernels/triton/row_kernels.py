@@ -269,27 +269,3 @@ def dlogits_rows(
         absent = (column < 0) | (column >= cols)
         if ((column >= first) & (column < tl.minimum(first + BLOCK, cols))) | (absent & (first == 0)):
             tl.store(residual_ptr + row, lost)
-
-
-@triton.jit(do_not_specialize_on_alignment=["labels_ptr", "residual_ptr"])
-def add_label_rows(
-    out_ptr,  # (C, H) float32, added to
-    weight_ptr,  # (V, H), rows of the head in the dtype of the operands
-    labels_ptr,  # (C,) int64
-    residual_ptr,  # (C,) float32
-    width,
-    vocab,
-    out_stride,
-    weight_stride,
-    weight_col_stride,
-    BLOCK: tl.constexpr,
-):
-    """Add to each row ``residual`` times the head's row of its label; grid (C, ceil(H / BLOCK))."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < width
-    label = tl.minimum(tl.maximum(tl.load(labels_ptr + row), 0), vocab - 1)
-    own = tl.load(weight_ptr + label * weight_stride + at.to(tl.int64) * weight_col_stride, mask=inside, other=0.0)
-    place = out_ptr + row * out_stride + at
-    total = tl.load(place, mask=inside, other=0.0) + own.to(tl.float32) * tl.load(residual_ptr + row)
-    tl.store(place, total, mask=inside)
