@@ -1,6 +1,7 @@
 """The memory of a pass that forms gradients with the loss, and the steps that its strategies share."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,7 +29,10 @@ class LossAndGradients:
 
 @dataclass
 class Buffers:
-    """The memory of one pass: the scratch, the unfinished gradients, and the results so far."""
+    """The memory of one pass: the scratch, the unfinished gradients, and the results so far.
+
+    The gradients are allocated where they are first asked for, because a GPU waits for the first product.
+    """
 
     kernels: RowKernels
     problem: Problem
@@ -37,9 +41,6 @@ class Buffers:
     denominator: Tensor  # () float64
     scratch: Tensor  # memory for a tile of logits
     rows: RowResults
-    dx: Tensor | None  # (N + 1, H)
-    dw: Tensor | None  # (V, H)
-    db: Tensor | None  # (V,)
     written: bool  # dw and db hold values, so that products are added to them
     losses: list[Tensor] = field(default_factory=list)
     logps: list[Tensor] = field(default_factory=list)
@@ -49,21 +50,32 @@ class Buffers:
         kernels: RowKernels, problem: Problem, schedule: Schedule, ref_S: Tensor, denominator: Tensor
     ) -> "Buffers":
         """Allocate the memory of a pass over the problem. The arguments are those of ``chunked.loss_and_gradients``."""
-        head, packed, need = problem.head, problem.packed, problem.needs_grad
-        device, width = problem.hidden.device, problem.hidden.shape[1]
-        scratch = kernels.scratch(device, schedule.tile.rows, schedule.tile.cols)
-        dx = scratch.new_zeros(packed.capacity + 1, width) if need.hidden else None
-        db = kernels.buffer(device, head.vocab) if need.bias else None
-        dw = None
-        if problem.main_grad is not None:
-            dw = problem.main_grad.buffer
-            if db is not None:
-                db.zero_()
-        elif need.weight:
-            dw = kernels.buffer(device, head.vocab, width)
+        scratch = kernels.scratch(problem.hidden.device, schedule.tile.rows, schedule.tile.cols)
         rows = RowResults(kernels, problem, like=scratch, sums=False)
         written = problem.main_grad is not None
-        return Buffers(kernels, problem, schedule, ref_S, denominator, scratch, rows, dx, dw, db, written)
+        return Buffers(kernels, problem, schedule, ref_S, denominator, scratch, rows, written)
+
+    @cached_property
+    def dx(self) -> Tensor | None:
+        """The gradient ``(N + 1, H)`` of the packed hidden states, with a last row of 0, or None if unwanted."""
+        rows, width = self.problem.packed.capacity + 1, self.problem.hidden.shape[1]
+        return self.scratch.new_zeros(rows, width) if self.problem.needs_grad.hidden else None
+
+    @cached_property
+    def dw(self) -> Tensor | None:
+        """The gradient ``(V, H)`` of the head's weight, which is the caller's buffer if there is one, or None."""
+        if self.problem.main_grad is not None:
+            return self.problem.main_grad.buffer
+        hidden, vocab = self.problem.hidden, self.problem.head.vocab
+        return self.kernels.buffer(hidden.device, vocab, hidden.shape[1]) if self.problem.needs_grad.weight else None
+
+    @cached_property
+    def db(self) -> Tensor | None:
+        """The gradient ``(V,)`` of the bias, or None if unwanted. It begins at 0 where products are added to it."""
+        if not self.problem.needs_grad.bias:
+            return None
+        db = self.kernels.buffer(self.problem.hidden.device, self.problem.head.vocab)
+        return db if self.problem.main_grad is None else db.zero_()
 
     def gather(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return hidden states ``(C, H)`` in the dtype of the operands, and labels ``(C,)``, of packed tokens."""
