@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.loss_interface import SequenceLoss
-from dpo_kernels.segments import segment_sum
+from dpo_kernels.segments import segment_sum, sequence_to_token
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head, accumulation_dtype, padded
 
 
@@ -63,6 +63,31 @@ class RowResult:
     sumexp: Tensor  # (N,) sum of exp(z - max)
     others: Tensor  # (N,) the same sum without the label's own exponential
     stats: dict[str, Tensor] = field(default_factory=dict)  # name -> (N,)
+
+
+@dataclass(frozen=True)
+class RowScale:
+    """What turns the derivative by sequence log-probs into the factors of the rows of the logits' gradient."""
+
+    state: RowState  # of the tokens' rows, after every column
+    segments: Tensor  # (C,) int64, sequence of each token in the batch
+    first_sequence: int  # the batch's sequence that comes first among them
+    logit_scale: float
+    divisor: Tensor | None = None  # () float64, number that the sum of the losses is divided by; None where it was
+    grad_scale: float = 1.0  # factor of every gradient
+
+    def factors(self, grad_S: Tensor, weights_C: Tensor | None) -> Tensor:
+        """Return minus the coefficient of each token times the logit scale, over the token's sum of exponentials.
+
+        ``grad_S`` is ``(S,)``, the derivative of the losses' sum by the sequence log-probs, float64. ``weights_C`` are
+        the tokens' weights, or None for 1.
+        """
+        if self.divisor is not None:
+            grad_S = grad_S / self.divisor
+        if self.grad_scale != 1.0:
+            grad_S = grad_S * self.grad_scale
+        coefficient_C = sequence_to_token(grad_S, self.segments - self.first_sequence, weights_C)
+        return (-coefficient_C * self.logit_scale / self.state.sumexp).to(self.state.max.dtype)
 
 
 class RowKernels(ABC):
@@ -163,6 +188,21 @@ class RowKernels(ABC):
 
     # --- optional: two operations in one kernel ---
 
+    def reduce_to_logps(self, tile: Tensor, labels_C: Tensor, logp_C: Tensor, keep_logits: bool) -> RowState:
+        """Do ``new_state``, ``reduce`` and ``row_logps`` of whole rows, without statistics.
+
+        Args:
+            tile: ``(C, V)`` logits, at least one of them.
+            labels_C: ``(C,)`` int64 labels.
+            logp_C: ``(C,)`` memory that is filled with the log-probs of the labels.
+            keep_logits: see ``reduce``.
+
+        """
+        state = self.new_state(tile.shape[0], tile.device, ())
+        self.reduce(state, tile, labels_C, 0, keep_logits)
+        logp_C.copy_(self.row_logps(state, labels_C, tile.shape[1]).logp)
+        return state
+
     def reduce_and_dlogits(self, state: RowState, tile: Tensor, labels_C: Tensor, head: Head) -> LogitsGradient:
         """Do ``reduce`` and ``dlogits_`` of whole rows at once. The gradient needs no coefficient yet.
 
@@ -229,6 +269,26 @@ class RowKernels(ABC):
         losses_E, grad_S = loss.value_and_grad(sums_S, ref_S, counts_S)
         return sums_S, losses_E, grad_S + nan_if_invalid
 
+    def sequence_loss_and_scale(
+        self,
+        logp_C: Tensor,
+        weights_C: Tensor | None,
+        counts_S: Tensor,
+        ref_S: Tensor,
+        nan_if_invalid: Tensor,
+        loss: SequenceLoss,
+        scale: RowScale,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do ``sequence_loss`` of whole examples, and compute the factors of the rows of their logits' gradient.
+
+        Returns:
+            Sequence log-probs ``(S,)`` and losses by example, float64. Then the factors ``(C,)`` in the dtype of the
+            state, see ``RowScale.factors``.
+
+        """
+        sums_S, losses_E, grad_S = self.sequence_loss(logp_C, weights_C, counts_S, ref_S, nan_if_invalid, loss)
+        return sums_S, losses_E, scale.factors(grad_S, weights_C)
+
     # --- optional: memory ---
 
     def buffer(self, device: torch.device, *shape: int) -> Tensor:
@@ -250,13 +310,26 @@ class RowKernels(ABC):
     def tile_in(self, scratch: Tensor, rows: int, cols: int) -> Tensor:
         """Return a tile ``(rows, cols)`` that is a view of the beginning of the scratch."""
         pitch = padded(cols, self.row_alignment(scratch.device.type))
-        return scratch[: rows * pitch].view(rows, pitch)[:, :cols]
+        return scratch.as_strided((rows, cols), (pitch, 1))
 
     def empty_operands_like(self, tile: Tensor) -> Tensor:
         """Return an uninitialised tile of the same shape in the dtype of the GEMM operands."""
         rows, cols = tile.shape
         pitch = padded(cols, self.row_alignment(tile.device.type))
         return tile.new_empty(rows, pitch, dtype=self.dtype)[:, :cols]
+
+    @staticmethod
+    def to_input_rows(dx: Tensor, slot: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return packed rows at their places in the input, times a factor, or None to leave it to torch's operations.
+
+        Args:
+            dx: ``(N + 1, H)`` rows in the dtype of accumulation, the last one 0.
+            slot: ``(R,)`` int64 packed place of each input row, N where it is not scored.
+            factor: 0-d.
+            dtype: dtype of the result, ``(R, H)``.
+
+        """
+        return None
 
     @staticmethod
     def finalize_weight_grad(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:

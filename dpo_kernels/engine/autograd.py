@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from dpo_kernels import checks, losses
 from dpo_kernels.checks import traced
@@ -92,7 +93,21 @@ def _by_label(logp_N: Tensor, problem: Problem) -> Tensor:
 # --- the loss with its gradients ------------------------------------------------------------------------------------
 
 
-class _Loss(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    """A function that torch runs without looking up the defaults of its arguments. It has none.
+
+    The search takes as long as the launch of ten kernels, while the GPU waits for the first.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Run the function as ``torch.autograd.Function.apply`` does."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+
+
+class _Loss(_Function):
     """The pass that forms gradients with the loss. Its outputs are those of ``operators.loss_operator``."""
 
     @staticmethod
@@ -177,7 +192,7 @@ def _check_main_grad_scale(ctx: Any, grad_total: Tensor) -> Tensor:
 # --- log-probs ------------------------------------------------------------------------------------------------------
 
 
-class _Logps(torch.autograd.Function):
+class _Logps(_Function):
     """The pass that computes log-probs. Its outputs are those of ``operators.logps_operator``."""
 
     @staticmethod
@@ -258,6 +273,9 @@ def _with_tensors(
     problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor | None
 ) -> Problem:
     """Return the problem with the tensors that autograd passes, which ``torch.func`` has unwrapped."""
+    given = (problem.hidden, problem.head.weight, problem.head.bias, problem.packed.weights)
+    if all(mine is theirs for mine, theirs in zip(given, (hidden, weight, bias, weights), strict=True)):
+        return problem
     head = replace(problem.head, weight=weight, bias=bias)
     return replace(problem, hidden=hidden, head=head, packed=replace(problem.packed, weights=weights))
 

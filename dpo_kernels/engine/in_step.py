@@ -8,7 +8,7 @@ import torch
 
 from dpo_kernels import losses
 from dpo_kernels.inputs.options import Arguments
-from dpo_kernels.planning.plan import Execution, Plan, make_plan
+from dpo_kernels.planning.plan import Execution, Plan, make_plan, packs_in_triton
 from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import number_like, sum_dtype
 
@@ -23,6 +23,8 @@ def planned(
     GPU: they are compared with ``DPO_KERNELS_CHECK=1`` only.
     """
     policy, static = arguments.policy, arguments.layout.max_scored_tokens is not None
+    if packs_in_triton(policy.hidden, execution):
+        arguments = replace(arguments, layout=replace(arguments.layout, packs_in_triton=True))
     vocab = policy.vocab_parallel if hasattr(policy.vocab_parallel, "shard_of") else None
     context = policy.context_parallel if hasattr(policy.context_parallel, "share") else None
     if vocab is None and context is None:

@@ -124,7 +124,7 @@ def scale_gradients(
 
     """
     dx, dw, db = kept
-    factor = grad_total.to(dx.dtype)
+    factor = grad_total.to(dx.dtype) if any(needs) else grad_total
     return (
         _to_input_rows(dx, slot, factor, dtypes.hidden) if needs.hidden else dx.new_zeros(0),
         _scaled_copy(dw, factor, dtypes.weight) if needs.weight else dx.new_zeros(0),
@@ -140,14 +140,14 @@ def finalize_gradients(
     The weight's gradient is scaled in its own memory if ``backend`` can do that. A copy would take a good part of the
     time of its GEMM, and as much memory again.
     """
-    weight = None
+    kernels, hidden, weight = BACKENDS[backend].load(), None, None
+    if needs.hidden:
+        hidden = kernels.to_input_rows(kept.hidden, slot, grad_total, dtypes.hidden)
     if needs.weight:
-        kernels, factor = BACKENDS[backend].load(), grad_total.to(kept.weight.dtype)
-        weight = kernels.finalize_weight_grad(kept.weight, factor, dtypes.weight)
-    if weight is None:
-        return scale_gradients(grad_total, kept, slot, dtypes, needs)
-    dx, _, db = scale_gradients(grad_total, kept, slot, dtypes, needs._replace(weight=False))
-    return dx, weight, db
+        weight = kernels.finalize_weight_grad(kept.weight, grad_total.to(kept.weight.dtype), dtypes.weight)
+    left = NeedsGrad(needs.hidden and hidden is None, needs.weight and weight is None, needs.bias)
+    dx, dw, db = scale_gradients(grad_total, kept, slot, dtypes, left)
+    return dx if hidden is None else hidden, dw if weight is None else weight, db
 
 
 def logps(problem: Problem, plan: Plan) -> LogpsResult:

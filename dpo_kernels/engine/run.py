@@ -56,15 +56,19 @@ def run_pairs(problem: Problem, plan: Plan) -> DPOLossOutput:
     """Compute the loss of pairs. The results have the caller's dtype."""
     with _guarding(problem.main_grad):
         result = run(problem, plan)
-        dtype, policy_S, ref_S, rewards_S = _by_sequence(problem, result)
+        dtype, *by_sequence = _by_sequence(problem, result)
+        # One rounding for all of them, into memory where chosen and rejected lie apart.
+        apart = torch.empty(3, 2, by_sequence[0].shape[0] // 2, dtype=dtype, device=by_sequence[0].device)
+        apart.copy_(torch.stack(by_sequence).view(3, -1, 2).transpose(1, 2))
+        chosen_rewards, rejected_rewards, chosen, rejected, ref_chosen, ref_rejected = apart.flatten(0, 1).unbind()
         return DPOLossOutput(
             result.loss.to(dtype),
-            rewards_S[0::2].to(dtype),
-            rewards_S[1::2].to(dtype),
-            policy_S[0::2].to(dtype),
-            policy_S[1::2].to(dtype),
-            ref_S[0::2].to(dtype),
-            ref_S[1::2].to(dtype),
+            chosen_rewards,
+            rejected_rewards,
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
             result.stats,
         )
 
@@ -73,7 +77,7 @@ def run_sequences(problem: Problem, plan: Plan) -> SequenceLossOutput:
     """Compute the loss of sequences or groups. The results have the caller's dtype."""
     with _guarding(problem.main_grad):
         result = run(problem, plan)
-        dtype, policy_S, ref_S, rewards_S = _by_sequence(problem, result)
+        dtype, rewards_S, policy_S, ref_S = _by_sequence(problem, result)
         return SequenceLossOutput(
             result.loss.to(dtype), rewards_S.to(dtype), policy_S.to(dtype), ref_S.to(dtype), result.stats
         )
@@ -102,13 +106,13 @@ def _guarding(main_grad: MainGrad | None) -> Iterator[None]:
 def _by_sequence(problem: Problem, result: Result) -> tuple[torch.dtype, Tensor, Tensor, Tensor]:
     assert problem.loss is not None, "rewards are those of a loss"
     policy_S, ref_S = result.policy_logps.detach(), result.ref_logps.detach()
-    return problem.result_dtype, policy_S, ref_S, problem.loss.beta * (policy_S - ref_S)
+    return problem.result_dtype, problem.loss.beta * (policy_S - ref_S), policy_S, ref_S
 
 
 def _statistics(problem: Problem, means: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     names, stacked = [name for name in problem.stats if name in STATS], problem.stacked
-    stats = {name: to_callers_order(means[i], stacked) for i, name in enumerate(names)}
-    stats["tokens"] = to_callers_order(problem.total_counts, stacked).float()
+    stats = {name: to_callers_order(means[i], stacked, means.dtype) for i, name in enumerate(names)}
+    stats["tokens"] = to_callers_order(problem.total_counts, stacked, torch.float32)
     if TOKEN_LOGPS in problem.stats:
         stats[TOKEN_LOGPS] = tokens.view(problem.labels_shape).to(problem.result_dtype)
     return stats
@@ -134,4 +138,8 @@ def _denominator(problem: Problem, like: Tensor) -> Tensor:
     assert problem.loss is not None, "a mean is one over the examples of a loss"
     examples = len(problem.loss.bounds(problem.packed.counts.shape[0])) - 1
     denominator = examples if problem.denominator is None else problem.denominator
-    return number_like(denominator, like.new_ones(()))
+    return (
+        number_like(denominator, like.new_ones(()))
+        if isinstance(denominator, Tensor)
+        else like.new_full((), denominator)
+    )

@@ -90,8 +90,9 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
     stats = check_stats(arguments.stats)
     buffer = check_main_grad(main_grad, batch)
     layout, stacked = arguments.layout, paired and arguments.layout.pairs == STACKED
+    needs_grad, loss, cached = gradients_wanted(batch), loss_of(batch), _in_packed_order(reference, stacked)
+    # Packing is the last step: the GPU waits from its sync to the first GEMM.
     packed = pack_labels_of(batch, layout, shard, stacked=stacked)
-    needs_grad = gradients_wanted(batch)
     return Problem(
         hidden=batch.hidden,
         head=batch.head,
@@ -99,9 +100,9 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
         compute_dtype=batch.compute_dtype,
         needs_grad=needs_grad,
         stats=stats,
-        loss=loss_of(batch),
+        loss=loss,
         shard=shard,
-        reference=_in_packed_order(reference, stacked),
+        reference=cached,
         reduction=reduction.reduction,
         denominator=reduction.denominator,
         token_denominator=reduction.token_denominator,
@@ -120,7 +121,7 @@ def _in_packed_order(
     """Return the reference with its cached log-probs, if it has any, in the order of the packed sequences."""
     if not isinstance(reference, Tensor):
         return reference
-    return CachedReference(to_alternating(reference.to(sum_dtype(reference.device)), stacked))
+    return CachedReference(to_alternating(reference, stacked, sum_dtype(reference.device)))
 
 
 def gradients_wanted(batch: Batch) -> NeedsGrad:

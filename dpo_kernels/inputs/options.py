@@ -63,6 +63,7 @@ class Layout:
     shift: bool = False  # hidden[t] predicts labels[t + 1]
     ignore_index: int = -100  # the label of tokens that are not scored
     max_scored_tokens: int | None = None  # a static capacity; None means as many tokens as are scored
+    packs_in_triton: bool = False  # no argument: the engine knows whether the call may run Triton kernels
 
     def __post_init__(self) -> None:
         checks.check_choice("pairs", self.pairs, PAIR_ORDERS)

@@ -1,7 +1,8 @@
 """Packing: labels are shifted, unscored tokens are dropped, and the sequences of a pair are put side by side.
 
 The values of labels and ``cu_seqlens`` are checked here, where they are first looked at. Under a tracer packing is an
-operator of its own, because the number of scored tokens depends on data.
+operator of its own, because the number of scored tokens depends on data. On a GPU two Triton kernels do what takes
+sixty launches in torch, while nothing else is there to run.
 """
 
 import math
@@ -27,9 +28,11 @@ class Packing:
     ignore_index: int  # the label of tokens that are not scored
     shift: bool  # hidden[t] predicts labels[t + 1]
     stacked: bool  # all chosen sequences come first in the input
+    sequences: int  # S
     width: int  # T, or 0 where cu_seqlens say where sequences begin
     capacity: int | None  # packed tokens to allocate; None means as many as are scored
     static: bool  # the host must not learn how many tokens are scored
+    in_triton: bool = False  # by the Triton kernels; they give the bits of torch's operations
 
 
 def pack(batch: Batch, layout: Layout, *, stacked: bool, vocab: int | None = None) -> PackedTokens:
@@ -43,19 +46,24 @@ def pack(batch: Batch, layout: Layout, *, stacked: bool, vocab: int | None = Non
         ignore_index=layout.ignore_index,
         shift=layout.shift,
         stacked=stacked,
+        sequences=batch.sequences,
         width=batch.width,
         capacity=capacity,
         static=layout.max_scored_tokens is not None,
+        in_triton=layout.packs_in_triton,
     )
     if not tracing:
         return pack_labels(batch.labels, batch.cu_seqlens, batch.token_weights, packing)
-    sizes = [packing.vocab, packing.ignore_index, packing.width, -1 if packing.capacity is None else packing.capacity]
-    flags = [packing.shift, packing.stacked, packing.static]
+    sizes = [packing.vocab, packing.ignore_index, packing.sequences, packing.width]
+    sizes.append(-1 if packing.capacity is None else packing.capacity)
+    flags = [packing.shift, packing.stacked, packing.static, packing.in_triton]
     packed = PackedTokens(*pack_operator(batch.labels, batch.cu_seqlens, batch.token_weights, sizes, flags))
     return packed if batch.token_weights is not None or packing.static else replace(packed, weights=None)
 
 
-def pack_labels(labels_R: Tensor, cu_seqlens: Tensor, token_weights_R: Tensor | None, how: Packing) -> PackedTokens:
+def pack_labels(
+    labels_R: Tensor, cu_seqlens: Tensor | None, token_weights_R: Tensor | None, how: Packing
+) -> PackedTokens:
     """Pack the scored tokens, sequence by sequence, with chosen and rejected of a pair side by side.
 
     Without a capacity exactly the scored tokens are allocated. That needs their counts on the host, which is the only
@@ -63,7 +71,7 @@ def pack_labels(labels_R: Tensor, cu_seqlens: Tensor, token_weights_R: Tensor | 
 
     Args:
         labels_R: ``(R,)`` int32 or int64 labels of the flattened input.
-        cu_seqlens: ``(S + 1,)`` int64 first row of each sequence, then R.
+        cu_seqlens: ``(S + 1,)`` int32 or int64 first row of each sequence, then R. None where each has ``how.width``.
         token_weights_R: ``(R,)`` weights at their labels' places, or None for 1.
         how: how labels are read, and the capacity.
 
@@ -76,9 +84,40 @@ def pack_labels(labels_R: Tensor, cu_seqlens: Tensor, token_weights_R: Tensor | 
             its values are wrong.
 
     """
-    device, rows, sequences = labels_R.device, labels_R.shape[0], cu_seqlens.shape[0] - 1
-    if device.type == "cpu" and not how.width:
+    device, rows = labels_R.device, labels_R.shape[0]
+    if device.type == "cpu" and cu_seqlens is not None:
         check_cumulative(cu_seqlens.tolist(), rows, "hidden")
+    if how.in_triton and rows and how.sequences:
+        return _pack_in_triton(labels_R, cu_seqlens, token_weights_R, how)
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(how.sequences + 1, device=device) * how.width
+    return _pack_in_torch(labels_R, cu_seqlens.to(torch.int64), token_weights_R, how)
+
+
+def _pack_in_triton(
+    labels_R: Tensor, cu_seqlens: Tensor | None, token_weights_R: Tensor | None, how: Packing
+) -> PackedTokens:
+    from dpo_kernels.kernels.triton import launch_pack
+
+    given = launch_pack.Labels(
+        labels_R, cu_seqlens, how.sequences, how.width, how.vocab, how.ignore_index, how.shift, how.stacked
+    )
+    counted = launch_pack.count(given)
+    if labels_R.device.type == "cpu" and any(counted.bad.tolist()):  # in Triton's interpreter
+        _raise_first_bad_label(labels_R, cu_seqlens, how)
+    # Everything is packed before the host waits for the counts, so that the GPU has nothing left to do for packing.
+    index, labels, weights, segments, slot, nan_if_invalid = launch_pack.write(
+        given, counted, token_weights_R, how.capacity, static=how.static
+    )
+    counts_host, capacity = _on_the_host(counted.counts_and_bounds, given.rows, how)
+    if how.capacity is None:
+        index, labels, segments = index[:capacity], labels[:capacity], segments[:capacity]
+        weights = None if weights is None else weights[:capacity]
+    return PackedTokens(index, labels, weights, segments, slot, counted.counts, counts_host, nan_if_invalid)
+
+
+def _pack_in_torch(labels_R: Tensor, cu_seqlens: Tensor, token_weights_R: Tensor | None, how: Packing) -> PackedTokens:
+    device, rows, sequences = labels_R.device, labels_R.shape[0], cu_seqlens.shape[0] - 1
     position = torch.arange(rows, device=device)
     targets_R, scored_R, sequence_R = _scored(labels_R, cu_seqlens, position, how)
     bad_R = scored_R & ((targets_R < 0) | (targets_R >= how.vocab))
@@ -86,7 +125,8 @@ def pack_labels(labels_R: Tensor, cu_seqlens: Tensor, token_weights_R: Tensor | 
         _raise_bad_label(targets_R, bad_R, how)
     order_S = _alternating_order(sequences, how.stacked, device)
     slot_R, counts_S = _slots(scored_R, sequence_R, cu_seqlens, order_S)
-    counts_host, capacity = _on_the_host(counts_S, cu_seqlens, rows, how)
+    counts_and_bounds = counts_S if how.width else torch.cat([counts_S, cu_seqlens])
+    counts_host, capacity = _on_the_host(counts_and_bounds, rows, how)
     overflow = counts_S.sum() > capacity
     slot_R = slot_R.clamp(0, capacity)
     # All rows that are not scored go to one more slot than the capacity, which is then cut off.
@@ -123,16 +163,18 @@ def _scored(labels_R: Tensor, cu_seqlens: Tensor, position: Tensor, how: Packing
     return targets_R, (targets_R != how.ignore_index) & in_range, sequence_R
 
 
-def _on_the_host(counts_S: Tensor, cu_seqlens: Tensor, rows: int, how: Packing) -> tuple[Tensor, int]:
-    """Return the counts on the CPU, -1 where they are not to be read, and the capacity."""
-    sequences = counts_S.shape[0]
+def _on_the_host(counts_and_bounds: Tensor, rows: int, how: Packing) -> tuple[Tensor, int]:
+    """Return the counts on the CPU, -1 where they are not to be read, and the capacity.
+
+    ``counts_and_bounds`` holds the counts ``(S,)``, and behind them the ``cu_seqlens`` unless there is a width.
+    """
     if how.static:
         assert how.capacity is not None, "a static packing has a capacity"
-        return torch.full((sequences,), -1, dtype=torch.int64, device="cpu"), how.capacity
-    host = torch.cat([counts_S, cu_seqlens]).to("cpu", copy=True)  # one transfer for both
-    counts_host = host[:sequences].clone()
-    if counts_S.device.type != "cpu" and not how.width:
-        check_cumulative(host[sequences:].tolist(), rows, "hidden")
+        return torch.full((how.sequences,), -1, dtype=torch.int64, device="cpu"), how.capacity
+    host = counts_and_bounds.to("cpu", copy=True)  # one transfer for both
+    counts_host = host[: how.sequences].clone()
+    if counts_and_bounds.device.type != "cpu" and not how.width:
+        check_cumulative(host[how.sequences :].tolist(), rows, "hidden")
     return counts_host, int(counts_host.sum()) if how.capacity is None else how.capacity
 
 
@@ -176,6 +218,15 @@ def _segments(counts_S: Tensor, capacity: int) -> Tensor:
     return segments.clamp(max=max(counts_S.shape[0] - 1, 0))
 
 
+def _raise_first_bad_label(labels_R: Tensor, cu_seqlens: Tensor | None, how: Packing) -> None:
+    """Raise for the first scored label outside of the vocabulary."""
+    rows, device = labels_R.shape[0], labels_R.device
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, rows + 1, how.width, device=device)
+    targets_R, scored_R, _ = _scored(labels_R, cu_seqlens.to(torch.int64), torch.arange(rows, device=device), how)
+    _raise_bad_label(targets_R, scored_R & ((targets_R < 0) | (targets_R >= how.vocab)), how)
+
+
 def _raise_bad_label(targets_R: Tensor, bad_R: Tensor, how: Packing) -> None:
     row = int(bad_R.nonzero()[0])
     place = row + int(how.shift)
@@ -187,7 +238,7 @@ def _raise_bad_label(targets_R: Tensor, bad_R: Tensor, how: Packing) -> None:
 
 
 def _pack_as_operator(
-    labels: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None, sizes: Sequence[int], flags: Sequence[bool]
+    labels: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, sizes: Sequence[int], flags: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run ``pack_labels`` and return the fields of ``PackedTokens``. Missing weights are an empty tensor."""
     packed = pack_labels(labels, cu_seqlens, token_weights, _packing(sizes, flags))
@@ -205,9 +256,10 @@ def _pack_as_operator(
 
 
 def _packing(sizes: Sequence[int], flags: Sequence[bool]) -> Packing:
-    vocab, ignore_index, width, capacity = sizes
-    shift, stacked, static = flags
-    return Packing(vocab, ignore_index, shift, stacked, width, None if capacity < 0 else capacity, static)
+    vocab, ignore_index, sequences, width, capacity = sizes
+    shift, stacked, static, in_triton = flags
+    capacity_or_none = None if capacity < 0 else capacity
+    return Packing(vocab, ignore_index, shift, stacked, sequences, width, capacity_or_none, static, in_triton)
 
 
 pack_operator = torch.library.custom_op("dpo_kernels::pack", _pack_as_operator, mutates_args=())
@@ -215,13 +267,12 @@ pack_operator = torch.library.custom_op("dpo_kernels::pack", _pack_as_operator, 
 
 @pack_operator.register_fake
 def _fake_pack(
-    labels: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None, sizes: Sequence[int], flags: Sequence[bool]
+    labels: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, sizes: Sequence[int], flags: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """Return empty tensors with the shapes and dtypes of the outputs of ``_pack_as_operator``."""
-    *_, capacity = sizes
-    *_, static = flags
+    *_, sequences, _, capacity = sizes
+    *_, static, _ = flags
     places = torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity
-    sequences = cu_seqlens.shape[0] - 1
     empty_int64 = labels.new_empty(0, dtype=torch.int64)
     real_dtype = sum_dtype(labels.device)
     weights = labels.new_empty(0, dtype=real_dtype)

@@ -28,7 +28,7 @@ class Batch:
     hidden: Tensor  # (R, H)
     head: Head
     labels: Tensor  # (R,) int32 or int64
-    cu_seqlens: Tensor  # (S + 1,) int64
+    cu_seqlens: Tensor | None  # (S + 1,) int32 or int64, None for padded input
     token_weights: Tensor | None  # (R,)
     sequences: int  # S
     width: int  # T, or 0 for packed input
@@ -69,10 +69,8 @@ def check_batch(policy: PolicyTensors, options: HeadOptions, *, paired: bool) ->
             check_device(name, tensor, "hidden", hidden)
     if cu_seqlens is None:
         sequences, width = hidden.shape[0], hidden.shape[1]
-        cu_seqlens = torch.arange(sequences + 1, device=hidden.device) * width
     else:
         sequences, width = cu_seqlens.shape[0] - 1, 0
-        cu_seqlens = cu_seqlens.to(torch.int64)
     if paired and sequences % 2:
         raise ValueError(
             f"pairs need an even number of sequences, got {sequences} (hidden {shape(hidden)}): chosen and rejected"

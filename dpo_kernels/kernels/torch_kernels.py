@@ -67,7 +67,8 @@ class TorchKernels(RowKernels):
     def multiply(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
         """Compute ``tile = x_CH @ W[start:start+Vt]^T``."""
         for left, right, weight_VtH in self._weights(head, start, start + tile.shape[1], tile):
-            _matmul_into(x_CH, weight_VtH.t(), tile[:, left:right], accumulate=False)
+            part = tile if right - left == tile.shape[1] else tile[:, left:right]
+            _matmul_into(x_CH, weight_VtH.t(), part, accumulate=False)
 
     def reduce(self, state: RowState, tile: Tensor, labels_C: Tensor, start: int, keep_logits: bool = True) -> None:
         """See ``RowKernels``."""
@@ -234,7 +235,8 @@ class TorchKernels(RowKernels):
         On devices other than CUDA, 16-bit rows are upcast in blocks that fit the workspace.
         """
         if tile.is_cuda or self.dtype not in SIXTEEN_BIT:
-            yield 0, stop - start, head.weight[start:stop].to(self.dtype)
+            weight = head.weight if stop - start == head.vocab else head.weight[start:stop]
+            yield 0, stop - start, weight.to(self.dtype)
             return
         row_bytes = head.weight.shape[1] * accumulation_dtype(self.dtype).itemsize
         for left, right in spans(stop - start, max(1, self.workspace_bytes // max(1, row_bytes))):

@@ -43,6 +43,8 @@ def plan_chunks(
     examples = len(bounds) - 1
     if counts is None:
         return [Chunk(0, examples, (bounds[0], bounds[-1]), 0, capacity, oversized=False)]
+    if examples and (total := sum(counts[bounds[0] : bounds[-1]])) <= tile_rows:
+        return [Chunk(0, examples, (bounds[0], bounds[-1]), 0, total)]  # no division costs less, in rows or in chunks
     rows_before = [0, *accumulate(counts)]
     ends = [rows_before[bound] - rows_before[bounds[0]] for bound in bounds]
     longest = max((stop - start for start, stop in pairwise(ends)), default=0)

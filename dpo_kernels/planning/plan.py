@@ -3,10 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
+
+from torch import Tensor
 
 from dpo_kernels import checks
 from dpo_kernels.planning.collectives import Collective, Pass, collectives_of
 from dpo_kernels.planning.memory_budget import MIB, Budget, default_scratch_bytes
+from dpo_kernels.planning.refusals import refuse_triton_on
 from dpo_kernels.planning.schedules import extra_bytes, num_tiles
 from dpo_kernels.planning.tables import BACKEND_NAMES, BACKENDS, STRATEGIES, Strategy, divide_scratch
 from dpo_kernels.problem import Workload
@@ -46,6 +50,7 @@ class Plan:
     scratch_bytes: int
     schedule: Schedule | None  # None while tracing; the operator makes it once it knows the lengths
     reference: "Plan | None" = None  # the plan of a reference that is scored in the call
+    divided: Budget | None = field(default=None, repr=False, compare=False)  # the scratch, where it is divided already
 
     @property
     def forms_gradients(self) -> bool:
@@ -60,6 +65,8 @@ class Plan:
     @property
     def budget(self) -> Budget:
         """How the scratch is divided."""
+        if self.divided is not None:
+            return self.divided
         return divide_scratch(self.scratch_bytes, self.backend, self.workload.dtype, self.workload.device)
 
     @property
@@ -166,6 +173,16 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes} bytes"
 
 
+def packs_in_triton(hidden: Any, execution: Execution) -> bool:
+    """Return whether a call on ``hidden`` may run Triton kernels, before anything is known about its work.
+
+    Then they pack its tokens too. A caller who asks for another backend by name gets no Triton kernel at all.
+    """
+    if execution.backend not in (AUTO, "triton") or not isinstance(hidden, Tensor):
+        return False
+    return refuse_triton_on(hidden.device, hidden.dtype, execution.backend != AUTO) is None
+
+
 def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
     """Return the plan for a workload.
 
@@ -199,16 +216,23 @@ def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
         forms_gradients = wished.strategy != AUTO and STRATEGIES[wished.strategy].loss_and_gradients is not None
         wished = Execution(wished.backend, AUTO if forms_gradients else wished.strategy, scratch_bytes)
         reference = make_plan(workload.reference, wished)
-    return lay_out(workload, strategy, backend, scratch_bytes, reference)
+    return lay_out(workload, strategy, backend, scratch_bytes, reference, budget)
 
 
-def lay_out(workload: Workload, strategy: str, backend: str, scratch_bytes: int, reference: Plan | None = None) -> Plan:
+def lay_out(
+    workload: Workload,
+    strategy: str,
+    backend: str,
+    scratch_bytes: int,
+    reference: Plan | None = None,
+    budget: Budget | None = None,
+) -> Plan:
     """Return the plan with a chosen strategy and backend. Inside an operator this call makes the chunks."""
     schedule = None
     if not workload.tracing:
-        budget = divide_scratch(scratch_bytes, backend, workload.dtype, workload.device)
+        budget = budget or divide_scratch(scratch_bytes, backend, workload.dtype, workload.device)
         schedule = STRATEGIES[strategy].schedule(workload, budget)
-    return Plan(workload, strategy, backend, scratch_bytes, schedule, reference)
+    return Plan(workload, strategy, backend, scratch_bytes, schedule, reference, budget)
 
 
 def _check_main_grad(workload: Workload, strategy: str, budget: Budget, scratch_bytes: int) -> None:

@@ -91,14 +91,19 @@ def _refuse_small_tile(workload: Workload, budget: Budget, scratch_bytes: int) -
 
 def refuse_triton(workload: Workload, by_name: bool) -> str | None:
     """The Triton backend needs CUDA tensors, or Triton's interpreter if it was asked for by name."""
-    if workload.dtype == torch.float64:
+    return refuse_triton_on(workload.device, workload.dtype, by_name)
+
+
+def refuse_triton_on(device: torch.device, dtype: torch.dtype, by_name: bool) -> str | None:
+    """The same before there is a workload. ``dtype`` is that of the GEMM operands, or of the hidden states."""
+    if dtype == torch.float64:
         return "float64 is not for Triton kernels"
     if reason := installed.why_no_triton():
         return reason
-    if workload.device.type == "cuda":
+    if device.type == "cuda":
         return None
     if os.environ.get("TRITON_INTERPRET") != "1":
-        return f"hidden is on {workload.device.type}: the kernels need CUDA, or TRITON_INTERPRET=1 to step through them"
+        return f"hidden is on {device.type}: the kernels need CUDA, or TRITON_INTERPRET=1 to step through them"
     return None if by_name else "its interpreter is for stepping through the kernels: ask for it by name"
 
 

@@ -1,13 +1,14 @@
 """The memory of a pass that forms gradients with the loss, and the steps that its strategies share."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowState
+from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowScale, RowState
+from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.problem import Problem
-from dpo_kernels.segments import sequence_to_token
 from dpo_kernels.shapes import Chunk, Schedule
 from dpo_kernels.strategies.row_results import RowResults
 
@@ -28,7 +29,10 @@ class LossAndGradients:
 
 @dataclass
 class Buffers:
-    """The memory of one pass: the scratch, the unfinished gradients, and the results so far."""
+    """The memory of one pass: the scratch, the unfinished gradients, and the results so far.
+
+    The gradients are allocated where they are first asked for, because a GPU waits for the first product.
+    """
 
     kernels: RowKernels
     problem: Problem
@@ -37,9 +41,6 @@ class Buffers:
     denominator: Tensor  # () float64
     scratch: Tensor  # memory for a tile of logits
     rows: RowResults
-    dx: Tensor | None  # (N + 1, H)
-    dw: Tensor | None  # (V, H)
-    db: Tensor | None  # (V,)
     written: bool  # dw and db hold values, so that products are added to them
     losses: list[Tensor] = field(default_factory=list)
     logps: list[Tensor] = field(default_factory=list)
@@ -49,21 +50,32 @@ class Buffers:
         kernels: RowKernels, problem: Problem, schedule: Schedule, ref_S: Tensor, denominator: Tensor
     ) -> "Buffers":
         """Allocate the memory of a pass over the problem. The arguments are those of ``chunked.loss_and_gradients``."""
-        head, packed, need = problem.head, problem.packed, problem.needs_grad
-        device, width = problem.hidden.device, problem.hidden.shape[1]
-        scratch = kernels.scratch(device, schedule.tile.rows, schedule.tile.cols)
-        dx = scratch.new_zeros(packed.capacity + 1, width) if need.hidden else None
-        db = kernels.buffer(device, head.vocab) if need.bias else None
-        dw = None
-        if problem.main_grad is not None:
-            dw = problem.main_grad.buffer
-            if db is not None:
-                db.zero_()
-        elif need.weight:
-            dw = kernels.buffer(device, head.vocab, width)
+        scratch = kernels.scratch(problem.hidden.device, schedule.tile.rows, schedule.tile.cols)
         rows = RowResults(kernels, problem, like=scratch, sums=False)
         written = problem.main_grad is not None
-        return Buffers(kernels, problem, schedule, ref_S, denominator, scratch, rows, dx, dw, db, written)
+        return Buffers(kernels, problem, schedule, ref_S, denominator, scratch, rows, written)
+
+    @cached_property
+    def dx(self) -> Tensor | None:
+        """The gradient ``(N + 1, H)`` of the packed hidden states, with a last row of 0, or None if unwanted."""
+        rows, width = self.problem.packed.capacity + 1, self.problem.hidden.shape[1]
+        return self.scratch.new_zeros(rows, width) if self.problem.needs_grad.hidden else None
+
+    @cached_property
+    def dw(self) -> Tensor | None:
+        """The gradient ``(V, H)`` of the head's weight, which is the caller's buffer if there is one, or None."""
+        if self.problem.main_grad is not None:
+            return self.problem.main_grad.buffer
+        hidden, vocab = self.problem.hidden, self.problem.head.vocab
+        return self.kernels.buffer(hidden.device, vocab, hidden.shape[1]) if self.problem.needs_grad.weight else None
+
+    @cached_property
+    def db(self) -> Tensor | None:
+        """The gradient ``(V,)`` of the bias, or None if unwanted. It begins at 0 where products are added to it."""
+        if not self.problem.needs_grad.bias:
+            return None
+        db = self.kernels.buffer(self.problem.hidden.device, self.problem.head.vocab)
+        return db if self.problem.main_grad is None else db.zero_()
 
     def gather(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return hidden states ``(C, H)`` in the dtype of the operands, and labels ``(C,)``, of packed tokens."""
@@ -75,13 +87,8 @@ class Buffers:
 
         Returns the derivative ``(sequences of the chunk,)`` of the total by the sequence log-probs, float64.
         """
-        packed, loss = self.problem.packed, self.problem.loss
-        assert loss is not None, "a pass that forms gradients has a loss"
-        tokens, sequences = slice(chunk.start, chunk.stop), slice(*chunk.sequences)
-        logp_C, loss = self.rows.result.logp[tokens], loss.of_examples(chunk.first, chunk.last)
-        weights_C = None if packed.weights is None else packed.weights[tokens]
-        counts_S, ref_S, invalid = packed.counts[sequences], self.ref[sequences], packed.nan_if_invalid
-        context = self.problem.context
+        packed, (logp_C, weights_C, counts_S, ref_S, loss) = self.problem.packed, self._examples(chunk)
+        context, sequences, invalid = self.problem.context, slice(*chunk.sequences), packed.nan_if_invalid
         if context is None:
             logps_S, losses_E, grad_S = self.kernels.sequence_loss(logp_C, weights_C, counts_S, ref_S, invalid, loss)
         else:
@@ -94,15 +101,39 @@ class Buffers:
         grad_S = grad_S / self.denominator
         return grad_S if self.problem.main_grad is None else grad_S * self.problem.main_grad.scale
 
+    def close_chunk(self, chunk: Chunk, state: RowState) -> Tensor:
+        """Do ``close_examples`` and ``row_scale`` of a chunk that fits the tile. ``state`` is that of its rows."""
+        if self.problem.context is not None:
+            return self.row_scale(self.close_examples(chunk), chunk, chunk.start, chunk.stop, state)
+        packed, (logp_C, weights_C, counts_S, ref_S, loss) = self.problem.packed, self._examples(chunk)
+        segments_C, logit_scale = packed.segments[chunk.start : chunk.stop], self.problem.head.logit_scale
+        grad_scale = 1.0 if self.problem.main_grad is None else self.problem.main_grad.scale
+        scale = RowScale(state, segments_C, chunk.sequences[0], logit_scale, self.denominator, grad_scale)
+        logps_S, losses_E, scale_C = self.kernels.sequence_loss_and_scale(
+            logp_C, weights_C, counts_S, ref_S, packed.nan_if_invalid, loss, scale
+        )
+        self.losses.append(losses_E)
+        self.logps.append(logps_S)
+        return scale_C
+
+    def _examples(self, chunk: Chunk) -> tuple[Tensor, Tensor | None, Tensor, Tensor, SequenceLoss]:
+        """Return log-probs and weights of the chunk's tokens, counts and reference of its sequences, and its loss."""
+        packed, loss = self.problem.packed, self.problem.loss
+        assert loss is not None, "a pass that forms gradients has a loss"
+        tokens, sequences = slice(chunk.start, chunk.stop), slice(*chunk.sequences)
+        weights_C = None if packed.weights is None else packed.weights[tokens]
+        examples = loss.of_examples(chunk.first, chunk.last)
+        return self.rows.result.logp[tokens], weights_C, packed.counts[sequences], self.ref[sequences], examples
+
     def row_scale(self, grad_S: Tensor, chunk: Chunk, start: int, stop: int, state: RowState) -> Tensor:
         """Return the factor ``(C,)`` of the rows of the logits' gradient for tokens ``start..stop-1`` of the chunk.
 
         It is minus the coefficient of the token times the logit scale, over the token's sum of exponentials.
         """
-        packed, tokens = self.problem.packed, slice(start, stop)
-        weights = None if packed.weights is None else packed.weights[tokens]
-        coefficient_C = sequence_to_token(grad_S, packed.segments[tokens] - chunk.sequences[0], weights)
-        return (-coefficient_C * self.problem.head.logit_scale / state.sumexp).to(self.scratch.dtype)
+        packed = self.problem.packed
+        weights_C = None if packed.weights is None else packed.weights[start:stop]
+        scale = RowScale(state, packed.segments[start:stop], chunk.sequences[0], self.problem.head.logit_scale)
+        return scale.factors(grad_S, weights_C)
 
     def forward(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, RowState]:
         """Compute logits of whole rows in the scratch, and record the log-probs.
@@ -112,12 +143,16 @@ class Buffers:
         kernels, head = self.kernels, self.problem.head
         x_CH, labels_C = self.gather(start, stop)
         tile = kernels.tile_in(self.scratch, stop - start, head.vocab)
+        if stop > start and head.vocab:
+            kernels.project(x_CH, head, 0, tile)
+        # The softcap's derivative needs the logits, and so does a maximum that other ranks may raise.
+        keep_logits = head.softcap is not None or self.problem.shard is not None
+        if stop > start and self.problem.shard is None and not self.problem.stats:
+            logp_C = self.rows.result.logp[start:stop]
+            return x_CH, labels_C, tile, kernels.reduce_to_logps(tile, labels_C, logp_C, keep_logits)
         state = kernels.new_state(stop - start, x_CH.device, self.problem.stats)
         if stop > start:
-            keep_logits = head.softcap is not None or self.problem.shard is not None
             if head.vocab:
-                kernels.project(x_CH, head, 0, tile)
-                # The softcap's derivative needs the logits, and so does a maximum that other ranks may raise.
                 kernels.reduce(state, tile, labels_C, 0, keep_logits=keep_logits)
             self.rows.put(start, stop, state)
         return x_CH, labels_C, tile, state
@@ -152,9 +187,14 @@ class Buffers:
             for grad in (self.dw, self.db):
                 if grad is not None:
                     grad.zero_()
-        losses = torch.cat(self.losses) if self.losses else self.ref[:0]
-        logps = torch.cat(self.logps) if self.logps else self.ref
+        losses = _joined(self.losses) if self.losses else self.ref[:0]
+        logps = _joined(self.logps) if self.logps else self.ref
         total = losses.sum() / self.denominator
         dw = self.dw if self.problem.main_grad is None else None
         rows = self.rows.result
         return LossAndGradients(total, losses, logps, rows.stats, rows.logp, self.dx, dw, self.db)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return the parts as one tensor, without a copy where there is one only."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpo_kernels.kernel_interface import RowKernels
 from dpo_kernels.problem import Problem
-from dpo_kernels.shapes import Schedule
+from dpo_kernels.shapes import Chunk, Schedule
 from dpo_kernels.strategies import logits_in_weight_grad, oversized
 from dpo_kernels.strategies.buffers import Buffers, LossAndGradients
 
@@ -34,17 +34,20 @@ def loss_and_gradients(
     for chunk in schedule.chunks:
         if schedule.logits_in_weight_grad:
             logits_in_weight_grad.run(buffers, chunk)
-            continue
-        if chunk.oversized:
+        elif chunk.oversized:
             oversized.run(buffers, chunk)
-            continue
-        # The tokens' coefficients are known before the gradient is formed, so the product is rounded only once.
-        x_CH, labels_C, tile, state = buffers.forward(chunk.start, chunk.stop)
-        grad_S = buffers.close_examples(chunk)
-        if chunk.stop == chunk.start or not problem.head.vocab:
-            continue
-        scale_C = buffers.row_scale(grad_S, chunk, chunk.start, chunk.stop, state)
-        d = kernels.dlogits_(tile, labels_C, 0, state.max, state.others, problem.head, scale_C, state.exponentiated)
-        buffers.backward(d, x_CH, chunk.start, buffers.dw, buffers.db, accumulate=buffers.written)
-        buffers.written = True
+        else:
+            _run(buffers, chunk)
     return buffers.result()
+
+
+def _run(buffers: Buffers, chunk: Chunk) -> None:
+    """Compute a chunk that fits the tile. Its coefficients are known before its gradient is formed and rounded."""
+    kernels, head = buffers.kernels, buffers.problem.head
+    x_CH, labels_C, tile, state = buffers.forward(chunk.start, chunk.stop)
+    scale_C = buffers.close_chunk(chunk, state)
+    if chunk.stop == chunk.start or not head.vocab:
+        return
+    d = kernels.dlogits_(tile, labels_C, 0, state.max, state.others, head, scale_C, state.exponentiated)
+    buffers.backward(d, x_CH, chunk.start, buffers.dw, buffers.db, accumulate=buffers.written)
+    buffers.written = True

@@ -16,13 +16,15 @@ class RowResults:
 
     def __init__(self, kernels: RowKernels, problem: Problem, like: Tensor, *, sums: bool = True) -> None:
         packed = problem.packed
-        zeros = like.new_zeros(packed.capacity)
+        full = not sums and packed.host_counts is not None and packed.used == packed.capacity
+        zeros = like.new_empty(packed.capacity) if full else like.new_zeros(packed.capacity)
+        none = zeros if sums else zeros[:0]
         self.kernels, self.problem, self.sums = kernels, problem, sums
         self.result = RowResult(
             logp=zeros,
-            max=torch.zeros_like(zeros) if sums else zeros[:0],
-            sumexp=torch.ones_like(zeros) if sums else zeros[:0],
-            others=torch.zeros_like(zeros) if sums else zeros[:0],
+            max=torch.zeros_like(zeros) if sums else none,
+            sumexp=torch.ones_like(zeros) if sums else none,
+            others=torch.zeros_like(zeros) if sums else none,
             stats={name: torch.zeros_like(zeros) for name in problem.stats},
         )
 

@@ -17,6 +17,7 @@ from dpo_kernels import (
     fused_token_logps,
     losses,
 )
+from dpo_kernels.kernels import installed
 from dpo_kernels.losses import LOSSES, LossSpec
 from tests.problems import BF16, F32, F64, META, rand, says, whole
 from tests.small import STRATEGIES
@@ -320,11 +321,12 @@ def test_what_the_tables_change_is_all_that_is_wrong():
     assert (odd < 0).all()
 
 
-@pytest.mark.parametrize("installed", [False, True])
-def test_triton_says_what_is_missing(monkeypatch, installed):
+@pytest.mark.parametrize("found", [False, True])
+def test_triton_says_what_is_missing(monkeypatch, found):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: object() if installed else None)
-    words = "hidden is on cpu ... CUDA" if installed else "triton is not installed"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: object() if found else None)
+    monkeypatch.setattr(installed, "triton_version", installed.triton_version.__wrapped__)
+    words = "hidden is on cpu ... CUDA" if found else "triton is not installed"
     with pytest.raises(ValueError, match=says(f"backend='triton' cannot run this: ... {words}")):
         fused_dpo_loss(**valid(), backend="triton")
     assert explain(**valid()).backend != "triton"

@@ -14,6 +14,7 @@ from dpo_kernels.kernels.triton import (
     launch_matmul,
     launch_rows,
     matmul_kernels,
+    pack_kernels,
     row_kernels,
     sequence_loss,
 )
@@ -76,8 +77,9 @@ def case_with(dtype, layout, rich, **facts):
 def launches():
     """Of a row of factors: kernels, what their code is specialised for, and whether one program runs or several.
 
-    Nothing is computed: which kernels are launched, and how, does not depend on what they find.
+    Only packing is computed: how many tokens are scored decides what is launched, and nothing else that kernels find.
     """
+    run_kernel = InterpretedFunction.run
 
     def launches_of(strategy, **facts):
         found, case = set(), case_with(**facts)
@@ -87,6 +89,8 @@ def launches():
             dtypes = tuple((name, value.dtype) for name, value in given.items() if isinstance(value, torch.Tensor))
             constants = tuple((name, value) for name, value in given.items() if name.isupper())
             found.add((kernel.__name__, dtypes, constants, tuple(side > 1 for side in grid)))
+            if kernel.fn.__module__ == pack_kernels.__name__:
+                run_kernel(kernel, *arguments, grid=grid, warmup=warmup, **options)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("triton.runtime.interpreter.InterpretedFunction.run", launched)
@@ -118,7 +122,7 @@ def test_every_kernel_is_launched(rows, launches):
     assert len(rows) < 60, "a cover, not the product"
 
 
-MODULES = (row_kernels, sequence_loss, matmul_kernels)
+MODULES = (row_kernels, sequence_loss, matmul_kernels, pack_kernels)
 
 
 def _is_kernel(value, module):

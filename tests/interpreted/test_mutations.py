@@ -6,15 +6,35 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_kernels.kernels.triton import backend, launch_matmul, launch_rows, matmul_kernels, row_kernels, sequence_loss
+from dpo_kernels.inputs.packing import Packing, pack_labels
+from dpo_kernels.kernels.triton import (
+    backend,
+    launch_matmul,
+    launch_pack,
+    launch_rows,
+    matmul_kernels,
+    pack_kernels,
+    row_kernels,
+    sequence_loss,
+)
 from dpo_kernels.shapes import Head
 from tests.cases import Case, broken_rules
 from tests.certain import broken, certain, off_log_probs
 from tests.triton_tools.interpreter import IntegerOverflow, sanitize
 
 # The modules of the kernels, and those that launch them.
-MODULES = {"row_kernels": row_kernels, "sequence_loss": sequence_loss, "matmul_kernels": matmul_kernels}
-LAUNCHED_BY = {"row_kernels": launch_rows, "sequence_loss": launch_rows, "matmul_kernels": launch_matmul}
+MODULES = {
+    "row_kernels": row_kernels,
+    "sequence_loss": sequence_loss,
+    "matmul_kernels": matmul_kernels,
+    "pack_kernels": pack_kernels,
+}
+LAUNCHED_BY = {
+    "row_kernels": launch_rows,
+    "sequence_loss": launch_rows,
+    "matmul_kernels": launch_matmul,
+    "pack_kernels": launch_pack,
+}
 
 # what: (module, text of the kernel, text instead of its first occurrence)
 MUTATIONS = {
@@ -77,6 +97,36 @@ MUTATIONS = {
     ),
     "a tile forgets where it starts": ("matmul_kernels", "cols = start + at", "cols = at"),
     "the last part of H is dropped": ("matmul_kernels", "inside = h + at < width", "inside = h + at < width - 1"),
+    "the last row of a sequence predicts the next one's label": (
+        "pack_kernels",
+        "inside = at + SHIFT < end",
+        "inside = at + SHIFT <= end",
+    ),
+    "a label is that of its own row": (
+        "pack_kernels",
+        "tl.load(labels_ptr + at + SHIFT,",
+        "tl.load(labels_ptr + at,",
+    ),
+    "stacked sequences as they come": ("pack_kernels", "if STACKED:", "if False:"),
+    "the capacity may be exceeded": ("pack_kernels", "(total > capacity)", "(total > 2 * capacity)"),
+    "no label is bad": ("pack_kernels", "(label < 0) | (label >= vocab)", "(label < 0) & (label >= vocab)"),
+    "all sequences are packed at the first place": ("pack_kernels", "tl.where(at < sequence, count, 0)", "count * 0"),
+    "blocks of a sequence on top of each other": ("pack_kernels", "place += tl.sum", "place += 0 * tl.sum"),
+    "unused capacity has a weight": (
+        "pack_kernels",
+        "nothing.to(weights_ptr.dtype.element_ty)",
+        "(nothing + 1).to(weights_ptr.dtype.element_ty)",
+    ),
+    "unused capacity has a row": (
+        "pack_kernels",
+        "tl.store(index_ptr + at, nothing",
+        "tl.store(index_ptr + at, nothing + 1",
+    ),
+    "the weight of another label": (
+        "pack_kernels",
+        "tl.load(token_weights_ptr + at + SHIFT",
+        "tl.load(token_weights_ptr + at",
+    ),
     "bias of the wrong columns": ("matmul_kernels", "tl.load(b_ptr + cols, ", "tl.load(b_ptr + cols - cols, "),
 }
 
@@ -97,6 +147,8 @@ STRATEGIES = ("chunked", "recompute-tiles", "streaming")
 
 def _caught(module: str = "") -> bool:
     """By any of the cases; those that say the most about ``module`` come first."""
+    if module == "pack_kernels":
+        return _packing_differs()
     strategies = STRATEGIES[::-1] if module == "matmul_kernels" else STRATEGIES
     of_rows = module == "row_kernels"
     plain = {"label_smoothing": 0.2}
@@ -114,6 +166,31 @@ def _caught(module: str = "") -> bool:
             return (not of_rows and (_ties_are_broken() or _one_reading_differs())) or _digits_are_lost()
     except Exception:  # noqa: BLE001 - any report of the sanitizer counts
         return True
+
+
+def _packing_differs() -> bool:
+    """Packed tokens by the kernels and by torch, where a sequence has two blocks. A bad label raises on the CPU."""
+    names = ("index", "labels", "weights", "segments", "slot", "nan_if_invalid")
+    labels, weights = torch.randint(0, 9, (4400,)), torch.rand(4400)
+    labels[::3] = -100
+    bad = labels.clone()
+    bad[2205] = 9
+    for values, capacity, shift in ((labels, 4400, True), (labels, 2000, False), (bad, 4400, False)):
+        given = launch_pack.Labels(values, None, 4, 1100, 9, -100, shift, True)
+        try:
+            with sanitize():
+                got = launch_pack.write(given, launch_pack.count(given), weights, capacity, static=True)
+        except Exception:  # noqa: BLE001 - any report of the sanitizer counts
+            return True
+        if values is bad:
+            if not got[-1].isnan():
+                return True
+            continue
+        expected = pack_labels(values, None, weights, Packing(9, -100, shift, True, 4, 1100, capacity, True))
+        pairs = [(a, getattr(expected, name)) for a, name in zip(got, names, strict=True)]
+        if not all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in pairs):
+            return True
+    return False
 
 
 def _ties_are_broken() -> bool:
@@ -149,6 +226,7 @@ def _one_reading_differs() -> bool:
 
 def test_the_kernels_as_they_are_pass():
     assert not _caught()
+    assert not _packing_differs()
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")

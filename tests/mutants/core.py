@@ -35,8 +35,8 @@ _ROWS = [
     ),
     Mutant(
         "dpo_kernels/inputs/packing.py",
-        "| (targets_R >= how.vocab))",
-        "| (targets_R > how.vocab))",
+        "    bad_R = scored_R & ((targets_R < 0) | (targets_R >= how.vocab))",
+        "    bad_R = scored_R & ((targets_R < 0) | (targets_R > how.vocab))",
         "tests/strategies/test_numerics.py::test_a_bad_token_poisons_instead_of_passing",
         "a label one past the vocabulary is scored",
     ),

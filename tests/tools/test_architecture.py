@@ -70,7 +70,7 @@ shapes -> kernels strategies losses segments inputs problem checks
 strategies -> kernels losses inputs planning engine api device_specs
 reference -> shapes losses segments inputs kernels api naive
 naive -> shapes losses reference api
-inputs -> strategies kernels planning engine api
+inputs -> strategies planning engine api
 planning -> losses inputs engine api
 engine -> kernels strategies api
 checks -> inputs losses kernels

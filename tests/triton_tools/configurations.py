@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from dpo_kernels.kernels.triton import matmul_kernels, row_kernels, sequence_loss
+from dpo_kernels.kernels.triton import matmul_kernels, pack_kernels, row_kernels, sequence_loss
 from dpo_kernels.kernels.triton.configs import (
+    PACK_BLOCK,
+    PACK_WARPS,
     ROW_BLOCK,
     ROW_WARPS,
     SAFE_SHIFT,
@@ -167,6 +169,48 @@ def _sequence_loss(weights: torch.dtype | None) -> Configuration:
     )
 
 
+# --- packing ------------------------------------------------------------------------------------------------
+
+
+def _packing(labels: torch.dtype, weights: torch.dtype | None, bounds: bool) -> Iterator[Configuration]:
+    """Both kernels, of 64 sequences of 2048 rows with a shift."""
+    int64 = ("counts_ptr", "bad_ptr")
+    arguments: dict[str, Any] = {
+        "labels_ptr": labels,
+        "bounds_ptr": labels,
+        **dict.fromkeys(int64, torch.int64),
+        "sequences": 64,
+        "rows": 64 * 2048,
+        "width": 0 if bounds else 2048,
+        "vocab": 128256,
+        "ignore_index": -100,
+        "SHIFT": 1,
+        "STACKED": True,
+        "HAS_BOUNDS": bounds,
+        "BLOCK": PACK_BLOCK,
+    }
+    kind, options = f"{_plain(labels)}{' bounds' if bounds else ''}", {"num_warps": PACK_WARPS}
+    yield Configuration(
+        f"count_scored {kind}", pack_kernels.count_scored, {**arguments, "copy_ptr": torch.int64}, options
+    )
+    written = ("index_ptr", "packed_labels_ptr", "segments_ptr", "slot_ptr")
+    yield Configuration(
+        f"write_packed {kind}{'' if weights is None else f' weights {_plain(weights)}'}",
+        pack_kernels.write_packed,
+        {
+            **arguments,
+            **dict.fromkeys(written, torch.int64),
+            "token_weights_ptr": labels if weights is None else weights,
+            "weights_ptr": torch.int64 if weights is None else torch.float32,
+            "nan_if_invalid_ptr": torch.float64,
+            "capacity": 65536,
+            "HAS_TOKEN_WEIGHTS": weights is not None,
+            "HAS_WEIGHTS": weights is not None,
+        },
+        options,
+    )
+
+
 # --- matmul kernels -----------------------------------------------------------------------------------------
 
 
@@ -265,5 +309,7 @@ def _of_matmul_kernels() -> Iterator[Configuration]:
 CONFIGURATIONS = [
     *_of_row_kernels(),
     *(_sequence_loss(weights) for weights in (None, torch.float32, torch.float64)),
+    *_packing(torch.int64, None, bounds=False),
+    *_packing(torch.int32, torch.bfloat16, bounds=True),
     *_of_matmul_kernels(),
 ]

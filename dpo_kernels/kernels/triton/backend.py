@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernel_interface import LogitsGradient, RowState
+from dpo_kernels.kernel_interface import LogitsGradient, RowScale, RowState
 from dpo_kernels.kernels.torch_kernels import TorchKernels
-from dpo_kernels.kernels.triton import launch_matmul, launch_rows
+from dpo_kernels.kernels.triton import launch_hidden, launch_matmul, launch_rows
 from dpo_kernels.loss_interface import SequenceLoss
-from dpo_kernels.segments import offsets_of
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head
 
 
@@ -43,6 +42,12 @@ class TritonKernels(TorchKernels):
         """See ``RowKernels``; the logits are kept, and the gradient's kernel exponentiates again."""
         launch_rows.reduce_rows(state, tile, labels_C, start)
 
+    def reduce_to_logps(self, tile: Tensor, labels_C: Tensor, logp_C: Tensor, keep_logits: bool) -> RowState:
+        """See ``RowKernels``; one kernel starts the state, reads the logits and ends with the log-probs."""
+        state = RowState(torch.empty_like(logp_C), torch.empty_like(logp_C), torch.empty_like(logp_C))
+        launch_rows.reduce_rows(state, tile, labels_C, 0, logp_C)
+        return state
+
     def dlogits_(
         self,
         tile: Tensor,
@@ -57,7 +62,8 @@ class TritonKernels(TorchKernels):
         """See ``RowKernels``; bfloat16 operands are scaled, and written beside the tile."""
         assert not exponentiated, "this backend keeps the logits"
         out = self.empty_operands_like(tile) if self.dtype == torch.bfloat16 else tile
-        applied, left, residual = self._scaled_before_rounding(scale_C, max_C)
+        applied, left = (scale_C, None) if out is not tile else (None, scale_C)
+        residual = torch.empty_like(max_C) if out is not tile else None
         launch_rows.dlogits_rows(tile, out, labels_C, start, max_C, others_C, applied, residual, head.softcap)
         return LogitsGradient(out, left, labels_C, residual)
 
@@ -85,8 +91,29 @@ class TritonKernels(TorchKernels):
         """See ``RowKernels``; the sigmoid family takes one kernel, other losses take autograd."""
         if loss.sigmoid is None or counts_S.shape[0] == 0:
             return super().sequence_loss(logp_N, weights_N, counts_S, ref_S, nan_if_invalid, loss)
-        offsets = offsets_of(counts_S, logp_N.shape[0])
-        return launch_rows.sigmoid_sequence_loss(logp_N, weights_N, offsets, ref_S, nan_if_invalid, *loss.sigmoid)
+        return launch_rows.sigmoid_sequence_loss(logp_N, weights_N, counts_S, ref_S, nan_if_invalid, loss.sigmoid)
+
+    def sequence_loss_and_scale(
+        self,
+        logp_C: Tensor,
+        weights_C: Tensor | None,
+        counts_S: Tensor,
+        ref_S: Tensor,
+        nan_if_invalid: Tensor,
+        loss: SequenceLoss,
+        scale: RowScale,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``RowKernels``; the sigmoid family takes one kernel, other losses take autograd and torch."""
+        if loss.sigmoid is None or scale.divisor is None or counts_S.shape[0] == 0:
+            return super().sequence_loss_and_scale(logp_C, weights_C, counts_S, ref_S, nan_if_invalid, loss, scale)
+        return launch_rows.sigmoid_sequence_loss(
+            logp_C, weights_C, counts_S, ref_S, nan_if_invalid, loss.sigmoid, scale
+        )
+
+    def add_rounding_residual(self, d: LogitsGradient, head: Head, out_CH: Tensor) -> None:
+        """See ``TorchKernels``; one kernel reads the labels' rows of the head and adds to the gradient."""
+        if d.residual is not None and out_CH.shape[0]:
+            launch_hidden.add_label_rows(out_CH, head.weight, d.labels, d.residual)
 
     def stream_logps(self, x_CH: Tensor, head: Head, labels_C: Tensor, stats: Sequence[str]) -> RowState:
         """See ``RowKernels``; the logits stay in registers."""
@@ -111,6 +138,11 @@ class TritonKernels(TorchKernels):
             x_CH, self._weight(head), head, start, out, labels_C, max_C, others_C, applied, residual
         )
         return LogitsGradient(out, left, labels_C, residual)
+
+    @staticmethod
+    def to_input_rows(dx: Tensor, slot: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """See ``RowKernels``; one kernel gathers, multiplies and rounds."""
+        return launch_hidden.to_input_rows(dx, slot, factor, dtype)
 
     def _scaled_before_rounding(
         self, scale_C: Tensor | None, like_C: Tensor

@@ -9,9 +9,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # Columns that a program of a row kernel reads at once, and its warps. In the gate 8192 columns with 16 warps do as
 # well, and 32768 with 32 spill.
 ROW_BLOCK, ROW_WARPS = 4096, 8
+# Elements of a row of hidden states' gradients that a program handles, and its warps. The numbers are choices and not
+# measured.
+HIDDEN_BLOCK, HIDDEN_WARPS = 1024, 4
 # The largest distance, in nats, between a row's maximum and its shift. V * exp(40) is far from overflow, and exp(-80)
 # from 0.
 SAFE_SHIFT = 40.0
+# Labels that a program of the packing kernels reads at once, and its warps. Four labels for each thread are 32 bytes of
+# int64. The numbers are choices and not measured.
+PACK_BLOCK, PACK_WARPS = 1024, 8
 # Tokens that a program of the sequence loss reads at once, and its warps.
 SUM_BLOCK, SUM_WARPS = 256, 4
 

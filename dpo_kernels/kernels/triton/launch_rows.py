@@ -7,9 +7,15 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dpo_kernels.kernel_interface import RowState
+from dpo_kernels.kernel_interface import RowScale, RowState
 from dpo_kernels.kernels.triton import row_kernels, sequence_loss
-from dpo_kernels.kernels.triton.configs import ROW_BLOCK, ROW_WARPS, SAFE_SHIFT, SUM_BLOCK, SUM_WARPS
+from dpo_kernels.kernels.triton.configs import (
+    ROW_BLOCK,
+    ROW_WARPS,
+    SAFE_SHIFT,
+    SUM_BLOCK,
+    SUM_WARPS,
+)
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head
 
 
@@ -45,8 +51,12 @@ def apply_bias_scale_cap(tile: Tensor, head: Head, start: int) -> None:
         )
 
 
-def reduce_rows(state: RowState, tile: Tensor, labels_C: Tensor, start: int) -> None:
-    """Fold columns ``start..start+Vt-1`` into the state of their rows."""
+def reduce_rows(state: RowState, tile: Tensor, labels_C: Tensor, start: int, logp_C: Tensor | None = None) -> None:
+    """Fold columns ``start..start+Vt-1`` into the state of their rows.
+
+    With ``logp_C`` the tile has every column. What the state holds is then not read, and ``logp_C`` is filled with the
+    labels' log-probs.
+    """
     count, cols = tile.shape
     (whole,), reaches = _with_padding(tile)
     no_float, no_index = state.max, labels_C  # placeholders, which the kernel does not touch
@@ -61,9 +71,11 @@ def reduce_rows(state: RowState, tile: Tensor, labels_C: Tensor, start: int) -> 
             no_float if state.logit_sum is None else state.logit_sum,
             no_index if state.argmax is None else state.argmax,
             no_float if state.square_sum is None else state.square_sum,
+            no_float if logp_C is None else logp_C,
             cols,
             tile.stride(0),
             start,
+            FRESH=logp_C is not None,
             HAS_ENTROPY=state.entropy is not None,
             HAS_LOGIT_SUM=state.logit_sum is not None,
             HAS_ARGMAX=state.argmax is not None,
@@ -87,7 +99,7 @@ def dlogits_rows(
 ) -> None:
     """Write the gradient of the tile's logits into ``out``, which may be the tile, and its rounding into the residual.
 
-    The residual must be 0 before: the kernel writes it only in rows whose label is among these columns.
+    The residual is 0 in rows whose label is not among these columns.
     """
     count, cols = tile.shape
     (read, written), reaches = _with_padding(tile, out)
@@ -143,32 +155,45 @@ def softmax_grad_rows(state: RowState, tile: Tensor, out: Tensor, labels_C: Tens
 def sigmoid_sequence_loss(
     logp_N: Tensor,
     weights_N: Tensor | None,
-    offsets: Tensor,
+    counts_S: Tensor,
     ref_S: Tensor,
     nan_if_invalid: Tensor,
-    beta: float,
-    smoothing: float,
+    numbers: tuple[float, float],
+    scale: RowScale | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """DPO's loss from token log-probs: sequence log-probs ``(S,)``, losses ``(P,)``, coefficients ``(S,)``."""
-    sums_S, grad_S, losses_P = torch.empty_like(ref_S), torch.empty_like(ref_S), torch.empty_like(ref_S[0::2])
-    # A tensor, because a launch would round Python numbers to float32.
-    numbers = torch.stack([torch.full_like(nan_if_invalid, value) for value in (beta, smoothing)])
+    """DPO's loss from token log-probs, with beta and label smoothing as ``numbers``.
+
+    Returns sequence log-probs ``(S,)``, losses ``(P,)``, and the derivative ``(S,)`` of the losses' sum. With
+    ``scale`` the last is the factor ``(N,)`` of each token's row instead.
+    """
+    sums_S, losses_P = torch.empty_like(ref_S), torch.empty_like(ref_S[0::2])
+    last = torch.empty_like(ref_S if scale is None else logp_N)
+    state = None if scale is None else scale.state
+    unused = (logp_N, logp_N, logp_N)  # placeholders, which the kernel does not touch
     with on_device(logp_N):
         sequence_loss.sigmoid_sequence_loss[(losses_P.shape[0],)](
             logp_N,
             logp_N if weights_N is None else weights_N,
-            offsets,
+            counts_S,
             ref_S,
             nan_if_invalid,
             sums_S,
             losses_P,
-            grad_S,
-            numbers,
+            last,
+            *(unused if state is None else (state.max, state.others, state.target)),
+            nan_if_invalid if scale is None else scale.divisor,
+            last,
+            logp_N.shape[0],
+            ref_S.shape[0],
+            *numbers,
+            1.0 if scale is None else scale.grad_scale,
+            1.0 if scale is None else scale.logit_scale,
             HAS_WEIGHTS=weights_N is not None,
+            HAS_SCALE=scale is not None,
             BLOCK=SUM_BLOCK,
             num_warps=SUM_WARPS,
         )
-    return sums_S, losses_P, grad_S
+    return sums_S, losses_P, last
 
 
 def _with_padding(*tiles: Tensor) -> tuple[list[Tensor], bool]:

@@ -68,7 +68,19 @@ def apply_bias_scale_cap(
     tl.store(base + at, _capped(z, scale, softcap, HAS_SOFTCAP, True), mask=at < reach)
 
 
-@triton.jit(do_not_specialize_on_alignment=["labels_ptr"])
+@triton.jit
+def _label_logp(target, highest, others):
+    """``(z_y - max) - log(others + exp(z_y - max))``, in float64 so that a nearly certain label keeps its digits."""
+    shifted = target.to(tl.float64) - highest.to(tl.float64)
+    # ``x`` is the sum less 1. Where the label's logit is the largest, x is the sum of the others.
+    x = others.to(tl.float64) + tl.where(shifted == 0.0, 0.0, tl.exp(shifted) - 1.0)
+    total = 1.0 + x
+    gone = total - 1.0  # what is left of x in the total: log(total) / gone * x has the digits of a small x
+    log_total = tl.where(gone == 0.0, x, tl.log(total) * (x / tl.where(gone == 0.0, 1.0, gone)))
+    return (shifted - log_total).to(tl.float32)
+
+
+@triton.jit(do_not_specialize_on_alignment=["labels_ptr", "logp_ptr"])
 def reduce_rows(
     tile_ptr,  # (C, Vt) float32, final logits of columns start..start+Vt-1
     labels_ptr,  # (C,) int64
@@ -79,9 +91,11 @@ def reduce_rows(
     logit_sum_ptr,
     argmax_ptr,  # (C,) int64
     square_sum_ptr,  # (C,) float32
+    logp_ptr,  # (C,) float32, written with FRESH: the labels' log-probs
     cols,
     row_stride,
     start,
+    FRESH: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_LOGIT_SUM: tl.constexpr,
     HAS_ARGMAX: tl.constexpr,
@@ -89,13 +103,20 @@ def reduce_rows(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Fold the tile into the running state of each row; grid (C,)."""
+    """Fold the tile into the running state of each row; grid (C,).
+
+    FRESH: the tile has every column, and what the state holds is not read. There are no statistics then.
+    """
     row = tl.program_id(0).to(tl.int64)
     base = tile_ptr + row * row_stride
     reach = _reach(cols, PADDED)
     column = tl.load(labels_ptr + row) - start
-    running = tl.load(max_ptr + row)
-    others = tl.load(others_ptr + row)
+    if FRESH:
+        running = -float("inf")
+        others = 0.0
+    else:
+        running = tl.load(max_ptr + row)
+        others = tl.load(others_ptr + row)
     entropy = tl.load(entropy_ptr + row) if HAS_ENTROPY else 0.0
     logit_sum = tl.load(logit_sum_ptr + row) if HAS_LOGIT_SUM else 0.0
     first = tl.load(argmax_ptr + row) if HAS_ARGMAX else column
@@ -130,6 +151,8 @@ def reduce_rows(
     tl.store(others_ptr + row, others)
     if (column >= 0) & (column < cols):
         tl.store(target_ptr + row, tl.load(base + column))
+    if FRESH:
+        tl.store(logp_ptr + row, _label_logp(tl.load(base + column), running, others))
     if HAS_ENTROPY:
         tl.store(entropy_ptr + row, entropy)
     if HAS_LOGIT_SUM:
@@ -208,7 +231,7 @@ def dlogits_rows(
     max_ptr,  # (C,) float32
     others_ptr,  # (C,) float32
     scale_ptr,  # (C,) float32
-    residual_ptr,  # (C,) float32, 0; written by the program that has the label
+    residual_ptr,  # (C,) float32, written: 0 where the label is not among the columns
     cols,
     row_stride,
     out_stride,
@@ -242,5 +265,7 @@ def dlogits_rows(
     if HAS_RESIDUAL:
         own = (at == column) & (at < cols)
         lost = tl.sum(tl.where(own, d - rounded.to(tl.float32), 0.0), axis=0)
-        if (column >= first) & (column < tl.minimum(first + BLOCK, cols)):
+        # One program writes: the one that has the label, or the row's first.
+        absent = (column < 0) | (column >= cols)
+        if ((column >= first) & (column < tl.minimum(first + BLOCK, cols))) | (absent & (first == 0)):
             tl.store(residual_ptr + row, lost)

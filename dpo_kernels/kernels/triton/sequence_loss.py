@@ -1,7 +1,8 @@
 """The sequence loss of the sigmoid family in one launch: from token log-probs to losses and coefficients.
 
 One program for each pair sums its two runs of token log-probs in float64, in the order of their own tokens. It then
-forms DPO's loss with label smoothing (Rafailov et al., arXiv 2305.18290, eq. 7) and its derivatives.
+forms DPO's loss with label smoothing (Rafailov et al., arXiv 2305.18290, eq. 7) and its derivatives. Where a chunk
+holds whole pairs, it also writes the factors of the rows of the logits' gradient.
 """
 
 import triton
@@ -30,30 +31,85 @@ def _softplus(x):
     return tl.where(x > 0, x, 0.0) + log1p
 
 
-@triton.jit(do_not_specialize_on_alignment=["logp_ptr", "weights_ptr"])
+@triton.jit
+def _write_scales(
+    scale_ptr,
+    weights_ptr,
+    max_ptr,
+    others_ptr,
+    target_ptr,
+    begin,
+    end,
+    coefficient,
+    logit_scale,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Minus coefficient times weight times logit scale, over the sum of exponentials, of tokens ``begin..end-1``."""
+    for at in range(begin, end, BLOCK):
+        place = at + tl.arange(0, BLOCK)
+        inside = place < end
+        shifted = tl.load(target_ptr + place, mask=inside, other=0.0) - tl.load(max_ptr + place, mask=inside, other=0.0)
+        sumexp = tl.load(others_ptr + place, mask=inside, other=0.0) + tl.exp(shifted)
+        value = -coefficient
+        if HAS_WEIGHTS:
+            value = value * tl.load(weights_ptr + place, mask=inside, other=0.0).to(tl.float64)
+        scale = value * logit_scale / sumexp.to(tl.float64)
+        tl.store(scale_ptr + place, scale.to(tl.float32), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=["length", "sequences"],
+    do_not_specialize_on_alignment=[
+        "logp_ptr",
+        "weights_ptr",
+        "counts_ptr",
+        "ref_ptr",
+        "max_ptr",
+        "others_ptr",
+        "target_ptr",
+        "scale_ptr",
+    ],
+)
 def sigmoid_sequence_loss(
     logp_ptr,  # (N,) float32
     weights_ptr,  # (N,) float32 or float64
-    offsets_ptr,  # (S + 1,) int64
+    counts_ptr,  # (S,) int64 tokens of each sequence
     ref_ptr,  # (S,) float64
     nan_if_invalid_ptr,  # () float64
     sums_ptr,  # (S,) float64, written
     losses_ptr,  # (P,) float64, written
-    grad_ptr,  # (S,) float64, written
-    numbers_ptr,  # (2,) float64: beta and label smoothing, which a launch would round to float32
+    grad_ptr,  # (S,) float64, written without HAS_SCALE
+    max_ptr,  # (N,) float32 state of the tokens' rows, read with HAS_SCALE as the two that follow
+    others_ptr,
+    target_ptr,
+    divisor_ptr,  # () float64
+    scale_ptr,  # (N,) float32, written with HAS_SCALE
+    length: tl.int64,  # N
+    sequences: tl.int64,  # S
+    beta: tl.float64,  # an argument without a type would be rounded to float32
+    smoothing: tl.float64,
+    grad_scale: tl.float64,
+    logit_scale: tl.float64,
     HAS_WEIGHTS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (P,): pair p is sequences 2p (chosen) and 2p + 1 (rejected)."""
     pair = tl.program_id(0).to(tl.int64)
-    begin = tl.load(offsets_ptr + 2 * pair)
-    middle = tl.load(offsets_ptr + 2 * pair + 1)
-    end = tl.load(offsets_ptr + 2 * pair + 2)
+    before = tl.zeros([BLOCK], tl.int64)
+    for first in range(0, 2 * pair, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        before += tl.load(counts_ptr + at, mask=at < 2 * pair, other=0)
+    begin = tl.sum(before, axis=0)
+    middle = begin + tl.load(counts_ptr + 2 * pair)
+    # More tokens than a static capacity holds make the result NaN, and reads stay within memory.
+    end = tl.minimum(middle + tl.load(counts_ptr + 2 * pair + 1), length)
+    begin = tl.minimum(begin, length)
+    middle = tl.minimum(middle, length)
     nan_if_invalid = tl.load(nan_if_invalid_ptr)
     chosen = _run_sum(logp_ptr, weights_ptr, begin, middle, HAS_WEIGHTS, BLOCK) + nan_if_invalid
     rejected = _run_sum(logp_ptr, weights_ptr, middle, end, HAS_WEIGHTS, BLOCK) + nan_if_invalid
-    beta = tl.load(numbers_ptr)
-    smoothing = tl.load(numbers_ptr + 1)
     ref_chosen = tl.load(ref_ptr + 2 * pair)
     ref_rejected = tl.load(ref_ptr + 2 * pair + 1)
     u = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
@@ -69,5 +125,35 @@ def sigmoid_sequence_loss(
     tl.store(sums_ptr + 2 * pair, chosen)
     tl.store(sums_ptr + 2 * pair + 1, rejected)
     tl.store(losses_ptr + pair, loss)
-    tl.store(grad_ptr + 2 * pair, grad)
-    tl.store(grad_ptr + 2 * pair + 1, -grad)
+    if HAS_SCALE:
+        grad = grad / tl.load(divisor_ptr) * grad_scale
+        last = tl.where(2 * pair + 2 == sequences, length, end)  # unused capacity, whose weight is 0
+        _write_scales(
+            scale_ptr,
+            weights_ptr,
+            max_ptr,
+            others_ptr,
+            target_ptr,
+            begin,
+            middle,
+            grad,
+            logit_scale,
+            HAS_WEIGHTS,
+            BLOCK,
+        )
+        _write_scales(
+            scale_ptr,
+            weights_ptr,
+            max_ptr,
+            others_ptr,
+            target_ptr,
+            middle,
+            last,
+            -grad,
+            logit_scale,
+            HAS_WEIGHTS,
+            BLOCK,
+        )
+    else:
+        tl.store(grad_ptr + 2 * pair, grad)
+        tl.store(grad_ptr + 2 * pair + 1, -grad)

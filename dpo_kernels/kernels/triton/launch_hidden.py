@@ -1,0 +1,39 @@
+"""Launches of the kernels over rows of hidden states' gradients."""
+
+import torch
+import triton
+from torch import Tensor
+
+from dpo_kernels.kernels.triton import hidden_kernels
+from dpo_kernels.kernels.triton.configs import HIDDEN_BLOCK, HIDDEN_WARPS
+from dpo_kernels.kernels.triton.launch_rows import on_device
+
+
+def add_label_rows(out_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, residual_C: Tensor) -> None:
+    """Add ``residual`` times the head's row of its label to each row of ``out``."""
+    count, width = out_CH.shape
+    with on_device(out_CH):
+        hidden_kernels.add_label_rows[(count, triton.cdiv(width, HIDDEN_BLOCK))](
+            out_CH,
+            weight_VH,
+            labels_C,
+            residual_C,
+            width,
+            weight_VH.shape[0],
+            out_CH.stride(0),
+            *weight_VH.stride(),
+            BLOCK=HIDDEN_BLOCK,
+            num_warps=HIDDEN_WARPS,
+        )
+
+
+def to_input_rows(dx: Tensor, slot: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return packed rows ``(N + 1, H)`` at their places ``(R,)`` in the input, times a 0-d factor, in ``dtype``."""
+    rows, width = slot.shape[0], dx.shape[1]
+    out = torch.empty(rows, width, dtype=dtype, device=dx.device)
+    if rows:
+        with on_device(dx):
+            hidden_kernels.to_input_rows[(rows, triton.cdiv(width, HIDDEN_BLOCK))](
+                dx, slot, factor, out, width, dx.stride(0), BLOCK=HIDDEN_BLOCK, num_warps=HIDDEN_WARPS
+            )
+    return out
