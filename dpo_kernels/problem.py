@@ -48,7 +48,8 @@ class VocabShard:
     largest: int  # rows of the largest shard; every rank plans with them, so that all have the same chunks
     ranks: int
     all_gather: Callable[[Tensor], Tensor]  # stacks the tensors of all ranks, the same bits on every rank
-    reduce_hidden_grad: Callable[[Tensor], None] | None  # adds up over the ranks in place; None: the caller does it
+    # This begins to add up over the ranks, in place, and returns what waits for the end. None: the caller adds up.
+    reduce_hidden_grad: Callable[[Tensor], Callable[[], object]] | None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,9 +47,13 @@ class Ranks:
         getattr(dist, ALL_GATHER)(out, tensor.view(-1), group=self.group)
         return out.view(self.ranks, *tensor.shape)
 
-    def all_reduce_(self, tensor: Tensor) -> None:
-        """Add up a contiguous tensor over the ranks, in place; every rank gets the same bits."""
-        dist.all_reduce(tensor, group=self.group)
+    def begin_all_reduce_(self, tensor: Tensor) -> Callable[[], object]:
+        """Begin to add up a contiguous tensor over the ranks, in place; every rank gets the same bits.
+
+        The result waits for the end. On a GPU the stream waits then, and the host does not.
+        """
+        waits: Callable[[], object] = dist.all_reduce(tensor, group=self.group, async_op=True).wait
+        return waits
 
     def compares(self, static: bool) -> bool:
         """Whether a call compares the ranks' plans: always, but for static ones, whose host must not wait."""

@@ -166,7 +166,7 @@ class VocabParallel(Ranks):
         """Return how many rows of ``weight`` are tokens, and where they stand in the vocabulary."""
         assert self._bounds is not None, "a call begins with begin()"
         start, kept, total, largest = self._bounds
-        reduce = self.all_reduce_ if self.reduce_hidden_grad else None
+        reduce = self.begin_all_reduce_ if self.reduce_hidden_grad else None
         return kept, VocabShard(start, total, largest, self.ranks, self.all_gather, reduce)
 
     def _bounds_of(self, all_sizes: list[list[int]]) -> tuple[int, int, int, int]:

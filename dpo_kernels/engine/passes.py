@@ -99,7 +99,6 @@ def loss_and_gradients(problem: Problem, plan: Plan, ref_S: Tensor, denominator:
     with _autocast_off(problem.hidden), torch.no_grad():
         kernels, operands, schedule = _prepared(problem, plan)
         result = algorithm(kernels, operands, schedule, ref_S, denominator)
-        _reduce_hidden_grad(problem, result.hidden)
         means = _sequence_means(kernels, result.stats, problem)
     nothing = torch.empty(0, dtype=accumulation_dtype(problem.compute_dtype), device=problem.hidden.device)
     grads = KeptGradients(*(nothing.clone() if g is None else g for g in (result.hidden, result.weight, result.bias)))
@@ -250,7 +249,7 @@ def _reduce_hidden_grad(problem: Problem, grad: Tensor | None) -> None:
     """Add up the shards' parts of the hidden states' gradient, in the precision of accumulation."""
     shard = problem.shard
     if shard is not None and grad is not None and shard.reduce_hidden_grad is not None:
-        shard.reduce_hidden_grad(grad)
+        shard.reduce_hidden_grad(grad)()
 
 
 def _operand_head(head: Head, dtype: torch.dtype) -> Head:

@@ -1,5 +1,6 @@
 """The memory of a pass that forms gradients with the loss, and the steps that its strategies share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -44,6 +45,7 @@ class Buffers:
     written: bool  # dw and db hold values, so that products are added to them
     losses: list[Tensor] = field(default_factory=list)
     logps: list[Tensor] = field(default_factory=list)
+    reducing: Callable[[], object] | None = None  # waits for the sum of dx over the ranks
 
     @staticmethod
     def allocate(
@@ -158,7 +160,14 @@ class Buffers:
         return x_CH, labels_C, tile, state
 
     def backward(
-        self, d: LogitsGradient, x_CH: Tensor, start: int, dw: Tensor | None, db: Tensor | None, accumulate: bool
+        self,
+        d: LogitsGradient,
+        x_CH: Tensor,
+        start: int,
+        dw: Tensor | None,
+        db: Tensor | None,
+        accumulate: bool,
+        last: bool = False,
     ) -> None:
         """Multiply the logits' gradient into the gradients of the hidden states, the weight and the bias.
 
@@ -169,6 +178,7 @@ class Buffers:
             dw: ``(V, H)`` buffer, or None if it is not wanted.
             db: ``(V,)`` buffer, or None if it is not wanted.
             accumulate: whether products are added to ``dw`` and ``db``, or replace them.
+            last: whether no later rows change the gradient of the hidden states.
 
         """
         kernels, stop = self.kernels, start + x_CH.shape[0]
@@ -176,13 +186,24 @@ class Buffers:
             kernels.grad_hidden(d, self.problem.head, 0, self.dx[start:stop], accumulate=False)
             if d.scale is not None:
                 self.dx[start:stop].mul_(d.scale[:, None])
+        if last:
+            self._begin_reducing()
         if dw is not None:
             kernels.grad_weight(d, x_CH, dw, accumulate)
         if db is not None:
             kernels.grad_bias(d, 0, db, accumulate)
 
+    def _begin_reducing(self) -> None:
+        """Begin to add up the shards' parts of the hidden states' gradient. The product for dW hides it on a GPU."""
+        shard = self.problem.shard
+        if self.reducing is None and self.dx is not None and shard is not None and shard.reduce_hidden_grad is not None:
+            self.reducing = shard.reduce_hidden_grad(self.dx)
+
     def result(self) -> LossAndGradients:
         """Return the results of the pass, after its last chunk."""
+        self._begin_reducing()
+        if self.reducing is not None:
+            self.reducing()
         if not self.written:
             for grad in (self.dw, self.db):
                 if grad is not None:

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -81,8 +82,9 @@ def _all_gather(out: Tensor, tensor: Tensor, group: Group) -> None:
     out.copy_(torch.cat(group.exchange("all_gather", tensor.reshape(-1))).view_as(out))
 
 
-def _all_reduce(tensor: Tensor, group: Group) -> None:
+def _all_reduce(tensor: Tensor, group: Group, async_op: bool = False) -> SimpleNamespace:
     tensor.copy_(torch.stack(group.exchange("all_reduce", tensor)).sum(dim=0))
+    return SimpleNamespace(wait=lambda: None)
 
 
 @contextmanager

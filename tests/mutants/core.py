@@ -640,7 +640,7 @@ _SPLIT = "tests/distributed/test_vocab_parallel.py::test_split_equals_whole[3-ch
 _SHARDS = [
     Mutant(
         "dpo_kernels/distributed/vocab_parallel.py",
-        "reduce = self.all_reduce_ if self.reduce_hidden_grad else None",
+        "reduce = self.begin_all_reduce_ if self.reduce_hidden_grad else None",
         "reduce = None",
         _SPLIT,
         "the hidden states get the gradient of one shard",
@@ -653,9 +653,9 @@ _SHARDS = [
         "every shard is taken for the first one",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
-        "        shard.reduce_hidden_grad(grad)",
-        "        shard.reduce_hidden_grad(grad)\n        shard.reduce_hidden_grad(grad)",
+        "dpo_kernels/strategies/buffers.py",
+        "            self.reducing()\n",
+        "            self.reducing()\n            self.problem.shard.reduce_hidden_grad(self.dx)()\n",
         _SPLIT,
         "the gradient of the hidden states is added up twice",
     ),
