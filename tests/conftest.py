@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Nothing is timed, and nothing kept in the folder of whoever runs the tests, unless a test says so.
 os.environ.setdefault("DPO_KERNELS_AUTOTUNE", "0")
+os.environ.setdefault("DPO_KERNELS_SELF_CHECK", "0")
 
 # Compilers of graphs compile in the process that asks; their worker processes would each import torch first.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

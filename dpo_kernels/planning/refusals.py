@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from dpo_kernels.kernels import extension, installed
+from dpo_kernels.kernels import extension, installed, verdicts
 from dpo_kernels.planning.chunks import oversized_buffers
 from dpo_kernels.planning.memory_budget import LEAST_TILE_BYTES, MIB, Budget
 from dpo_kernels.planning.schedules import extra_bytes, schedule_examples, tile_with_gradients
@@ -96,7 +96,7 @@ def refuse_triton(workload: Workload, by_name: bool) -> str | None:
     if reason := installed.why_no_triton():
         return reason
     if workload.device.type == "cuda":
-        return None
+        return _refuse_unhealthy("triton", workload, by_name)
     if os.environ.get("TRITON_INTERPRET") != "1":
         return f"hidden is on {workload.device.type}: the kernels need CUDA, or TRITON_INTERPRET=1 to step through them"
     return None if by_name else "its interpreter is for stepping through the kernels: ask for it by name"
@@ -108,9 +108,17 @@ def refuse_extension(device_type: str) -> Callable[[Workload, bool], str | None]
     def refuse(workload: Workload, by_name: bool) -> str | None:
         if workload.device.type != device_type:
             return f"hidden is on {workload.device.type}, these kernels are for {device_type}"
-        return extension.why_not(device_type) or extension.why_not_on(workload.device)
+        reason = extension.why_not(device_type) or extension.why_not_on(workload.device)
+        if reason is None and device_type == "cuda":
+            reason = _refuse_unhealthy("cuda", workload, by_name)
+        return reason
 
     return refuse
+
+
+def _refuse_unhealthy(backend: str, workload: Workload, by_name: bool) -> str | None:
+    """Return what the self-check has found on this GPU. The first call runs it."""
+    return verdicts.why_not(backend, workload.device, workload.dtype, by_name, workload.tracing)
 
 
 def refuse_torch(workload: Workload, by_name: bool) -> str | None:

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from dpo_kernels import losses
+from dpo_kernels.kernels import kept_files
 from dpo_kernels.kernels.triton import (
     autotune,
     backend,
@@ -224,8 +225,8 @@ def test_a_user_without_a_home_keeps_its_timings_in_the_temporary_folder(monkeyp
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(autotune.Path, "home", homeless)
-    monkeypatch.setattr(autotune.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(kept_files.Path, "home", homeless)
+    monkeypatch.setattr(kept_files.tempfile, "tempdir", str(tmp_path))
     assert autotune.path_of("a GPU").parent == tmp_path / ".cache" / "dpo_kernels"
 
 
