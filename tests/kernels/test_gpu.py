@@ -1,4 +1,7 @@
-"""The same equivalence on real hardware, and what only hardware shows. `make test-gpu` fails where there is no GPU."""
+"""The same equivalence on real hardware, and what only hardware shows. `make test-gpu` fails where there is no GPU.
+
+``tests/gpu/`` has whole steps. The tests that need 40 GiB are a group of their own, which one worker runs.
+"""
 
 import warnings
 from contextlib import contextmanager
@@ -14,6 +17,7 @@ from tests.cases import LAYOUTS, RICH, STRATEGIES, VOCAB, Case, broken_by, broke
 from tests.cuda_tools import equivalence
 from tests.cuda_tools.operators import Operators, by_copies
 from tests.family import LOSSES
+from tests.gpu import selection
 
 pytestmark = pytest.mark.gpu
 
@@ -196,6 +200,7 @@ def test_a_bad_label_is_nan_not_a_device_assert(backend):
     assert torch.ones(1, device="cuda").item() == 1
 
 
+@pytest.mark.xdist_group(selection.LARGE)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_than_two_to_the_31_elements(backend):
     """2.2e9 logits in one tile."""
@@ -212,6 +217,7 @@ def test_more_than_two_to_the_31_elements(backend):
     assert whole.chosen_logps.item() < -rows / 2 * 10  # about log V a token
 
 
+@pytest.mark.xdist_group(selection.LARGE)
 @pytest.mark.parametrize("strategy", ["streaming", "recompute"])
 def test_a_head_beyond_two_to_the_31_elements(strategy):
     """The kernels that multiply by themselves, against torch; labels are in the last columns."""
@@ -228,6 +234,7 @@ def test_a_head_beyond_two_to_the_31_elements(strategy):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.xdist_group(selection.LARGE)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hidden_states_beyond_two_to_the_31_elements(backend):
     """Rows there are read, and their gradients written, where they belong."""

@@ -68,4 +68,11 @@ GPU: tuple[Mutant, ...] = (
         f"{_TESTS}test_a_fault_is_an_error_by_name_and_a_warning_otherwise",
         "the plan does not ask for the verdict",
     ),
+    Mutant(
+        "dpo_kernels/__main__.py",
+        "if (reasons[dtype] or FAILED).startswith(FAILED)",
+        "if reasons[dtype] is None",
+        "tests/kernels/test_report.py::test_a_backend_whose_verdict_refuses_it_is_checked_and_shown",
+        "the report leaves out the mismatches of a backend that is refused for them",
+    ),
 )
