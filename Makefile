@@ -29,7 +29,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test test-gpu mutants kernels-check sanitize bench bench-quick report docs demo lint format clean
+.PHONY: help venv test test-gpu first-light mutants kernels-check sanitize bench bench-quick report docs demo lint format clean
 
 help: ## show this list
 	@echo 'usage: make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]'
@@ -44,6 +44,9 @@ test-gpu: $(VENV)/.gpu $(VENV)/.extension ## the gpu-marked tests, in parallel; 
 	    { echo 'make: torch finds no CUDA device; test-gpu proves nothing here' >&2; exit 1; }
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m gpu -W default --part $(PART) --durations=10 \
 	    -n "$$($(PY) -m tests.gpu.selection)" --dist loadgroup $(GPU_TESTS) $(GPU_ARGS)
+
+first-light: $(VENV)/.gpu $(VENV)/.extension ## ten minutes on a GPU: prove the most, resume, and write a report for an issue; ARGS='--minutes 30'
+	$(PY) -m tests.first_light $(ARGS)
 
 mutants: $(VENV)/.test $(VENV)/.extension ## plant edits in copies of the source: a test must notice each; ARGS='--only losses', ARGS=--list
 	$(PY) -m tests.mutants $(ARGS)
@@ -129,7 +132,7 @@ $(VENV)/.test: $(VENV)/.base pyproject.toml
 
 # No package of the demo or of a trainer: a test that wants one is skipped with the reason.
 $(VENV)/.gpu: $(VENV)/.base pyproject.toml
-	$(EDITABLE) '.[test]'
+	$(EDITABLE) '.[test]' tqdm
 	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) install --quiet '$(TRITON)' || echo 'make: no triton for this platform' >&2
 	@touch $@
 
