@@ -142,6 +142,8 @@ def tests(place: Place, seconds: float) -> Result:
     report = place.folder / "tests.xml"
     report.unlink(missing_ok=True)
     options = ["-q", "-W", "default", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    if place.device == "cuda":
+        options += ["-n", "4"]  # most of the time goes to compilers, which run on the CPU
     status, text = command(sys.executable, "-m", "pytest", *options, *names, seconds=seconds)
     if not report.exists():
         return Result(False, f"pytest {_ending(status, text)}", {"output": text[-4000:]})

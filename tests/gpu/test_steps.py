@@ -157,8 +157,9 @@ def test_a_graph_is_captured_with_autotuning_on(monkeypatch, tmp_path):
 
 @GPU
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-def test_trl(tmp_path):
+def test_trl(monkeypatch, tmp_path):
     """tests/integrations/test_trl.py has the same on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # with more a trainer takes DataParallel
     for name in ("trl", "peft", "datasets"):
         pytest.importorskip(name, reason=f"{name} is not installed")
     steps.trainer_logs_are_trls("cuda", tmp_path)

@@ -270,6 +270,24 @@ def kind_of(monkeypatch, kernel="linear_logps", rows=100, vocab=500, width=24, d
     )
 
 
+def test_a_pinned_launch_is_taken_and_nothing_timed(clock, monkeypatch):
+    """The self-check tries each launch of a family in turn."""
+    x = torch.empty(100, 24, dtype=torch.bfloat16)
+    head = Head(torch.empty(500, 24, dtype=torch.bfloat16))
+    monkeypatch.setattr(launch_matmul, "launch_family", lambda *_: FAMILY)
+
+    def chosen():
+        return launch_matmul.choose_launch("linear_logps", x, head.weight, head, False, lambda launch: launch)
+
+    with launch_matmul.pinned(MIDDLE):
+        assert chosen() == MIDDLE
+        with launch_matmul.pinned(SLOW):
+            assert chosen() == SLOW
+        assert chosen() == MIDDLE
+    assert not clock.seen
+    assert chosen() == FAST
+
+
 CHANGES = {
     "kernel": "linear_dlogits",
     "rows": 300,

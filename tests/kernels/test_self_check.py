@@ -288,6 +288,28 @@ def test_nothing_runs_while_captured_or_traced(gpu):
         plan("triton", tracing=True)  # what is known counts
 
 
+def test_a_compiled_graph_takes_what_is_known_as_a_constant(gpu, monkeypatch):
+    """The verdict is asked for while torch.compile traces, by a device, a dtype and flags, and nothing runs."""
+    found = []
+
+    def call(x):
+        reason = verdicts.why_not("triton", CUDA, x.dtype, False, True)
+        return x + (1 if reason is None else 2)
+
+    for fault in (None, WrongScale):
+        if fault is not None:
+            gpu["class"] = fault
+            with pytest.raises(ValueError, match="self-check failed"):
+                plan("triton")
+        torch._dynamo.reset()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: False)  # the compiler, too, would look for the GPU
+            compiled = torch.compile(call, backend="eager", fullgraph=True)
+            found.append(float(compiled(torch.zeros((), dtype=torch.bfloat16))))
+    assert found == [1.0, 2.0]
+    torch._dynamo.reset()
+
+
 def test_it_can_be_switched_off(gpu, monkeypatch, tmp_path):
     gpu["class"] = WrongScale
     monkeypatch.setenv(verdicts.SWITCH, "0")

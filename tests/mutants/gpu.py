@@ -75,4 +75,18 @@ GPU: tuple[Mutant, ...] = (
         "tests/kernels/test_report.py::test_a_backend_whose_verdict_refuses_it_is_checked_and_shown",
         "the report leaves out the mismatches of a backend that is refused for them",
     ),
+    Mutant(
+        "dpo_kernels/kernels/triton/launch_matmul.py",
+        "        _pinned.reset(token)",
+        "        pass",
+        "tests/kernels/test_autotune.py::test_a_pinned_launch_is_taken_and_nothing_timed",
+        "the launch that was checked last is taken for good",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/verdicts.py",
+        "if tracing or not _may_run(device):",
+        "if not _may_run(device):",
+        f"{_TESTS}test_nothing_runs_while_captured_or_traced",
+        "the self-check runs while a tracer is at work",
+    ),
 )
