@@ -1,6 +1,7 @@
 """``python -m tests.first_light``: prove what a GPU has to prove, in steps that resume, with a report for an issue."""
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ from dpo_kernels.kernels import verdicts
 from tests.first_light import page
 from tests.first_light.steps import ROOT, Place, Result, all_steps
 
+CODE, SUFFIXES = ("dpo_kernels", "csrc", "tests", "benchmarks"), (".py", ".cpp", ".h", ".cu", ".cuh")
 NO_GPU = "first-light: torch finds no CUDA device, so that nothing is proved here; --device cpu tries the steps"
 
 
@@ -65,12 +67,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_state(place: Place) -> dict[str, Any]:
     """What earlier runs proved of the same code, device and versions; nothing where any of them is another."""
     device = torch.device(place.device)
-    name, version = verdicts.name_of(device), verdicts.path_of(device).stem
+    name, version = verdicts.name_of(device), f"{verdicts.path_of(device).stem} {digest_of(ROOT)}"
     path = place.folder / "report.json"
     state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if state.get("version") != version:
         state = {"name": name, "version": version, "steps": {}}
     return state
+
+
+def digest_of(root: Path) -> str:
+    """What stands for the code that the steps run."""
+    paths = (path for folder in CODE for path in sorted((root / folder).rglob("*")) if path.suffix in SUFFIXES)
+    text = b"".join(path.relative_to(root).as_posix().encode() + path.read_bytes() for path in paths)
+    return hashlib.sha256(text).hexdigest()[:12]
 
 
 def keep(place: Place, state: dict[str, Any], name: str, result: Result, seconds: float, names: list[str]) -> None:

@@ -11,10 +11,12 @@ import torch
 
 from benchmarks import cases as benchmark_cases
 from benchmarks import providers, tables
+from dpo_kernels import __main__ as bug_report
 from dpo_kernels.planning.tables import BACKENDS
 from tests.first_light import __main__ as first_light
 from tests.first_light import page, steps, trace, widths
 from tests.first_light.steps import Place, Result
+from tests.tools.test_gpu_selection import FOREIGN
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +50,11 @@ def run(folder, *arguments):
 
 
 @pytest.mark.slow
-def test_a_dry_run_tries_every_step(tmp_path, capsys):
+def test_a_dry_run_tries_every_step(tmp_path, capsys, monkeypatch):
+    for name, value in {"PAIRS": 1, "LENGTH": 3, "WIDTH": 8, "VOCAB": 32}.items():
+        monkeypatch.setattr(bug_report, name, value)
+    some = ("8B head, frozen", "softcap, bias and statistics, 256000 tokens")
+    monkeypatch.setattr(widths, "SMALL", {name: widths.SMALL[name] for name in some})
     assert run(tmp_path, "--in-process") == 0, capsys.readouterr().out
     said = capsys.readouterr().out
     names = list(steps.all_steps("cpu"))
@@ -61,7 +67,7 @@ def test_a_dry_run_tries_every_step(tmp_path, capsys):
     assert "ours/torch/chunked" in text
     state = json.loads((tmp_path / "report.json").read_text())
     assert state["steps"]["trace"]["facts"]["products"] == 3
-    assert len(state["steps"]["widths/torch"]["facts"]["cases"]) == len(widths.GPU)
+    assert len(state["steps"]["widths/torch"]["facts"]["cases"]) == len(some)
     assert (tmp_path / "trace.json").stat().st_size > 1000
 
 
@@ -98,6 +104,19 @@ def test_another_version_starts_anew(tmp_path, planted, monkeypatch):
     assert ran == ["one", "two", "a/b"] * 2
 
 
+def test_any_file_of_the_code_makes_another_version(tmp_path):
+    for name in ("dpo_kernels/a.py", "tests/deep/b.py", "csrc/c.cu", "build/d.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    seen = [first_light.digest_of(tmp_path)]
+    for name in ("dpo_kernels/a.py", "tests/deep/b.py", "csrc/c.cu"):
+        (tmp_path / name).write_text("2")
+        seen.append(first_light.digest_of(tmp_path))
+    (tmp_path / "build/d.py").write_text("2")
+    assert len(set(seen)) == 4
+    assert first_light.digest_of(tmp_path) == seen[-1]
+
+
 def test_what_there_is_no_time_for_is_left_and_said(tmp_path, planted, capsys):
     ran, _ = planted
     assert run(tmp_path, "--minutes", "0") == 1
@@ -115,10 +134,15 @@ def test_a_page_says_what_has_not_run():
 
 
 def test_there_are_twenty_tests_and_each_exists():
+    """Also in a Python without the packages of a demo or a trainer, where everything else must import, too."""
     assert len(set(steps.TESTS_ON_A_GPU)) == 20
     names = [*steps.TESTS_ON_A_GPU, *steps.TESTS_ON_A_CPU]
-    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *names]
-    done = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=False)
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({FOREIGN!r})); import pytest; "
+        "from tests.first_light import __main__, trace, widths; from benchmarks import run, worker; "
+        f"sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', *{names!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(names) <= set(done.stdout.splitlines())
 
