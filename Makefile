@@ -132,7 +132,7 @@ $(VENV)/.test: $(VENV)/.base pyproject.toml
 
 # No package of the demo or of a trainer: a test that wants one is skipped with the reason.
 $(VENV)/.gpu: $(VENV)/.base pyproject.toml
-	$(EDITABLE) '.[test]' tqdm
+	$(EDITABLE) '.[gpu-test]'
 	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) install --quiet '$(TRITON)' || echo 'make: no triton for this platform' >&2
 	@touch $@
 

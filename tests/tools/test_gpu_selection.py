@@ -13,7 +13,10 @@ from tests.gpu import selection
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 # Neither of the demo nor of a trainer.
-FOREIGN = ("vaderSentiment", "trl", "transformers", "peft", "datasets", "accelerate", "safetensors", "matplotlib")
+FOREIGN = (
+    *("vaderSentiment", "trl", "transformers", "peft", "datasets", "accelerate", "safetensors", "matplotlib"),
+    "deepspeed",
+)
 
 
 def test_parts_are_a_partition():
@@ -45,6 +48,17 @@ def test_a_backend_that_is_not_installed_is_a_reason(monkeypatch):
     assert selection.lacking({}, ("operators",)) == "no cuda"
     assert selection.lacking({"backend": "triton"}, ()) == "no triton"
     assert selection.lacking({"backend": "torch", "dtype": "cuda"}, ("monkeypatch",)) is None
+
+
+def test_what_is_installed_for_it_needs_neither_nvcc_nor_a_trainer():
+    makefile, project = (ROOT / "Makefile").read_text(), (ROOT / "pyproject.toml").read_text()
+    assert makefile.split("$(VENV)/.gpu: ", 1)[1].splitlines()[1] == "\t$(EDITABLE) '.[gpu-test]'"
+    extra = re.search(r"^gpu-test = \[\n(.*?)^\]", project, re.MULTILINE | re.DOTALL)[1]
+    named = set(re.findall(r'"([\w-]+)', extra))
+    assert {"pytest", "pytest-xdist", "hypothesis", "tqdm"} <= named
+    assert not named & set(FOREIGN)
+    for target in ("test-gpu", "first-light"):
+        assert re.search(rf"^{target}: \$\(VENV\)/\.gpu \$\(VENV\)/\.extension ", makefile, re.MULTILINE), target
 
 
 def test_no_package_of_the_demo_is_needed_and_a_part_is_a_part():
