@@ -13,6 +13,11 @@ TRITON ?= triton==3.7.1
 PYTEST_ARGS ?= -n 2
 ARGS ?=
 
+# What needs a GPU. Nothing else is collected, because other tests want packages that a GPU machine need not have.
+GPU_TESTS := tests/kernels/test_gpu.py tests/gpu
+PART ?= 1/1
+GPU_ARGS ?=
+
 VENV := .venv
 COPY := build/sanitized
 PY := $(VENV)/bin/python
@@ -24,7 +29,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test test-gpu mutants kernels-check sanitize bench bench-quick report docs demo lint format clean
+.PHONY: help venv test test-gpu first-light mutants kernels-check sanitize bench bench-quick report docs demo lint format clean
 
 help: ## show this list
 	@echo 'usage: make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]'
@@ -34,10 +39,14 @@ help: ## show this list
 test: $(VENV)/.test $(VENV)/.extension ## run every test; PYTEST_ARGS='-n 2' is what pytest is given, e.g. PYTEST_ARGS='tests/losses/test_losses.py -x'
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest --durations=10 $(PYTEST_ARGS)
 
-test-gpu: $(VENV)/.test $(VENV)/.extension ## the gpu-marked tests; fails where there is no GPU, so that it is never green by skipping
+test-gpu: $(VENV)/.gpu $(VENV)/.extension ## the gpu-marked tests, in parallel; PART=1/3 runs a third; fails where there is no GPU, so that it is never green by skipping
 	@$(PY) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
 	    { echo 'make: torch finds no CUDA device; test-gpu proves nothing here' >&2; exit 1; }
-	$(PY) -m pytest -m gpu
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m gpu -W default --part $(PART) --durations=10 \
+	    -n "$$($(PY) -m tests.gpu.selection)" --dist loadgroup $(GPU_TESTS) $(GPU_ARGS)
+
+first-light: $(VENV)/.gpu $(VENV)/.extension ## ten minutes on a GPU: prove the most, resume, and write a report for an issue; ARGS='--minutes 30'
+	$(PY) -m tests.first_light $(ARGS)
 
 mutants: $(VENV)/.test $(VENV)/.extension ## plant edits in copies of the source: a test must notice each; ARGS='--only losses', ARGS=--list
 	$(PY) -m tests.mutants $(ARGS)
@@ -119,6 +128,12 @@ $(VENV)/.test: $(VENV)/.base pyproject.toml
 	$(EDITABLE) '.[test,demo,trl]'
 	@$(PY) -c 'import triton' 2>/dev/null || (set -x; $(PIP) install --quiet '$(TRITON)') || \
 	    echo 'make: no triton for this platform; the tests of the Triton kernels will be skipped' >&2
+	@touch $@
+
+# No package of the demo or of a trainer: a test that wants one is skipped with the reason.
+$(VENV)/.gpu: $(VENV)/.base pyproject.toml
+	$(EDITABLE) '.[gpu-test]'
+	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) install --quiet '$(TRITON)' || echo 'make: no triton for this platform' >&2
 	@touch $@
 
 # What cannot be built is said, and the package works without it; DPO_KERNELS_BUILD=cpu or =cuda makes it an error.

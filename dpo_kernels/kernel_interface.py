@@ -6,6 +6,7 @@ loss in one launch.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -102,6 +103,7 @@ class RowKernels(ABC):
     name: str
     can_alias_weight_grad = False  # whether logits may lie in the buffer of the head's gradient until that is formed
     streams_logps = False  # whether ``stream_logps`` exists
+    launch_errors: tuple[type[Exception], ...] = ()  # raised where a compiler or a GPU cannot take a launch
 
     def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
         self.dtype = dtype  # dtype of the GEMM operands
@@ -230,6 +232,29 @@ class RowKernels(ABC):
     def stream_logps(self, x_CH: Tensor, head: Head, labels_C: Tensor, stats: Sequence[str]) -> RowState:
         """Return the state of at least one row after every column. No tile lies in memory (``streams_logps``)."""
         raise NotImplementedError(f"{self.name} has no kernel that keeps logits in registers")
+
+    # --- optional: more than one launch ---
+
+    def launches(
+        self, operation: str, x_CH: Tensor, stats: bool
+    ) -> Sequence[tuple[str, AbstractContextManager[object]]]:
+        """Return the launches that an operation chooses from. The self-check tries each.
+
+        Args:
+            operation: ``"recomputed_dlogits"`` or ``"stream_logps"``.
+            x_CH: hidden states, whose dtype and device decide.
+            stats: whether statistics are kept.
+
+        Returns:
+            The name of each launch, empty where there is one, and a context in which the operation takes it.
+
+        """
+        return (("", nullcontext()),)
+
+    @classmethod
+    def cannot_take(cls, error: Exception) -> bool:
+        """Whether an error says that a GPU or a compiler cannot take a launch, while others may run."""
+        return isinstance(error, cls.launch_errors)
 
     # --- optional: tokens to sequences ---
 

@@ -12,12 +12,14 @@ import torch
 from hypothesis import settings
 
 from tests import machine
+from tests.gpu import selection
 
 # Read when huggingface_hub is imported: a trainer would report its use, which a test is not, and wait for answers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Nothing is timed, and nothing kept in the folder of whoever runs the tests, unless a test says so.
 os.environ.setdefault("DPO_KERNELS_AUTOTUNE", "0")
+os.environ.setdefault("DPO_KERNELS_SELF_CHECK", "0")
 
 # Compilers of graphs compile in the process that asks; their worker processes would each import torch first.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -49,8 +51,22 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
     return report
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first, so that no worker is left with one at the end."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--part 2/3`` runs every third test, from the second on."""
+    parser.addoption("--part", default="1/1", metavar="K/N", help="run the K-th of N parts of what is collected")
+
+
+@pytest.hookimpl(trylast=True)  # after the marks have taken their choice
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """One part of the tests; of these the slow ones first, so that no worker is left with one at the end."""
+    try:
+        mine = selection.part_of(items, config.getoption("part"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    if len(mine) < len(items):
+        chosen = set(map(id, mine))
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
+        items[:] = mine
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
@@ -61,5 +77,11 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+    if not item.get_closest_marker("gpu"):
+        return
+    if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch finds none")
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    reason = selection.lacking(parameters, getattr(item, "fixturenames", ()))
+    if reason is not None:
+        pytest.skip(reason)

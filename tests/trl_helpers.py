@@ -96,6 +96,7 @@ def run(trainer_class, tmp_path, model="llama", steps=STEPS, adapter=None, wrap=
         "gradient_checkpointing": False,
         "lr_scheduler_type": "constant",
         "save_strategy": "no",
+        "use_cpu": True,
     }
     config = trl.DPOConfig(
         output_dir=str(tmp_path / trainer_class.__name__),
@@ -104,7 +105,6 @@ def run(trainer_class, tmp_path, model="llama", steps=STEPS, adapter=None, wrap=
         eval_strategy="steps",
         eval_steps=steps,
         report_to=[],
-        use_cpu=True,
         seed=1,
         disable_tqdm=True,
         **defaults | options,

@@ -1,16 +1,18 @@
-"""Which Triton is installed. It is found out without importing it."""
+"""Which Triton and which driver are installed. Triton is not imported to find out."""
 
 import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch.torch_version import TorchVersion
 
 # Older versions are refused. The kernels have been compiled ahead of time with this version and with later ones.
 OLDEST_TRITON = "3.6"
+DRIVER = Path("/proc/driver/nvidia/version")  # what NVIDIA's kernel module says of itself on Linux
 
 
 def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,3 +48,12 @@ def triton_version() -> str | None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
     return OLDEST_TRITON  # a local build has no distribution and is presumably recent
+
+
+@functools.cache
+def driver_version() -> str | None:
+    """Return what the GPU's driver says of its version, or None where it says nothing."""
+    try:
+        return DRIVER.read_text().splitlines()[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        return None

@@ -180,7 +180,8 @@ def packs_in_triton(hidden: Any, execution: Execution) -> bool:
     """
     if execution.backend not in (AUTO, "triton") or not isinstance(hidden, Tensor):
         return False
-    return refuse_triton_on(hidden.device, hidden.dtype, execution.backend != AUTO) is None
+    by_name, tracing = execution.backend != AUTO, checks.traced(hidden)
+    return refuse_triton_on(hidden.device, hidden.dtype, by_name, tracing=tracing) is None
 
 
 def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from dpo_kernels.kernels import extension, installed
+from dpo_kernels.kernels import extension, installed, verdicts
 from dpo_kernels.planning.chunks import oversized_buffers
 from dpo_kernels.planning.memory_budget import LEAST_TILE_BYTES, MIB, Budget
 from dpo_kernels.planning.schedules import extra_bytes, schedule_examples, tile_with_gradients
@@ -91,17 +91,20 @@ def _refuse_small_tile(workload: Workload, budget: Budget, scratch_bytes: int) -
 
 def refuse_triton(workload: Workload, by_name: bool) -> str | None:
     """The Triton backend needs CUDA tensors, or Triton's interpreter if it was asked for by name."""
-    return refuse_triton_on(workload.device, workload.dtype, by_name)
+    return refuse_triton_on(workload.device, workload.dtype, by_name, tracing=workload.tracing)
 
 
-def refuse_triton_on(device: torch.device, dtype: torch.dtype, by_name: bool) -> str | None:
-    """The same before there is a workload. ``dtype`` is that of the GEMM operands, or of the hidden states."""
+def refuse_triton_on(device: torch.device, dtype: torch.dtype, by_name: bool, *, tracing: bool) -> str | None:
+    """The same before there is a workload. ``dtype`` is that of the GEMM operands, or of the hidden states.
+
+    On a GPU the first call runs the self-check.
+    """
     if dtype == torch.float64:
         return "float64 is not for Triton kernels"
     if reason := installed.why_no_triton():
         return reason
     if device.type == "cuda":
-        return None
+        return verdicts.why_not("triton", device, dtype, by_name, tracing)
     if os.environ.get("TRITON_INTERPRET") != "1":
         return f"hidden is on {device.type}: the kernels need CUDA, or TRITON_INTERPRET=1 to step through them"
     return None if by_name else "its interpreter is for stepping through the kernels: ask for it by name"
@@ -113,7 +116,10 @@ def refuse_extension(device_type: str) -> Callable[[Workload, bool], str | None]
     def refuse(workload: Workload, by_name: bool) -> str | None:
         if workload.device.type != device_type:
             return f"hidden is on {workload.device.type}, these kernels are for {device_type}"
-        return extension.why_not(device_type) or extension.why_not_on(workload.device)
+        reason = extension.why_not(device_type) or extension.why_not_on(workload.device)
+        if reason is None and device_type == "cuda":
+            reason = verdicts.why_not("cuda", workload.device, workload.dtype, by_name, workload.tracing)
+        return reason
 
     return refuse
 

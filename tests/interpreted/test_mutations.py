@@ -131,7 +131,7 @@ MUTATIONS = {
 }
 
 
-def _mutated(tmp_path: Path, name: str, old: str, new: str):
+def mutated(tmp_path: Path, name: str, old: str, new: str):
     source = Path(MODULES[name].__file__).read_text()
     assert old in source, f"{name} has no {old!r} to mutate"
     path = tmp_path / f"mutated_{name}.py"
@@ -234,7 +234,7 @@ def test_the_kernels_as_they_are_pass():
 def test_mutation_is_caught(tmp_path, monkeypatch, mutation):
     name, old, new = MUTATIONS[mutation]
     monkeypatch.setattr(launch_matmul, "num_vocab_splits", lambda *_: 2)
-    monkeypatch.setattr(LAUNCHED_BY[name], name, _mutated(tmp_path, name, old, new))
+    monkeypatch.setattr(LAUNCHED_BY[name], name, mutated(tmp_path, name, old, new))
     assert _caught(name), mutation
 
 
@@ -315,7 +315,7 @@ def test_row_offsets_in_int32_are_caught(tmp_path, monkeypatch, offset):
     expected = launch(torch.clone)
     with sanitize(races=False):  # the record of what was read would be as long as the addresses are apart
         torch.testing.assert_close(launch(_far), expected, rtol=0, atol=0)
-    monkeypatch.setattr(LAUNCHED_BY[name], name, _mutated(tmp_path, name, old, old.replace(".to(tl.int64)", "")))
+    monkeypatch.setattr(LAUNCHED_BY[name], name, mutated(tmp_path, name, old, old.replace(".to(tl.int64)", "")))
     torch.testing.assert_close(launch(torch.clone), expected, rtol=0, atol=0)
     with sanitize(races=False), pytest.raises(IntegerOverflow):
         launch(_far)

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from dpo_kernels import losses
+from dpo_kernels.kernels import kept_files
 from dpo_kernels.kernels.triton import (
     autotune,
     backend,
@@ -224,8 +225,8 @@ def test_a_user_without_a_home_keeps_its_timings_in_the_temporary_folder(monkeyp
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(autotune.Path, "home", homeless)
-    monkeypatch.setattr(autotune.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(kept_files.Path, "home", homeless)
+    monkeypatch.setattr(kept_files.tempfile, "tempdir", str(tmp_path))
     assert autotune.path_of("a GPU").parent == tmp_path / ".cache" / "dpo_kernels"
 
 
@@ -267,6 +268,24 @@ def kind_of(monkeypatch, kernel="linear_logps", rows=100, vocab=500, width=24, d
     return launch_matmul.choose_launch(
         kernel, torch.empty(rows, width, dtype=dtype), head.weight, head, stats, lambda launch: None
     )
+
+
+def test_a_pinned_launch_is_taken_and_nothing_timed(clock, monkeypatch):
+    """The self-check tries each launch of a family in turn."""
+    x = torch.empty(100, 24, dtype=torch.bfloat16)
+    head = Head(torch.empty(500, 24, dtype=torch.bfloat16))
+    monkeypatch.setattr(launch_matmul, "launch_family", lambda *_: FAMILY)
+
+    def chosen():
+        return launch_matmul.choose_launch("linear_logps", x, head.weight, head, False, lambda launch: launch)
+
+    with launch_matmul.pinned(MIDDLE):
+        assert chosen() == MIDDLE
+        with launch_matmul.pinned(SLOW):
+            assert chosen() == SLOW
+        assert chosen() == MIDDLE
+    assert not clock.seen
+    assert chosen() == FAST
 
 
 CHANGES = {

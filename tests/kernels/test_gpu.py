@@ -1,4 +1,7 @@
-"""The same equivalence on real hardware, and what only hardware shows. `make test-gpu` fails where there is no GPU."""
+"""The same equivalence on real hardware, and what only hardware shows. `make test-gpu` fails where there is no GPU.
+
+``tests/gpu/`` has whole steps. The tests that need 40 GiB are a group of their own, which one worker runs.
+"""
 
 import warnings
 from contextlib import contextmanager
@@ -8,12 +11,13 @@ import torch
 
 import dpo_kernels as dk
 from dpo_kernels.kernels import extension
-from dpo_kernels.planning import tables
+from dpo_kernels.planning import schedules, tables
 from tests import cases
 from tests.cases import LAYOUTS, RICH, STRATEGIES, VOCAB, Case, broken_by, broken_over_forms, broken_rules, run
 from tests.cuda_tools import equivalence
 from tests.cuda_tools.operators import Operators, by_copies
 from tests.family import LOSSES
+from tests.gpu import selection
 
 pytestmark = pytest.mark.gpu
 
@@ -141,7 +145,7 @@ def test_losses_and_upstreams(upstream, loss, strategy, backend):
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "rich"])
 def test_every_launch_of_the_families(monkeypatch, extras, number, dtype):
-    """By descriptors too, and with fewer columns for statistics."""
+    """By descriptors too, and with fewer columns for statistics. Ours recompute, whatever is predicted to be faster."""
     from dpo_kernels.kernels.triton import configs, launch_matmul
 
     def one(kernel, x, stats):
@@ -149,6 +153,7 @@ def test_every_launch_of_the_families(monkeypatch, extras, number, dtype):
         return (family[number % len(family)],)
 
     monkeypatch.setattr(launch_matmul, "launch_family", one)
+    monkeypatch.setattr(schedules, "gpu_at", lambda device: None)
     case = Case(dtype, bias=extras, weights=extras, options=RICH if extras else {})
     assert not broken_rules(case, "streaming", "triton", device="cuda")
 
@@ -196,6 +201,7 @@ def test_a_bad_label_is_nan_not_a_device_assert(backend):
     assert torch.ones(1, device="cuda").item() == 1
 
 
+@pytest.mark.xdist_group(selection.LARGE)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_than_two_to_the_31_elements(backend):
     """2.2e9 logits in one tile."""
@@ -212,6 +218,7 @@ def test_more_than_two_to_the_31_elements(backend):
     assert whole.chosen_logps.item() < -rows / 2 * 10  # about log V a token
 
 
+@pytest.mark.xdist_group(selection.LARGE)
 @pytest.mark.parametrize("strategy", ["streaming", "recompute"])
 def test_a_head_beyond_two_to_the_31_elements(strategy):
     """The kernels that multiply by themselves, against torch; labels are in the last columns."""
@@ -228,6 +235,7 @@ def test_a_head_beyond_two_to_the_31_elements(strategy):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.xdist_group(selection.LARGE)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hidden_states_beyond_two_to_the_31_elements(backend):
     """Rows there are read, and their gradients written, where they belong."""

@@ -17,16 +17,12 @@ timed while a CUDA graph is captured.
 """
 
 import hashlib
-import json
 import os
-import re
 import statistics
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -34,9 +30,11 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from dpo_kernels.kernels.kept_files import FOLDER, add_entry, entries_of
+from dpo_kernels.kernels.kept_files import path_of as kept_path_of
 from dpo_kernels.kernels.triton.configs import MatrixLaunch
 
-MODE, FOLDER = "DPO_KERNELS_AUTOTUNE", "DPO_KERNELS_CACHE_DIR"
+MODE = "DPO_KERNELS_AUTOTUNE"
 MODES = ("1", "0", "cached")
 ROUNDS = 7  # each round times every launch once; the medians are compared
 CANNOT_RUN = (CompilationError, OutOfResources, PTXASError)  # raised where this GPU or compiler cannot take a launch
@@ -81,18 +79,10 @@ def device_name(like: Tensor) -> str:
 
 def path_of(gpu: str) -> Path:
     """The file with the results for a GPU; each version of the kernels and of their compiler has its own."""
-    root = os.environ.get(FOLDER) or Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "dpo_kernels"
     text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
     versions = f"{triton.__version__} {torch.version.cuda} {torch.version.hip}"
     digest = hashlib.sha256((text + versions).encode()).hexdigest()[:12]
-    return Path(root) / f"autotune-{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}-{digest}.json"
-
-
-def _home() -> Path:
-    try:
-        return Path.home()
-    except RuntimeError:  # a container may have no HOME and no entry for this user
-        return Path(tempfile.gettempdir())
+    return kept_path_of("autotune", gpu, digest)
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
@@ -118,10 +108,15 @@ def _runs(launch: MatrixLaunch, run: Trial) -> bool:
     try:
         run(launch)
     except (*CANNOT_RUN, RuntimeError) as error:
-        if isinstance(error, CANNOT_RUN) or PASS_FAILED in str(error):
+        if cannot_run(error):
             return False
         raise
     return True
+
+
+def cannot_run(error: Exception) -> bool:
+    """Whether an error of a launch says that this GPU or compiler cannot take it."""
+    return isinstance(error, CANNOT_RUN) or PASS_FAILED in str(error)
 
 
 def milliseconds(call: Callable[[], object], like: Tensor) -> float:
@@ -139,18 +134,9 @@ def milliseconds(call: Callable[[], object], like: Tensor) -> float:
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The entries of a file; none if it cannot be read, which costs one more timing."""
-    try:
-        entries = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return entries if isinstance(entries, dict) else {}
-
-
 def _remembered(gpu: str, kind: str, family: Sequence[MatrixLaunch]) -> MatrixLaunch | None:
     """The choice on disk, if it is a launch of the family."""
-    entry = _read(path_of(gpu)).get(kind)
+    entry = entries_of(path_of(gpu)).get(kind)
     kept = entry.get("launch") if isinstance(entry, dict) else None
     return next((launch for launch in family if asdict(launch) == kept), None)
 
@@ -165,10 +151,7 @@ def _remember(
         return first
     entry = {"launch": asdict(fastest), "milliseconds": {str(launch): round(ms, 4) for launch, ms in times.items()}}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.stem, delete=False) as file:
-            json.dump(_read(path) | {kind: entry}, file, indent=1)
-        Path(file.name).replace(path)  # atomic, so that no reader sees half a file
+        add_entry(path, kind, entry)
     except OSError as error:
         warnings.warn(
             f"what was timed cannot be kept in {path.parent} ({error}) and will be timed in each process; "

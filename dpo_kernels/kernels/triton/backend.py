@@ -1,13 +1,14 @@
 """The Triton backend: row kernels, the sequence loss and the streaming pass; plain GEMMs stay torch's."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowScale, RowState
 from dpo_kernels.kernels.torch_kernels import TorchKernels
-from dpo_kernels.kernels.triton import launch_hidden, launch_matmul, launch_rows
+from dpo_kernels.kernels.triton import autotune, launch_hidden, launch_matmul, launch_rows
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head
 
@@ -17,6 +18,7 @@ class TritonKernels(TorchKernels):
 
     name = "triton"
     streams_logps = True
+    launch_errors = autotune.CANNOT_RUN
 
     def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
         super().__init__(dtype, workspace_bytes)
@@ -143,6 +145,19 @@ class TritonKernels(TorchKernels):
     def to_input_rows(dx: Tensor, slot: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
         """See ``RowKernels``; one kernel gathers, multiplies and rounds."""
         return launch_hidden.to_input_rows(dx, slot, factor, dtype)
+
+    def launches(
+        self, operation: str, x_CH: Tensor, stats: bool
+    ) -> Sequence[tuple[str, AbstractContextManager[object]]]:
+        """See ``RowKernels``; the matmul kernels have families of launches."""
+        kernel = {"recomputed_dlogits": "linear_dlogits", "stream_logps": "linear_logps"}[operation]
+        family = launch_matmul.launch_family(kernel, x_CH, stats)
+        return [(f"{kernel} {launch}", launch_matmul.pinned(launch)) for launch in family]
+
+    @classmethod
+    def cannot_take(cls, error: Exception) -> bool:
+        """See ``RowKernels``."""
+        return autotune.cannot_run(error)
 
     def _scaled_before_rounding(
         self, scale_C: Tensor | None, like_C: Tensor

@@ -1,0 +1,33 @@
+"""The cases that first light compares with the oracle launch every Triton kernel."""
+
+import pytest
+import torch
+
+import dpo_kernels as dk
+from tests.cases import RICH
+from tests.first_light import widths
+
+
+def test_its_cases_launch_every_kernel(monkeypatch):
+    launched = set()
+
+    def launch(kernel, *arguments, **options):
+        launched.add(kernel.__name__)
+
+    monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.run", launch)
+    for case in widths.SMALL.values():
+        inputs = widths.inputs_of(case, "cpu")
+        options = {"strategy": case.strategy, "backend": "triton", "reference_free": True}
+        out = dk.fused_dpo_loss(**inputs, **options, **(RICH if case.rich else {}))
+        out.loss.backward()
+    assert launched == set(widths.TRITON_KERNELS)
+
+
+@pytest.mark.parametrize("name", ["8B head, frozen", "narrow head, logits recomputed in a kernel"])
+def test_a_case_is_judged(monkeypatch, name):
+    (found, last) = widths.judged("cpu", "triton", {name: widths.SMALL[name]})
+    assert found == {"case": name, "broken": []}
+    assert set(last) == {"launched"}
+    monkeypatch.setattr(torch.Tensor, "expm1", torch.Tensor.exp)  # in the log-prob of a row
+    (found, _) = widths.judged("cpu", "triton", {name: widths.SMALL[name]})
+    assert found["broken"]

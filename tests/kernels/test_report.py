@@ -1,0 +1,86 @@
+"""``python -m dpo_kernels``: the report runs as it is, names what is wrong, and ends in an error then."""
+
+import runpy
+import sys
+
+import pytest
+import torch
+
+from dpo_kernels import __main__ as report
+from dpo_kernels import __version__
+from dpo_kernels.kernels import verdicts
+from dpo_kernels.planning import tables
+from tests.kernels.test_self_check import DoesNotRun, WrongScale
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """A step that takes a millisecond."""
+    for name, value in {"PAIRS": 1, "LENGTH": 3, "WIDTH": 8, "VOCAB": 32}.items():
+        monkeypatch.setattr(report, name, value)
+    monkeypatch.setattr(report, "DTYPES", (torch.float32, torch.bfloat16))
+
+
+def lines(capsys, *arguments):
+    status = report.main(["--device", "cpu", *arguments])
+    return status, capsys.readouterr().out.splitlines()
+
+
+def test_it_says_versions_devices_backends_verdicts_and_timings(capsys, monkeypatch):
+    monkeypatch.setenv("DPO_KERNELS_AUTOTUNE", "cached")
+    status, found = lines(capsys)
+    assert status == 0
+    text = "\n".join(found)
+    for words in (
+        f"dpo_kernels {__version__} in ",
+        f"torch {torch.__version__}, ",
+        "CPU: ",
+        "driver: ",
+        "extension: ",
+        "DPO_KERNELS_AUTOTUNE=cached",
+        "cuda: cannot run: hidden is on cpu, these kernels are for cuda (float32, bfloat16)",
+        "torch: can run (float32, bfloat16)",
+        f"torch, bfloat16: {verdicts.HEALTHY} (",
+    ):
+        assert words in text
+    assert all(any(line.startswith(f"  {name}: ") for line in found) for name in tables.BACKENDS)
+    timings = next(line for line in reversed(found) if line.startswith("  torch: "))
+    assert len(timings.split(", ")) == report.TIMINGS
+    assert timings.endswith(" ms")
+
+
+@pytest.mark.parametrize("fault", [WrongScale, DoesNotRun], ids=lambda fault: fault.__name__)
+def test_a_backend_that_fails_is_a_line_and_an_error(capsys, monkeypatch, fault):
+    monkeypatch.setitem(tables.BACKENDS, "torch", tables.Backend(lambda workload, by_name: None, lambda: fault))
+    status, found = lines(capsys)
+    assert status == 1
+    assert sum("  torch, float32: its self-check" in line for line in found) == 1
+    if fault is WrongScale:
+        assert any(line.startswith("    dlogits_ [") for line in found)
+    else:
+        assert found[-1].startswith("  torch: failed: RuntimeError: PTX was compiled")
+
+
+def test_a_backend_whose_verdict_refuses_it_is_checked_and_shown(capsys, monkeypatch):
+    refuse = lambda workload, by_name: "its self-check failed: once"  # noqa: E731
+    monkeypatch.setitem(tables.BACKENDS, "torch", tables.Backend(refuse, lambda: WrongScale))
+    status, found = lines(capsys)
+    assert status == 1
+    assert any("torch: cannot run: its self-check failed: once" in line for line in found)
+    assert any(line.startswith("    dlogits_ [") for line in found)
+
+
+def test_a_gpu_that_is_not_there_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        report.main(["--device", "cuda"])
+    assert ended.value.code == 2
+    assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+def test_it_is_what_the_module_runs(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dpo_kernels", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(report.__file__, run_name="__main__")
+    assert ended.value.code == 0
+    assert "python -m dpo_kernels" in capsys.readouterr().out
