@@ -34,6 +34,7 @@ def log_probs() -> Iterator[Compared]:
     """Rows of several blocks: random ones, and labels whose other tokens weigh from 1e-3 to 1e-25."""
     g = torch.Generator().manual_seed(0)
     z, labels = torch.randn(8, 4200, generator=g), torch.tensor([4199, 0, 7, 4100, 0, 1, 2, 3])
+    z[0] -= 20.0  # no logit is above 0
     for row, ahead in zip((4, 5, 6, 7), (16.0, 26.0, 45.0, 66.0), strict=True):
         z[row, labels[row]] = ahead
     outs = []
@@ -65,6 +66,9 @@ def losses_and_factors() -> Iterator[Compared]:
         state.target = state.max - state.target
         logp, ref = -torch.rand(tokens, generator=g), -torch.rand(6, generator=g).double() * 50
         invalid = torch.zeros((), dtype=torch.float64)
+        found = [kind(torch.float32, 2**20).sequence_loss(logp, weights, counts, ref, invalid, loss) for kind in KINDS]
+        for name, expected, got in zip(("log-probs", "losses", "derivative"), *found, strict=True):
+            yield f"{name} without factors", expected, got, FLOAT64
         for weight in (weights, weights.double(), None if spare <= 0 else weights):
             for scale in (1.0, 3.0):
                 given = RowScale(state, segments + 4, 4, 0.7, torch.tensor(3.0, dtype=torch.float64), scale)
