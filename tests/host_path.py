@@ -4,6 +4,7 @@ No GPU is needed. Tensors lie on the CPU and say ``is_cuda``, and the Triton bac
 matrix products are stubs. ``python -m tests.host_path`` prints a table.
 """
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -164,6 +165,25 @@ def seconds_to_first_gemm(step: Callable[[], None], scored: int, tries: int = 10
     return min(found)
 
 
+def python_calls_to_first_gemm(step: Callable[[], None], scored: int) -> int:
+    """Return how many functions Python calls in between, its own and built-in ones. It is the same on every machine."""
+    calls = 0
+
+    def called(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call") and bool(stubs.synced) and not stubs.first_gemm
+
+    with on_a_gpu_of_stubs(scored) as stubs:
+        step()  # what is loaded once
+        stubs.synced = 0.0
+        sys.setprofile(called)
+        try:
+            step()
+        finally:
+            sys.setprofile(None)
+    return calls
+
+
 def main() -> None:
     """Print the launches of one chunk and of more, and the time to the first product."""
     for chunks in (1, 2, 4):
@@ -171,7 +191,10 @@ def main() -> None:
         print(f"{chunks} chunks: {found.total} launches, {found.gemms} of them GEMMs")
         print(f"  torch {dict(found.torch)}\n  ours {dict(found.ours)}")
     for pairs in (8, 256):
-        print(f"{pairs} pairs: {seconds_to_first_gemm(step_of(pairs), 4) / MICROSECOND:.0f} us from sync to first GEMM")
+        step = step_of(pairs)
+        microseconds = seconds_to_first_gemm(step, 4) / MICROSECOND
+        calls = python_calls_to_first_gemm(step, 4)
+        print(f"{pairs} pairs: {microseconds:.0f} us and {calls} calls of Python from the sync to the first GEMM")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import dpo_kernels as dk
 from dpo_kernels.device_specs import ChunkCosts
 from dpo_kernels.kernels.triton import (
     autotune,
+    hidden_kernels,
     launch_matmul,
     launch_rows,
     matmul_kernels,
@@ -122,7 +123,7 @@ def test_every_kernel_is_launched(rows, launches):
     assert len(rows) < 60, "a cover, not the product"
 
 
-MODULES = (row_kernels, sequence_loss, matmul_kernels, pack_kernels)
+MODULES = (hidden_kernels, matmul_kernels, pack_kernels, row_kernels, sequence_loss)
 
 
 def _is_kernel(value, module):

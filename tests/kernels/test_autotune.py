@@ -14,14 +14,19 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from dpo_kernels import losses
+from dpo_kernels.kernel_interface import LogitsGradient
 from dpo_kernels.kernels import kept_files
 from dpo_kernels.kernels.triton import (
     autotune,
     backend,
     configs,
+    hidden_kernels,
+    launch_hidden,
     launch_matmul,
+    launch_pack,
     launch_rows,
     matmul_kernels,
+    pack_kernels,
     row_kernels,
     sequence_loss,
 )
@@ -333,12 +338,14 @@ def launched(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: seen.setdefault(self.name, guarding[-1] if guarding else None)
 
-    for module in (launch_rows, launch_matmul):
+    for module in (launch_rows, launch_matmul, launch_pack, launch_hidden):
         monkeypatch.setattr(module, "on_device", on)
     for module, names in (
         (row_kernels, ("apply_bias_scale_cap", "reduce_rows", "dlogits_rows", "softmax_grad_rows")),
         (sequence_loss, ("sigmoid_sequence_loss",)),
         (matmul_kernels, ("linear_logps", "linear_dlogits")),
+        (pack_kernels, ("count_scored", "write_packed")),
+        (hidden_kernels, ("add_label_rows", "to_input_rows")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Kernel(name))
@@ -356,9 +363,18 @@ def test_every_launch_is_guarded(launched):
     kernels.dlogits_(tile, labels, 0, state.max, state.sumexp, head, None)
     kernels.reduce_and_dlogits(state, tile, labels, head)
     kernels.recomputed_dlogits(x, head, 0, tile, labels, state.max, state.sumexp, None)
+    kernels.reduce_to_logps(tile, labels, torch.zeros(4), keep_logits=True)
+    kernels.add_rounding_residual(LogitsGradient(tile, None, labels, state.max), head, torch.zeros(4, 8))
+    kernels.to_input_rows(torch.zeros(5, 8), labels, zero, torch.bfloat16)
+    given = launch_pack.Labels(labels, None, 2, 2, 64, -100, False, False)
+    launch_pack.write(given, launch_pack.count(given), None, 4, static=False)
     kernels.sequence_loss(state.max, None, counts, zero.expand(2), zero, losses.bind("sigmoid", 0.1, 0.0, {}))
     kernels.stream_logps(x, head, labels, ())
     names = {
+        "add_label_rows",
+        "count_scored",
+        "to_input_rows",
+        "write_packed",
         "apply_bias_scale_cap",
         "reduce_rows",
         "dlogits_rows",

@@ -247,8 +247,8 @@ _PLAN = [
 _STRATEGIES = [
     Mutant(
         "dpo_kernels/strategies/chunked.py",
-        "accumulate=buffers.written)",
-        "accumulate=False)",
+        "buffers.dw, buffers.db, buffers.written, last)",
+        "buffers.dw, buffers.db, False, last)",
         "tests/api/test_edges.py::test_chunk_after_chunk_is_one_batch",
         "each chunk overwrites the head's gradient of those before",
     ),

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from dpo_kernels.kernels.triton import matmul_kernels, pack_kernels, row_kernels, sequence_loss
+from dpo_kernels.kernels.triton import hidden_kernels, matmul_kernels, pack_kernels, row_kernels, sequence_loss
 from dpo_kernels.kernels.triton.configs import (
+    HIDDEN_BLOCK,
+    HIDDEN_WARPS,
     PACK_BLOCK,
     PACK_WARPS,
     ROW_BLOCK,
@@ -82,20 +84,25 @@ def _bias_scale_cap(cols: int, dtype: torch.dtype, softcap: bool) -> Configurati
     )
 
 
-def _reduce(cols: int, stats: bool) -> Configuration:
+def _reduce(cols: int, stats: bool, fresh: bool = False) -> Configuration:
     state = ("max_ptr", "others_ptr", "target_ptr", "entropy_ptr", "logit_sum_ptr", "square_sum_ptr")
     arguments: dict[str, Any] = {
         "tile_ptr": torch.float32,
         "labels_ptr": torch.int64,
         **dict.fromkeys(state, torch.float32),
         "argmax_ptr": torch.int64,
+        "logp_ptr": torch.float32,
+        "FRESH": fresh,
         "cols": cols,
         "row_stride": padded(cols, GPU_ROW_ALIGNMENT),
         "start": 0,
         **dict.fromkeys(("HAS_ENTROPY", "HAS_LOGIT_SUM", "HAS_ARGMAX", "HAS_SQUARE_SUM"), stats),
     }
     return Configuration(
-        f"reduce_rows V={cols}{' stats' if stats else ''}", row_kernels.reduce_rows, {**arguments, **PADDED_ROWS}, ROWS
+        f"reduce_rows V={cols}{' stats' if stats else ''}{' fresh' if fresh else ''}",
+        row_kernels.reduce_rows,
+        {**arguments, **PADDED_ROWS},
+        ROWS,
     )
 
 
@@ -143,6 +150,7 @@ def _of_row_kernels() -> Iterator[Configuration]:
     for cols in (128256, 50257):
         yield _reduce(cols, stats=False)
         yield _reduce(cols, stats=True)
+        yield _reduce(cols, stats=False, fresh=True)
         yield _softmax_grad(cols)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield _dlogits(128256, dtype, softcap=False)
@@ -153,17 +161,25 @@ def _of_row_kernels() -> Iterator[Configuration]:
 # --- the sequence loss --------------------------------------------------------------------------------------
 
 
-def _sequence_loss(weights: torch.dtype | None) -> Configuration:
-    float64 = ("ref_ptr", "nan_if_invalid_ptr", "sums_ptr", "losses_ptr", "grad_ptr", "numbers_ptr")
+def _sequence_loss(weights: torch.dtype | None, scale: bool) -> Configuration:
+    """With factors of rows, both are written to one argument: what it is depends on which is wanted."""
+    float64 = ("ref_ptr", "nan_if_invalid_ptr", "sums_ptr", "losses_ptr", "divisor_ptr")
+    last = torch.float32 if scale else torch.float64
     arguments: dict[str, Any] = {
         "logp_ptr": torch.float32,
         "weights_ptr": torch.float32 if weights is None else weights,
-        "offsets_ptr": torch.int64,
+        "counts_ptr": torch.int64,
         **dict.fromkeys(float64, torch.float64),
+        **dict.fromkeys(("max_ptr", "others_ptr", "target_ptr"), torch.float32),
+        **dict.fromkeys(("grad_ptr", "scale_ptr"), last),
+        "length": 8192,
+        "sequences": 64,
+        **dict.fromkeys(("beta", "smoothing", "grad_scale", "logit_scale"), 0.1),
+        "HAS_SCALE": scale,
         "HAS_WEIGHTS": weights is not None,
         "BLOCK": SUM_BLOCK,
     }
-    kind = "" if weights is None else f" weights {_plain(weights)}"
+    kind = f"{'' if weights is None else f' weights {_plain(weights)}'}{' factors' if scale else ''}"
     return Configuration(
         f"sigmoid_sequence_loss{kind}", sequence_loss.sigmoid_sequence_loss, arguments, {"num_warps": SUM_WARPS}
     )
@@ -204,11 +220,49 @@ def _packing(labels: torch.dtype, weights: torch.dtype | None, bounds: bool) -> 
             "weights_ptr": torch.int64 if weights is None else torch.float32,
             "nan_if_invalid_ptr": torch.float64,
             "capacity": 65536,
+            "FITS": weights is None,
             "HAS_TOKEN_WEIGHTS": weights is not None,
             "HAS_WEIGHTS": weights is not None,
         },
         options,
     )
+
+
+# --- rows of hidden states ------------------------------------------------------------------------------------
+
+
+def _of_hidden_kernels() -> Iterator[Configuration]:
+    width, options = 4096, {"num_warps": HIDDEN_WARPS}
+    sizes: dict[str, Any] = {"width": width, "BLOCK": HIDDEN_BLOCK}
+    yield Configuration(
+        "add_label_rows",
+        hidden_kernels.add_label_rows,
+        {
+            **sizes,
+            "out_ptr": torch.float32,
+            "weight_ptr": torch.bfloat16,
+            "labels_ptr": torch.int64,
+            "residual_ptr": torch.float32,
+            "vocab": 128256,
+            **dict.fromkeys(("out_stride", "weight_stride"), width),
+            "weight_col_stride": 1,
+        },
+        options,
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        yield Configuration(
+            f"to_input_rows {_plain(dtype)}",
+            hidden_kernels.to_input_rows,
+            {
+                **sizes,
+                "dx_ptr": torch.float32,
+                "slot_ptr": torch.int64,
+                "factor_ptr": torch.float64,
+                "out_ptr": dtype,
+                "dx_stride": width,
+            },
+            options,
+        )
 
 
 # --- matmul kernels -----------------------------------------------------------------------------------------
@@ -308,7 +362,9 @@ def _of_matmul_kernels() -> Iterator[Configuration]:
 
 CONFIGURATIONS = [
     *_of_row_kernels(),
-    *(_sequence_loss(weights) for weights in (None, torch.float32, torch.float64)),
+    *(_sequence_loss(weights, scale=False) for weights in (None, torch.float32, torch.float64)),
+    *(_sequence_loss(weights, scale=True) for weights in (None, torch.float32, torch.float64)),
+    *_of_hidden_kernels(),
     *_packing(torch.int64, None, bounds=False),
     *_packing(torch.int32, torch.bfloat16, bounds=True),
     *_of_matmul_kernels(),

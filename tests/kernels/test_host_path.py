@@ -1,0 +1,93 @@
+"""What the host does of a call on a GPU stays within its budgets: launches, Python on the way to the first product."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from tests import host_path
+from tests.host_path import Launches, cost, on_a_gpu_of_stubs, step_of
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+# Forward and backward, packing and the three matrix products included.
+ONE_CHUNK, FURTHER_CHUNK = 30, 8
+# Calls of Python between the one sync and the first product. Such a call takes about a quarter of a microsecond.
+PYTHON_CALLS = 290
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 6])
+def test_launches(chunks):
+    found = cost(step_of(6, 64, chunks), 64)
+    assert found.gemms == 3 * chunks
+    assert found.ours == {
+        "count_scored": 1,
+        "write_packed": 1,
+        "reduce_rows": chunks,
+        "sigmoid_sequence_loss": chunks,
+        "dlogits_rows": chunks,
+        "add_label_rows": chunks,
+        "to_input_rows": 1,
+    }
+    assert found.total <= ONE_CHUNK + FURTHER_CHUNK * (chunks - 1), found
+
+
+def test_the_way_to_the_first_product_does_not_grow_with_the_pairs():
+    few, many = (host_path.python_calls_to_first_gemm(step_of(pairs), 4) for pairs in (8, 256))
+    assert 0 < few <= PYTHON_CALLS
+    assert abs(many - few) <= 4
+
+
+def test_nothing_is_launched_between_the_sync_and_the_gather():
+    """The host has copied the counts when everything is packed, so that the GPU has nothing to do but wait for it."""
+    step, seen = step_of(8), []
+    with on_a_gpu_of_stubs(4) as stubs:
+        kernel, sync = stubs.kernel, stubs.kernels
+        step()
+        stubs.kernels.clear()
+        stubs.kernel = lambda given, *rest, **options: (seen.append(given.__name__), kernel(given, *rest, **options))
+        step()
+    assert sync["write_packed"] == 1
+    assert seen[:2] == ["count_scored", "write_packed"]
+
+
+def test_no_file_is_opened_in_a_call_after_the_first():
+    step, opened = step_of(4), []
+    watching = False
+
+    def hook(event, arguments):
+        if watching and event == "open":
+            opened.append(arguments[0])
+
+    with on_a_gpu_of_stubs(4):
+        step()
+        sys.addaudithook(hook)  # it cannot be taken away again
+        watching = True
+        step()
+        watching = False
+        with open(__file__):
+            assert not opened
+        watching = True
+        with open(__file__):
+            pass
+        watching = False
+    assert opened == [__file__]
+
+
+def test_the_counter_counts():
+    x = torch.ones(3, 4)
+    with Launches() as seen:
+        (x.t().reshape(-1) + 1).sum()  # a copy, an addition and a sum
+        torch.empty(5).view(5, 1)[1:]
+        torch.zeros(0).clone()
+        torch.zeros(2)
+    assert seen.by_name == {"clone": 1, "add": 1, "sum": 1, "zeros": 1}
+
+
+def test_stubs_leave_nothing_behind():
+    with on_a_gpu_of_stubs(4):
+        assert torch.ones(1).is_cuda
+    assert not torch.ones(1).is_cuda
+    with pytest.raises(ValueError, match="backend='triton' cannot run this"):
+        step_of(2)()
