@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks import model
 from tests import host_path
 from tests.host_path import Launches, cost, on_a_gpu_of_stubs, step_of
 
@@ -31,6 +32,15 @@ def test_launches(chunks):
         "to_input_rows": 1,
     }
     assert found.total <= ONE_CHUNK + FURTHER_CHUNK * (chunks - 1), found
+
+
+@pytest.mark.parametrize("scores_reference", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_the_model_of_gpus_has_the_launches(trainable, scores_reference):
+    facts = {"trainable": trainable, "scores_reference": scores_reference}
+    for chunks in (1, 2, 4):
+        found = cost(step_of(8, 64, chunks, **facts), 64)
+        assert found.total == model.launches_of_ours(chunks, **facts), (chunks, found)
 
 
 def test_the_way_to_the_first_product_does_not_grow_with_the_pairs():
