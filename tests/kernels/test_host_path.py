@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import dpo_kernels as dk
 from benchmarks import model
 from tests import host_path
 from tests.host_path import Launches, cost, on_a_gpu_of_stubs, step_of
@@ -60,6 +61,18 @@ def test_nothing_is_launched_between_the_sync_and_the_gather():
         step()
     assert sync["write_packed"] == 1
     assert seen[:2] == ["count_scored", "write_packed"]
+
+
+def test_a_backend_by_name_packs_without_triton():
+    """It may have been asked for because Triton does not work on a machine."""
+    hidden, weight = torch.randn(4, 3, 8), torch.randn(20, 8)
+    labels = torch.zeros(4, 3, dtype=torch.int64)
+    with on_a_gpu_of_stubs(3) as stubs:
+        dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, backend="torch")
+        assert stubs.gemms == 1
+        assert not stubs.kernels
+        dk.fused_dpo_loss(hidden, weight, labels, reference_free=True)
+        assert stubs.kernels["write_packed"] == 1
 
 
 def test_no_file_is_opened_in_a_call_after_the_first():
