@@ -116,19 +116,24 @@ class _NoDevice:
         pass
 
 
-def step_of(pairs: int, length: int = 4, chunks: int = 1, vocab: int = 512, width: int = 64) -> Callable[[], None]:
-    """Return a forward and backward pass of DPO with a trainable bfloat16 head and a cached reference."""
+def step_of(
+    pairs: int, length: int = 4, chunks: int = 1, *, trainable: bool = True, scores_reference: bool = False
+) -> Callable[[], None]:
+    """Return a forward and backward pass of DPO in bfloat16, with a cached reference or one that is scored in it."""
+    vocab, width = 512, 64
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(2 * pairs, length, width, generator=g).bfloat16().requires_grad_()
-    weight = torch.randn(vocab, width, generator=g).bfloat16().requires_grad_()
+    weight = torch.randn(vocab, width, generator=g).bfloat16().requires_grad_(trainable)
     labels = torch.randint(0, vocab, (2 * pairs, length), generator=g)
-    ref_logps = torch.randn(2 * pairs, generator=g)
+    reference = {"ref_logps": torch.randn(2 * pairs, generator=g)}
+    if scores_reference:
+        reference = {"ref_hidden": hidden.detach().clone(), "ref_weight": weight.detach().clone()}
     tile_bytes = 2 * pairs * length // chunks * vocab * 6  # a quarter more is the workspace
-    options = {"ref_logps": ref_logps, "backend": "triton", "scratch_bytes": -(-tile_bytes * 4 // 3)}
+    options = {"strategy": "chunked", "backend": "triton", "scratch_bytes": -(-tile_bytes * 4 // 3)}
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        dk.fused_dpo_loss(hidden, weight, labels, **options).loss.backward()
+        dk.fused_dpo_loss(hidden, weight, labels, **reference, **options).loss.backward()
 
     return step
 

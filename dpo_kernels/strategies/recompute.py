@@ -21,9 +21,16 @@ def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[Ro
     head, packed, tile = problem.head, problem.packed, schedule.tile
     scratch = kernels.scratch(problem.hidden.device, tile.rows, tile.cols)
     rows = RowResults(kernels, problem, like=scratch)
+    # A reference, which gets no gradient, needs no sums of its rows.
+    only_logps = not any(problem.needs_grad) and problem.shard is None and not problem.stats
     for chunk in schedule.chunks:
         x_CH = packed.gather(problem.hidden, chunk.start, chunk.stop, kernels.dtype)
         labels_C = packed.labels[chunk.start : chunk.stop]
+        if only_logps and tile.cols >= head.vocab:
+            z = kernels.tile_in(scratch, labels_C.shape[0], head.vocab)
+            kernels.project(x_CH, head, 0, z)
+            kernels.reduce_to_logps(z, labels_C, rows.result.logp[chunk.start : chunk.stop], keep_logits=True)
+            continue
         state = kernels.new_state(labels_C.shape[0], x_CH.device, problem.stats)
         for left, right in spans(head.vocab, tile.cols):
             z = kernels.tile_in(scratch, labels_C.shape[0], right - left)

@@ -734,6 +734,21 @@ def test_the_model_orders_what_can_be_ordered(gpu):
     assert model.predict(slower, GPUS["A100"], "floor").seconds > model.predict(slower, gpu, "floor").seconds * 0.99
 
 
+def test_what_the_host_adds_is_in_the_model():
+    """The counted launches, at their usual cost, and the wait for the first GEMM; a short step notices most."""
+    case, gpu = CASES["gpu/llama3-8b/n8192/bf16/trainable"], GPUS["H200"]
+    shares = []
+    for tokens in (512, 2048, 8192):
+        work = model.ours_chunked(dataclasses.replace(case, tokens=tokens), gpu)
+        chunks = -(-tokens // model.chunk_rows(dataclasses.replace(case, tokens=tokens)))
+        assert work.launches == model.launches_of_ours(chunks, trainable=True, scores_reference=False)
+        assert work.steps["host"] == model.IDLE_SECONDS
+        assert 0 < work.steps["small kernels"] < work.launches * model.LAUNCH_SECONDS
+        assert sum(work.steps.values()) == pytest.approx(work.seconds)
+        shares.append((work.steps["host"] + work.steps["small kernels"]) / work.seconds)
+    assert shares == sorted(shares, reverse=True)
+
+
 def test_every_shortfall_names_what_causes_it():
     """The terms are the whole difference, so none is hidden in another; most bars are reached on an H200."""
     for gpu in GPUS.values():
@@ -758,7 +773,9 @@ def test_peers_are_predicted_at_their_best():
 def test_a_frozen_head_is_read_once_and_a_narrow_reference_not_at_all():
     gpu = GPUS["H200"]
     frozen = CASES["gpu/llama3-8b/n8192/bf16/frozen"]
-    assert set(model.ours_chunked(frozen, gpu).steps) == {"logits", "reduce and gradient", "dX", "pack rows"}
+    steps = {"logits", "reduce and gradient", "dX", "pack rows", "small kernels", "host"}
+    assert set(model.ours_chunked(frozen, gpu).steps) == steps
+    gpu = dataclasses.replace(gpu, streaming_measured=True)
     shared = dataclasses.replace(CASES["gpu-axes/own-reference"], hidden=1024)
     assert "reference rows" not in model.ours_chunked(shared, gpu).steps
     assert "reference rows" in model.ours_chunked(dataclasses.replace(shared, hidden=2048), gpu).steps

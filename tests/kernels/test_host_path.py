@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+import dpo_kernels as dk
+from benchmarks import model
 from tests import host_path
 from tests.host_path import Launches, cost, on_a_gpu_of_stubs, step_of
 
@@ -33,6 +35,15 @@ def test_launches(chunks):
     assert found.total <= ONE_CHUNK + FURTHER_CHUNK * (chunks - 1), found
 
 
+@pytest.mark.parametrize("scores_reference", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_the_model_of_gpus_has_the_launches(trainable, scores_reference):
+    facts = {"trainable": trainable, "scores_reference": scores_reference}
+    for chunks in (1, 2, 4):
+        found = cost(step_of(8, 64, chunks, **facts), 64)
+        assert found.total == model.launches_of_ours(chunks, **facts), (chunks, found)
+
+
 def test_the_way_to_the_first_product_does_not_grow_with_the_pairs():
     few, many = (host_path.python_calls_to_first_gemm(step_of(pairs), 4) for pairs in (8, 256))
     assert 0 < few <= PYTHON_CALLS
@@ -50,6 +61,18 @@ def test_nothing_is_launched_between_the_sync_and_the_gather():
         step()
     assert sync["write_packed"] == 1
     assert seen[:2] == ["count_scored", "write_packed"]
+
+
+def test_a_backend_by_name_packs_without_triton():
+    """It may have been asked for because Triton does not work on a machine."""
+    hidden, weight = torch.randn(4, 3, 8), torch.randn(20, 8)
+    labels = torch.zeros(4, 3, dtype=torch.int64)
+    with on_a_gpu_of_stubs(3) as stubs:
+        dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, backend="torch")
+        assert stubs.gemms == 1
+        assert not stubs.kernels
+        dk.fused_dpo_loss(hidden, weight, labels, reference_free=True)
+        assert stubs.kernels["write_packed"] == 1
 
 
 def test_no_file_is_opened_in_a_call_after_the_first():

@@ -112,8 +112,8 @@ PATHS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "dpo_kernels/strategies/buffers.py",
-        "vocab, hidden.shape[1]) if self.problem.needs_grad.weight else None",
-        "vocab, hidden.shape[1]) if self.problem.needs_grad.head else None",
+        "if self.problem.needs_grad.weight else None",
+        "if self.problem.needs_grad.head else None",
         "tests/api/test_execution.py::test_a_frozen_weight_costs_nothing_where_the_bias_is_trained",
         "a frozen weight gets a gradient where the bias is trained",
     ),
