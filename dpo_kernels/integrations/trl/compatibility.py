@@ -1,10 +1,14 @@
-"""Which of TRL's setups the fused loss covers, and one check of TRL's that it does not need."""
+"""Which of TRL's setups the fused loss covers, and what TRL's constructor must do for it."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from trl.trainer import dpo_trainer as trl_module
+
+# The functions by which TRL's constructor gives a model to an engine that may shard it.
+SHARDING = ("prepare_deepspeed", "prepare_fsdp")
 
 
 def why_not_this_setup(trainer: Any) -> str:
@@ -26,16 +30,9 @@ def why_not_this_setup(trainer: Any) -> str:
         return "the data set has images"
     if getattr(trainer, "use_liger_kernel", False):
         return "use_liger_kernel=True chooses Liger's loss in this version of TRL"
-    if getattr(trainer, "is_fsdp_enabled", False):
-        return "FSDP shards the LM head"
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        return "DeepSpeed ZeRO-3 shards the LM head"
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     if any((getattr(parallel, f"{kind}_size", 1) or 1) > 1 for kind in ("tp", "cp", "sp")):
         return "tensor, context and sequence parallelism shard the batch or the LM head"
-    if trainer.args.torch_compile:
-        return "torch_compile=True compiles the model's forward, in which the fused loss runs"
     return ""
 
 
@@ -62,6 +59,42 @@ def adapter_on_the_head_allowed() -> Iterator[None]:
         yield
     finally:
         trl_module.BaseTunerLayer = known
+
+
+@contextmanager
+def told_before_sharding(tell: Callable[[Any], None]) -> Iterator[None]:
+    """Call ``tell(model)`` while this context is open, before TRL's constructor gives a model to FSDP or DeepSpeed.
+
+    Afterwards the weights cannot be looked at: each rank holds a shard of them. TRL's constructor does this to the
+    reference, which it may have loaded itself. Under DeepSpeed it does it to the policy too, where it precomputes
+    log-probs with it.
+
+    Args:
+        tell: it is called with the model.
+
+    Example::
+
+        with told_before_sharding(lambda model: fused_lm_head(model).attach()):
+            trainer = DPOTrainer(model, ref_model, ...)
+
+    """
+    known = {name: getattr(trl_module, name) for name in SHARDING if hasattr(trl_module, name)}
+
+    def telling(prepare: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(prepare)
+        def told(model: Any, *args: Any, **kwargs: Any) -> Any:
+            tell(model)
+            return prepare(model, *args, **kwargs)
+
+        return told
+
+    try:
+        for name, prepare in known.items():
+            setattr(trl_module, name, telling(prepare))
+        yield
+    finally:
+        for name, prepare in known.items():
+            setattr(trl_module, name, prepare)
 
 
 class _NoLayer:

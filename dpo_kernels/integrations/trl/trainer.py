@@ -25,10 +25,14 @@ from dpo_kernels.integrations.model_parts import innermost
 from dpo_kernels.integrations.routers import router_loss, why_no_router_loss
 from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
 from dpo_kernels.integrations.trl.batch import REFERENCE, PairBatch, check_packing, pair_batch
-from dpo_kernels.integrations.trl.compatibility import adapter_on_the_head_allowed, why_not_this_setup
+from dpo_kernels.integrations.trl.compatibility import (
+    adapter_on_the_head_allowed,
+    told_before_sharding,
+    why_not_this_setup,
+)
 from dpo_kernels.integrations.trl.metrics import STATS, record
 from dpo_kernels.integrations.trl.options import LossOptions, NotFused, loss_options
-from dpo_kernels.integrations.trl.reference_check import check_reference, pairs_to_check
+from dpo_kernels.integrations.trl.reference_check import check_reference
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +89,7 @@ class FusedDPOTrainer(DPOTrainer):
         padding_free = bool(getattr(given, "padding_free", False))
         if padding_free:
             given.padding_free = False  # TRL would say that it is unavailable
-        with adapter_on_the_head_allowed():
+        with adapter_on_the_head_allowed(), told_before_sharding(self._attach):
             super().__init__(*args, **kwargs)
         if padding_free:
             given.padding_free = self.padding_free = True
@@ -93,7 +97,7 @@ class FusedDPOTrainer(DPOTrainer):
                 raise ValueError(f"padding_free=True needs the fused loss, which cannot be used: {reason}")
         if not self.fallback_reason:
             self._settle_router_loss()
-            self._head(self.model).attach()
+            self._attach(self.model)
 
     @property
     def fallback_reason(self) -> str:
@@ -144,6 +148,11 @@ class FusedDPOTrainer(DPOTrainer):
         attached = getattr(innermost(model).forward, CALL, None)
         return attached.of(innermost(model)) if attached is not None else fused_lm_head(model, check=self.check_head)
 
+    def _attach(self, model: Any) -> None:
+        """Have the model's forward compute the fused loss. It must be done before an engine shards the weights."""
+        if not self.fallback_reason:
+            self._head(model).attach()
+
     # --- the loss ---
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -167,8 +176,7 @@ class FusedDPOTrainer(DPOTrainer):
         """
         if self.fallback_reason:
             return super().compute_ref_log_probs(model, inputs)
-        batch = self._batch(inputs)
-        chosen, rejected = self._reference(batch, model).chunk(2)
+        chosen, rejected = self._reference(self._batch(inputs, model), model).chunk(2)
         return chosen, rejected
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
@@ -186,7 +194,7 @@ class FusedDPOTrainer(DPOTrainer):
         if self.fallback_reason:
             return super()._compute_loss(model, inputs, return_outputs)
         mode = "train" if self.model.training else "eval"
-        batch = self._batch(inputs)
+        batch = self._batch(inputs, model)
         if self.precompute_ref_logps:
             reference = torch.cat([inputs[name] for name in REFERENCE])
             if self.check_reference and mode == "train":
@@ -204,12 +212,18 @@ class FusedDPOTrainer(DPOTrainer):
         with torch.no_grad():  # compute_metrics wants logits, which the fused loss never had
             return loss, model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}, use_cache=False)
 
-    def _batch(self, inputs: dict[str, Any]) -> PairBatch:
+    def _batch(self, inputs: dict[str, Any], model: Any) -> PairBatch:
         padding_free = bool(self.padding_free)
         if padding_free and not self._packing_checked:
             few = {name: inputs[name][:: max(1, len(inputs[name]) - 1)] for name in ("input_ids", "attention_mask")}
+
+            def hidden_states(some: dict[str, Any]) -> Any:
+                return self._within(
+                    model, {**some, "use_cache": False}, lambda outputs, hidden, weight, options: hidden
+                )
+
             with self.accelerator.autocast():
-                check_packing(self._head(self.model), few)
+                check_packing(self._head(model).attach().model, few, hidden_states, self.accelerator.gather)
             self._packing_checked = True
         return pair_batch(inputs, self.ld_alpha, padding_free)
 
@@ -258,18 +272,14 @@ class FusedDPOTrainer(DPOTrainer):
         """
         model = self.ref_model or self.model
         plain = self.accelerator.unwrap_model(model)
-        if self.is_deepspeed_enabled or (self.ref_model is None and not hasattr(plain, "peft_config")):
+        if self.ref_model is None and not hasattr(plain, "peft_config"):
             return True
-        if not (pairs := pairs_to_check(inputs)):
-            return False
 
         def score(few: dict[str, Any]) -> Tensor:
-            batch = self._batch(few)
             with evaluating(plain):
-                return self._reference(batch, model)
+                return self._reference(self._batch(few, model), model)
 
-        check_reference(inputs, precomputed, pairs, score)
-        return True
+        return check_reference(inputs, precomputed, score, self.accelerator.gather)
 
     def _policy(
         self, batch: PairBatch, reference: Tensor, outputs: Any, hidden: Tensor, weight: Tensor, options: dict[str, Any]
