@@ -76,7 +76,13 @@ def calm(name):
 
 def run(trainer_class, tmp_path, model="llama", steps=STEPS, adapter=None, wrap=None, data=None, **options):
     """A few steps and an evaluation; the log, by entry, and the trainer."""
-    policy = calm(model) if isinstance(model, str) else copy.deepcopy(model)
+    policy = (
+        model
+        if isinstance(model, str) and "/" in model
+        else calm(model)
+        if isinstance(model, str)
+        else copy.deepcopy(model)
+    )
     reference = None
     if adapter is None and wrap is None and not options.get("precompute_ref_log_probs"):
         torch.manual_seed(5)
