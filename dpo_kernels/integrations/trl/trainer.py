@@ -200,7 +200,7 @@ class FusedDPOTrainer(DPOTrainer):
             if self.check_reference and mode == "train":
                 self.check_reference = not self._check_reference(inputs, reference)
         else:
-            reference = self._reference(batch, self.ref_model or self.model)
+            reference = self._reference(batch, self._reference_model)
         result = self._within(model, self._inputs_of_policy(batch), partial(self._policy, batch, reference))
         out, aux_loss = result["out"], result["aux_loss"]
         loss = out.loss
@@ -231,6 +231,10 @@ class FusedDPOTrainer(DPOTrainer):
         inputs = {**batch.inputs, "use_cache": False}
         # The models' own forwards read this from the configuration, their backbones do not.
         return inputs | {"output_router_logits": True} if getattr(self, "aux_loss_enabled", False) else inputs
+
+    @property
+    def _reference_model(self) -> Any:
+        return self.model if self.ref_model is None else self.ref_model  # a compiled model has no truth value
 
     def _reference(self, batch: PairBatch, model: Any) -> Tensor:
         """Return the reference's log-probs ``(2B,)``. It is a model, or the policy with another adapter or none."""
@@ -270,7 +274,7 @@ class FusedDPOTrainer(DPOTrainer):
 
         Return False where nothing is scored: any reference would agree, so that a later batch must be compared.
         """
-        model = self.ref_model or self.model
+        model = self._reference_model
         plain = self.accelerator.unwrap_model(model)
         if self.ref_model is None and not hasattr(plain, "peft_config"):
             return True
