@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,15 +75,12 @@ def calm(name):
     return model
 
 
-def run(trainer_class, tmp_path, model="llama", steps=STEPS, adapter=None, wrap=None, data=None, **options):
+def run(
+    trainer_class, tmp_path, model="llama", steps=STEPS, adapter=None, wrap=None, data=None, resume=None, **options
+):
     """A few steps and an evaluation; the log, by entry, and the trainer."""
-    policy = (
-        model
-        if isinstance(model, str) and "/" in model
-        else calm(model)
-        if isinstance(model, str)
-        else copy.deepcopy(model)
-    )
+    # TRL itself loads what is a path.
+    policy = str(model) if isinstance(model, Path) else calm(model) if isinstance(model, str) else copy.deepcopy(model)
     reference = None
     if adapter is None and wrap is None and not options.get("precompute_ref_log_probs"):
         torch.manual_seed(5)
@@ -127,7 +125,7 @@ def run(trainer_class, tmp_path, model="llama", steps=STEPS, adapter=None, wrap=
             processing_class=tokenizer(),
             peft_config=adapter,
         )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer.state.log_history, trainer
 
 

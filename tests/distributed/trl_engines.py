@@ -1,0 +1,130 @@
+"""TRL's trainers and ours under accelerate's engines, on each of several processes.
+
+accelerate uses FSDP and DeepSpeed on accelerators only. So the CPU is made one: ``on_cpu`` replaces the function by
+which accelerate looks for devices. Everything else is the engines' own.
+"""
+
+import gc
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+import torch
+import torch.distributed as dist
+import trl
+from accelerate.state import DistributedType, PartialState
+from datasets import load_from_disk
+from peft import LoraConfig
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from dpo_kernels.integrations.trl import FusedDPOTrainer
+from tests import trl_helpers
+from tests.distributed.engines import quiet_deepspeed
+
+STEPS = 3
+
+
+def zero(stage: int) -> dict[str, Any]:
+    auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
+    sharding = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    return {
+        "deepspeed": dict.fromkeys(auto, "auto")
+        | {"zero_optimization": sharding, "zero_allow_untested_optimizer": True}
+    }
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "FSDP2": {"fsdp": True, "fsdp_config": {"version": 2}},
+    "FSDP1": {"fsdp": True, "fsdp_config": {"version": 1, "sync_module_states": False}},
+    "ZeRO-3": zero(3),
+    "ZeRO-2": zero(2),
+    "ZeRO-1": zero(1),
+}
+# name -> options of ``trl_helpers.run`` and, with a capital, what is done before
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"model": "llama", "gradient_accumulation_steps": 2},
+    "gemma2": {"model": "gemma2", "gradient_checkpointing": True},  # a tied head, a soft cap
+    "llama, LoRA": {"model": "llama", "LORA": True},  # the head is an FSDP2 unit of its own
+    "gemma2, LoRA, precomputed": {"model": "gemma2", "LORA": True, "precompute_ref_log_probs": True, "DISK": True},
+    "loaded, LoRA": {"model": "llama", "LORA": True, "LOADED": True},
+}
+
+
+def on_cpu(engine: str) -> None:
+    """Let accelerate take the CPU for a device, and forget what another engine has left behind."""
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_BYPASS_DEVICE_MAP": "true"}
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    unset_hf_deepspeed_config()  # a model that is made while it is set is sharded at once
+    if engine.startswith("ZeRO"):
+        quiet_deepspeed()
+    logging.disable(logging.WARNING)
+
+
+def lora() -> LoraConfig:
+    # Factors that are not 0: the policy differs from its reference, and no accuracy hangs on last bits.
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, init_lora_weights=False)
+
+
+def trained(trainer_class: Any, engine: str, folder: Path, case: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The log, the trained parameters and the reason not to fuse of a run."""
+    on_cpu(engine)
+    options = {name: value for name, value in case.items() if name.islower()} | ENGINES[engine] | more
+    here = folder / trainer_class.__name__
+    first = dist.get_rank() == 0
+    if case.get("LORA"):
+        options["adapter"] = lora()
+    if case.get("DISK"):  # log-probs are kept beside the data, where all ranks find them
+        if first:
+            for name, data in (("train", trl_helpers.ratings(24, 0)), ("held-out", trl_helpers.ratings(7, 1))):
+                data.save_to_disk(str(here / name))
+        dist.barrier()
+        options["data"] = tuple(load_from_disk(str(here / name)) for name in ("train", "held-out"))
+    if case.get("LOADED"):
+        if first:
+            trl_helpers.calm(options["model"]).save_pretrained(here / "model")
+        dist.barrier()
+        options["model"] = here / "model"
+    log, trainer = trl_helpers.run(trainer_class, folder, **{"steps": STEPS, "use_cpu": False} | options)
+    result = {
+        "log": log,
+        "parameters": parameters(trainer.model),
+        "engine": str(trainer.accelerator.distributed_type.value),
+        "reason": getattr(trainer, "fallback_reason", None),
+    }
+    del trainer
+    gc.collect()
+    return result if first else {}
+
+
+def parameters(model: Any) -> dict[str, torch.Tensor]:
+    """The whole trained parameters, on every rank."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(p.detach(), p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def whole(value: Any, parameter: Any) -> torch.Tensor:
+    if isinstance(value, DTensor):
+        return value.full_tensor().clone()
+    if not hasattr(parameter, "ds_tensor"):
+        return value.clone()
+    with quiet_deepspeed().zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def against_stock(plan: list[tuple[str, str]], folder: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """TRL's run and ours for each (engine, case)."""
+    result = {}
+    for number, (engine, case) in enumerate(plan):
+        here = Path(folder) / str(number)
+        result[engine, case] = [
+            trained(trainer_class, engine, here, CASES[case]) for trainer_class in (trl.DPOTrainer, FusedDPOTrainer)
+        ]
+    return result
