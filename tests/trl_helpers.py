@@ -129,5 +129,14 @@ def run(
     return trainer.state.log_history, trainer
 
 
+def unpaired():
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in ratings(8, 0)
+        for side in ("chosen", "rejected")
+    ]
+    return Dataset.from_list(rows)
+
+
 def with_columns(rows, chosen, rejected):
     return rows.add_column(REFERENCE[0], chosen).add_column(REFERENCE[1], rejected)

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from dpo_kernels.integrations.trl import FusedDPOTrainer
+from dpo_kernels.integrations.trl import FusedDPOTrainer, patch_trl
 from tests import trl_helpers
 from tests.distributed.engines import quiet_deepspeed
 
@@ -44,6 +44,17 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ZeRO-3": zero(3),
     "ZeRO-2": zero(2),
     "ZeRO-1": zero(1),
+}
+PLAIN: dict[str, Any] = {
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "optim": "sgd",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": [],
+    "seed": 1,
+    "disable_tqdm": True,
 }
 # name -> options of ``trl_helpers.run`` and, with a capital, what is done before
 CASES: dict[str, dict[str, Any]] = {
@@ -127,4 +138,42 @@ def against_stock(plan: list[tuple[str, str]], folder: str) -> dict[tuple[str, s
         result[engine, case] = [
             trained(trainer_class, engine, here, CASES[case]) for trainer_class in (trl.DPOTrainer, FusedDPOTrainer)
         ]
+    return result
+
+
+def kto(engine: str, folder: Path) -> dict[str, Any]:
+    """The log and the parameters of a run of TRL's KTO trainer, with its own reference model."""
+    on_cpu(engine)
+    first = dist.get_rank() == 0
+    if first:
+        trl_helpers.calm("gemma2").save_pretrained(folder / "model")  # TRL loads the reference from here
+    dist.barrier()
+    config = trl.KTOConfig(
+        output_dir=str(folder / "out"),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        beta=0.3,
+        **PLAIN,
+        **ENGINES[engine],
+    )
+    trainer = trl.KTOTrainer(
+        model=str(folder / "model"),
+        args=config,
+        train_dataset=trl_helpers.unpaired(),
+        processing_class=trl_helpers.tokenizer(),
+    )
+    trainer.train()
+    result = {"log": trainer.state.log_history, "parameters": parameters(trainer.model)}
+    del trainer
+    gc.collect()
+    return result
+
+
+def kto_with_and_without_the_patch(engines: list[str], folder: str) -> dict[str, list[dict[str, Any]]]:
+    """TRL's run as it is, and with ``patch_trl``, by engine."""
+    result = {}
+    for number, engine in enumerate(engines):
+        result[engine] = [kto(engine, Path(folder) / f"{number}-stock")]
+        with patch_trl():
+            result[engine].append(kto(engine, Path(folder) / f"{number}-patched"))
     return result

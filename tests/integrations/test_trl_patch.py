@@ -21,6 +21,7 @@ from tests.trl_helpers import (  # noqa: E402
     ratings,
     run,
     tokenizer,
+    unpaired,
 )
 
 pytestmark = OTHERS_WARNINGS
@@ -160,15 +161,6 @@ def test_another_trl_is_refused(other, monkeypatch):
 
 def prompts():
     return Dataset.from_list([{"prompt": row["prompt"]} for row in ratings(8, 0)])
-
-
-def unpaired():
-    rows = [
-        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row in ratings(8, 0)
-        for side in ("chosen", "rejected")
-    ]
-    return Dataset.from_list(rows)
 
 
 def reward(completions, **kwargs):
