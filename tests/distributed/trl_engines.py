@@ -12,6 +12,7 @@ from typing import Any
 
 os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
+import pytest
 import torch
 import torch.distributed as dist
 import trl
@@ -22,7 +23,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from dpo_kernels.integrations.trl import FusedDPOTrainer, patch_trl
+from dpo_kernels.integrations.trl import FusedDPOTrainer, patch, patch_trl
+from dpo_kernels.integrations.trl.batch import REFERENCE
 from tests import trl_helpers
 from tests.distributed.engines import quiet_deepspeed
 
@@ -130,35 +132,46 @@ def whole(value: Any, parameter: Any) -> torch.Tensor:
         return parameter.detach().clone()
 
 
-def against_stock(plan: list[tuple[str, str]], folder: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def against_stock(plan: list[tuple[str, str]], folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """TRL's run and ours for each (engine, case)."""
     result = {}
     for number, (engine, case) in enumerate(plan):
-        here = Path(folder) / str(number)
+        here = folder / f"dpo-{number}"
         result[engine, case] = [
             trained(trainer_class, engine, here, CASES[case]) for trainer_class in (trl.DPOTrainer, FusedDPOTrainer)
         ]
     return result
 
 
+class OneRankIsWrong(FusedDPOTrainer):
+    """The last rank is given log-probs that are not those of the reference."""
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            inputs = inputs | {REFERENCE[0]: inputs[REFERENCE[0]] + 50.0}
+        return super()._compute_loss(model, inputs, return_outputs)
+
+
+def error_of(trainer_class: Any, engine: str, folder: Path, case: dict[str, Any]) -> str:
+    try:
+        trained(trainer_class, engine, folder, case)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def kto(engine: str, folder: Path) -> dict[str, Any]:
-    """The log and the parameters of a run of TRL's KTO trainer, with its own reference model."""
+    """The log and the parameters of a run of TRL's KTO trainer, which loads policy and reference."""
     on_cpu(engine)
-    first = dist.get_rank() == 0
-    if first:
-        trl_helpers.calm("gemma2").save_pretrained(folder / "model")  # TRL loads the reference from here
+    if dist.get_rank() == 0:
+        trl_helpers.calm("llama").save_pretrained(folder / "model")
     dist.barrier()
-    config = trl.KTOConfig(
-        output_dir=str(folder / "out"),
-        max_steps=STEPS,
-        per_device_train_batch_size=4,
-        beta=0.3,
-        **PLAIN,
-        **ENGINES[engine],
-    )
+    options = PLAIN | ENGINES[engine]
     trainer = trl.KTOTrainer(
         model=str(folder / "model"),
-        args=config,
+        args=trl.KTOConfig(
+            output_dir=str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=4, beta=0.3, **options
+        ),
         train_dataset=trl_helpers.unpaired(),
         processing_class=trl_helpers.tokenizer(),
     )
@@ -169,11 +182,42 @@ def kto(engine: str, folder: Path) -> dict[str, Any]:
     return result
 
 
-def kto_with_and_without_the_patch(engines: list[str], folder: str) -> dict[str, list[dict[str, Any]]]:
-    """TRL's run as it is, and with ``patch_trl``, by engine."""
-    result = {}
-    for number, engine in enumerate(engines):
-        result[engine] = [kto(engine, Path(folder) / f"{number}-stock")]
+def patched_kto(engine: str, folder: Path) -> dict[str, Any]:
+    """The same with ``patch_trl``, and which of our functions were called."""
+    calls = []
+
+    def noted(name: str) -> Any:
+        function = getattr(patch, name)
+        return lambda *given: calls.append(name) or function(*given)
+
+    with pytest.MonkeyPatch.context() as monkey:
+        for name in ("token_logps", "gathered_token_logps"):
+            monkey.setattr(patch, name, noted(name))
         with patch_trl():
-            result[engine].append(kto(engine, Path(folder) / f"{number}-patched"))
-    return result
+            return kto(engine, folder) | {"calls": calls}
+
+
+def four_steps(engine: str, folder: Path, resume: bool) -> dict[str, Any]:
+    """Four steps with a checkpoint after two, or the last two of them from that checkpoint."""
+    case: dict[str, Any] = {"model": "llama", "optim": "adamw_torch", "lr_scheduler_type": "linear", "steps": 4}
+    case |= {"save_strategy": "steps", "save_steps": 2}
+    if resume:
+        case["resume"] = str(folder / FusedDPOTrainer.__name__ / "checkpoint-2")
+    return trained(FusedDPOTrainer, engine, folder, case)
+
+
+def everything(engine: str, plan: list[tuple[str, str]], folder: str) -> dict[str, Any]:
+    """What the tests of an engine and of its older brothers compare."""
+    here = Path(folder)
+    return {
+        "dpo": against_stock(plan, here),
+        "packed": trained(FusedDPOTrainer, engine, here / "packed", CASES["llama"] | {"padding_free": True}),
+        "kto": [kto(engine, here / "kto"), patched_kto(engine, here / "patched")],
+        "unbroken": four_steps(engine, here / engine, resume=False),
+        "error": error_of(OneRankIsWrong, engine, here / "wrong", CASES["gemma2, LoRA, precomputed"]),
+    }
+
+
+def resumed(folders: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The rest of the unbroken runs, by engine."""
+    return {engine: four_steps(engine, Path(folder) / engine, resume=True) for engine, folder in folders.items()}

@@ -1,6 +1,7 @@
 """``FusedDPOTrainer`` and ``patch_trl`` on two processes, under FSDP and DeepSpeed as accelerate sets them up."""
 
 import functools
+import importlib.util
 
 import pytest
 import torch
@@ -15,52 +16,96 @@ from tests.trl_helpers import NOT_LOGGED_TWICE, OTHERS_WARNINGS
 
 pytestmark = [*OTHERS_WARNINGS, pytest.mark.slow]
 
+ENGINES = ("FSDP2", "ZeRO-3")  # each in its own start of two processes, with older engines of the same kind
 DPO = {
-    "FSDP": [
-        *(("FSDP2", name) for name in ("llama", "gemma2", "llama, LoRA", "gemma2, LoRA, precomputed")),
+    "FSDP2": [
+        *(("FSDP2", case) for case in ("llama", "gemma2", "llama, LoRA", "gemma2, LoRA, precomputed")),
         ("FSDP1", "llama"),
     ],
-    "ZeRO": [
-        *(("ZeRO-3", name) for name in ("llama", "gemma2", "loaded, LoRA", "gemma2, LoRA, precomputed")),
+    "ZeRO-3": [
+        *(("ZeRO-3", case) for case in ("llama", "gemma2", "loaded, LoRA", "gemma2, LoRA, precomputed")),
         ("ZeRO-2", "llama"),
     ],
 }
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    """Runs all cases of a kind of engine in one start of two processes, at the first test that wants one of them."""
+def folder(tmp_path_factory):
+    return functools.cache(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="module")
+def started(folder):
+    """What every rank found, by engine. The first test that asks for an engine starts it."""
 
     @functools.cache
-    def start(kind):
-        if kind == "ZeRO":
+    def start(engine):
+        if engine == "ZeRO-3":
             pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-        folder = tmp_path_factory.mktemp(kind)
-        return gloo.run("against_stock", 2, folder, DPO[kind], str(folder), module="trl_engines")[0]
+        here = folder(engine)
+        return gloo.run("everything", 2, here, engine, DPO[engine], str(here), module="trl_engines")
 
     return start
 
 
-def assert_logs_agree(stock, ours):
+def assert_logs_agree(stock, ours, but=()):
     assert len(ours) == len(stock)
     for theirs, mine in zip(stock, ours, strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():
-            if not any(word in key for word in NOT_LOGGED_TWICE):
+            if not any(word in key for word in (*NOT_LOGGED_TWICE, *but)):
                 assert abs(mine[key] - value) <= 1e-5 * max(1.0, abs(value)), key
 
 
+def assert_parameters_agree(stock, ours):
+    assert ours.keys() == stock.keys()
+    for name, value in stock.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=2e-6, msg=f"{name}: {{}}".format)
+
+
 @pytest.mark.parametrize(
-    ("kind", "engine", "case"),
-    [(kind, *pair) for kind, pairs in DPO.items() for pair in pairs],
-    ids=lambda value: value,
+    ("start", "engine", "case"),
+    [(start, *pair) for start, pairs in DPO.items() for pair in pairs],
+    ids=lambda part: part,
 )
-def test_logs_and_parameters_are_those_of_trl(kind, engine, case, started):
-    stock, ours = started(kind)[engine, case]
+def test_logs_and_parameters_are_those_of_trl(start, engine, case, started):
+    stock, ours = started(start)[0]["dpo"][engine, case]
     assert ours["reason"] == ""
-    assert ours["engine"] == {"FSDP": "FSDP", "ZeRO": "DEEPSPEED"}[kind]
+    assert ours["engine"] == ("FSDP" if engine.startswith("FSDP") else "DEEPSPEED")
     assert_logs_agree(stock["log"], ours["log"])
+    assert len(ours["log"]) == 5
     assert any("eval_rewards/margins" in entry for entry in ours["log"])
-    assert ours["parameters"].keys() == stock["parameters"].keys()
-    for name, value in stock["parameters"].items():
-        torch.testing.assert_close(ours["parameters"][name], value, rtol=1e-5, atol=2e-6, msg=f"{name}: {{}}".format)
+    assert_parameters_agree(stock["parameters"], ours["parameters"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_padding_the_logs_are_the_same(engine, started):
+    found = started(engine)[0]
+    assert_logs_agree(found["dpo"][engine, "llama"][0]["log"], found["packed"]["log"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_kto_logs_the_same_with_the_patch(engine, started):
+    stock, ours = started(engine)[0]["kto"]
+    assert ours["calls"].count("gathered_token_logps" if engine == "ZeRO-3" else "token_logps") >= 3
+    assert_logs_agree(stock["log"], ours["log"])
+    assert_parameters_agree(stock["parameters"], ours["parameters"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_log_probs_that_are_wrong_on_one_rank_end_all_of_them(engine, started):
+    first, last = (rank["error"] for rank in started(engine))
+    assert first.startswith("on another rank ref_chosen_logps or ref_rejected_logps is not what the reference gives")
+    assert last.startswith("ref_chosen_logps is ")
+
+
+def test_a_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(started, folder, tmp_path):
+    engines = [engine for engine in ENGINES if engine == "FSDP2" or importlib.util.find_spec("deepspeed")]
+    unbroken = {engine: started(engine)[0]["unbroken"] for engine in engines}
+    folders = {engine: str(folder(engine)) for engine in engines}
+    rest = gloo.run("resumed", 2, tmp_path, folders, module="trl_engines")[0]  # in new processes
+    for engine, run in unbroken.items():
+        late, again = ([entry for entry in log if entry["step"] > 2] for log in (run["log"], rest[engine]["log"]))
+        assert [entry["step"] for entry in late] == [3, 4, 4, 4]
+        assert_logs_agree(late, again, but=["num_tokens", "train_loss"])  # both begin anew in TRL too
+        assert_parameters_agree(run["parameters"], rest[engine]["parameters"])
