@@ -1,11 +1,18 @@
 """Which of TRL's setups the fused loss covers, and what TRL's constructor must do for it."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from trl.trainer import dpo_trainer as trl_module
+
+from dpo_kernels.integrations.routers import why_no_router_loss
+from dpo_kernels.integrations.transformers import fused_lm_head
+from dpo_kernels.integrations.trl.options import LossOptions, NotFused, loss_options
+
+logger = logging.getLogger(__name__)
 
 # The functions by which TRL's constructor gives a model to an engine that may shard it.
 SHARDING = ("prepare_deepspeed", "prepare_fsdp")
@@ -31,9 +38,65 @@ def why_not_this_setup(trainer: Any) -> str:
     if getattr(trainer, "use_liger_kernel", False):
         return "use_liger_kernel=True chooses Liger's loss in this version of TRL"
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
-    if any((getattr(parallel, f"{kind}_size", 1) or 1) > 1 for kind in ("tp", "cp", "sp")):
-        return "tensor, context and sequence parallelism shard the batch or the LM head"
+    if any((getattr(parallel, f"{kind}_size", 1) or 1) > 1 for kind in ("cp", "sp")):
+        return "context and sequence parallelism split the sequences, and TRL's DPOTrainer does not support them"
     return ""
+
+
+def options_or_reason(trainer: Any, check_head: bool) -> tuple[LossOptions | None, str]:
+    """Give the options of the fused loss, or say why it cannot be used.
+
+    Args:
+        trainer: a ``DPOTrainer`` whose models no engine has sharded yet.
+        check_head: as ``check`` of ``fused_lm_head``.
+
+    Returns:
+        The options and an empty string, or a reason in words.
+
+    Example::
+
+        options, reason = options_or_reason(trainer, check_head=True)
+
+    """
+    try:
+        options = loss_options(trainer)
+    except NotFused as error:
+        return None, str(error)
+    if reason := why_not_this_setup(trainer):
+        return options, reason
+    try:
+        for model in (trainer.model, trainer.ref_model):
+            if model is not None:
+                fused_lm_head(trainer.accelerator.unwrap_model(model), check=check_head)
+    except (TypeError, ValueError) as error:
+        return options, str(error)
+    return options, ""
+
+
+def settle_router_loss(trainer: Any, model: Any) -> None:
+    """Switch the router loss off, with a line in the log, where a model has a coefficient for it but no loss.
+
+    Args:
+        trainer: a ``DPOTrainer`` whose constructor has run. Its ``aux_loss_enabled`` may be changed.
+        model: its causal model.
+
+    Raises:
+        ValueError: the configuration asks for the loss.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> settle_router_loss(SimpleNamespace(aux_loss_enabled=False), None)
+
+    """
+    if not getattr(trainer, "aux_loss_enabled", False) or not (reason := why_no_router_loss(model)):
+        return
+    if coefficient := getattr(trainer.args, "router_aux_loss_coef", None):
+        raise ValueError(
+            f"router_aux_loss_coef={coefficient} weighs a router loss that is not to be had: {reason}; leave it out"
+        )
+    trainer.aux_loss_enabled = False
+    if trainer.accelerator.is_main_process:
+        logger.warning("FusedDPOTrainer: there is no router loss: %s", reason)
 
 
 @contextmanager

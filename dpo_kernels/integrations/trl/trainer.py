@@ -9,7 +9,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,17 +22,19 @@ from dpo_kernels.integrations import lm_head
 from dpo_kernels.integrations.head_check import evaluating
 from dpo_kernels.integrations.head_forward import CALL
 from dpo_kernels.integrations.model_parts import innermost
-from dpo_kernels.integrations.routers import router_loss, why_no_router_loss
+from dpo_kernels.integrations.routers import router_loss
 from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
 from dpo_kernels.integrations.trl.batch import REFERENCE, PairBatch, check_packing, pair_batch
 from dpo_kernels.integrations.trl.compatibility import (
     adapter_on_the_head_allowed,
+    options_or_reason,
+    settle_router_loss,
     told_before_sharding,
-    why_not_this_setup,
 )
 from dpo_kernels.integrations.trl.metrics import STATS, record
-from dpo_kernels.integrations.trl.options import LossOptions, NotFused, loss_options
+from dpo_kernels.integrations.trl.options import LossOptions
 from dpo_kernels.integrations.trl.reference_check import check_reference
+from dpo_kernels.integrations.trl.split_head import SplitHeads
 
 logger = logging.getLogger(__name__)
 
@@ -96,14 +98,14 @@ class FusedDPOTrainer(DPOTrainer):
             if reason := self.fallback_reason:
                 raise ValueError(f"padding_free=True needs the fused loss, which cannot be used: {reason}")
         if not self.fallback_reason:
-            self._settle_router_loss()
+            settle_router_loss(self, innermost(self.model))
             self._attach(self.model)
 
     @property
     def fallback_reason(self) -> str:
         """Why TRL's own loss is used, or an empty string. The first access writes it to the log."""
         if self._reason is None:
-            self._reason = self._why_not_fused()
+            self._loss_options, self._reason = options_or_reason(self, self.check_head)
             if self._reason and lm_head.has_adapter(innermost(self.model).get_output_embeddings()):
                 raise ValueError(f"an adapter on the LM head needs the fused loss, but: {self._reason}")
             message = f"TRL's own loss is used: {self._reason}" if self._reason else ""
@@ -114,33 +116,6 @@ class FusedDPOTrainer(DPOTrainer):
         return self._reason
 
     not_fused = fallback_reason  # the older name
-
-    def _why_not_fused(self) -> str:
-        try:
-            self._loss_options = loss_options(self)
-        except NotFused as error:
-            return str(error)
-        if reason := why_not_this_setup(self):
-            return reason
-        try:
-            for model in (self.model, self.ref_model):
-                if model is not None:
-                    fused_lm_head(self.accelerator.unwrap_model(model), check=self.check_head)
-        except (TypeError, ValueError) as error:
-            return str(error)
-        return ""
-
-    def _settle_router_loss(self) -> None:
-        """Switch the router loss off, with a line in the log, where the model has a coefficient for it but no loss."""
-        if not getattr(self, "aux_loss_enabled", False) or not (reason := why_no_router_loss(innermost(self.model))):
-            return
-        if coefficient := getattr(self.args, "router_aux_loss_coef", None):
-            raise ValueError(
-                f"router_aux_loss_coef={coefficient} weighs a router loss that is not to be had: {reason}; leave it out"
-            )
-        self.aux_loss_enabled = False
-        if self.accelerator.is_main_process:
-            logger.warning("FusedDPOTrainer: there is no router loss: %s", reason)
 
     def _head(self, model: Any) -> FusedLMHead:
         """Return the head that is attached to a model, or a new one where none is."""
@@ -243,6 +218,7 @@ class FusedDPOTrainer(DPOTrainer):
         def work(outputs: Any, hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
             hidden, layout = batch.arguments(hidden)
             labels = batch.labels.to(hidden.device)
+            weight, options = self._rows(weight, options)
             return fused_sequence_logps(hidden, weight, labels, **layout, **batch.weights(hidden.device), **options)
 
         adapter: AbstractContextManager[Any] = nullcontext()
@@ -268,6 +244,10 @@ class FusedDPOTrainer(DPOTrainer):
     def _do_work(self, *given: Any) -> Any:
         assert self._work is not None, "set around the call of the model"
         return self._work(*given)
+
+    @cached_property
+    def _rows(self) -> SplitHeads:
+        return SplitHeads(self.accelerator)
 
     def _check_reference(self, inputs: dict[str, Any], precomputed: Tensor) -> bool:
         """Raise ``ValueError`` where precomputed log-probs ``(2B,)`` are clearly not those of a reference at hand.
@@ -295,6 +275,7 @@ class FusedDPOTrainer(DPOTrainer):
             aux_loss = router_loss(innermost(self.model), outputs, batch.inputs.get("attention_mask"))
         hidden, layout = batch.arguments(hidden)
         labels = batch.labels.to(hidden.device)
+        weight, options = self._rows(weight, options)
         call = partial(fused_dpo_loss, hidden, weight, labels, **layout, **options)
         arguments = dict(self._loss_options.arguments)
         if self.use_weighting:
