@@ -1,6 +1,6 @@
 """TRL's trainers and ours under accelerate's engines, on each of several processes.
 
-accelerate uses FSDP and DeepSpeed on accelerators only. So the CPU is made one: ``on_cpu`` replaces the function by
+accelerate uses FSDP and DeepSpeed on accelerators only. So the CPU is made one: ``as_device`` replaces the function by
 which accelerate looks for devices. Everything else is the engines' own.
 """
 
@@ -10,12 +10,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 import trl
+from accelerate import ParallelismConfig
 from accelerate.state import DistributedType, PartialState
 from datasets import load_from_disk
 from peft import LoraConfig
@@ -66,22 +66,34 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma2, LoRA, precomputed": {"model": "gemma2", "LORA": True, "precompute_ref_log_probs": True, "DISK": True},
     "loaded, LoRA": {"model": "llama", "LORA": True, "LOADED": True},
 }
+# Adapters of the head itself. TRL refuses the first. With the second its gradient is wrong under FSDP2.
+ON_THE_HEAD: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ["q_proj", "lm_head"]},
+    "saved": {"modules_to_save": ["lm_head"]},
+}
+
+
+def as_device(engine: str) -> None:
+    """Let accelerate take the CPU for a device."""
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_BYPASS_DEVICE_MAP": "true"}
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    if engine.startswith("ZeRO"):
+        quiet_deepspeed()
 
 
 def on_cpu(engine: str) -> None:
-    """Let accelerate take the CPU for a device, and forget what another engine has left behind."""
-    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_BYPASS_DEVICE_MAP": "true"}
+    """Do so, and forget what another engine has left behind."""
+    as_device(engine)
     os.environ.pop("ACCELERATE_USE_FSDP", None)
-    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     unset_hf_deepspeed_config()  # a model that is made while it is set is sharded at once
-    if engine.startswith("ZeRO"):
-        quiet_deepspeed()
     logging.disable(logging.WARNING)
 
 
-def lora() -> LoraConfig:
+def lora(**options: Any) -> LoraConfig:
     # Factors that are not 0: the policy differs from its reference, and no accuracy hangs on last bits.
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, init_lora_weights=False)
+    return LoraConfig(
+        **{"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0, "init_lora_weights": False} | options
+    )
 
 
 def trained(trainer_class: Any, engine: str, folder: Path, case: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -140,6 +152,42 @@ def against_stock(plan: list[tuple[str, str]], folder: Path) -> dict[tuple[str, 
         result[engine, case] = [
             trained(trainer_class, engine, here, CASES[case]) for trainer_class in (trl.DPOTrainer, FusedDPOTrainer)
         ]
+    return result
+
+
+def tensor_parallel(trainer_class: Any, folder: Path) -> dict[str, Any]:
+    """The log and the parameters of a run whose models transformers splits over the ranks, head and embedding too."""
+    on_cpu("tensor parallel")
+    if dist.get_rank() == 0:
+        trl_helpers.calm("gemma2").save_pretrained(folder / "model")
+    dist.barrier()
+    policy, reference = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "model", tp_plan="auto", attn_implementation="eager")
+        for _ in range(2)
+    )
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(1.02)
+    trainer = trainer_class(
+        model=policy,
+        ref_model=reference,
+        args=trl.DPOConfig(
+            output_dir=str(folder / trainer_class.__name__),
+            max_steps=STEPS,
+            per_device_train_batch_size=4,
+            beta=0.3,
+            parallelism_config=ParallelismConfig(tp_size=dist.get_world_size()),
+            **PLAIN,
+        ),
+        train_dataset=trl_helpers.ratings(24, 0),
+        processing_class=trl_helpers.tokenizer(),
+    )
+    split = type(policy.get_output_embeddings().weight).__name__
+    trainer.train()
+    result = {"log": trainer.state.log_history, "parameters": parameters(trainer.model), "weight": split}
+    result["reason"] = getattr(trainer, "fallback_reason", None)
+    del trainer
+    gc.collect()
     return result
 
 
@@ -209,8 +257,15 @@ def four_steps(engine: str, folder: Path, resume: bool) -> dict[str, Any]:
 def everything(engine: str, plan: list[tuple[str, str]], folder: str) -> dict[str, Any]:
     """What the tests of an engine and of its older brothers compare."""
     here = Path(folder)
+    adapters = {
+        name: trained(FusedDPOTrainer, engine, here / name, {"model": "llama", "adapter": lora(**options)})
+        for name, options in ON_THE_HEAD.items()
+    }
+    both = (trl.DPOTrainer, FusedDPOTrainer)
     return {
         "dpo": against_stock(plan, here),
+        "on the head": adapters,
+        "split": [tensor_parallel(trainer, here / "split") for trainer in both if engine == "FSDP2"],
         "packed": trained(FusedDPOTrainer, engine, here / "packed", CASES["llama"] | {"padding_free": True}),
         "kto": [kto(engine, here / "kto"), patched_kto(engine, here / "patched")],
         "unbroken": four_steps(engine, here / engine, resume=False),

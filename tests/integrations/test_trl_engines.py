@@ -11,8 +11,9 @@ pytest.importorskip("datasets", reason="datasets is not installed")
 pytest.importorskip("trl", reason="trl is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
 
-from tests.distributed import gloo
-from tests.trl_helpers import NOT_LOGGED_TWICE, OTHERS_WARNINGS
+from dpo_kernels.integrations.trl import FusedDPOTrainer
+from tests.distributed import gloo, trl_engines
+from tests.trl_helpers import NOT_LOGGED_TWICE, OTHERS_WARNINGS, run
 
 pytestmark = [*OTHERS_WARNINGS, pytest.mark.slow]
 
@@ -29,6 +30,14 @@ DPO = {
 }
 
 
+def processes(function, folder, *arguments):
+    """What it returns on each of two processes, which draw no bars of progress."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            patch.setenv(name, "1")
+        return gloo.run(function, 2, folder, *arguments, module="trl_engines")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return functools.cache(tmp_path_factory.mktemp)
@@ -43,7 +52,7 @@ def started(folder):
         if engine == "ZeRO-3":
             pytest.importorskip("deepspeed", reason="deepspeed is not installed")
         here = folder(engine)
-        return gloo.run("everything", 2, here, engine, DPO[engine], str(here), module="trl_engines")
+        return processes("everything", here, engine, DPO[engine], str(here))
 
     return start
 
@@ -84,6 +93,28 @@ def test_without_padding_the_logs_are_the_same(engine, started):
     assert_logs_agree(found["dpo"][engine, "llama"][0]["log"], found["packed"]["log"])
 
 
+@pytest.mark.parametrize("case", trl_engines.ON_THE_HEAD)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_adapters_of_the_head_are_trained_as_on_one_process(engine, case, started, tmp_path):
+    ours = started(engine)[0]["on the head"][case]
+    adapter = trl_engines.lora(**trl_engines.ON_THE_HEAD[case])
+    joint, trainer = run(
+        FusedDPOTrainer, tmp_path, adapter=adapter, steps=trl_engines.STEPS, per_device_train_batch_size=4
+    )
+    training = [[entry for entry in log if "loss" in entry] for log in (joint, ours["log"])]
+    assert len(training[0]) == trl_engines.STEPS
+    assert_logs_agree(*training)
+    assert_parameters_agree(trl_engines.parameters(trainer.model), ours["parameters"])
+
+
+def test_a_head_that_is_split_over_the_ranks_trains_as_trl_trains_it(started):
+    stock, ours = started("FSDP2")[0]["split"]
+    assert (ours["reason"], ours["weight"]) == ("", "DTensor")
+    assert len(ours["log"]) == 4
+    assert_logs_agree(stock["log"], ours["log"])
+    assert_parameters_agree(stock["parameters"], ours["parameters"])
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_kto_logs_the_same_with_the_patch(engine, started):
     stock, ours = started(engine)[0]["kto"]
@@ -103,9 +134,9 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(started, f
     engines = [engine for engine in ENGINES if engine == "FSDP2" or importlib.util.find_spec("deepspeed")]
     unbroken = {engine: started(engine)[0]["unbroken"] for engine in engines}
     folders = {engine: str(folder(engine)) for engine in engines}
-    rest = gloo.run("resumed", 2, tmp_path, folders, module="trl_engines")[0]  # in new processes
-    for engine, run in unbroken.items():
-        late, again = ([entry for entry in log if entry["step"] > 2] for log in (run["log"], rest[engine]["log"]))
+    rest = processes("resumed", tmp_path, folders)[0]  # in new processes
+    for engine, whole in unbroken.items():
+        late, again = ([entry for entry in log if entry["step"] > 2] for log in (whole["log"], rest[engine]["log"]))
         assert [entry["step"] for entry in late] == [3, 4, 4, 4]
         assert_logs_agree(late, again, but=["num_tokens", "train_loss"])  # both begin anew in TRL too
-        assert_parameters_agree(run["parameters"], rest[engine]["parameters"])
+        assert_parameters_agree(whole["parameters"], rest[engine]["parameters"])
