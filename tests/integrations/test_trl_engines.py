@@ -2,9 +2,11 @@
 
 import functools
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("datasets", reason="datasets is not installed")
@@ -12,8 +14,9 @@ pytest.importorskip("trl", reason="trl is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
 
 from dpo_kernels.integrations.trl import FusedDPOTrainer
+from dpo_kernels.integrations.trl.compatibility import why_not_this_setup
 from tests.distributed import gloo, trl_engines
-from tests.trl_helpers import NOT_LOGGED_TWICE, OTHERS_WARNINGS, run
+from tests.trl_helpers import NOT_LOGGED_TWICE, OTHERS_WARNINGS, ratings, run, with_columns
 
 pytestmark = [*OTHERS_WARNINGS, pytest.mark.slow]
 
@@ -140,3 +143,26 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(started, f
         assert [entry["step"] for entry in late] == [3, 4, 4, 4]
         assert_logs_agree(late, again, but=["num_tokens", "train_loss"])  # both begin anew in TRL too
         assert_parameters_agree(whole["parameters"], rest[engine]["parameters"])
+
+
+def test_a_compiled_model_trains_as_the_plain_one(tmp_path, monkeypatch):
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+        monkeypatch.setenv(name, "no")  # transformers leaves the backend there, which is taken back at the end
+    rows = (with_columns(ratings(n, seed), [-20.0] * n, [-21.0] * n) for n, seed in ((8, 0), (3, 1)))
+    options = {"data": tuple(rows), "precompute_ref_log_probs": True, "steps": 2}
+    plain, _ = run(FusedDPOTrainer, tmp_path, **options)
+    torch._dynamo.reset()
+    counters.clear()
+    ours, trainer = run(FusedDPOTrainer, tmp_path, torch_compile=True, torch_compile_backend="eager", **options)
+    assert trainer.fallback_reason == ""
+    assert counters["stats"]["calls_captured"] > 100  # two layers of a backbone; the loss itself is never traced
+    assert_logs_agree(plain, ours)
+
+
+@pytest.mark.parametrize("kind", ["cp", "sp"])
+def test_what_trl_does_not_split_is_left_to_it(kind):
+    accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**{"tp_size": 2, f"{kind}_size": 2}))
+    trainer = SimpleNamespace(_is_vision_dataset=False, accelerator=accelerator)
+    assert why_not_this_setup(trainer).startswith("context and sequence parallelism split the sequences")
+    accelerator.parallelism_config = SimpleNamespace(tp_size=2, cp_size=1, sp_size=1)
+    assert why_not_this_setup(trainer) == ""
