@@ -4,6 +4,7 @@ accelerate uses FSDP and DeepSpeed on accelerators only. So the CPU is made one:
 which accelerate looks for devices. Everything else is the engines' own.
 """
 
+import functools
 import gc
 import logging
 import os
@@ -81,9 +82,17 @@ def as_device(engine: str) -> None:
         quiet_deepspeed()
 
 
+@functools.cache
+def imported() -> None:
+    """Spare the collections of garbage, of which accelerate makes many, the objects of all modules."""
+    gc.collect()
+    gc.freeze()
+
+
 def on_cpu(engine: str) -> None:
     """Do so, and forget what another engine has left behind."""
     as_device(engine)
+    imported()
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     unset_hf_deepspeed_config()  # a model that is made while it is set is sharded at once
     logging.disable(logging.WARNING)
