@@ -263,6 +263,13 @@ def four_steps(engine: str, folder: Path, resume: bool) -> dict[str, Any]:
     return trained(FusedDPOTrainer, engine, folder, case)
 
 
+def in_16_bits(engine: str, folder: Path) -> dict[str, Any]:
+    """A run in bfloat16, which transformers has no option for on this machine."""
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        return trained(FusedDPOTrainer, engine, folder, CASES["llama"])
+
+
 def everything(engine: str, plan: list[tuple[str, str]], folder: str) -> dict[str, Any]:
     """What the tests of an engine and of its older brothers compare."""
     here = Path(folder)
@@ -275,6 +282,7 @@ def everything(engine: str, plan: list[tuple[str, str]], folder: str) -> dict[st
         "dpo": against_stock(plan, here),
         "on the head": adapters,
         "split": [tensor_parallel(trainer, here / "split") for trainer in both if engine == "FSDP2"],
+        "16 bits": in_16_bits(engine, here / "16 bits"),
         "packed": trained(FusedDPOTrainer, engine, here / "packed", CASES["llama"] | {"padding_free": True}),
         "kto": [kto(engine, here / "kto"), patched_kto(engine, here / "patched")],
         "unbroken": four_steps(engine, here / engine, resume=False),

@@ -118,6 +118,14 @@ def test_a_head_that_is_split_over_the_ranks_trains_as_trl_trains_it(started):
     assert_parameters_agree(stock["parameters"], ours["parameters"])
 
 
+def test_log_probs_of_16_bits_are_not_rounded_to_them(started):
+    """accelerate rounds what a unit of FSDP2 returns. So the rewards of TRL are off by 0.01."""
+    found = started("FSDP2")[0]
+    exact, ours = found["dpo"]["FSDP2", "llama"][0]["log"][0], found["16 bits"]["log"][0]
+    assert 1e-6 < abs(ours["rewards/chosen"] - exact["rewards/chosen"]) < 3e-3
+    assert ours["logps/chosen"] == pytest.approx(exact["logps/chosen"], abs=0.01)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_kto_logs_the_same_with_the_patch(engine, started):
     stock, ours = started(engine)[0]["kto"]
