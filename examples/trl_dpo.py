@@ -1,7 +1,7 @@
 """DPO with TRL on the fused loss: ``python -m examples.trl_dpo``; ``--help`` lists the options.
 
-Only the import of the trainer differs from a script of TRL's own. For comparison, ``--stock`` trains with TRL's trainer
-on the same data with the same seed.
+Only the import of the trainer differs from a script of TRL's own. ``examples/accelerate/`` has configurations for
+``accelerate launch``. For comparison, ``--stock`` trains with TRL's trainer on the same data with the same seed.
 """
 
 import argparse
@@ -50,15 +50,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         eval_dataset=Dataset.from_list(held_out),
         processing_class=tokenizer,
     )
-    before = trainer.evaluate()
+    # transformers evaluates under FSDP and DeepSpeed only what it has begun to train.
+    before = {} if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else trainer.evaluate()
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
     after = trainer.evaluate()
     wanted = ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies")
-    result: dict[str, Any] = {f"{name} before": before[name] for name in wanted} | {
-        name: after[name] for name in wanted
-    }
+    result: dict[str, Any] = {f"{name} before": before[name] for name in wanted if before}
+    result |= {name: after[name] for name in wanted}
     result["steps_per_second"] = options.steps / seconds
     result["peak_resident_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

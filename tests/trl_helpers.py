@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,9 +75,12 @@ def calm(name):
     return model
 
 
-def run(trainer_class, tmp_path, model="llama", steps=STEPS, adapter=None, wrap=None, data=None, **options):
+def run(
+    trainer_class, tmp_path, model="llama", steps=STEPS, adapter=None, wrap=None, data=None, resume=None, **options
+):
     """A few steps and an evaluation; the log, by entry, and the trainer."""
-    policy = calm(model) if isinstance(model, str) else copy.deepcopy(model)
+    # TRL itself loads what is a path.
+    policy = str(model) if isinstance(model, Path) else calm(model) if isinstance(model, str) else copy.deepcopy(model)
     reference = None
     if adapter is None and wrap is None and not options.get("precompute_ref_log_probs"):
         torch.manual_seed(5)
@@ -93,6 +97,7 @@ def run(trainer_class, tmp_path, model="llama", steps=STEPS, adapter=None, wrap=
         "per_device_eval_batch_size": 3,
         "beta": 0.3,
         "bf16": False,
+        "use_cpu": True,
         "gradient_checkpointing": False,
         "lr_scheduler_type": "constant",
         "save_strategy": "no",
@@ -121,8 +126,17 @@ def run(trainer_class, tmp_path, model="llama", steps=STEPS, adapter=None, wrap=
             processing_class=tokenizer(),
             peft_config=adapter,
         )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer.state.log_history, trainer
+
+
+def unpaired():
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in ratings(8, 0)
+        for side in ("chosen", "rejected")
+    ]
+    return Dataset.from_list(rows)
 
 
 def with_columns(rows, chosen, rejected):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels.distributed import sharded_heads
-from dpo_kernels.integrations import head_forward, positions
+from dpo_kernels.integrations import head_forward, lm_head, positions
 
 # The logits of this many tokens of the vocabulary are compared. At every other position the hidden states are stretched
 # until the largest logit is STRETCHED, at which a soft cap of any model shows.
@@ -173,6 +173,7 @@ def _ahead(head: Any, inputs: dict[str, Any]) -> _Ahead:
 
 def _factor(head: Any, natural: Tensor, given: Tensor, weight: Tensor) -> float:
     """By how much hidden states are stretched; ``given`` is what the weight is multiplied with."""
+    weight = lm_head.gathered(weight)
     columns = torch.arange(min(COLUMNS, weight.shape[0]), device=weight.device)
     plain = (given.float() @ weight[columns].float().t()).abs().amax() * abs(head.logit_scale)
     # This bound keeps hidden states of 16 bits in their range.
@@ -282,7 +283,8 @@ def _compare(head: Any, logits: Tensor, ours: _Logits, between: str) -> None:
 def _fused_logits(head: Any, hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> _Logits:
     # Operands are rounded as the model rounds them. Where a cap squeezes large logits, their errors would otherwise
     # show beside small ones.
-    vocab, bias = weight.shape[0], options["bias"]
+    weight, bias = lm_head.gathered(weight), lm_head.gathered(options["bias"])
+    vocab = weight.shape[0]
     columns = torch.linspace(0, vocab - 1, min(COLUMNS, vocab), dtype=torch.float64, device="cpu").round().long()
     columns = columns.to(weight.device)
     narrow, wide = _operand_dtype(weight), torch.promote_types(weight.dtype, torch.float32)

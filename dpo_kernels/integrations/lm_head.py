@@ -66,6 +66,24 @@ def whole_shape(weight: Any) -> torch.Size:
     return shape
 
 
+def gathered(tensor: Any) -> Any:
+    """Gather what tensor parallelism splits over a group. All of its ranks must ask for it.
+
+    Args:
+        tensor: a ``DTensor``, or anything else.
+
+    Returns:
+        The whole tensor. What is no ``DTensor`` is returned itself.
+
+    Example:
+        >>> weight = torch.zeros(3, 4)
+        >>> gathered(weight) is weight
+        True
+
+    """
+    return tensor.full_tensor() if type(tensor).__name__ == "DTensor" else tensor
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """Find the module at the core of what PEFT and ``torch.compile`` have put around it.
 

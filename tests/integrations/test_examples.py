@@ -24,6 +24,7 @@ from tests.integration_helpers import V, tiny
 from tests.trl_helpers import OTHERS_WARNINGS
 
 pytestmark = OTHERS_WARNINGS
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("options", [[], ["--precompute"]])
@@ -34,6 +35,35 @@ def test_the_trl_example_learns_what_stock_trl_learns(tmp_path, options):
     assert ours["eval_rewards/accuracies"] == 1.0
     for name in ("first_loss", "last_loss", "eval_loss", "eval_rewards/margins"):
         assert ours[name] == pytest.approx(stock[name], rel=1e-3, abs=1e-4), name
+
+
+CONFIGURATIONS = {"fsdp2.yaml": ("FSDP2", "FSDP"), "zero3.yaml": ("ZeRO-3", "DEEPSPEED")}
+
+
+def test_every_configuration_of_accelerate_is_tried():
+    assert {path.name for path in (ROOT / "examples/accelerate").iterdir()} == set(CONFIGURATIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", CONFIGURATIONS)
+def test_the_trl_example_learns_on_two_processes_of_accelerate(file, tmp_path):
+    name, engine = CONFIGURATIONS[file]
+    if engine == "DEEPSPEED":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"examples/accelerate/{file}"]
+    command += ["--main_process_port", "0", "-m", "tests.distributed.trl_example", name]
+    command += ["--steps", "6", "--batch", "2", "--out", str(tmp_path)]
+    here = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=here, capture_output=True, text=True, timeout=240, check=False)
+    said = run.stdout + run.stderr
+    assert run.returncode == 0, said[-4000:]
+    assert said.count(f"engine: {engine}") == 2
+    assert "TRL's own loss is used" not in said
+    losses = {
+        key: [float(value) for value in re.findall(rf'"{key}": ([\d.]+)', said)] for key in ("first_loss", "eval_loss")
+    }
+    assert losses["first_loss"] == pytest.approx([0.6931, 0.6931], abs=1e-3)  # one process each
+    assert losses["eval_loss"][0] == losses["eval_loss"][1] < 0.6
 
 
 def test_the_table_of_the_page_is_made_from_the_results_that_are_kept():

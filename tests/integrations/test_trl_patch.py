@@ -12,6 +12,7 @@ from datasets import Dataset  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
 from dpo_kernels.integrations.trl import patch, patch_trl, unpatch_trl  # noqa: E402
+from dpo_kernels.integrations.trl.gathered_logps import gathered_token_logps  # noqa: E402
 from dpo_kernels.integrations.trl.token_logps import token_logps  # noqa: E402
 from tests.trl_helpers import (  # noqa: E402
     LARGEST,
@@ -21,6 +22,7 @@ from tests.trl_helpers import (  # noqa: E402
     ratings,
     run,
     tokenizer,
+    unpaired,
 )
 
 pytestmark = OTHERS_WARNINGS
@@ -66,6 +68,34 @@ def test_values_and_gradients_are_those_of_plain_torch(temperature, softcap, sca
         theirs = torch.autograd.grad((expected[index] * upstream[index]).sum(), wanted, retain_graph=True)
         mine = torch.autograd.grad((got[index] * upstream[index]).sum(), wanted, retain_graph=True)
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", ["log-probs", "entropy", "both"])
+@pytest.mark.parametrize("trained", [(0, 1, 2), (0,), (1,)], ids=["all", "frozen head", "head alone"])
+def test_a_head_that_is_gathered_again_has_the_same_gradients(trained, given):
+    results = []
+    for function in (token_logps, gathered_token_logps):
+        tensors_, targets = tensors()
+        for number, tensor in enumerate(tensors_):
+            tensor.requires_grad_(number in trained)
+        values = function(*tensors_, targets, 0.7, 2.0, 1.3, OUTPUTS)
+        upstream = torch.linspace(-1, 2, N, dtype=torch.float64)
+        loss = sum(
+            (value * upstream).sum()
+            for value in {"log-probs": values[:1], "entropy": values[1:2]}.get(given, values[:2])
+        )
+        results.append((values, torch.autograd.grad(loss, [tensors_[number] for number in trained])))
+    for mine, theirs in zip(results[1][0], results[0][0], strict=True):
+        assert torch.equal(mine, theirs)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-12, atol=1e-14)
+
+
+def test_a_head_that_is_gathered_again_needs_no_token():
+    (hidden, weight, bias), targets = tensors()
+    logps, entropy, *_ = gathered_token_logps(hidden[:0], weight, bias, targets[:0], 1.0, None, 1.0, OUTPUTS)
+    (logps.sum() + entropy.sum()).backward()
+    assert weight.grad.shape == weight.shape
+    assert weight.grad.abs().sum() == 0
 
 
 def test_only_what_is_asked_for_is_returned():
@@ -160,15 +190,6 @@ def test_another_trl_is_refused(other, monkeypatch):
 
 def prompts():
     return Dataset.from_list([{"prompt": row["prompt"]} for row in ratings(8, 0)])
-
-
-def unpaired():
-    rows = [
-        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row in ratings(8, 0)
-        for side in ("chosen", "rejected")
-    ]
-    return Dataset.from_list(rows)
 
 
 def reward(completions, **kwargs):

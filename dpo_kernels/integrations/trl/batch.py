@@ -1,5 +1,6 @@
 """Batches of TRL's collator as the fused functions take them: padded, or packed without padding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from dpo_kernels import ld_token_weights
 from dpo_kernels.integrations.head_check import evaluating
-from dpo_kernels.integrations.transformers import FusedLMHead
 
 IGNORED = -100  # TRL's label of positions that are not scored
 # The largest difference between hidden states with and without padding, relative to the largest hidden state. Different
@@ -167,39 +167,47 @@ def packed(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
 
 
 @torch.no_grad()
-def check_packing(head: FusedLMHead, inputs: dict[str, Tensor]) -> None:
+def check_packing(
+    model: Any,
+    inputs: dict[str, Tensor],
+    hidden_states: Callable[[dict[str, Any]], Tensor],
+    gather: Callable[[Tensor], Tensor] = lambda mine: mine,
+) -> None:
     """Check that a model keeps packed sequences apart.
 
     If it does, the hidden states of the second sequence do not change with the tokens of the first. They also are
-    what they are with padding.
+    what they are with padding. All ranks must call this together, and they raise together.
 
     Args:
-        head: the head of the model.
+        model: the causal model. It is put into evaluation mode meanwhile.
         inputs: ``input_ids`` and ``attention_mask`` of two sequences, int64 ``(2, T)`` each.
+        hidden_states: gives the model's hidden states ``(B, T, H)`` for its inputs.
+        gather: puts the numbers ``(2,)`` of all ranks one after the other. The default is for one process.
 
     Raises:
         RuntimeError: the model lets packed sequences see each other. The message says by how much.
 
     Example::
 
-        check_packing(fused_lm_head(model), {"input_ids": ids[:2], "attention_mask": mask[:2]})
+        head = fused_lm_head(model)
+        check_packing(model, {"input_ids": ids[:2], "attention_mask": mask[:2]}, lambda few: head(**few).hidden)
 
     """
-    config, second = head.model.config.get_text_config(), int(inputs["attention_mask"][0].sum())
+    config, second = model.config.get_text_config(), int(inputs["attention_mask"][0].sum())
     others = inputs["input_ids"].clone()
     others[0] = (others[0] + 1) % config.vocab_size
-    with evaluating(head.model):
-        padded = head(**inputs).hidden[inputs["attention_mask"].bool()]
+    with evaluating(model):
+        padded = hidden_states(inputs)[inputs["attention_mask"].bool()]
         plain, changed = (
-            head(**packed({**inputs, "input_ids": ids})[0]).hidden[0] for ids in (inputs["input_ids"], others)
+            hidden_states(packed({**inputs, "input_ids": ids})[0])[0] for ids in (inputs["input_ids"], others)
         )
     largest = padded.abs().amax().clamp(min=1e-6)
-    leak = float((plain - changed)[second:].abs().amax() / largest)
-    error = float((plain - padded).abs().amax() / largest)
+    differences = torch.stack([(plain - changed)[second:].abs().amax(), (plain - padded).abs().amax()]) / largest
+    leak, error = gather(differences).view(-1, 2).amax(dim=0).tolist()
     # Experts compute the tokens of all sequences together, so that other tokens may change the last digits.
     if leak <= (2e-2 if hasattr(config, "num_experts_per_tok") else 1e-6) and error <= PACKING_TOLERANCE:
         return
     raise RuntimeError(
-        f"padding_free=True: {type(head.model).__name__} does not keep packed sequences apart (one changes the other's "
+        f"padding_free=True: {type(model).__name__} does not keep packed sequences apart (one changes the other's "
         f"hidden states by {leak:.1e}; they differ from those with padding by {error:.1e}): use padding_free=False"
     )

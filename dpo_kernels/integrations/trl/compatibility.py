@@ -1,10 +1,21 @@
-"""Which of TRL's setups the fused loss covers, and one check of TRL's that it does not need."""
+"""Which of TRL's setups the fused loss covers, and what TRL's constructor must do for it."""
 
-from collections.abc import Iterator
+import functools
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from trl.trainer import dpo_trainer as trl_module
+
+from dpo_kernels.integrations.routers import why_no_router_loss
+from dpo_kernels.integrations.transformers import fused_lm_head
+from dpo_kernels.integrations.trl.options import LossOptions, NotFused, loss_options
+
+logger = logging.getLogger(__name__)
+
+# The functions by which TRL's constructor gives a model to an engine that may shard it.
+SHARDING = ("prepare_deepspeed", "prepare_fsdp")
 
 
 def why_not_this_setup(trainer: Any) -> str:
@@ -26,17 +37,66 @@ def why_not_this_setup(trainer: Any) -> str:
         return "the data set has images"
     if getattr(trainer, "use_liger_kernel", False):
         return "use_liger_kernel=True chooses Liger's loss in this version of TRL"
-    if getattr(trainer, "is_fsdp_enabled", False):
-        return "FSDP shards the LM head"
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        return "DeepSpeed ZeRO-3 shards the LM head"
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
-    if any((getattr(parallel, f"{kind}_size", 1) or 1) > 1 for kind in ("tp", "cp", "sp")):
-        return "tensor, context and sequence parallelism shard the batch or the LM head"
-    if trainer.args.torch_compile:
-        return "torch_compile=True compiles the model's forward, in which the fused loss runs"
+    if any((getattr(parallel, f"{kind}_size", 1) or 1) > 1 for kind in ("cp", "sp")):
+        return "context and sequence parallelism split the sequences, and TRL's DPOTrainer does not support them"
     return ""
+
+
+def options_or_reason(trainer: Any, check_head: bool) -> tuple[LossOptions | None, str]:
+    """Give the options of the fused loss, or say why it cannot be used.
+
+    Args:
+        trainer: a ``DPOTrainer`` whose models no engine has sharded yet.
+        check_head: as ``check`` of ``fused_lm_head``.
+
+    Returns:
+        The options and an empty string, or a reason in words.
+
+    Example::
+
+        options, reason = options_or_reason(trainer, check_head=True)
+
+    """
+    try:
+        options = loss_options(trainer)
+    except NotFused as error:
+        return None, str(error)
+    if reason := why_not_this_setup(trainer):
+        return options, reason
+    try:
+        for model in (trainer.model, trainer.ref_model):
+            if model is not None:
+                fused_lm_head(trainer.accelerator.unwrap_model(model), check=check_head)
+    except (TypeError, ValueError) as error:
+        return options, str(error)
+    return options, ""
+
+
+def settle_router_loss(trainer: Any, model: Any) -> None:
+    """Switch the router loss off, with a line in the log, where a model has a coefficient for it but no loss.
+
+    Args:
+        trainer: a ``DPOTrainer`` whose constructor has run. Its ``aux_loss_enabled`` may be changed.
+        model: its causal model.
+
+    Raises:
+        ValueError: the configuration asks for the loss.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> settle_router_loss(SimpleNamespace(aux_loss_enabled=False), None)
+
+    """
+    if not getattr(trainer, "aux_loss_enabled", False) or not (reason := why_no_router_loss(model)):
+        return
+    if coefficient := getattr(trainer.args, "router_aux_loss_coef", None):
+        raise ValueError(
+            f"router_aux_loss_coef={coefficient} weighs a router loss that is not to be had: {reason}; leave it out"
+        )
+    trainer.aux_loss_enabled = False
+    if trainer.accelerator.is_main_process:
+        logger.warning("FusedDPOTrainer: there is no router loss: %s", reason)
 
 
 @contextmanager
@@ -62,6 +122,42 @@ def adapter_on_the_head_allowed() -> Iterator[None]:
         yield
     finally:
         trl_module.BaseTunerLayer = known
+
+
+@contextmanager
+def told_before_sharding(tell: Callable[[Any], None]) -> Iterator[None]:
+    """Call ``tell(model)`` while this context is open, before TRL's constructor gives a model to FSDP or DeepSpeed.
+
+    Afterwards the weights cannot be looked at: each rank holds a shard of them. TRL's constructor does this to the
+    reference, which it may have loaded itself. Under DeepSpeed it does it to the policy too, where it precomputes
+    log-probs with it.
+
+    Args:
+        tell: it is called with the model.
+
+    Example::
+
+        with told_before_sharding(lambda model: fused_lm_head(model).attach()):
+            trainer = DPOTrainer(model, ref_model, ...)
+
+    """
+    known = {name: getattr(trl_module, name) for name in SHARDING if hasattr(trl_module, name)}
+
+    def telling(prepare: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(prepare)
+        def told(model: Any, *args: Any, **kwargs: Any) -> Any:
+            tell(model)
+            return prepare(model, *args, **kwargs)
+
+        return told
+
+    try:
+        for name, prepare in known.items():
+            setattr(trl_module, name, telling(prepare))
+        yield
+    finally:
+        for name, prepare in known.items():
+            setattr(trl_module, name, prepare)
 
 
 class _NoLayer:

@@ -7,8 +7,11 @@ is touched.
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from dpo_kernels.distributed.sharded_heads import ZERO3
+from dpo_kernels.integrations.trl.gathered_logps import gathered_token_logps
 from dpo_kernels.integrations.trl.token_logps import token_logps
 
 # The function's name in ``trl.trainer.utils``, and the arguments of its forward as TRL 1.15 and 1.16 have them.
@@ -65,13 +68,11 @@ class FusedLogProbFunction:
             TypeError: as in ``token_logps``.
 
         """
-        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-        if is_deepspeed_zero3_enabled():  # ZeRO-3 gathers the weight for this call only, not for its backward
-            return _original[0].apply(
-                *(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
-            )
-        return token_logps(hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale, outputs)
+        given = (hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale, outputs)
+        # TRL gathers the weights of ZeRO-3 for this call only, not for its backward.
+        if torch.is_grad_enabled() and any(hasattr(tensor, ZERO3) for tensor in (weight, bias)):
+            return gathered_token_logps(*given)
+        return token_logps(*given)
 
 
 class Patch:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpo_kernels.integrations.trl.batch import REFERENCE
@@ -13,6 +14,11 @@ CHECKED_PAIRS = 2
 # bits each token's log-prob changes by some 0.1 nats with padding and with the attention kernel. Over a long completion
 # these changes add up to less than a hundredth of the sum.
 REFERENCE_NATS, REFERENCE_SHARE = 1.0, 0.01
+REMEDY = (
+    "(other weights, token ids or max_length): leave the columns out to have them computed, or set "
+    "trainer.check_reference = False if another reference is meant"
+)
+OTHERS_DIFFER = f"on another rank {' or '.join(REFERENCE)} is not what the reference gives {REMEDY}"
 
 
 def pairs_to_check(inputs: dict[str, Any]) -> list[int]:
@@ -37,40 +43,69 @@ def pairs_to_check(inputs: dict[str, Any]) -> list[int]:
 
 
 def check_reference(
-    inputs: dict[str, Any], precomputed: Tensor, pairs: list[int], score: Callable[[dict[str, Any]], Tensor]
-) -> None:
+    inputs: dict[str, Any],
+    precomputed: Tensor,
+    score: Callable[[dict[str, Any]], Tensor],
+    gather: Callable[[Tensor], Tensor] = lambda mine: mine,
+) -> bool:
     """Compare precomputed log-probs of a few pairs with what a reference gives for them now.
+
+    All ranks score, or none does: an engine that shards the reference needs every rank. They also raise together.
 
     Args:
         inputs: a batch of TRL's collator, ``(2B, T)`` each, all chosen sequences first.
         precomputed: log-probs ``(2B,)`` in the same order.
-        pairs: numbers of the pairs to compare, at least one.
-        score: gives the reference's log-probs ``(2P,)`` of a batch that holds only these pairs.
+        score: gives the reference's log-probs ``(2P,)`` of a batch that holds only P of the pairs.
+        gather: puts the rows ``(1, 2)`` of all ranks one below the other. The default is for one process.
+
+    Returns:
+        False where a rank has no scored token. Any reference would agree there, so that a later batch must be compared.
 
     Raises:
-        ValueError: a log-prob differs by more than rounding can explain. The message names the side and both values.
+        ValueError: a log-prob of any rank differs by more than rounding can explain. The message names the side and
+            both values, or says that it was another rank.
 
     Example:
         >>> import torch
-        >>> batch = {"input_ids": torch.zeros(2, 3, dtype=torch.int64)}
+        >>> batch = {"completion_mask": torch.ones(2, 3)}
         >>> given = torch.tensor([-20.0, -21.0])
-        >>> check_reference(batch, given, [0], lambda few: torch.tensor([-20.5, -21.0]))
-        >>> check_reference(batch, given, [0], lambda few: torch.tensor([-29.0, -21.0]))
+        >>> check_reference(batch, given, lambda few: torch.tensor([-20.5, -21.0]))
+        True
+        >>> check_reference(batch, given, lambda few: torch.tensor([-29.0, -21.0]))
         Traceback (most recent call last):
         ...
         ValueError: ref_chosen_logps is -20.00 for one of the first pairs, but the reference gives -29.00 ...
 
     """
+
+    def of_all_ranks(value: bool) -> list[bool]:
+        gathered: list[bool] = gather(torch.tensor([value], device=precomputed.device)).tolist()
+        return gathered
+
+    pairs = pairs_to_check(inputs)
+    ready = of_all_ranks(bool(pairs))
+    if not any(ready):
+        return False
+    difference = _difference(inputs, precomputed, pairs or [0], score)
+    wrong = of_all_ranks(bool(pairs and difference))
+    if any(wrong):
+        raise ValueError(difference if pairs and difference else OTHERS_DIFFER)
+    return all(ready)
+
+
+def _difference(
+    inputs: dict[str, Any], precomputed: Tensor, pairs: list[int], score: Callable[[dict[str, Any]], Tensor]
+) -> str:
+    """Say in words which log-prob of these pairs is clearly not the reference's, or nothing where all are."""
     few = [*pairs, *(pair + len(precomputed) // 2 for pair in pairs)]
     expected = score({name: value[few] for name, value in inputs.items() if name not in REFERENCE})
     given = precomputed[few].to(expected)
     excess = (given - expected).abs() - REFERENCE_SHARE * expected.abs() - REFERENCE_NATS
     if bool((excess <= 0).all()):
-        return
+        return ""
     worst = int(excess.argmax())
     side = REFERENCE[worst // (len(few) // 2)]
-    raise ValueError(
+    return (
         f"{side} is {given[worst]:.2f} for one of the first pairs, but the reference gives {expected[worst]:.2f} "
-        "(other weights, token ids or max_length): leave the columns out to have them computed, or set "
-        "trainer.check_reference = False if another reference is meant"
+        f"{REMEDY}"
     )

@@ -1,11 +1,12 @@
 """Differentiable log-probs and statistics of single tokens, as TRL's chunked head returns them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_kernels import LossInputs, fused_dpo_loss
+from dpo_kernels import DPOLossOutput, LossInputs, fused_dpo_loss
 from dpo_kernels.checks import check_choice, check_number, check_tensor
 
 # TRL's names of the statistics, and ours.
@@ -64,25 +65,86 @@ def token_logps(
         raise ValueError(f"targets must have shape (N,), got {tuple(targets.shape)}")
     for name in outputs:
         check_choice("outputs", name, ("log_probs", *STATS))
+    wanted = tuple(stat for name, stat in STATS.items() if name in outputs)
+    options = head_options(temperature, softcap, logit_scale)
+    hidden, weight, bias = same_dtype(hidden, weight, bias)
+    out = scored(hidden, weight, bias, targets, options, _log_prob, reduction="none", stats=wanted)
+    values: dict[str, Tensor] = {name: out.stats[stat][0::2] for name, stat in STATS.items() if stat in wanted}
+    if "entropy" in values and torch.is_grad_enabled():
+        values["entropy"] = differentiable_entropy(hidden, weight, bias, values["entropy"], options)
+    if "is_top1" in values:
+        values["is_top1"] = values["is_top1"] > 0.5
+    entropy, log_sum_sq_probs, mean_logits, is_top1 = (values.get(name) for name in STATS)
+    return out.loss, entropy, log_sum_sq_probs, mean_logits, is_top1
+
+
+def head_options(temperature: float, softcap: float | None, logit_scale: float) -> dict[str, Any]:
+    """Give ``logit_scale`` and ``softcap`` of a head whose logits are divided by a temperature.
+
+    With z = W h + b, scale s and cap c: c tanh(s z / c) / t = (c / t) tanh((s / t) z / (c / t)). The temperature t
+    therefore divides the scale and the cap.
+
+    Args:
+        temperature: > 0.
+        softcap: soft cap of the logits before the temperature, or None.
+        logit_scale: factor on the logits.
+
+    Returns:
+        The two keyword arguments of the fused functions, in this order.
+
+    Raises:
+        ValueError: ``temperature`` is not > 0, or a number is not finite.
+        TypeError: an argument is no number.
+
+    Example:
+        >>> head_options(0.5, 3.0, 1.0)
+        {'logit_scale': 2.0, 'softcap': 6.0}
+
+    """
     if check_number("temperature", temperature) <= 0:
         raise ValueError(
             f"temperature must be > 0, got {temperature}: logits are divided by it (greedy decoding has no log-probs)"
         )
     scale = check_number("logit_scale", logit_scale)
     cap = None if softcap is None else check_number("softcap", softcap)
-    wanted = tuple(stat for name, stat in STATS.items() if name in outputs)
-    # With z = W h + b, scale s and cap c: c tanh(s z / c) / t = (c / t) tanh((s / t) z / (c / t)). The temperature t
-    # therefore divides the scale and the cap.
-    head: dict[str, Any] = {
-        "logit_scale": scale / temperature,
-        "softcap": None if cap is None else cap / temperature,
-    }
-    hidden, weight, bias = _same_dtype(hidden, weight, bias)
-    rows = targets.shape[0]
-    # Each token is the chosen side of a pair whose rejected side is empty. The pair's loss is the token's log-prob, and
-    # the statistics of the chosen side are the token's own.
-    ends = torch.arange(1, rows + 1, device=targets.device).repeat_interleave(2)
-    out = fused_dpo_loss(
+    return {"logit_scale": scale / temperature, "softcap": None if cap is None else cap / temperature}
+
+
+def scored(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: dict[str, Any],
+    loss: Callable[[LossInputs], Tensor],
+    **how: Any,
+) -> DPOLossOutput:
+    """Call ``fused_dpo_loss`` with single tokens for sequences.
+
+    Each token is the chosen side of a pair whose rejected side is empty. So ``policy_chosen_logps`` of the loss are the
+    tokens' log-probs, and the statistics of the chosen sides are the tokens' own.
+
+    Args:
+        hidden: floating point ``(N, H)``.
+        weight: floating point ``(V, H)``.
+        bias: floating point ``(V,)``, or None.
+        targets: int64 or int32 ``(N,)``.
+        options: of the head, as ``head_options`` gives them.
+        loss: a loss of the pairs, ``(N,)``.
+        **how: ``reduction`` and ``stats`` of ``fused_dpo_loss``.
+
+    Returns:
+        What ``fused_dpo_loss`` returns.
+
+    Example:
+        >>> zeros = torch.zeros(2, 4)
+        >>> options = head_options(1.0, None, 1.0)
+        >>> scored(zeros, zeros, None, torch.tensor([0, 1]), options, lambda x: x.policy_chosen_logps).loss
+        tensor(-0.6931)
+
+    """
+    ends = torch.arange(1, targets.shape[0] + 1, device=targets.device).repeat_interleave(2)
+    return fused_dpo_loss(
         hidden,
         weight,
         targets,
@@ -90,25 +152,57 @@ def token_logps(
         cu_seqlens=torch.nn.functional.pad(ends, (1, 0)),
         pairs="interleaved",
         reference_free=True,
-        loss_type=_log_prob,
-        reduction="none",
-        stats=wanted,
-        **head,
+        loss_type=loss,
+        **options,
+        **how,
     )
-    values: dict[str, Tensor] = {name: out.stats[stat][0::2] for name, stat in STATS.items() if stat in wanted}
-    if "entropy" in values and torch.is_grad_enabled():
-        values["entropy"] = _Entropy.apply(hidden, weight, bias, values["entropy"], *head.values())
-    if "is_top1" in values:
-        values["is_top1"] = values["is_top1"] > 0.5
-    entropy, log_sum_sq_probs, mean_logits, is_top1 = (values.get(name) for name in STATS)
-    return out.loss, entropy, log_sum_sq_probs, mean_logits, is_top1
+
+
+def differentiable_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """Give entropies their derivative. It costs a pass over the head, in the backward.
+
+    Args:
+        hidden: floating point ``(N, H)``.
+        weight: floating point ``(V, H)``.
+        bias: floating point ``(V,)``, or None.
+        entropy: float32 ``(N,)``, the entropies of these logits.
+        options: of the head, as ``head_options`` gives them.
+
+    Returns:
+        The entropies, differentiable with respect to the first three arguments.
+
+    Example:
+        >>> hidden, weight = torch.eye(2, requires_grad=True), torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> differentiable_entropy(hidden, weight, None, torch.tensor([0.3653, 0.3653]), head_options(1.0, None, 1.0))
+        tensor([0.3653, 0.3653], grad_fn=<_EntropyBackward>)
+
+    """
+    entropies: Tensor = _Entropy.apply(hidden, weight, bias, entropy, *options.values())
+    return entropies
 
 
 def _log_prob(x: LossInputs) -> Tensor:
     return x.policy_chosen_logps
 
 
-def _same_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def same_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast the head to the dtype of the hidden states, unless autocast does so.
+
+    Args:
+        hidden: floating point ``(N, H)``.
+        weight: floating point ``(V, H)``.
+        bias: floating point ``(V,)``, or None.
+
+    Returns:
+        The three, differentiable.
+
+    Example:
+        >>> same_dtype(torch.zeros(1, 4), torch.zeros(2, 4, dtype=torch.float64), None)[1].dtype
+        torch.float32
+
+    """
     if hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight, bias
     return hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)

@@ -9,7 +9,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,13 +22,19 @@ from dpo_kernels.integrations import lm_head
 from dpo_kernels.integrations.head_check import evaluating
 from dpo_kernels.integrations.head_forward import CALL
 from dpo_kernels.integrations.model_parts import innermost
-from dpo_kernels.integrations.routers import router_loss, why_no_router_loss
+from dpo_kernels.integrations.routers import router_loss
 from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
 from dpo_kernels.integrations.trl.batch import REFERENCE, PairBatch, check_packing, pair_batch
-from dpo_kernels.integrations.trl.compatibility import adapter_on_the_head_allowed, why_not_this_setup
+from dpo_kernels.integrations.trl.compatibility import (
+    adapter_on_the_head_allowed,
+    options_or_reason,
+    settle_router_loss,
+    told_before_sharding,
+)
 from dpo_kernels.integrations.trl.metrics import STATS, record
-from dpo_kernels.integrations.trl.options import LossOptions, NotFused, loss_options
-from dpo_kernels.integrations.trl.reference_check import check_reference, pairs_to_check
+from dpo_kernels.integrations.trl.options import LossOptions
+from dpo_kernels.integrations.trl.reference_check import check_reference
+from dpo_kernels.integrations.trl.split_head import SplitHeads
 
 logger = logging.getLogger(__name__)
 
@@ -85,21 +91,21 @@ class FusedDPOTrainer(DPOTrainer):
         padding_free = bool(getattr(given, "padding_free", False))
         if padding_free:
             given.padding_free = False  # TRL would say that it is unavailable
-        with adapter_on_the_head_allowed():
+        with adapter_on_the_head_allowed(), told_before_sharding(self._attach):
             super().__init__(*args, **kwargs)
         if padding_free:
             given.padding_free = self.padding_free = True
             if reason := self.fallback_reason:
                 raise ValueError(f"padding_free=True needs the fused loss, which cannot be used: {reason}")
         if not self.fallback_reason:
-            self._settle_router_loss()
-            self._head(self.model).attach()
+            settle_router_loss(self, innermost(self.model))
+            self._attach(self.model)
 
     @property
     def fallback_reason(self) -> str:
         """Why TRL's own loss is used, or an empty string. The first access writes it to the log."""
         if self._reason is None:
-            self._reason = self._why_not_fused()
+            self._loss_options, self._reason = options_or_reason(self, self.check_head)
             if self._reason and lm_head.has_adapter(innermost(self.model).get_output_embeddings()):
                 raise ValueError(f"an adapter on the LM head needs the fused loss, but: {self._reason}")
             message = f"TRL's own loss is used: {self._reason}" if self._reason else ""
@@ -111,38 +117,16 @@ class FusedDPOTrainer(DPOTrainer):
 
     not_fused = fallback_reason  # the older name
 
-    def _why_not_fused(self) -> str:
-        try:
-            self._loss_options = loss_options(self)
-        except NotFused as error:
-            return str(error)
-        if reason := why_not_this_setup(self):
-            return reason
-        try:
-            for model in (self.model, self.ref_model):
-                if model is not None:
-                    fused_lm_head(self.accelerator.unwrap_model(model), check=self.check_head)
-        except (TypeError, ValueError) as error:
-            return str(error)
-        return ""
-
-    def _settle_router_loss(self) -> None:
-        """Switch the router loss off, with a line in the log, where the model has a coefficient for it but no loss."""
-        if not getattr(self, "aux_loss_enabled", False) or not (reason := why_no_router_loss(innermost(self.model))):
-            return
-        if coefficient := getattr(self.args, "router_aux_loss_coef", None):
-            raise ValueError(
-                f"router_aux_loss_coef={coefficient} weighs a router loss that is not to be had: {reason}; leave it out"
-            )
-        self.aux_loss_enabled = False
-        if self.accelerator.is_main_process:
-            logger.warning("FusedDPOTrainer: there is no router loss: %s", reason)
-
     def _head(self, model: Any) -> FusedLMHead:
         """Return the head that is attached to a model, or a new one where none is."""
         model = self.accelerator.unwrap_model(model)
         attached = getattr(innermost(model).forward, CALL, None)
         return attached.of(innermost(model)) if attached is not None else fused_lm_head(model, check=self.check_head)
+
+    def _attach(self, model: Any) -> None:
+        """Have the model's forward compute the fused loss. It must be done before an engine shards the weights."""
+        if not self.fallback_reason:
+            self._head(model).attach()
 
     # --- the loss ---
 
@@ -167,8 +151,7 @@ class FusedDPOTrainer(DPOTrainer):
         """
         if self.fallback_reason:
             return super().compute_ref_log_probs(model, inputs)
-        batch = self._batch(inputs)
-        chosen, rejected = self._reference(batch, model).chunk(2)
+        chosen, rejected = self._reference(self._batch(inputs, model), model).chunk(2)
         return chosen, rejected
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
@@ -186,13 +169,13 @@ class FusedDPOTrainer(DPOTrainer):
         if self.fallback_reason:
             return super()._compute_loss(model, inputs, return_outputs)
         mode = "train" if self.model.training else "eval"
-        batch = self._batch(inputs)
+        batch = self._batch(inputs, model)
         if self.precompute_ref_logps:
             reference = torch.cat([inputs[name] for name in REFERENCE])
             if self.check_reference and mode == "train":
                 self.check_reference = not self._check_reference(inputs, reference)
         else:
-            reference = self._reference(batch, self.ref_model or self.model)
+            reference = self._reference(batch, self._reference_model)
         result = self._within(model, self._inputs_of_policy(batch), partial(self._policy, batch, reference))
         out, aux_loss = result["out"], result["aux_loss"]
         loss = out.loss
@@ -204,12 +187,18 @@ class FusedDPOTrainer(DPOTrainer):
         with torch.no_grad():  # compute_metrics wants logits, which the fused loss never had
             return loss, model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}, use_cache=False)
 
-    def _batch(self, inputs: dict[str, Any]) -> PairBatch:
+    def _batch(self, inputs: dict[str, Any], model: Any) -> PairBatch:
         padding_free = bool(self.padding_free)
         if padding_free and not self._packing_checked:
             few = {name: inputs[name][:: max(1, len(inputs[name]) - 1)] for name in ("input_ids", "attention_mask")}
+
+            def hidden_states(some: dict[str, Any]) -> Any:
+                return self._within(
+                    model, {**some, "use_cache": False}, lambda outputs, hidden, weight, options: hidden
+                )
+
             with self.accelerator.autocast():
-                check_packing(self._head(self.model), few)
+                check_packing(self._head(model).attach().model, few, hidden_states, self.accelerator.gather)
             self._packing_checked = True
         return pair_batch(inputs, self.ld_alpha, padding_free)
 
@@ -218,6 +207,10 @@ class FusedDPOTrainer(DPOTrainer):
         # The models' own forwards read this from the configuration, their backbones do not.
         return inputs | {"output_router_logits": True} if getattr(self, "aux_loss_enabled", False) else inputs
 
+    @property
+    def _reference_model(self) -> Any:
+        return self.model if self.ref_model is None else self.ref_model  # a compiled model has no truth value
+
     def _reference(self, batch: PairBatch, model: Any) -> Tensor:
         """Return the reference's log-probs ``(2B,)``. It is a model, or the policy with another adapter or none."""
         self._head(model).attach()
@@ -225,6 +218,7 @@ class FusedDPOTrainer(DPOTrainer):
         def work(outputs: Any, hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
             hidden, layout = batch.arguments(hidden)
             labels = batch.labels.to(hidden.device)
+            weight, options = self._rows(weight, options)
             return fused_sequence_logps(hidden, weight, labels, **layout, **batch.weights(hidden.device), **options)
 
         adapter: AbstractContextManager[Any] = nullcontext()
@@ -251,25 +245,25 @@ class FusedDPOTrainer(DPOTrainer):
         assert self._work is not None, "set around the call of the model"
         return self._work(*given)
 
+    @cached_property
+    def _rows(self) -> SplitHeads:
+        return SplitHeads(self.accelerator)
+
     def _check_reference(self, inputs: dict[str, Any], precomputed: Tensor) -> bool:
         """Raise ``ValueError`` where precomputed log-probs ``(2B,)`` are clearly not those of a reference at hand.
 
         Return False where nothing is scored: any reference would agree, so that a later batch must be compared.
         """
-        model = self.ref_model or self.model
+        model = self._reference_model
         plain = self.accelerator.unwrap_model(model)
-        if self.is_deepspeed_enabled or (self.ref_model is None and not hasattr(plain, "peft_config")):
+        if self.ref_model is None and not hasattr(plain, "peft_config"):
             return True
-        if not (pairs := pairs_to_check(inputs)):
-            return False
 
         def score(few: dict[str, Any]) -> Tensor:
-            batch = self._batch(few)
             with evaluating(plain):
-                return self._reference(batch, model)
+                return self._reference(self._batch(few, model), model)
 
-        check_reference(inputs, precomputed, pairs, score)
-        return True
+        return check_reference(inputs, precomputed, score, self.accelerator.gather)
 
     def _policy(
         self, batch: PairBatch, reference: Tensor, outputs: Any, hidden: Tensor, weight: Tensor, options: dict[str, Any]
@@ -281,6 +275,7 @@ class FusedDPOTrainer(DPOTrainer):
             aux_loss = router_loss(innermost(self.model), outputs, batch.inputs.get("attention_mask"))
         hidden, layout = batch.arguments(hidden)
         labels = batch.labels.to(hidden.device)
+        weight, options = self._rows(weight, options)
         call = partial(fused_dpo_loss, hidden, weight, labels, **layout, **options)
         arguments = dict(self._loss_options.arguments)
         if self.use_weighting:

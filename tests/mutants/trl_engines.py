@@ -1,0 +1,58 @@
+"""Edits of what ``FusedDPOTrainer`` and ``patch_trl`` do under engines that shard the head."""
+
+from tests.mutants.records import Mutant
+
+_ENGINES = "tests/integrations/test_trl_engines.py"
+_PATCH = "tests/integrations/test_trl_patch.py"
+
+TRL_ENGINES = [
+    Mutant(
+        "dpo_kernels/integrations/trl/compatibility.py",
+        "            tell(model)\n",
+        "",
+        f"{_ENGINES}::test_logs_and_parameters_are_those_of_trl[FSDP2-FSDP1-llama]",
+        "the reference is looked at when FSDP1 has made its head flat",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/reference_check.py",
+        "    if any(wrong):",
+        "    if pairs and difference:",
+        f"{_ENGINES}::test_log_probs_that_are_wrong_on_one_rank_end_all_of_them[FSDP2]",
+        "a rank raises alone and the others wait for it",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/split_head.py",
+        "VocabParallel.of(weight)",
+        "VocabParallel.of(weight, reduce_hidden_grad=False)",
+        f"{_ENGINES}::test_a_head_that_is_split_over_the_ranks_trains_as_trl_trains_it",
+        "the gradient of the hidden states is that of one rank's tokens",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/gathered_logps.py",
+        "with maybe_gather_lm_head_ctx(weight, bias), torch",
+        "with maybe_gather_lm_head_ctx(), torch",
+        f"{_ENGINES}::test_kto_logs_the_same_with_the_patch[ZeRO-3]",
+        "the backward reads a head that ZeRO-3 has freed",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/gathered_logps.py",
+        "total = total + (entropies",
+        "total = (entropies",
+        f"{_PATCH}::test_a_head_that_is_gathered_again_has_the_same_gradients",
+        "with an entropy the gradient of the log-probs is lost",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/gathered_logps.py",
+        "x.policy_chosen_logps * grad_logps",
+        "x.policy_chosen_logps",
+        f"{_PATCH}::test_a_head_that_is_gathered_again_has_the_same_gradients",
+        "every log-prob is taken to have the gradient 1",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/patch.py",
+        "return gathered_token_logps(*given)",
+        "return token_logps(*given)",
+        f"{_ENGINES}::test_kto_logs_the_same_with_the_patch[ZeRO-3]",
+        "nothing gathers the head of ZeRO-3 for the backward",
+    ),
+]
