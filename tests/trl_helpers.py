@@ -101,7 +101,6 @@ def run(
         "gradient_checkpointing": False,
         "lr_scheduler_type": "constant",
         "save_strategy": "no",
-        "use_cpu": True,
     }
     config = trl.DPOConfig(
         output_dir=str(tmp_path / trainer_class.__name__),
