@@ -5,8 +5,15 @@ import os
 import re
 import secrets
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
 
 FOLDER = "DPO_KERNELS_CACHE_DIR"
 
@@ -36,15 +43,29 @@ def entries_of(path: Path) -> dict[str, Any]:
 def add_entry(path: Path, name: str, entry: Any) -> None:
     """Add an entry to a file, which is made if need be. No reader sees half a file, and its mode follows the umask.
 
+    Processes that add entries at the same time wait for each other, so that none is lost.
+
     Raises:
-        OSError: the folder or the file cannot be written.
+        OSError: the folder or the file cannot be written. Or the file cannot be read, and its entries would be lost.
 
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with new.open("x") as file:  # made by ``open`` and not by ``tempfile``, whose files nobody else may read
-            json.dump(entries_of(path) | {name: entry}, file, indent=1)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    with _locked(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            path.open().close()  # raises where it belongs to somebody who keeps it to himself
+        try:
+            with new.open("x") as file:  # made by ``open`` and not by ``tempfile``, whose files nobody else may read
+                json.dump(entries_of(path) | {name: entry}, file, indent=1)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes on this machine, and on one file system, respect."""
+    with path.open("a") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -199,14 +200,49 @@ def test_a_folder_that_cannot_be_made_costs_a_warning(monkeypatch, tmp_path):
     assert best("H=8") == FAST
 
 
-def test_nothing_is_timed_inside_a_graph_and_what_was_taken_there_stays(clock, monkeypatch):
+def test_nothing_is_timed_inside_a_graph_and_what_was_taken_there_is_not_kept(clock, monkeypatch):
     monkeypatch.setattr(autotune, "device_name", lambda like: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     gpu = SimpleNamespace(is_cuda=True)
     assert best("H=8", like=gpu) == SLOW
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert best("H=8", like=gpu) == SLOW  # a replay and a call repeat each other's bits
     assert not clock.seen
+    assert best("H=8", like=gpu) == FAST
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert best("H=8", like=gpu) == FAST
+
+
+def test_other_numbers_of_rows_take_the_nearest_choice(clock):
+    """A training does not stop at each new power of two; other vocabularies, dtypes and forms are timed."""
+    assert best("N<=64", "V<=512", "H=8") == FAST
+    clock.times[FAST] = 9.0
+    assert best("N<=4096", "V<=512", "H=8") == FAST
+    autotune.clear_cache()
+    assert best("N<=128", "V<=512", "H=8") == FAST  # from the file
+    assert len(clock.seen) == 3 * autotune.ROUNDS
+    assert best("N<=64", "V<=1024", "H=8") == MIDDLE
+    assert best("N<=64", "V<=512", "H=8", "bias") == MIDDLE
+    clock.times[MIDDLE] = 10.0
+    autotune.clear_cache()
+    assert best("N<=32", "V<=512", "H=8", "bias") == MIDDLE
+    assert len(clock.seen) == 9 * autotune.ROUNDS
+
+
+def test_processes_that_keep_at_once_lose_nothing(tmp_path):
+    """Each waits for the others; without a lock some would replace the file that they had not read."""
+    path, count = tmp_path / "folder" / "kept.json", 24
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: kept_files.add_entry(path, str(number), number), range(count)))
+    assert kept_files.entries_of(path) == {str(number): number for number in range(count)}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_only_others_may_read_is_left_alone(tmp_path):
+    path = tmp_path / "kept.json"
+    kept_files.add_entry(path, "theirs", 1)
+    path.chmod(0)
+    with pytest.raises(OSError, match=r"kept\.json"):
+        kept_files.add_entry(path, "ours", 2)
 
 
 def test_a_file_belongs_to_a_gpu_and_to_the_versions_of_what_makes_the_code(monkeypatch):

@@ -237,10 +237,24 @@ _TRITON = [
     ),
     Mutant(
         "dpo_kernels/kernels/triton/autotune.py",
-        'if mode != "1" or (like.is_cuda and torch.cuda.is_current_stream_capturing()):',
-        'if mode != "1":',
-        f"{_AUTOTUNE}::test_nothing_is_timed_inside_a_graph_and_what_was_taken_there_stays",
+        "if known is None and like.is_cuda and torch.cuda.is_current_stream_capturing():",
+        "if False:",
+        f"{_AUTOTUNE}::test_nothing_is_timed_inside_a_graph_and_what_was_taken_there_is_not_kept",
         "launches are timed while a graph is captured",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/triton/autotune.py",
+        "_remembered(gpu, kind, family) or _of_other_rows(gpu, kind, family)",
+        "_remembered(gpu, kind, family)",
+        f"{_AUTOTUNE}::test_other_numbers_of_rows_take_the_nearest_choice",
+        "a training stops to time launches at each power of two",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/kept_files.py",
+        "            fcntl.flock(file, fcntl.LOCK_EX)",
+        "            pass",
+        f"{_AUTOTUNE}::test_processes_that_keep_at_once_lose_nothing",
+        "processes replace files that they have not read",
     ),
     Mutant(
         "dpo_kernels/kernels/triton/autotune.py",

@@ -2,9 +2,9 @@
 
 ``DPO_KERNELS_AUTOTUNE`` sets the mode:
 
-- ``1`` (default): the first call of a kind (dtype, width, and sizes to the next power of two) times the launches of a
+- ``1`` (default): the first call of a kind (dtype, width, vocabulary to the next power of two) times the launches of a
   family. The fastest is kept in ``DPO_KERNELS_CACHE_DIR`` (default: ``~/.cache/dpo_kernels``), where other processes
-  find it.
+  find it. Calls with other numbers of rows take the choice for the nearest number, and time nothing.
 - ``cached``: kept choices are used, and nothing is timed.
 - ``0``: the first launch of each family is used.
 
@@ -13,11 +13,13 @@ machines alike.
 
 A trial runs the kernel on the call's own inputs. The call overwrites its outputs afterwards, so a kernel that adds to
 its output must not be timed. A process keeps its choices, so a second call repeats the first one's bits. Nothing can be
-timed while a CUDA graph is captured.
+timed while a CUDA graph is captured. A kind that is first seen there takes the first launch of its family, and a later
+call times it.
 """
 
 import hashlib
 import os
+import re
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -39,6 +41,7 @@ MODES = ("1", "0", "cached")
 ROUNDS = 7  # each round times every launch once; the medians are compared
 CANNOT_RUN = (CompilationError, OutOfResources, PTXASError)  # raised where this GPU or compiler cannot take a launch
 PASS_FAILED = "PassManager::run failed"  # the text of a RuntimeError that the compiler raises for the same reason
+ROWS = re.compile(r"\bN<=(\d+)")  # what a kind of call says about its rows
 Trial = Callable[[MatrixLaunch], object]
 
 _chosen: dict[tuple[str, str], MatrixLaunch] = {}
@@ -57,8 +60,12 @@ def fastest_launch(
     if mode == "0" or len(family) < 2:
         return family[0]
     gpu, kind = device_name(like), " ".join(map(str, (kernel, *facts)))
-    if (gpu, kind) not in _chosen:
-        _chosen[gpu, kind] = _remembered(gpu, kind, family) or _timed(gpu, kind, family, like, run, mode)
+    if (gpu, kind) in _chosen:
+        return _chosen[gpu, kind]
+    known = _remembered(gpu, kind, family) or _of_other_rows(gpu, kind, family)
+    if known is None and like.is_cuda and torch.cuda.is_current_stream_capturing():
+        return family[0]  # nothing can be timed now, but a later call can
+    _chosen[gpu, kind] = known or _timed(gpu, kind, family, like, run, mode)
     return _chosen[gpu, kind]
 
 
@@ -89,7 +96,7 @@ def path_of(gpu: str) -> Path:
 
 
 def _timed(gpu: str, kind: str, family: Sequence[MatrixLaunch], like: Tensor, run: Trial, mode: str) -> MatrixLaunch:
-    if mode != "1" or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if mode != "1":
         return family[0]
     runnable = [launch for launch in family if _runs(launch, run)]
     if not runnable:
@@ -139,6 +146,24 @@ def _remembered(gpu: str, kind: str, family: Sequence[MatrixLaunch]) -> MatrixLa
     entry = entries_of(path_of(gpu)).get(kind)
     kept = entry.get("launch") if isinstance(entry, dict) else None
     return next((launch for launch in family if asdict(launch) == kept), None)
+
+
+def _of_other_rows(gpu: str, kind: str, family: Sequence[MatrixLaunch]) -> MatrixLaunch | None:
+    """The choice for the nearest number of rows, of calls that are alike but for it.
+
+    A training would otherwise stop to time launches at each new power of two.
+    """
+    kept = {name: entry.get("launch") for name, entry in entries_of(path_of(gpu)).items() if isinstance(entry, dict)}
+    kept |= {name: asdict(launch) for (other, name), launch in _chosen.items() if other == gpu}
+    alike = [name for name in kept if ROWS.sub("", name) == ROWS.sub("", kind) != kind]
+    alike.sort(key=lambda name: abs(_rows(name).bit_length() - _rows(kind).bit_length()))
+    found = (next((launch for launch in family if asdict(launch) == kept[name]), None) for name in alike)
+    return next((launch for launch in found if launch is not None), None)
+
+
+def _rows(kind: str) -> int:
+    stated = ROWS.search(kind)
+    return int(stated[1]) if stated else 0
 
 
 def _remember(
