@@ -22,12 +22,14 @@ from datasets import load_from_disk
 from peft import LoraConfig
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from dpo_kernels.integrations.trl import FusedDPOTrainer, patch, patch_trl
 from dpo_kernels.integrations.trl.batch import REFERENCE
+from dpo_kernels.integrations.trl.patch import FusedLogProbFunction
 from tests import trl_helpers
-from tests.distributed.engines import quiet_deepspeed
+from tests.distributed.engines import quiet_deepspeed, shard_before
 
 STEPS = 3
 
@@ -254,6 +256,31 @@ def patched_kto(engine: str, folder: Path) -> dict[str, Any]:
             return kto(engine, folder) | {"calls": calls}
 
 
+def freed_head() -> dict[str, Any]:
+    """Gradients through a head of ZeRO-3 that is gathered around TRL's function alone, and those of the whole head.
+
+    In a model DeepSpeed notices that the head is read, and gathers it for the backward of the whole model.
+    """
+    on_cpu("ZeRO-3")
+    generator = torch.Generator().manual_seed(2)
+    layer = torch.nn.Linear(6, 13, bias=False).requires_grad_(False)
+    with torch.no_grad():
+        layer.weight.normal_(generator=generator)
+    kept = HfDeepSpeedConfig(
+        {"zero_optimization": {"stage": 3}, "train_batch_size": 2}
+    )  # TRL asks whether there is one
+    weight, targets = layer.weight.detach().clone(), torch.randint(0, 13, (5,), generator=generator)
+    shard_before(layer)
+    result = {}
+    for name, head in (("whole", weight), ("freed", layer.weight)):
+        hidden = torch.randn(5, 6, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        with maybe_gather_lm_head_ctx(*([head] if name == "freed" else [])):
+            logps, *_ = FusedLogProbFunction.apply(hidden, head, None, targets, 1.0, 256)
+        result[name] = (head.numel(), torch.autograd.grad(logps.square().sum(), hidden)[0])
+    del kept
+    return result
+
+
 def four_steps(engine: str, folder: Path, resume: bool) -> dict[str, Any]:
     """Four steps with a checkpoint after two, or the last two of them from that checkpoint."""
     case: dict[str, Any] = {"model": "llama", "optim": "adamw_torch", "lr_scheduler_type": "linear", "steps": 4}
@@ -285,6 +312,7 @@ def everything(engine: str, plan: list[tuple[str, str]], folder: str) -> dict[st
         "16 bits": in_16_bits(engine, here / "16 bits"),
         "packed": trained(FusedDPOTrainer, engine, here / "packed", CASES["llama"] | {"padding_free": True}),
         "kto": [kto(engine, here / "kto"), patched_kto(engine, here / "patched")],
+        "freed": freed_head() if engine == "ZeRO-3" else {},
         "unbroken": four_steps(engine, here / engine, resume=False),
         "error": error_of(OneRankIsWrong, engine, here / "wrong", CASES["gemma2, LoRA, precomputed"]),
     }

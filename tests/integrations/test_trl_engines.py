@@ -134,6 +134,14 @@ def test_kto_logs_the_same_with_the_patch(engine, started):
     assert_parameters_agree(stock["parameters"], ours["parameters"])
 
 
+def test_the_backward_gathers_a_head_that_was_freed(started):
+    for rank in started("ZeRO-3"):
+        (_, expected), (left, got) = rank["freed"]["whole"], rank["freed"]["freed"]
+        assert left == 0
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+        assert expected.abs().max() > 0.1
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_log_probs_that_are_wrong_on_one_rank_end_all_of_them(engine, started):
     first, last = (rank["error"] for rank in started(engine))

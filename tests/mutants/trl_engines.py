@@ -31,7 +31,7 @@ TRL_ENGINES = [
         "dpo_kernels/integrations/trl/gathered_logps.py",
         "with maybe_gather_lm_head_ctx(weight, bias), torch",
         "with maybe_gather_lm_head_ctx(), torch",
-        f"{_ENGINES}::test_kto_logs_the_same_with_the_patch[ZeRO-3]",
+        f"{_ENGINES}::test_the_backward_gathers_a_head_that_was_freed",
         "the backward reads a head that ZeRO-3 has freed",
     ),
     Mutant(
@@ -52,7 +52,7 @@ TRL_ENGINES = [
         "dpo_kernels/integrations/trl/patch.py",
         "return gathered_token_logps(*given)",
         "return token_logps(*given)",
-        f"{_ENGINES}::test_kto_logs_the_same_with_the_patch[ZeRO-3]",
+        f"{_ENGINES}::test_the_backward_gathers_a_head_that_was_freed",
         "nothing gathers the head of ZeRO-3 for the backward",
     ),
 ]

@@ -119,7 +119,8 @@ class FusedDPOTrainer(DPOTrainer):
 
     def _head(self, model: Any) -> FusedLMHead:
         """Return the head that is attached to a model, or a new one where none is."""
-        model = self.accelerator.unwrap_model(model)
+        # With keep_torch_compile accelerate would take DistributedDataParallel out of a compiled model for good.
+        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         attached = getattr(innermost(model).forward, CALL, None)
         return attached.of(innermost(model)) if attached is not None else fused_lm_head(model, check=self.check_head)
 
