@@ -80,7 +80,7 @@ def _with_whole_hidden(arguments: Arguments, vocab: Any, static: bool) -> tuple[
     The second result is the bytes of this rank's parts of ``hidden`` and ``ref_hidden`` that were gathered.
     """
     policy, reference = arguments.policy, arguments.reference
-    vocab.begin(policy.weight, (policy.hidden, reference.ref_hidden), keep=static)
+    vocab.begin(policy.weight, (policy.hidden, reference.ref_hidden), policy.labels, keep=static)
     hidden, ref_hidden = vocab.gather_tokens(policy.hidden, 0), vocab.gather_tokens(reference.ref_hidden, 1)
     if hidden is policy.hidden and ref_hidden is reference.ref_hidden:
         return arguments, (0, 0)

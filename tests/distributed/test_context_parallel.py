@@ -47,6 +47,13 @@ def test_hidden_states_that_arrive_split_along_the_tokens(found, world):
     assert [each["sharded hidden"] for each in found(world)] == [[]] * world
 
 
+def test_sizes_along_the_tokens_are_kept_for_labels_of_the_same_shape_only(found):
+    said = [dict(each["static sharded hidden"]) for each in found(2)]
+    for rank, each in enumerate(said):
+        assert f"changed: tokens of hidden {('3 to 2', '2 to 3')[rank]};" in each.pop("another split")
+        assert set(each.values()) == {"right"}
+
+
 def test_logits_in_the_memory_of_the_gradient(found):
     assert [each["logits in the gradient"] for each in found(2)] == [[], []]
 
