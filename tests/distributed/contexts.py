@@ -269,10 +269,40 @@ def context_refusals() -> dict[str, str]:
         "scales": call(parallel=ContextParallel(dist.group.WORLD, grad_scale=1.0 + rank)),
         "one rank raises": call(**({"labels": beyond} if rank else {})),
         "one rank has another dtype": call(**({"ref_logps": common["ref_logps"].to(torch.int64)} if rank else {})),
+        "groups": call(
+            lambda **options: dk.fused_group_loss(**options, group_sizes=[[1, 3], [3, 1]][rank]),
+        ),
+        "main_grad_scales": call(
+            weight=common["weight"].clone().requires_grad_(),
+            main_grad=torch.zeros_like(common["weight"]),
+            main_grad_scale=1.0 + rank,
+        ),
         "shift": call(shift=True),
         "kind": call(parallel="cp"),
         "afterwards": call(),
     }
+
+
+def compiled() -> dict[str, str]:
+    """What split work says inside ``torch.compile``, by its argument."""
+    made, found = ranks.problem({}, VOCAB, F64), {}
+    rows = (slice(0, 20), slice(20, VOCAB))[dist.get_rank()]
+    for parallel, weight in (
+        (VocabParallel(dist.group.WORLD), made["weight"][rows]),
+        (ContextParallel(dist.group.WORLD), made["weight"]),
+    ):
+        how = {parallel.argument: parallel}
+
+        @torch.compile(fullgraph=True, backend="eager")
+        def step(weight: Tensor, how: Any = how) -> Tensor:
+            return dk.fused_sequence_logps(made["hidden"], weight, made["labels"], **how)
+
+        try:
+            step(weight)
+            found[parallel.argument] = "no error"
+        except Exception as error:  # noqa: BLE001  # one of dynamo's, which quotes ours
+            found[parallel.argument] = str(error)
+    return found
 
 
 def one_of_four_raises() -> dict[str, str]:
@@ -400,6 +430,7 @@ def all_of(world: int) -> dict[str, Any]:
             "static sharded hidden": sharded_hidden_of_a_static_capacity(),
             "logits in the gradient": logits_in_the_gradient(),
             "refusals": context_refusals(),
+            "compiled": compiled(),
         }
     if world == 3:
         return {"cases": every_context_case(["zig-zag"]), "sharded hidden": sharded_hidden([3, 0, 34], [3, 0, 2])}

@@ -68,9 +68,15 @@ def test_ranks_that_do_not_fit_together_are_told_so_on_every_rank(found):
         assert each.pop("shift").startswith("ValueError: context_parallel goes with labels that were shifted before")
         assert each.pop("kind") == "TypeError: context_parallel must be a ContextParallel, got str"
         assert each.pop("afterwards") == "no error"
-        assert len(each) == 8
+        assert len(each) == 10
         for text in each.values():
             assert text.startswith(f"ValueError: context_parallel: ranks [{1 - rank}] were given another problem")
+
+
+def test_split_work_inside_a_graph_is_refused_by_its_name(found):
+    for each in found(2):
+        for argument, text in each["compiled"].items():
+            assert f"{argument} is not supported inside torch.compile yet" in text
 
 
 def test_one_rank_of_four_raises_and_all_end(found):
