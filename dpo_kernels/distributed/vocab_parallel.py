@@ -75,6 +75,8 @@ class VocabParallel(Ranks):
         self.reduce_hidden_grad, self.sequence_sharded_hidden = reduce_hidden_grad, sequence_sharded_hidden
         self._bounds: tuple[int, int, int, int] | None = None  # first id, rows that are tokens, all tokens, largest
         self._token_sizes: list[list[int]] = []  # of hidden and of ref_hidden: each rank's size along the tokens
+        # Of calls that keep what they know: this rank's sizes, then the two above, by what is the same on every rank.
+        self._kept: dict[Any, tuple[list[int], tuple[int, int, int, int], list[list[int]]]] = {}
 
     @classmethod
     def of(cls, weight: Tensor, *, mesh_dim: str | None = None, **options: Any) -> "tuple[Tensor, VocabParallel]":
@@ -119,29 +121,39 @@ class VocabParallel(Ranks):
         group = mesh.get_group(split[0])
         return weight.to_local(), cls(group, start=start, stop=start + shape[0], **options)
 
-    def begin(self, weight: Any, hiddens: tuple[Any, Any], *, keep: bool = False) -> None:
+    def begin(self, weight: Any, hiddens: tuple[Any, Any], labels: Any, *, keep: bool = False) -> None:
         """Exchange the sizes of the shards. Every call begins with it, on every rank.
 
-        With ``keep`` sizes that are known are taken as they are, so that nothing is read back from a GPU.
+        With ``keep`` sizes that are known are taken as they are, so that nothing is read back from a GPU. Those of
+        hidden states that are split along the tokens are known for labels of the same shape.
 
         Args:
             weight: this rank's rows of the head.
             hiddens: the hidden states of policy and reference; the second may be None.
+            labels: the labels of all tokens, the same on every rank.
             keep: whether the host must not wait for the device.
 
+        Raises:
+            ValueError: the ranks' sizes do not fit together. Or they are kept, and this rank's have changed.
+
         """
-        if keep and self._bounds is not None and not checks_always():
-            return
         rows = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else -1
         device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
         shapes = [self._shape_of(hidden) for hidden in hiddens]
         start, stop = -1 if self.start is None else self.start, -1 if self.stop is None else self.stop
         numbers = [rows, start, stop, self.vocab_size or -1, *shapes[0], *shapes[1]]
+        whole = (getattr(labels, "shape", None), hiddens[1] is None) if self.sequence_sharded_hidden else None
+        if keep and whole in self._kept and not checks_always():
+            before, self._bounds, self._token_sizes = self._kept[whole]
+            _check_kept(before, numbers)
+            return
         mine = torch.tensor(numbers, dtype=torch.int64, device=device)
         all_sizes: list[list[int]] = self.all_gather(mine).tolist()
         self._token_sizes = [_token_sizes("hidden", [tuple(sizes[4:7]) for sizes in all_sizes])]
         self._token_sizes.append(_token_sizes("ref_hidden", [tuple(sizes[7:]) for sizes in all_sizes]))
         self._bounds = self._bounds_of([sizes[:4] for sizes in all_sizes])
+        if keep or whole is None:
+            self._kept[whole] = numbers, self._bounds, self._token_sizes
 
     def _shape_of(self, hidden: Any) -> tuple[int, int, int]:
         """Return the sizes of hidden states along the tokens, the sequences and H, or why there are none."""
@@ -191,6 +203,20 @@ class VocabParallel(Ranks):
         kept = [max(0, min(end, total) - min(first, total)) for first, end in bounds]
         rank = dist.get_rank(self.group)
         return min(bounds[rank][0], total), kept[rank], total, max(kept)
+
+
+def _check_kept(before: list[int], now: list[int]) -> None:
+    """Raise where this rank's sizes are others than those that an earlier call has exchanged."""
+    if before == now:
+        return
+    names = ("rows of weight", "start", "stop", "vocab_size")
+    sizes = ("tokens", "sequences", "width")
+    names += tuple(f"{size} of {name}" for name in ("hidden", "ref_hidden") for size in sizes)
+    changed = [f"{name} {old} to {new}" for name, old, new in zip(names, before, now, strict=True) if old != new]
+    raise ValueError(
+        "with max_scored_tokens the ranks exchange their sizes once for each shape of labels, and here they have "
+        f"changed: {', '.join(changed)}; make another VocabParallel for another head or another split"
+    )
 
 
 def _token_sizes(name: str, shapes: list[tuple[int, ...]]) -> list[int]:

@@ -29,6 +29,11 @@ SECOND_DERIVATIVE = (
     "second derivatives of the fused losses and log-probs are not supported: use dpo_kernels.reference, "
     "which is plain torch, or call backward without create_graph"
 )
+WEIGHT_IS_FREED = (
+    "the head's weight was freed before this backward pass, which computes logits with it again: an engine that shards "
+    "the head frees it at the end of a backward pass, and of unsharded() without gradients. Add up what needs the "
+    "weight and call backward once, or enter unsharded() again before it"
+)
 # The upstream gradient may differ from ``main_grad_scale`` by this much, relative. It passes through float32, whose
 # rounding error is 6e-8.
 UPSTREAM_TOLERANCE = 1e-6
@@ -250,11 +255,20 @@ def _logps_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, T
                 grad_out, hidden, weight, bias, [*packed, *saved], ctx.numbers, ctx.spec
             )
         else:
+            _refuse_freed(weight)
             problem = operators.decode_problem(hidden, weight, bias, packed, ctx.numbers, ctx.spec)
             problem = replace(problem, shard=ctx.shard)
             plan = ctx.plan or operators.plan_of(problem, ctx.numbers, ctx.spec)
             grads = passes.logps_gradients(grad_out, problem, plan, saved, ctx.dtypes)
     return _wrap_gradients(ctx, grads)
+
+
+def _refuse_freed(weight: Tensor) -> None:
+    """Raise where an engine has taken the weight's memory away since the forward pass, as FSDP2 or as ZeRO-3 does."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(weight)  # by torch.func, which shows no memory
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and not wrapped
+    if weight.dim() != 2 or (plain and weight.numel() and not weight.untyped_storage().nbytes()):
+        raise RuntimeError(WEIGHT_IS_FREED)
 
 
 def _times_upstream(ctx: Any, grad_out: Tensor, dlogp_dhidden: Tensor, packed: Sequence[Tensor]) -> Tensor:

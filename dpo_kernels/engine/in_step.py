@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dpo_kernels import losses
+from dpo_kernels.checks import traced
 from dpo_kernels.inputs.options import Arguments
 from dpo_kernels.planning.plan import Execution, Plan, make_plan, packs_in_triton
 from dpo_kernels.problem import Problem
@@ -30,6 +31,12 @@ def planned(
     if vocab is None and context is None:
         problem = with_token_factor(make_problem(arguments))
         return problem, make_plan(problem.workload, execution)
+    # The exchanges below would end in an error of the tracer that names nothing.
+    for each in (vocab, context):
+        if each is not None and isinstance(policy.hidden, torch.Tensor) and traced(policy.hidden):
+            raise ValueError(
+                f"{each.argument} is not supported inside torch.compile yet: leave the call out of the graph"
+            )
     device = getattr(policy.weight, "device", torch.device("cpu"))
     # These comparisons are still to come, in their order. Whoever raises takes part in them, so that no rank waits.
     waiting = [each for each in (context, vocab) if each is not None and each.compares(static)]
@@ -82,7 +89,7 @@ def _with_whole_hidden(arguments: Arguments, vocab: Any, static: bool) -> tuple[
     The second result is the bytes of this rank's parts of ``hidden`` and ``ref_hidden`` that were gathered.
     """
     policy, reference = arguments.policy, arguments.reference
-    vocab.begin(policy.weight, (policy.hidden, reference.ref_hidden), keep=static)
+    vocab.begin(policy.weight, (policy.hidden, reference.ref_hidden), policy.labels, keep=static)
     hidden, ref_hidden = vocab.gather_tokens(policy.hidden, 0), vocab.gather_tokens(reference.ref_hidden, 1)
     if hidden is policy.hidden and ref_hidden is reference.ref_hidden:
         return arguments, (0, 0)
@@ -96,7 +103,7 @@ def _facts(problem: Problem, execution: Execution) -> tuple[Any, ...]:
     loss, head, shard = problem.loss, problem.head, problem.shard
     code: tuple[Any, ...] = ()
     if loss is not None:
-        code = (type(loss).__name__, getattr(loss, "name", ""), loss.beta)
+        code = (type(loss).__name__, getattr(loss, "name", ""), loss.beta, getattr(loss, "sizes", ()))
     if isinstance(loss, losses.BoundLoss):
         code += (loss.f_divergence, loss.f_alpha, loss.nll_weight, tuple(loss.tensors))
         code += tuple((part.weight, part.options) for part in loss.parts)
@@ -107,7 +114,8 @@ def _facts(problem: Problem, execution: Execution) -> tuple[Any, ...]:
         "tensor" if isinstance(each, torch.Tensor) else each
         for each in (problem.denominator, problem.token_denominator)
     )
-    what = (problem.reduction, divisors, problem.main_grad is not None, type(problem.reference).__name__)
+    main_grad = None if problem.main_grad is None else problem.main_grad.scale
+    what = (problem.reduction, divisors, main_grad, type(problem.reference).__name__)
     reduced = shard is not None and shard.reduce_hidden_grad is not None
     return sizes, dtypes, how, what, code, tuple(problem.needs_grad), reduced, execution
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from dpo_kernels.checks import traced
 from dpo_kernels.inputs.options import Layout, MainGradOptions, PolicyTensors, ReferenceTensors
 from dpo_kernels.inputs.packing import pack
 from dpo_kernels.inputs.tensors import Batch, check_tensor
@@ -25,8 +24,6 @@ def split_work(policy: PolicyTensors, layout: Layout) -> tuple[PolicyTensors, Vo
     check_tensor("weight", policy.weight)
     if policy.bias is not None:
         check_tensor("bias", policy.bias)
-    if traced(policy.hidden):
-        raise ValueError("vocab_parallel is not supported inside torch.compile yet: leave the call out of the graph")
     num_rows, shard = parallel.shard_of(policy.weight)
     if num_rows == policy.weight.shape[0]:
         return policy, shard
@@ -46,8 +43,6 @@ def _check_split_tokens(policy: PolicyTensors, layout: Layout) -> None:
             "context_parallel goes with labels that were shifted before the split, shift=False: the label of a rank's "
             "last position lies on the next rank"
         )
-    if traced(policy.hidden):
-        raise ValueError("context_parallel is not supported inside torch.compile yet: leave the call out of the graph")
 
 
 def split_reference(reference: ReferenceTensors, policy: PolicyTensors, num_rows: int) -> ReferenceTensors:

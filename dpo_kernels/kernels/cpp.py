@@ -65,6 +65,8 @@ class CppKernels(ExtensionKernels):
         if d.values.dtype != torch.bfloat16:
             return super().grad_weight(d, x_CH, out_VtH, accumulate)
         torch.ops.dpo_kernels.matmul_bfloat16_(d.values.t(), x_CH, out_VtH, accumulate)
+        # torch does not count what our operators write, and out_VtH may be the caller's main_grad.
+        torch.autograd.graph.increment_version(out_VtH)
 
 
 @constant_in_graphs

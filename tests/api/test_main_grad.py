@@ -215,10 +215,13 @@ class OutOfMemoryAt(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("scratch_bytes", [None, 3000])
-def test_an_error_at_any_place_leaves_no_part_of_a_gradient(backend, scratch_bytes):
+@pytest.mark.parametrize(
+    ("dtype", "scratch_bytes"), [(torch.float32, None), (torch.float32, 3000), (torch.bfloat16, None)], ids=str
+)
+def test_an_error_at_any_place_leaves_no_part_of_a_gradient(dtype, backend, scratch_bytes):
     """Wherever memory ends, the buffer is what it was, or NaN with a note that says so."""
-    inputs = problem(pairs=2, length=5, vocab=40)
+    hidden, weight, labels = problem(pairs=2, length=5, vocab=40)
+    inputs = hidden.detach().to(dtype).requires_grad_(), weight.detach().to(dtype).requires_grad_(), labels
     untouched, lost, number = 0, 0, 0
     while True:
         number += 1

@@ -204,6 +204,39 @@ def sharded_hidden(sizes: list[int], lengths: list[int]) -> list[str]:
     return found
 
 
+def sharded_hidden_of_a_static_capacity() -> dict[str, str]:
+    """Calls with ``max_scored_tokens``, whose sizes are kept for labels of the same shape: the losses, or an error."""
+    rank, found = dist.get_rank(), {}
+    rows = (slice(0, 20), slice(20, VOCAB))[rank]
+    parallel = VocabParallel(dist.group.WORLD, sequence_sharded_hidden=True)
+    made = ranks.problem({}, VOCAB, F64)
+    for name, length, cut, reference in (
+        ("first", 5, 3, "ref_logps"),
+        ("fewer tokens", 3, 1, "ref_logps"),
+        ("a rank has as many", 4, 3, "ref_logps"),
+        ("the reference is scored", 5, 3, "ref_hidden"),
+        ("as the first", 5, 3, "ref_logps"),
+        ("another split", 5, 2, "ref_logps"),
+    ):
+        mine = (slice(0, cut), slice(cut, length))[rank]
+
+        def tensors(tokens: slice, head: slice, length: int = length, scored: bool = reference != "ref_logps") -> Any:
+            given = {"hidden": made["hidden"][:, tokens], "weight": made["weight"][head]}
+            given["labels"] = made["labels"][:, :length]
+            if scored:
+                scores = {"ref_hidden": made["ref_hidden"][:, tokens], "ref_weight": made["ref_weight"][head]}
+                return given | scores
+            return given | {"ref_logps": made["ref_logps"]}
+
+        whole = dk.fused_dpo_loss(**tensors(slice(0, length), slice(0, VOCAB))).loss
+        try:
+            loss = dk.fused_dpo_loss(**tensors(mine, rows), vocab_parallel=parallel, max_scored_tokens=20).loss
+            found[name] = "right" if torch.allclose(loss, whole, rtol=1e-12) else f"{float(loss)}, not {float(whole)}"
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 def context_refusals() -> dict[str, str]:
     """What errors say on this rank where the ranks' calls do not fit together."""
     rank = dist.get_rank()
@@ -236,10 +269,40 @@ def context_refusals() -> dict[str, str]:
         "scales": call(parallel=ContextParallel(dist.group.WORLD, grad_scale=1.0 + rank)),
         "one rank raises": call(**({"labels": beyond} if rank else {})),
         "one rank has another dtype": call(**({"ref_logps": common["ref_logps"].to(torch.int64)} if rank else {})),
+        "groups": call(
+            lambda **options: dk.fused_group_loss(**options, group_sizes=[[1, 3], [3, 1]][rank]),
+        ),
+        "main_grad_scales": call(
+            weight=common["weight"].clone().requires_grad_(),
+            main_grad=torch.zeros_like(common["weight"]),
+            main_grad_scale=1.0 + rank,
+        ),
         "shift": call(shift=True),
         "kind": call(parallel="cp"),
         "afterwards": call(),
     }
+
+
+def compiled() -> dict[str, str]:
+    """What split work says inside ``torch.compile``, by its argument."""
+    made, found = ranks.problem({}, VOCAB, F64), {}
+    rows = (slice(0, 20), slice(20, VOCAB))[dist.get_rank()]
+    for parallel, weight in (
+        (VocabParallel(dist.group.WORLD), made["weight"][rows]),
+        (ContextParallel(dist.group.WORLD), made["weight"]),
+    ):
+        how = {parallel.argument: parallel}
+
+        @torch.compile(fullgraph=True, backend="eager")
+        def step(weight: Tensor, how: Any = how) -> Tensor:
+            return dk.fused_sequence_logps(made["hidden"], weight, made["labels"], **how)
+
+        try:
+            step(weight)
+            found[parallel.argument] = "no error"
+        except Exception as error:  # noqa: BLE001  # one of dynamo's, which quotes ours
+            found[parallel.argument] = str(error)
+    return found
 
 
 def one_of_four_raises() -> dict[str, str]:
@@ -364,8 +427,10 @@ def all_of(world: int) -> dict[str, Any]:
         return {
             "cases": every_context_case(["contiguous", "zig-zag", "a rank without tokens"]),
             "sharded hidden": sharded_hidden([20, 17], [3, 2]),
+            "static sharded hidden": sharded_hidden_of_a_static_capacity(),
             "logits in the gradient": logits_in_the_gradient(),
             "refusals": context_refusals(),
+            "compiled": compiled(),
         }
     if world == 3:
         return {"cases": every_context_case(["zig-zag"]), "sharded hidden": sharded_hidden([3, 0, 34], [3, 0, 2])}

@@ -109,7 +109,13 @@ def every_case(group: str, names: list[str] | None = None) -> dict[str, list[str
 
 def others() -> dict[str, Any]:
     """What is neither a loss nor a gradient."""
-    return {"checked": checked(), "dtypes": dtypes(), "without gradients": without_gradients("own"), **refusals()}
+    return {
+        "checked": checked(),
+        "dtypes": dtypes(),
+        "without gradients": without_gradients("own"),
+        "freed": freed(),
+        **refusals(),
+    }
 
 
 def checked() -> list[bool]:
@@ -172,6 +178,27 @@ def without_gradients(unit: str) -> list[Any]:
                 hidden = each.model(input_ids=batch["ids"], attention_mask=batch["mask"])[0]
                 found.append(fused_sequence_logps(hidden, each.lm_head.weight, batch["labels"], shift=True))
     return [bool(torch.equal(*found)), type(model.lm_head.weight).__name__]
+
+
+def freed() -> list[str]:
+    """What a second backward pass of log-probs says, and one after the head was gathered anew."""
+    case = {"ENGINE": "FSDP2", "UNIT": "own"}
+    engine = Loop(model_of(case, training.F64), case)
+    batch = training.micro_batches(case, dist.get_world_size(), dist.get_rank())[0]
+    with opened(case, engine.model):
+        hidden = engine.model.model(input_ids=batch["ids"], attention_mask=batch["mask"])[0].detach()
+        weight = engine.model.lm_head.weight
+        first, second = (fused_sequence_logps(hidden, weight, batch["labels"], shift=True).sum() for _ in range(2))
+        first.backward()
+    found = []
+    for context in (nullcontext(), unsharded(engine.model.lm_head)):
+        with context:
+            try:
+                second.backward(retain_graph=True)
+                found.append("no error")
+            except RuntimeError as error:
+                found.append(str(error))
+    return found
 
 
 def refusals() -> dict[str, str]:

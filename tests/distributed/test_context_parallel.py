@@ -47,6 +47,13 @@ def test_hidden_states_that_arrive_split_along_the_tokens(found, world):
     assert [each["sharded hidden"] for each in found(world)] == [[]] * world
 
 
+def test_sizes_along_the_tokens_are_kept_for_labels_of_the_same_shape_only(found):
+    said = [dict(each["static sharded hidden"]) for each in found(2)]
+    for rank, each in enumerate(said):
+        assert f"changed: tokens of hidden {('3 to 2', '2 to 3')[rank]};" in each.pop("another split")
+        assert set(each.values()) == {"right"}
+
+
 def test_logits_in_the_memory_of_the_gradient(found):
     assert [each["logits in the gradient"] for each in found(2)] == [[], []]
 
@@ -61,9 +68,15 @@ def test_ranks_that_do_not_fit_together_are_told_so_on_every_rank(found):
         assert each.pop("shift").startswith("ValueError: context_parallel goes with labels that were shifted before")
         assert each.pop("kind") == "TypeError: context_parallel must be a ContextParallel, got str"
         assert each.pop("afterwards") == "no error"
-        assert len(each) == 8
+        assert len(each) == 10
         for text in each.values():
             assert text.startswith(f"ValueError: context_parallel: ranks [{1 - rank}] were given another problem")
+
+
+def test_split_work_inside_a_graph_is_refused_by_its_name(found):
+    for each in found(2):
+        for argument, text in each["compiled"].items():
+            assert f"{argument} is not supported inside torch.compile yet" in text
 
 
 def test_one_rank_of_four_raises_and_all_end(found):

@@ -61,6 +61,13 @@ def test_without_gradients_the_head_is_a_shard_again_after_the_context(found_by)
     assert [each["without gradients"] for each in found_by("four")] == [[True, "DTensor"]] * 4
 
 
+def test_a_backward_pass_after_the_engine_has_freed_the_head_is_told_so(found_by):
+    for each in found_by("four"):
+        again, gathered = each["freed"]
+        assert again.startswith("the head's weight was freed before this backward pass")
+        assert gathered == "no error"
+
+
 def test_results_keep_their_precision_whatever_the_unit_returns(found_by):
     assert [each["dtypes"] for each in found_by("four")] == [["torch.float32", "torch.bfloat16"] * 2] * 4
 
