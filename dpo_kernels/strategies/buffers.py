@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowScale, RowState
-from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import Chunk, Schedule
 from dpo_kernels.strategies.row_results import RowResults
@@ -118,7 +118,7 @@ class Buffers:
         self.logps.append(logps_S)
         return scale_C
 
-    def _examples(self, chunk: Chunk) -> tuple[Tensor, Tensor | None, Tensor, Tensor, SequenceLoss]:
+    def _examples(self, chunk: Chunk) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Any]:
         """Return log-probs and weights of the chunk's tokens, counts and reference of its sequences, and its loss."""
         packed, loss = self.problem.packed, self.problem.loss
         assert loss is not None, "a pass that forms gradients has a loss"

@@ -29,7 +29,7 @@ dist.destroy_process_group()
 
 
 def run(
-    function: str, world: int, folder: Path, *arguments: Any, module: str = "ranks", seconds: float = 240
+    function: str, world: int, folder: Path, *arguments: Any, module: str = "ranks", seconds: float = 480
 ) -> list[Any]:
     """What a function of a module of this folder returns on each of ``world`` processes, all within some seconds."""
     with socket.socket() as free:
