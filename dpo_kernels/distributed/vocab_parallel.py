@@ -209,9 +209,9 @@ def _check_kept(before: list[int], now: list[int]) -> None:
     """Raise where this rank's sizes are others than those that an earlier call has exchanged."""
     if before == now:
         return
-    names = ("rows of weight", "start", "stop", "vocab_size")
     sizes = ("tokens", "sequences", "width")
-    names += tuple(f"{size} of {name}" for name in ("hidden", "ref_hidden") for size in sizes)
+    hidden = [f"{size} of {name}" for name in ("hidden", "ref_hidden") for size in sizes]
+    names = ["rows of weight", "start", "stop", "vocab_size", *hidden]
     changed = [f"{name} {old} to {new}" for name, old, new in zip(names, before, now, strict=True) if old != new]
     raise ValueError(
         "with max_scored_tokens the ranks exchange their sizes once for each shape of labels, and here they have "

@@ -47,8 +47,8 @@ _SYNCS = "tests/distributed/test_host_syncs.py::test_a_static_capacity_adds_no_s
 _HOST = [
     Mutant(
         "dpo_kernels/engine/in_step.py",
-        "(policy.hidden, reference.ref_hidden), keep=static)",
-        "(policy.hidden, reference.ref_hidden))",
+        "(policy.hidden, reference.ref_hidden), policy.labels, keep=static)",
+        "(policy.hidden, reference.ref_hidden), policy.labels)",
         _SYNCS + "[chunked-trainable]",
         "a static call reads the sizes of the shards every time",
     ),
