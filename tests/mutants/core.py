@@ -284,6 +284,13 @@ _STRATEGIES = [
         "dpo_kernels/strategies/buffers.py",
         "grad_S if self.problem.main_grad is None else grad_S * self.problem.main_grad.scale",
         "grad_S",
+        "tests/api/test_main_grad.py",
+        "main_grad gains an oversized pair's gradient for an upstream of 1",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/buffers.py",
+        "1.0 if self.problem.main_grad is None else self.problem.main_grad.scale",
+        "1.0",
         "tests/api/test_main_grad.py::test_it_gains_what_autograd_would_have_got[0.3333333333333333-sigmoid-torch.float64-"
         "chunked-torch]",
         "main_grad gains the gradient for an upstream of 1",
