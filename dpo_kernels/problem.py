@@ -58,6 +58,7 @@ class ContextShard:
 
     counts: Tensor  # (S,) int64, scored tokens of each packed sequence on all ranks together
     most: tuple[int, ...] | None  # the largest count of any rank; None where the host must not know
+    capacity: int | None  # the static number of scored tokens, from which all ranks plan then
     ranks: int
     all_gather: Callable[[Tensor], Tensor]  # stacks the tensors of all ranks, the same bits on every rank
     grad_scale: float  # every gradient is multiplied by it
@@ -125,6 +126,7 @@ class Problem:
             shard_ranks=0 if self.shard is None else self.shard.ranks,
             context_ranks=0 if self.context is None else self.context.ranks,
             most_counts=None if self.context is None else self.context.most,
+            shared_capacity=None if self.context is None else self.context.capacity,
             stats=self.stats,
             reduces_hidden_grad=self.shard is not None and self.shard.reduce_hidden_grad is not None,
             per_token=self.per_token,
@@ -169,6 +171,7 @@ class Workload:
     )
     context_ranks: int = 0  # ranks that the tokens of a sequence are split over, 0 for whole ones
     most_counts: Sequence[int] | None = None  # the largest counts of any of them, from which all make the same chunks
+    shared_capacity: int | None = None  # the static number of tokens that all of them plan with, whatever their rows
     stats: tuple[str, ...] = ()
     reduces_hidden_grad: bool = False  # the shards' parts of the hidden states' gradient are added up in the call
     per_token: bool = False
@@ -184,7 +187,9 @@ class Workload:
     @property
     def shared_tokens(self) -> int:
         """The number of tokens that a schedule with a loss is made for, the same on those ranks."""
-        return self.num_tokens if self.most_counts is None else sum(self.most_counts)
+        if self.most_counts is not None:
+            return sum(self.most_counts)
+        return self.num_tokens if self.shared_capacity is None else self.shared_capacity
 
     @property
     def backward_gemms(self) -> int:

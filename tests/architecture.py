@@ -42,7 +42,7 @@ MAY_IMPORT = {
         "strategies",
     },
     "strategies": {"kernel_interface", "problem", "segments", "shapes"},
-    "distributed": {"checks", "problem"},
+    "distributed": {"checks", "problem", "shapes"},
     "inputs": {"checks", "kernels", "loss_interface", "losses", "problem", "shapes"},  # kernels: packing on a GPU
     "kernels": {"kernel_interface", "loss_interface", "segments", "shapes"},
     "losses": {"checks", "loss_interface", "outputs", "shapes"},

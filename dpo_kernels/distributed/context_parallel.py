@@ -1,12 +1,14 @@
 """``ContextParallel``: which group of ranks holds the other tokens of the same sequences."""
 
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from dpo_kernels import checks
 from dpo_kernels.distributed.group import Ranks
 from dpo_kernels.problem import ContextShard
+from dpo_kernels.shapes import PackedTokens
 
 
 class ContextParallel(Ranks):
@@ -48,14 +50,21 @@ class ContextParallel(Ranks):
             raise ValueError(f"grad_scale must be > 0, got {grad_scale}")
         self.grad_scale = float(grad_scale)
 
-    def share(self, counts_S: Tensor, *, static: bool) -> ContextShard:
-        """Exchange how many tokens of each sequence are scored on each rank.
+    def share(self, packed: PackedTokens, capacity: int | None) -> tuple[ContextShard, PackedTokens]:
+        """Exchange how many tokens of each sequence are scored on each rank, and whether the input of some is invalid.
 
         Args:
-            counts_S: ``(S,)`` int64, this rank's scored tokens of each packed sequence.
-            static: whether the host must not wait for the device, and so does not learn the counts.
+            packed: this rank's tokens.
+            capacity: the static number of scored tokens of a call whose host must not wait, and so learns no counts.
+
+        Returns:
+            What the ranks share, and the tokens, which know of an invalid input of any rank.
 
         """
-        all_counts = self.all_gather(counts_S)
-        most = None if static else tuple(all_counts.amax(dim=0).tolist())
-        return ContextShard(all_counts.sum(dim=0), most, self.ranks, self.all_gather, self.grad_scale)
+        invalid = packed.nan_if_invalid.isnan().to(packed.counts.dtype)
+        gathered = self.all_gather(torch.cat([packed.counts, invalid[None]]))
+        counts, some_invalid = gathered[:, :-1], gathered[:, -1].any()
+        most = None if capacity is not None else tuple(counts.amax(dim=0).tolist())
+        context = ContextShard(counts.sum(dim=0), most, capacity, self.ranks, self.all_gather, self.grad_scale)
+        nan = torch.full_like(packed.nan_if_invalid, torch.nan)
+        return context, replace(packed, nan_if_invalid=torch.where(some_invalid, nan, packed.nan_if_invalid))

@@ -51,7 +51,8 @@ def planned(
                 waiting.remove(context)
                 context.agree((*facts, context.grad_scale), device)
                 waiting.append(context)
-            problem = replace(problem, context=context.share(problem.packed.counts, static=static))
+            shared, packed = context.share(problem.packed, arguments.layout.max_scored_tokens)
+            problem = replace(problem, context=shared, packed=packed)
         problem = with_token_factor(problem)
         plan = make_plan(problem.workload, execution)
         if vocab is not None and vocab in waiting:

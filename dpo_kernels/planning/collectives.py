@@ -104,7 +104,7 @@ def _of_split_sequences(policy: Pass, reference: Pass | None) -> list[Collective
     scored = int(reference is not None)
     return [
         Collective("comparison of calls", "all-gather", compared, compared * INT64_BYTES),
-        Collective("numbers of tokens", "all-gather", 1, total * INT64_BYTES),
+        Collective("numbers of tokens", "all-gather", 1, (total + 1) * INT64_BYTES),
         Collective("sums of sequences", "all-gather", sums + scored, (int(sums > 0) + scored) * total * real),
         Collective("sums of statistics", "all-gather", int(means > 0), means * total * real),
     ]

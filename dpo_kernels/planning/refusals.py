@@ -38,10 +38,10 @@ def refuse_chunked(workload: Workload, budget: Budget, scratch_bytes: int) -> st
         return "inside torch.compile a loss without a name is traced into the graph, not run by the fused operator"
     if logits_in_grad:
         return None
-    if workload.static and workload.num_tokens > row_cap:
+    if workload.static and workload.shared_tokens > row_cap:
         return (
-            f"max_scored_tokens={workload.num_tokens} does not fit one chunk of {row_cap} rows, and where pairs end is "
-            "not known on the host"
+            f"max_scored_tokens={workload.shared_tokens} does not fit one chunk of {row_cap} rows, and where pairs end "
+            "is not known on the host"
         )
     if workload.tracing:
         return None  # a tracer does not know the lengths

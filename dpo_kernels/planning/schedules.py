@@ -1,6 +1,7 @@
 """Schedules: the tile and the chunks of each kind of pass, from a workload and a divided scratch."""
 
 import math
+from dataclasses import replace
 
 from dpo_kernels.device_specs import ChunkCosts, gpu_at
 from dpo_kernels.planning.chunks import oversized_buffers, plan_chunks, with_counts
@@ -37,6 +38,8 @@ def schedule_examples(workload: Workload, budget: Budget) -> Schedule:
     largest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     if workload.most_counts is not None and workload.counts is not None:
         chunks = with_counts(chunks, workload.counts)
+    if workload.shared_capacity is not None:  # one chunk, of the rows that this rank has
+        chunks = [replace(chunk, stop=min(chunk.stop, workload.num_tokens)) for chunk in chunks]
     workload.schedules[budget] = Schedule(
         tile=Tile(min(tile.rows, largest), tile.cols),
         chunks=tuple(chunks),

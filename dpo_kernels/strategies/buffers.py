@@ -96,8 +96,7 @@ class Buffers:
         else:
             logps_S = context.complete(self.kernels.segment_sum(logp_C, weights_C, counts_S) + invalid)
             losses_E, grad_S = loss.value_and_grad(logps_S, ref_S, context.counts[sequences])
-            # A hinge maps a NaN margin to a finite gradient. Then the input of some rank is invalid.
-            grad_S = grad_S.masked_fill(logps_S.isnan(), torch.nan) * context.grad_scale
+            grad_S = (grad_S + invalid) * context.grad_scale  # a hinge maps a NaN margin to a finite gradient
         self.losses.append(losses_E)
         self.logps.append(logps_S)
         grad_S = grad_S / self.denominator

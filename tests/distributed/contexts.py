@@ -305,6 +305,34 @@ def compiled() -> dict[str, str]:
     return found
 
 
+def static_capacities() -> dict[str, str]:
+    """Calls with ``max_scored_tokens``, of which one rank has more rows than the other, and one has too many."""
+    rank, found = dist.get_rank(), {}
+    made = ranks.problem({}, VOCAB, F64)
+    made["labels"] = made["labels"].clamp(min=0)  # every position is scored: 16 here, 4 there
+    local = local_part(made, {}, [[0, 1, 2, 3], [4]][rank])
+    names = ("hidden", "weight", "labels", "ref_logps")
+    common = {name: local[name] for name in names} | {"context_parallel": ContextParallel(dist.group.WORLD)}
+    whole = dk.fused_dpo_loss(**{name: made[name] for name in names}).loss
+    weight = common["weight"].clone().requires_grad_()
+    for strategy in ("chunked", "recompute"):
+        options = {"max_scored_tokens": 16, "strategy": strategy, "weight": weight}
+        loss = dk.fused_dpo_loss(**{**common, **options}).loss
+        found[strategy] = "right" if torch.allclose(loss, whole, rtol=1e-12) else "wrong"
+        # One rank's rows do not fit the capacity: results and gradients of every rank are NaN.
+        hidden = common["hidden"].clone().requires_grad_()
+        options |= {"max_scored_tokens": 15, "hidden": hidden, "loss_type": "hinge"}
+        out = dk.fused_dpo_loss(**{**common, **options})
+        out.loss.backward()
+        found[f"{strategy}, too few"] = str(bool(out.loss.isnan() and hidden.grad.isnan().any()))
+    try:  # sixteen rows of logits do not fit this scratch, though the other rank's four would
+        dk.fused_dpo_loss(**{**common, "weight": weight}, max_scored_tokens=16, strategy="chunked", scratch_bytes=4000)
+        found["small scratch"] = "no error"
+    except ValueError as error:
+        found["small scratch"] = str(error)[:60]
+    return found
+
+
 def one_of_four_raises() -> dict[str, str]:
     """In a mesh of two by two, one rank's argument is wrong: every rank ends with an error."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
@@ -430,6 +458,7 @@ def all_of(world: int) -> dict[str, Any]:
             "static sharded hidden": sharded_hidden_of_a_static_capacity(),
             "logits in the gradient": logits_in_the_gradient(),
             "refusals": context_refusals(),
+            "static": static_capacities(),
             "compiled": compiled(),
         }
     if world == 3:

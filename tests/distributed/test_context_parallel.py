@@ -58,6 +58,14 @@ def test_logits_in_the_memory_of_the_gradient(found):
     assert [each["logits in the gradient"] for each in found(2)] == [[], []]
 
 
+def test_ranks_with_other_rows_plan_alike_for_a_static_capacity(found):
+    for each in found(2):
+        told = dict(each["static"])
+        assert told.pop("small scratch") == "strategy='chunked' cannot run this: max_scored_tokens=16 doe"
+        right = {"chunked": "right", "recompute": "right"}
+        assert told == right | {"chunked, too few": "True", "recompute, too few": "True"}
+
+
 def test_ranks_that_do_not_fit_together_are_told_so_on_every_rank(found):
     said = [dict(each["refusals"]) for each in found(2)]
     raised = "RuntimeError: context_parallel: ranks [1] have raised an error before the first product"

@@ -742,6 +742,20 @@ _IN_CONTEXT = "tests/distributed/test_context_parallel.py::test_split_equals_who
 
 _CONTEXTS = [
     Mutant(
+        "dpo_kernels/problem.py",
+        "return self.num_tokens if self.shared_capacity is None else self.shared_capacity",
+        "return self.num_tokens",
+        "tests/distributed/test_context_parallel.py::test_ranks_with_other_rows_plan_alike_for_a_static_capacity",
+        "ranks with other rows plan otherwise for a static capacity",
+    ),
+    Mutant(
+        "dpo_kernels/distributed/context_parallel.py",
+        "torch.where(some_invalid, nan, packed.nan_if_invalid)",
+        "packed.nan_if_invalid",
+        "tests/distributed/test_context_parallel.py::test_ranks_with_other_rows_plan_alike_for_a_static_capacity",
+        "a rank does not learn that another's input is invalid",
+    ),
+    Mutant(
         "dpo_kernels/engine/run.py",
         "if main_grad.buffer._version != before:",
         "if False:",
