@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
 from dpo_kernels import checks, losses
 from dpo_kernels.checks import traced
@@ -24,6 +23,11 @@ from dpo_kernels.engine.passes import GradDtypes, KeptGradients, SavedRows
 from dpo_kernels.planning.plan import Plan
 from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import TOKEN_LOGPS, NeedsGrad
+
+try:  # torch's own ``apply`` calls it; a torch without it takes the slower way
+    from torch._functorch.utils import unwrap_dead_wrappers
+except ImportError:
+    unwrap_dead_wrappers = None  # type: ignore[assignment]
 
 SECOND_DERIVATIVE = (
     "second derivatives of the fused losses and log-probs are not supported: use dpo_kernels.reference, "
@@ -107,7 +111,7 @@ class _Function(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Run the function as ``torch.autograd.Function.apply`` does."""
-        if torch._C._are_functorch_transforms_active():
+        if unwrap_dead_wrappers is None or torch._C._are_functorch_transforms_active():
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
