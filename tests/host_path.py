@@ -102,8 +102,8 @@ def on_a_gpu_of_stubs(scored: int) -> Iterator[Stubs]:
         patch.object(JITFunction, "run", lambda kernel, *given, **options: stubs.kernel(kernel, *given, **options)),
         patch.object(torch_kernels, "_matmul_into", stubs.gemm),
         patch.object(packing, "_on_the_host", stubs.sync(packing._on_the_host)),
-        patch.object(refusals, "refuse_triton_on", lambda *given: None),
-        patch.object(plan, "refuse_triton_on", lambda *given: None),
+        patch.object(refusals, "refuse_triton_on", lambda *given, **facts: None),
+        patch.object(plan, "refuse_triton_on", lambda *given, **facts: None),
     ):
         yield stubs
 
