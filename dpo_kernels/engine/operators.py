@@ -125,6 +125,8 @@ def decode_packed(tensors: Sequence[Tensor], spec: Spec) -> PackedTokens:
     """Return packed tokens from the list of their fields."""
     index, labels, weights, segments, slot, counts, counts_host, nan_if_invalid = tensors
     has = weights if spec.has_weights else None
+    if spec.static:  # nothing that the host knows, so no operator's argument is a tensor on the CPU
+        counts_host = torch.full((counts.shape[0],), -1, dtype=torch.int64, device="cpu")
     return PackedTokens(index, labels, has, segments, slot, counts, counts_host, nan_if_invalid)
 
 

@@ -240,8 +240,13 @@ def _raise_bad_label(targets_R: Tensor, bad_R: Tensor, how: Packing) -> None:
 def _pack_as_operator(
     labels: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, sizes: Sequence[int], flags: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run ``pack_labels`` and return the fields of ``PackedTokens``. Missing weights are an empty tensor."""
-    packed = pack_labels(labels, cu_seqlens, token_weights, _packing(sizes, flags))
+    """Run ``pack_labels`` and return the fields of ``PackedTokens``. Missing weights are an empty tensor.
+
+    So are the host's counts of a static capacity, which the host does not know. A graph with a tensor on the CPU would
+    get no CUDA graph.
+    """
+    how = _packing(sizes, flags)
+    packed = pack_labels(labels, cu_seqlens, token_weights, how)
     weights = packed.nan_if_invalid.new_zeros(0) if packed.weights is None else packed.weights
     return (
         packed.index,
@@ -250,7 +255,7 @@ def _pack_as_operator(
         packed.segments,
         packed.slot,
         packed.counts,
-        packed.counts_host,
+        packed.counts.new_zeros(0) if how.static else packed.counts_host,
         packed.nan_if_invalid,
     )
 
@@ -287,6 +292,6 @@ def _fake_pack(
         empty_int64.new_empty(places),
         empty_int64.new_empty(labels.shape[0]),
         empty_int64.new_empty(sequences),
-        torch.empty(sequences, dtype=torch.int64, device="cpu"),
+        empty_int64.new_empty(0) if static else torch.empty(sequences, dtype=torch.int64, device="cpu"),
         labels.new_empty((), dtype=real_dtype),
     )

@@ -742,6 +742,13 @@ _IN_CONTEXT = "tests/distributed/test_context_parallel.py::test_split_equals_who
 
 _CONTEXTS = [
     Mutant(
+        "dpo_kernels/inputs/packing.py",
+        "empty_int64.new_empty(0) if static else torch.empty(",
+        "torch.empty(",
+        "tests/api/test_cuda_graphs.py::test_no_tensor_of_a_static_step_lies_on_the_cpu[loss-trainable]",
+        "a compiled step with a static capacity gets no CUDA graph",
+    ),
+    Mutant(
         "dpo_kernels/problem.py",
         "return self.num_tokens if self.shared_capacity is None else self.shared_capacity",
         "return self.num_tokens",
