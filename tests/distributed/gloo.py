@@ -16,8 +16,8 @@ from datetime import timedelta
 
 rank, world, port, out, module, function, arguments = sys.argv[1:]
 torch.set_num_threads(1)
-store = dist.TCPStore("127.0.0.1", int(port), int(world), rank == "0", timeout=timedelta(seconds=60))
-dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(world), timeout=timedelta(seconds=30))
+store = dist.TCPStore("127.0.0.1", int(port), int(world), rank == "0", timeout=timedelta(seconds=120))
+dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(world), timeout=timedelta(seconds=90))
 os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}  # DeepSpeed reads them
 call = getattr(importlib.import_module(f"tests.distributed.{module}"), function)
 result = call(*pickle.loads(bytes.fromhex(arguments)))
@@ -25,6 +25,8 @@ with open(f"{out}/{rank}.pickle", "wb") as file:
     pickle.dump(result, file)
 dist.barrier()
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads may outlive the interpreter, which then ends with "terminate called"
 """
 
 
