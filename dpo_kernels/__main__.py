@@ -132,10 +132,10 @@ def _checked(backend: str, device: torch.device, dtype: torch.dtype) -> Iterator
 
 
 def _timings(backend: str, device: torch.device) -> str:
-    random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2 * PAIRS, LENGTH, WIDTH, generator=random).to(device).requires_grad_()
-    weight = (torch.randn(VOCAB, WIDTH, generator=random) * WIDTH**-0.5).to(device).requires_grad_()
-    labels = torch.randint(0, VOCAB, (2 * PAIRS, LENGTH), generator=random).to(device)
+    random = torch.Generator("cpu").manual_seed(0)
+    hidden = torch.randn(2 * PAIRS, LENGTH, WIDTH, generator=random, device="cpu").to(device).requires_grad_()
+    weight = (torch.randn(VOCAB, WIDTH, generator=random, device="cpu") * WIDTH**-0.5).to(device).requires_grad_()
+    labels = torch.randint(0, VOCAB, (2 * PAIRS, LENGTH), generator=random, device="cpu").to(device)
     took = []
     try:
         for _ in range(TIMINGS + 1):

@@ -6,14 +6,12 @@ import re
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-try:
+with suppress(ImportError):  # Windows has none
     import fcntl
-except ImportError:  # Windows has none
-    fcntl = None  # type: ignore[assignment]
 
 FOLDER = "DPO_KERNELS_CACHE_DIR"
 
@@ -51,7 +49,7 @@ def add_entry(path: Path, name: str, entry: Any) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    with _locked(path.with_name(f".{path.name}.lock")):
+    with _locked(path.parent):
         if path.exists():
             path.open().close()  # raises where it belongs to somebody who keeps it to himself
         try:
@@ -63,9 +61,14 @@ def add_entry(path: Path, name: str, entry: Any) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that other processes on this machine, and on one file system, respect."""
-    with path.open("a") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder that other processes respect. Windows has no such lock."""
+    if "fcntl" not in globals():
         yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowState
+from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowScale, RowState
 from dpo_kernels.kernels.small_problem import (
     CUT,
     OF_BFLOAT16,
@@ -81,6 +81,15 @@ class SelfCheck(SmallProblem):
         pairs = {"logp": (got_rows.logp, want_rows.logp)}
         pairs |= {name: (got_rows.stats[name], want_rows.stats[name]) for name in STATS}
         yield from self.compare("row_logps", launch, pairs, OF_LOGITS)
+        logp, tile, launch = (
+            self.ours.buffer(self.device, rows),
+            self.tile(rows, cols, z),
+            f"{rows} x {cols}, whole rows",
+        )
+        one, want = self.ours.reduce_to_logps(tile, self.moved(labels), logp, True), self.whole_state(z, labels)
+        yield from self.compare_states("reduce_to_logps", launch, one, want)
+        pair = {"logp": (logp, self.truth.row_logps(want, labels, cols).logp)}
+        yield from self.compare("reduce_to_logps", launch, pair, OF_LOGITS)
 
     def gradients_of_tiles(self) -> Iterator[Mismatch]:
         """Yield mismatches of ``dlogits_`` and ``reduce_and_dlogits``, and of the products with their results."""
@@ -252,12 +261,35 @@ class SelfCheck(SmallProblem):
         for name, got, want in zip(("sums", "losses", "slopes"), got_all, want_all, strict=True):
             pairs[name] = (got, want)
         yield from self.compare("sequence_loss", launch, pairs, OF_FLOAT64)
+        yield from self.scales(launch, (logp, weights, counts, ref, nothing), loss)
         grad, factor = self.short(33, WIDTH, unit=2.0**-4), torch.tensor(0.75, dtype=self.sums, device=self.device)
         buffer = self.ours.buffer(self.device, 33, WIDTH).copy_(grad)
         rounded = self.ours.finalize_weight_grad(buffer, factor, self.dtype)
         if rounded is not None:
             pair = {"gradient": (rounded, 0.75 * grad)}
             yield from self.compare("finalize_weight_grad", f"33 x {WIDTH}", pair, OF_BFLOAT16)
+        rows_of = torch.tensor([3, 33, 0, 32, 33], device="cpu")
+        dx = torch.cat([grad, grad.new_zeros(1, WIDTH)])
+        at_input = self.ours.to_input_rows(self.moved(dx), rows_of.to(self.device), factor, self.dtype)
+        if at_input is not None:
+            pair = {"rows": (at_input, 0.75 * dx[rows_of])}
+            yield from self.compare("to_input_rows", f"5 of 33 rows x {WIDTH}", pair, OF_BFLOAT16)
+
+    def scales(self, launch: str, of_tokens: tuple[Tensor, ...], loss: SequenceLoss) -> Iterator[Mismatch]:
+        """Yield mismatches of the loss that also gives the factors of the rows."""
+        logp, weights, counts, ref, nothing = of_tokens
+        rows, segments = logp.shape[0], torch.repeat_interleave(torch.arange(4, device="cpu"), counts)
+        highest, others = self.normal(rows), self.normal(rows).abs() + 0.5
+        target, divisor = highest - self.normal(rows).abs(), torch.tensor(2.0, dtype=ref.dtype, device="cpu")
+        true = RowScale(RowState(highest, others, target), segments, 0, 0.5, divisor, 3.0)
+        state = RowState(self.moved(highest), self.moved(others), self.moved(target))
+        ours = RowScale(state, segments.to(self.device), 0, 0.5, divisor.to(self.device), 3.0)
+        given = [value.to(self.device) for value in of_tokens]
+        got = self.ours.sequence_loss_and_scale(given[0], given[1], given[2], given[3], given[4], loss, ours)
+        want = self.truth.sequence_loss_and_scale(logp, weights, counts, ref, nothing, loss, true)
+        sums = {"sums": (got[0], want[0]), "losses": (got[1], want[1])}
+        yield from self.compare("sequence_loss_and_scale", launch, sums, OF_FLOAT64)
+        yield from self.compare("sequence_loss_and_scale", launch, {"factors": (got[2], want[2])}, OF_LOGITS)
 
 
 def _forms(rich: bool) -> str:

@@ -29,6 +29,10 @@ TRITON_KERNELS = (
     "sigmoid_sequence_loss",
     "linear_logps",
     "linear_dlogits",
+    "add_label_rows",
+    "to_input_rows",
+    "count_scored",
+    "write_packed",
 )
 
 

@@ -2,19 +2,24 @@
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 import dpo_kernels as dk
 from tests.cases import RICH
 from tests.first_light import widths
 
+PACKING = ("count_scored", "write_packed")  # these run, since the host looks at what they write
+
 
 def test_its_cases_launch_every_kernel(monkeypatch):
-    launched = set()
+    launched, run = set(), InterpretedFunction.run
 
     def launch(kernel, *arguments, **options):
         launched.add(kernel.__name__)
+        if kernel.__name__ in PACKING:
+            run(kernel, *arguments, **options)
 
-    monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.run", launch)
+    monkeypatch.setattr(InterpretedFunction, "run", launch)
     for case in widths.SMALL.values():
         inputs = widths.inputs_of(case, "cpu")
         options = {"strategy": case.strategy, "backend": "triton", "reference_free": True}

@@ -37,6 +37,8 @@ def test_healthy_kernels_agree():
     with sanitize() as launched:
         assert mismatches(TritonKernels, torch.bfloat16, CPU) == []
     assert set(launched) == {
+        "add_label_rows",
+        "to_input_rows",
         "apply_bias_scale_cap",
         "reduce_rows",
         "dlogits_rows",

@@ -251,8 +251,8 @@ _TRITON = [
     ),
     Mutant(
         "dpo_kernels/kernels/kept_files.py",
-        "            fcntl.flock(file, fcntl.LOCK_EX)",
-        "            pass",
+        "        fcntl.flock(handle, fcntl.LOCK_EX)",
+        "        pass",
         f"{_AUTOTUNE}::test_processes_that_keep_at_once_lose_nothing",
         "processes replace files that they have not read",
     ),
