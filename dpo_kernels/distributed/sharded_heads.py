@@ -108,6 +108,7 @@ def unsharded(module: nn.Module) -> Iterator[nn.Module]:
         The module. Its parameters are plain tensors.
 
     Raises:
+        TypeError: ``module`` is no module, but its weight, say.
         ValueError: the module belongs to FSDP1, which does not reduce gradients of weights that were gathered outside
             of a forward. Or a larger unit of FSDP2 holds its weights. Or they are split in another way.
 
@@ -117,6 +118,10 @@ def unsharded(module: nn.Module) -> Iterator[nn.Module]:
         ...     head.weight.shape
         torch.Size([8, 4])
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"unsharded takes a torch.nn.Module, got {type(module).__name__}: pass the head, or the module of its unit"
+        )
     engine = engine_of(module)
     if engine == "FSDP2":
         with _fsdp2(module):

@@ -161,7 +161,7 @@ class VocabParallel(Ranks):
             return WHOLE, 0, 0
         if hidden is None:
             return MISSING, 0, 0
-        if not isinstance(hidden, Tensor) or hidden.dim() not in (2, 3):
+        if not isinstance(hidden, Tensor) or type(hidden).__name__ == "DTensor" or hidden.dim() not in (2, 3):
             return NO_HIDDEN, 0, 0
         return hidden.shape[-2], hidden.shape[0] if hidden.dim() == 3 else -1, hidden.shape[-1]
 
@@ -223,7 +223,9 @@ def _token_sizes(name: str, shapes: list[tuple[int, ...]]) -> list[int]:
     """Return each rank's size of ``hidden`` or ``ref_hidden`` along the tokens. Raise where ranks do not fit."""
     sizes = [tokens for tokens, *_ in shapes]
     if NO_HIDDEN in sizes:
-        raise ValueError(f"{name} must have shape (S, T_local, H) or (N_local, H) on every rank")
+        raise ValueError(
+            f"{name} must be a plain tensor (S, T_local, H) or (N_local, H) on every rank; of a DTensor pass to_local()"
+        )
     if len({min(size, 0) for size in sizes}) > 1:
         raise ValueError(f"the ranks disagree about sequence_sharded_hidden, or some have no {name}")
     if len({tuple(others) for _, *others in shapes}) > 1:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import dpo_kernels as dk
 from dpo_kernels.api import pairs
@@ -201,6 +202,14 @@ def sharded_hidden(sizes: list[int], lengths: list[int]) -> list[str]:
                 found.append(f"{name}: {key} differs")
         if "dweight" in ours and not torch.allclose(ours["dweight"], whole["dweight"][rows], rtol=1e-12, atol=1e-13):
             found.append(f"{name}: dweight differs")
+    made = ranks.problem({}, sum(sizes), F64)
+    split = distribute_tensor(made["hidden"], init_device_mesh("cpu", (len(sizes),)), [Shard(1)])
+    try:
+        ranks.step({}, made | {"hidden": split}, rows, vocab_parallel=parallel)
+        found.append("a DTensor of hidden states was taken")
+    except ValueError as error:
+        if "of a DTensor pass to_local()" not in str(error):
+            found.append(str(error))
     return found
 
 

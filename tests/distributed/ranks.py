@@ -309,10 +309,3 @@ def _of_a_dtensor(mesh: Any, made: dict[str, Tensor], whole: dict[str, Tensor]) 
         if "is a DTensor" not in str(error):
             found.append(str(error))
     return found
-
-
-def __getattr__(name: str) -> Any:
-    """Find what stands in the module for split sequences, which imports this one."""
-    from tests.distributed import contexts
-
-    return getattr(contexts, name)

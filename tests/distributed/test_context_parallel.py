@@ -16,7 +16,9 @@ CASES = [
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     def of(world):
-        folder = made_once(tmp_path_factory, f"context{world}", lambda out: gloo.run("all_of", world, out, world))
+        folder = made_once(
+            tmp_path_factory, f"context{world}", lambda out: gloo.run("all_of", world, out, world, module="contexts")
+        )
         return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(world)]
 
     return of

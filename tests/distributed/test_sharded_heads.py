@@ -3,10 +3,12 @@
 import pickle
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
 
+from dpo_kernels.distributed import unsharded
 from tests.distributed import gloo, own_loops, training
 from tests.shared import made_once
 
@@ -85,3 +87,11 @@ def test_results_keep_their_precision_whatever_the_unit_returns(found_by):
 def test_what_cannot_be_is_said(found_by, case, words):
     for each in found_by("four"):
         assert each[case].startswith(words)
+
+
+def test_a_weight_is_no_module():
+    with (
+        pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, got Tensor: pass the head"),
+        unsharded(torch.ones(3, 2)),
+    ):
+        pass

@@ -9,13 +9,7 @@ from torch.nn.functional import pad
 
 from dpo_kernels.kernel_interface import RowScale, RowState
 from dpo_kernels.kernels.triton import row_kernels, sequence_loss
-from dpo_kernels.kernels.triton.configs import (
-    ROW_BLOCK,
-    ROW_WARPS,
-    SAFE_SHIFT,
-    SUM_BLOCK,
-    SUM_WARPS,
-)
+from dpo_kernels.kernels.triton.configs import ROW_BLOCK, ROW_WARPS, SAFE_SHIFT, SUM_BLOCK, SUM_WARPS
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head
 
 
