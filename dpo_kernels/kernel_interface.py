@@ -53,6 +53,7 @@ class LogitsGradient:
     scale: Tensor | None  # (C,) factor of the rows of X and dX; None where the values contain it
     labels: Tensor  # (C,) int64
     residual: Tensor | None = None  # (C,) rounding residual: what rounding took from the label's value
+    x_exponent: int = 0  # k: for the head's gradient rows of X are multiplied by 2^k as well, and the product by 2^-k
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class RowKernels(ABC):
         head: Head,
         scale_C: Tensor | None,
         exponentiated: bool = False,
+        expected: float = 1.0,
     ) -> LogitsGradient:
         """Return ``sumexp * (softmax - onehot)``, times the softcap's derivative.
 
@@ -170,9 +172,12 @@ class RowKernels(ABC):
             scale_C: ``(C,)`` factor of each row, or None for 1. A backend that rounds the result multiplies by it
                 first, so that there is one rounding.
             exponentiated: whether ``reduce`` has left ``exp(z - max)`` in the tile.
+            expected: about the largest ``|scale_C * others_C|`` in the call, as far as the host knows. A backend that
+                rounds to float16 lays the range of its operands by it.
 
         Returns:
-            The gradient. Its ``scale`` is ``scale_C`` where the values have not been multiplied by it.
+            The gradient. Its ``scale`` is ``scale_C`` where the values have not been multiplied by it, and powers of
+            two where they have been multiplied by ``scale_C`` and by the inverse of these.
 
         """
 
@@ -187,6 +192,12 @@ class RowKernels(ABC):
     @abstractmethod
     def grad_bias(self, d: LogitsGradient, start: int, out_Vt: Tensor, accumulate: bool) -> None:
         """Compute ``out (+)= d^T @ d.scale`` for the columns from ``start``."""
+
+    # --- optional: gradients of logits in 16 bits ---
+
+    def rounds_operands(self, device_type: str) -> bool:
+        """Return whether gradients of logits are rounded to the dtype of 16-bit operands, which the GEMMs then read."""
+        return False
 
     # --- optional: two operations in one kernel ---
 
@@ -224,10 +235,11 @@ class RowKernels(ABC):
         max_C: Tensor,
         others_C: Tensor,
         scale_C: Tensor | None,
+        expected: float = 1.0,
     ) -> LogitsGradient:
         """Do ``project`` and ``dlogits_`` at once: ``tile`` is scratch, and the arguments are those of both."""
         self.project(x_CH, head, start, tile)
-        return self.dlogits_(tile, labels_C, start, max_C, others_C, head, scale_C)
+        return self.dlogits_(tile, labels_C, start, max_C, others_C, head, scale_C, expected=expected)
 
     def stream_logps(self, x_CH: Tensor, head: Head, labels_C: Tensor, stats: Sequence[str]) -> RowState:
         """Return the state of at least one row after every column. No tile lies in memory (``streams_logps``)."""

@@ -95,6 +95,15 @@ class Problem:
     result_dtype: torch.dtype = torch.float32  # dtype of what the caller gets
 
     @property
+    def known_divisor(self) -> float:
+        """The number that the sum of the losses is divided by, or 1 where only a tensor holds it."""
+        if self.reduction != "mean" or isinstance(self.denominator, Tensor):
+            return 1.0
+        assert self.loss is not None, "a mean is one over the examples of a loss"
+        examples = len(self.loss.bounds(self.packed.counts.shape[0])) - 1
+        return float(max(examples, 1) if self.denominator is None else self.denominator)
+
+    @property
     def vocab_size(self) -> int:
         """The number of tokens of the whole vocabulary."""
         return self.head.vocab if self.shard is None else self.shard.total

@@ -154,16 +154,18 @@ def widened(inputs: dict[str, Any]) -> dict[str, Any]:
     return wide
 
 
-def bfloat16_tile(backend: str, dtype: torch.dtype, device_type: str = "cpu") -> bool:
-    """Whether a backend's gradient GEMMs read bfloat16: on a GPU always, on a CPU if it multiplies bfloat16.
+def rounded_tile(backend: str, dtype: torch.dtype, device_type: str = "cpu") -> bool:
+    """Whether a backend's gradient GEMMs read a 16-bit dtype: on a GPU always, on a CPU if it multiplies bfloat16.
 
     Triton's kernels do the same in the interpreter as on a GPU. ``auto`` is the C++ backend on a CPU that has it.
     """
-    if dtype != torch.bfloat16:
+    if dtype not in (torch.bfloat16, torch.float16):
         return False
     if device_type == "cuda" or backend == "triton":
         return True
-    return backend in ("cpp", "auto") and extension.why_not("cpu") is None and CppKernels(dtype, 0).bf16_operands
+    return (
+        backend in ("cpp", "auto") and extension.why_not("cpu") is None and CppKernels(dtype, 0).rounds_operands("cpu")
+    )
 
 
 def broken_rules(
@@ -238,7 +240,7 @@ def broken_results(
             dtype,
             gradient=gradient,
             saturated=saturated,
-            two_roundings=key == "dweight" and bfloat16_tile(backend, dtype, inputs["hidden"].device.type),
+            two_roundings=key == "dweight" and rounded_tile(backend, dtype, inputs["hidden"].device.type),
         )
         expected = dtype if gradient else torch.float64 if dtype == torch.float64 else torch.float32
         if value.dtype != expected and not key.startswith("stats."):

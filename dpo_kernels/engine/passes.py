@@ -31,6 +31,8 @@ from dpo_kernels.shapes import (
 # so that a few launches are enough for any batch. Both numbers are choices and not measured.
 CPU_COPY_BYTES = 16 * 2**20
 GPU_COPY_BYTES = 256 * 2**20
+# Upstream gradients that are brought near 1 have at most this exponent, so that the power of two is a float32 number.
+MOST_EXPONENT = 100
 
 
 class KeptGradients(NamedTuple):
@@ -220,11 +222,19 @@ def logps_gradients(
         grad_N = _upstream_of_tokens(grad_out, problem.packed, problem.per_token, problem.shift)
         kernels, operands, schedule = _prepared(problem, plan)
         rows = RowResult(saved.max[:0], saved.max, saved.sumexp, saved.others)
-        dx, dw, db = algorithm(kernels, operands, schedule, rows, grad_N)
+        in_float16 = kernels.dtype == torch.float16 and kernels.rounds_operands(grad_out.device.type)
+        power = _power_of_largest(grad_N) if in_float16 else None
+        dx, dw, db = algorithm(kernels, operands, schedule, rows, grad_N if power is None else grad_N / power)
         _reduce_hidden_grad(problem, dx)
-        one, nothing = saved.max.new_ones(()), saved.dlogp_dhidden.new_zeros(0)
+        factor = saved.max.new_ones(()) if power is None else power.to(saved.max.dtype)
+        if power is not None and dw is not None:
+            finalized = kernels.finalize_weight_grad(dw, factor, dtypes.weight)
+            dw = _scaled_copy(dw, factor, dtypes.weight) if finalized is None else finalized
+        if power is not None and db is not None:
+            db = db * factor
+        nothing = saved.dlogp_dhidden.new_zeros(0)
         return (
-            nothing if dx is None else _to_input_rows(dx, slot, one, dtypes.hidden),
+            nothing if dx is None else _to_input_rows(dx, slot, factor, dtypes.hidden),
             nothing.clone() if dw is None else dw.to(dtypes.weight),
             nothing.clone() if db is None else db.to(dtypes.bias),
         )
@@ -310,6 +320,13 @@ def _upstream_of_tokens(grad_out: Tensor, packed: PackedTokens, per_token: bool,
     if packed.weights is not None:
         grad_N = grad_N * packed.weights.to(grad_N.dtype)
     return grad_N + packed.nan_if_invalid.to(grad_N.dtype)
+
+
+def _power_of_largest(grad_N: Tensor) -> Tensor:
+    """Return the power of two, 0-d, that the largest finite upstream gradient is at most, without a sync."""
+    finite = torch.where(grad_N.isfinite(), grad_N.abs(), 0.0)
+    exponent = torch.cat([finite, finite.new_zeros(1)]).amax().frexp().exponent
+    return torch.ldexp(grad_N.new_ones(()), exponent.clamp(-MOST_EXPONENT, MOST_EXPONENT))
 
 
 def _to_input_rows(dx: Tensor, slot: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

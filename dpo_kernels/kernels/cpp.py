@@ -16,9 +16,8 @@ class CppKernels(ExtensionKernels):
     name = "cpp"
     can_alias_weight_grad = True  # because new memory is slow, and there may be little of it
 
-    @property
-    def bf16_operands(self) -> bool:
-        """See ``ExtensionKernels``; only where this CPU multiplies bfloat16."""
+    def rounds_operands(self, device_type: str) -> bool:
+        """See ``RowKernels``; only where this CPU multiplies the operands' dtype."""
         return _multiplies(self.dtype)
 
     def buffer(self, device: torch.device, *shape: int) -> Tensor:
@@ -42,7 +41,7 @@ class CppKernels(ExtensionKernels):
 
     def multiply(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
         """``tile = x_CH @ W[start:start+Vt]^T``."""
-        if not self.bf16_operands:
+        if not _multiplies(self.dtype):
             return super().multiply(x_CH, head, start, tile)
         weight_VtH = _operand(head.weight[start : start + tile.shape[1]])
         torch.ops.dpo_kernels.matmul_bfloat16_(x_CH, weight_VtH.t(), tile, False)

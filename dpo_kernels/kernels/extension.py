@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowState
 from dpo_kernels.kernels.installed import constant_in_graphs
-from dpo_kernels.kernels.torch_kernels import TorchKernels
+from dpo_kernels.kernels.torch_kernels import SIXTEEN_BIT, TorchKernels
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.segments import offsets_of
 from dpo_kernels.shapes import Head
@@ -148,10 +148,9 @@ def _register() -> None:
 class ExtensionKernels(TorchKernels):
     """Row passes of the extension that the CPU and CUDA share."""
 
-    @property
-    def bf16_operands(self) -> bool:
-        """Whether the gradient GEMMs read bfloat16; the gradient is then scaled, and written beside the logits."""
-        return self.dtype == torch.bfloat16
+    def rounds_operands(self, device_type: str) -> bool:
+        """See ``RowKernels``; the gradient is then scaled, and written beside the logits."""
+        return self.dtype in SIXTEEN_BIT
 
     def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
         """See ``RowKernels``; bias, scale and cap take one pass over the raw products."""
@@ -190,12 +189,13 @@ class ExtensionKernels(TorchKernels):
         head: Head,
         scale_C: Tensor | None,
         exponentiated: bool = False,
+        expected: float = 1.0,
     ) -> LogitsGradient:
-        """See ``RowKernels``; in place and unscaled, unless the operands are bfloat16."""
+        """See ``RowKernels``; in place and unscaled, unless the operands are rounded."""
         out, applied, residual = None, None, None
-        if self.bf16_operands:
-            out, applied, scale_C = self.empty_operands_like(tile), scale_C, None
-            residual = torch.zeros_like(max_C)
+        if rounded := self.rounds_operands(tile.device.type):
+            out, residual = self.empty_operands_like(tile), torch.zeros_like(max_C)
+            applied, scale_C = self.scales_before_rounding(scale_C, others_C, expected)
         torch.ops.dpo_kernels.dlogits_rows_(
             tile,
             out,
@@ -208,7 +208,8 @@ class ExtensionKernels(TorchKernels):
             softcap=head.softcap,
             exponentiated=exponentiated,
         )
-        return LogitsGradient(tile if out is None else out, scale_C, labels_C, residual)
+        exponent = self.x_exponent(expected) if rounded else 0
+        return LogitsGradient(tile if out is None else out, scale_C, labels_C, residual, exponent)
 
     def segment_sum(self, values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) -> Tensor:
         """See ``RowKernels``."""

@@ -26,6 +26,7 @@ CUT = 0.55  # the part of the columns that lies in the first of two tiles
 OF_SUMS, OF_LOGITS, OF_EXPONENTIALS = 2e-5, 1e-4, 1e-4
 # One rounding to bfloat16 is 2**-9 of a value at most, and 2**-8 of a value just above a power of two.
 OF_BFLOAT16 = 4.5e-3
+OF_FLOAT16 = OF_BFLOAT16 / 8  # whose mantissas have three bits more
 # Of the largest value of a GEMM's result. The operands may be rounded to 8 bits, or to the 10 bits of TF32.
 OF_GEMMS = 5e-3
 OF_FLOAT64 = 1e-6  # of sums over sequences, which are float64 of float32 values
@@ -154,9 +155,9 @@ class SmallProblem:
         self, kernel: str, launch: str, got: LogitsGradient, want: LogitsGradient, start: int
     ) -> Iterator[Mismatch]:
         """Yield a mismatch if the gradients of a tile differ, each with its scale and its rounding residual."""
-        narrow = got.values.dtype == torch.bfloat16
+        allowed = {torch.bfloat16: OF_BFLOAT16, torch.float16: OF_FLOAT16}.get(got.values.dtype, OF_EXPONENTIALS)
         pair = {"values": (whole_gradient(got, start), whole_gradient(want, start))}
-        yield from self.compare(kernel, launch, pair, OF_BFLOAT16 if narrow else OF_EXPONENTIALS)
+        yield from self.compare(kernel, launch, pair, allowed)
 
 
 def in_float64(d: LogitsGradient) -> LogitsGradient:

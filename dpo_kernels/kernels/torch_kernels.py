@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowResult, RowState, rescale
+from dpo_kernels.kernels import float16_range
 from dpo_kernels.shapes import Head, accumulation_dtype, spans
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -20,8 +21,6 @@ SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 CACHED_BYTES = 2 * 2**20
 # A row operation holds so many temporaries of a block at once: its exponentials, and a product of them.
 BLOCK_TEMPORARIES = 2
-# The label's value of a float16 tile is clamped to this. It is half of 2**16, where float16 overflows.
-LARGEST_LABEL = 2.0**15
 
 
 class TorchKernels(RowKernels):
@@ -35,6 +34,10 @@ class TorchKernels(RowKernels):
         if dtype in SIXTEEN_BIT and device_type == "cuda":
             return 6
         return accumulation_dtype(dtype).itemsize
+
+    def rounds_operands(self, device_type: str) -> bool:
+        """See ``RowKernels``. Elsewhere than on CUDA 16-bit operands are upcast."""
+        return self.dtype in SIXTEEN_BIT and device_type == "cuda"
 
     def new_state(self, rows: int, device: torch.device, stats: Sequence[str]) -> RowState:
         """See ``RowKernels``."""
@@ -147,6 +150,7 @@ class TorchKernels(RowKernels):
         head: Head,
         scale_C: Tensor | None,
         exponentiated: bool = False,
+        expected: float = 1.0,
     ) -> LogitsGradient:
         """See ``RowKernels``. A tile that is not rounded here comes back without its scale.
 
@@ -170,37 +174,34 @@ class TorchKernels(RowKernels):
                 if slope is not None:
                     z.mul_(slope)
         tile.scatter_(1, label, torch.where(label_in_tile[:, None], label_value, tile.gather(1, label)))
-        if not tile.is_cuda or self.dtype != torch.bfloat16:
+        if not self.rounds_operands(tile.device.type):
             return LogitsGradient(tile, scale_C, labels_C)
-        if scale_C is not None:
-            tile.mul_(scale_C[:, None])
+        applied, left = self.scales_before_rounding(scale_C, others_C, expected)
+        if applied is not None:
+            tile.mul_(applied[:, None])
         operands = self.empty_operands_like(tile).copy_(tile)
         residual_C = (tile.gather(1, label) - operands.gather(1, label).to(tile.dtype))[:, 0]
-        return LogitsGradient(operands, None, labels_C, residual_C.masked_fill(~label_in_tile, 0.0))
+        residual_C = residual_C.masked_fill(~label_in_tile, 0.0)
+        return LogitsGradient(operands, left, labels_C, residual_C, self.x_exponent(expected))
+
+    def scales_before_rounding(
+        self, scale_C: Tensor | None, others_C: Tensor, expected: float
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return what rows are multiplied by before they are rounded, and the factors that they still need, or None."""
+        if self.dtype != torch.float16:
+            return scale_C, None
+        return float16_range.row_scales(scale_C, others_C, expected)
+
+    def x_exponent(self, expected: float) -> int:
+        """Return the exponent that ``LogitsGradient`` has for a rounded tile."""
+        return float16_range.x_exponent(expected) if self.dtype == torch.float16 else 0
 
     def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """See ``RowKernels``."""
-        if d.values.is_cuda and d.values.dtype != self.dtype:
-            d = self.downcast(d, start)
         values = d.values
         for left, right, weight_VtH in self._weights(head, start, start + values.shape[1], values):
             _matmul_into(values[:, left:right], weight_VtH, out_CH, accumulate or left > 0)
         self.add_rounding_residual(d, head, out_CH)
-
-    def downcast(self, d: LogitsGradient, start: int) -> LogitsGradient:
-        """Return a float32 tile in the dtype of the operands.
-
-        A label's value is as large as the sum of its row's exponentials, which is V if all logits are equal. float16
-        ends at 65504, so the value is clamped, and ``add_rounding_residual`` adds the rest.
-        """
-        column = d.labels - start
-        label = column.clamp(0, d.values.shape[1] - 1)[:, None]
-        own = d.values.gather(1, label)
-        values = self.empty_operands_like(d.values).copy_(d.values)
-        values.scatter_(1, label, own.clamp(-LARGEST_LABEL, LARGEST_LABEL).to(self.dtype))
-        residual_C = (own - values.gather(1, label).to(own.dtype))[:, 0]
-        label_in_tile = (column >= 0) & (column < d.values.shape[1])
-        return replace(d, values=values, residual=residual_C.masked_fill(~label_in_tile, 0.0))
 
     def add_rounding_residual(self, d: LogitsGradient, head: Head, out_CH: Tensor) -> None:
         """Add the rounding residual of each label's value, which is by far the largest of its row."""
@@ -209,17 +210,23 @@ class TorchKernels(RowKernels):
             out_CH.addcmul_(own_CH, d.residual[:, None])
 
     def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
-        """See ``RowKernels``.
-
-        With float16 operands the tile comes in float32. Coefficients of 1e-9 are ordinary, and in float16 they would
-        underflow before a GradScaler sees them.
-        """
-        scaled_CH = x_CH if d.scale is None else x_CH * d.scale[:, None]
-        _matmul_into(d.values.t(), scaled_CH.to(d.values.dtype), out_VtH, accumulate)
+        """See ``RowKernels``."""
+        if d.scale is None:
+            x_CH = x_CH.to(d.values.dtype)
+        else:
+            scale_C = d.scale * 2.0**d.x_exponent if d.x_exponent else d.scale
+            x_CH = torch.mul(x_CH, scale_C[:, None], out=torch.empty_like(x_CH, dtype=d.values.dtype))
+        _matmul_into(d.values.t(), x_CH, out_VtH, accumulate, alpha=2.0**-d.x_exponent)
 
     def grad_bias(self, d: LogitsGradient, start: int, out_Vt: Tensor, accumulate: bool) -> None:
         """See ``RowKernels``. The rounding residual of the labels' values is added back."""
-        product = d.values.sum(dim=0, dtype=out_Vt.dtype) if d.scale is None else torch.mv(d.values.t(), d.scale)
+        if d.scale is None:
+            product = d.values.sum(dim=0, dtype=out_Vt.dtype)
+        elif d.values.dtype == d.scale.dtype:
+            product = torch.mv(d.values.t(), d.scale)
+        else:
+            product = torch.empty_like(out_Vt)
+            self.grad_weight(d, d.values.new_ones(d.values.shape[0], 1), product[:, None], accumulate=False)
         if accumulate:
             out_Vt.add_(product)
         else:
@@ -227,7 +234,8 @@ class TorchKernels(RowKernels):
         if d.residual is not None:
             # The residual is 0 where the label is not among these columns. index_put_ adds in a fixed order.
             column = (d.labels - start).clamp(0, out_Vt.shape[0] - 1)
-            out_Vt.index_put_((column,), d.residual.to(out_Vt.dtype), accumulate=True)
+            residual_C = d.residual if d.scale is None else d.residual * d.scale
+            out_Vt.index_put_((column,), residual_C.to(out_Vt.dtype), accumulate=True)
 
     def _weights(self, head: Head, start: int, stop: int, tile: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yield rows ``start..stop-1`` of the head as GEMM operands, each with its first and last column of the tile.
@@ -253,16 +261,17 @@ class TorchKernels(RowKernels):
                 yield slice(top, bottom), slice(left, right)
 
 
-def _matmul_into(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """Compute ``out (+)= a @ b`` in the precision of ``out``."""
+def _matmul_into(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, alpha: float = 1.0) -> None:
+    """Compute ``out (+)= alpha * a @ b`` in the precision of ``out``."""
+    kept = {"beta": float(accumulate), "alpha": alpha}
     if a.is_cuda and a.dtype in SIXTEEN_BIT:
-        if accumulate:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        if accumulate or alpha != 1.0:
+            torch.addmm(out, a, b, out_dtype=out.dtype, **kept, out=out)
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         return
     a, b = a.to(out.dtype), b.to(out.dtype)
-    if accumulate:
-        torch.addmm(out, a, b, out=out)
+    if accumulate or alpha != 1.0:
+        torch.addmm(out, a, b, **kept, out=out)
     else:
         torch.mm(a, b, out=out)

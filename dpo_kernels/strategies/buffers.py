@@ -58,6 +58,17 @@ class Buffers:
         return Buffers(kernels, problem, schedule, ref_S, denominator, scratch, rows, written)
 
     @cached_property
+    def expected(self) -> float:
+        """About the largest coefficient of a token times the logit scale, as far as the host knows.
+
+        A loss changes by about beta for each nat of a log-prob, or by about 1 if beta is smaller.
+        """
+        problem = self.problem
+        assert problem.loss is not None, "a pass that forms gradients has a loss"
+        grad_scale = 1.0 if problem.main_grad is None else problem.main_grad.scale
+        return max(1.0, problem.loss.beta) * problem.head.logit_scale * grad_scale / problem.known_divisor
+
+    @cached_property
     def dx(self) -> Tensor | None:
         """The gradient ``(N + 1, H)`` of the packed hidden states, with a last row of 0, or None if unwanted."""
         rows, width = self.problem.packed.capacity + 1, self.problem.hidden.shape[1]

@@ -48,7 +48,8 @@ def _run(buffers: Buffers, chunk: Chunk) -> None:
     scale_C = buffers.close_chunk(chunk, state)
     if chunk.stop == chunk.start or not head.vocab:
         return
-    d = kernels.dlogits_(tile, labels_C, 0, state.max, state.others, head, scale_C, state.exponentiated)
+    of_rows = (state.max, state.others, head, scale_C, state.exponentiated, buffers.expected)
+    d = kernels.dlogits_(tile, labels_C, 0, *of_rows)
     # Where sequences are split too, ranks may see their last rows in other chunks.
     last = chunk.stop == buffers.schedule.chunks[-1].stop and buffers.problem.context is None
     buffers.backward(d, x_CH, chunk.start, buffers.dw, buffers.db, buffers.written, last)

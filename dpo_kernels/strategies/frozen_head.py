@@ -77,6 +77,8 @@ def _cut_rows(
         shift_C = state.max.masked_fill(state.max == -torch.inf, 0.0)
         d = kernels.dlogits_(z, labels_C, left, shift_C, without_label, head, None, state.exponentiated)
         kernels.grad_hidden(d, head, left, out_CH, accumulate=left > 0)
+    if head.vocab and d.scale is not None:
+        out_CH.mul_(d.scale[:, None])  # the same for every tile, since it depends on nothing of theirs
     if problem.shard is not None:
         own_max = state.max
         complete(state, problem.shard)

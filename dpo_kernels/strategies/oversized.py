@@ -24,7 +24,8 @@ def run(buffers: Buffers, chunk: Chunk) -> None:
         if stop == start or not head.vocab:
             continue
         scale_C = buffers.row_scale(one_S, chunk, start, stop, state)
-        d = kernels.dlogits_(tile, labels_C, 0, state.max, state.others, head, scale_C, state.exponentiated)
+        of_rows = (state.max, state.others, head, scale_C, state.exponentiated, head.logit_scale)
+        d = kernels.dlogits_(tile, labels_C, 0, *of_rows)
         buffers.backward(d, x_CH, start, *unscaled[side], accumulate=not first_of_side)
     factor_S = (buffers.close_examples(chunk) / one_S).to(buffers.scratch.dtype)
     if buffers.dx is not None:

@@ -48,7 +48,8 @@ def gradients(kernels: RowKernels, problem: Problem, schedule: Schedule, saved: 
         problem: what ``logps`` has computed.
         schedule: tile and chunks.
         saved: what ``logps`` has returned; its log-probs are not read.
-        grad_N: ``(N,)`` upstream gradient of each token's log-prob.
+        grad_N: ``(N,)`` upstream gradient of each token's log-prob. Where gradients of logits are rounded to float16
+            its largest value is about 1.
 
     Returns:
         Gradients of the packed hidden states ``(N + 1, H)`` with a zero last row, of the weight ``(V, H)`` and of the
@@ -69,9 +70,11 @@ def gradients(kernels: RowKernels, problem: Problem, schedule: Schedule, saved: 
             if schedule.recompute_in_library:
                 kernels.project(x_CH, head, left, z)
                 labels_C, max_C, others_C = sums
-                d = kernels.dlogits_(z, labels_C, left, max_C, others_C, head, scale_N[start:stop])
+                of_rows = (max_C, others_C, head, scale_N[start:stop], False, head.logit_scale)
+                d = kernels.dlogits_(z, labels_C, left, *of_rows)
             else:
-                d = kernels.recomputed_dlogits(x_CH, head, left, z, *sums, scale_N[start:stop])
+                scales = (scale_N[start:stop], head.logit_scale)
+                d = kernels.recomputed_dlogits(x_CH, head, left, z, *sums, *scales)
             if dx is not None:
                 kernels.grad_hidden(d, head, left, dx[start:stop], accumulate=left > 0)
             if dw is not None:

@@ -14,10 +14,10 @@ from tests.cases import (
     RICH,
     STRATEGIES,
     Case,
-    bfloat16_tile,
     failed_opchecks,
     recorded_operators,
     registered_operators,
+    rounded_tile,
     run,
 )
 from tests.family import coupled, one_sided
@@ -282,7 +282,7 @@ def test_autocast(frozen, strategy, backend):
     oracle = dpo_loss_reference(**rounded, **case.keywords())
     expected = torch.autograd.grad(oracle.loss, [rounded[k] for k in leaves])
     torch.testing.assert_close(out.loss.double(), oracle.loss, rtol=1e-5, atol=0)
-    allowed = RELATIVE_L2_BAR[torch.bfloat16] if bfloat16_tile(backend, torch.bfloat16) else 1e-5
+    allowed = RELATIVE_L2_BAR[torch.bfloat16] if rounded_tile(backend, torch.bfloat16) else 1e-5
     for (key, leaf), got, want in zip(leaves.items(), grads, expected, strict=True):
         assert got.dtype == leaf.dtype == torch.float32
         assert not torch.equal(got, got.bfloat16().float()), f"{key} was rounded to bfloat16"

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dpo_kernels as dk
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.reference import dpo_loss_reference
-from tests.cases import STRATEGIES, Case, bfloat16_tile, run, widened
+from tests.cases import STRATEGIES, Case, rounded_tile, run, widened
 from tests.problems import problem
 from tests.small import BACKENDS
 from tests.tolerance import RELATIVE_L2_BAR, relative_l2, violations
@@ -48,11 +48,11 @@ def test_it_gains_what_autograd_would_have_got(upstream, loss, dtype, strategy, 
     broken = violations("loss", loss_value, oracle["loss"], plain["loss"], dtype, gradient=False)
     for name, grad in found.items():
         rounded = grad.to(dtype)
-        twice = name == "dweight" and bfloat16_tile(backend, dtype)
+        twice = name == "dweight" and rounded_tile(backend, dtype)
         broken += violations(name, rounded, oracle[name], plain[name], dtype, gradient=True, two_roundings=twice)
     assert not broken
     # One rounding, that of the tile, or none.
-    bar = RELATIVE_L2_BAR[torch.bfloat16 if bfloat16_tile(backend, dtype) else wide]
+    bar = RELATIVE_L2_BAR[dtype if rounded_tile(backend, dtype) else wide]
     assert relative_l2(found["dweight"], oracle["dweight"]) <= bar
 
 

@@ -8,7 +8,7 @@ import torch
 import dpo_kernels as dk
 from dpo_kernels.engine import in_step
 from dpo_kernels.reference import sequence_logps_reference
-from tests.cases import STRATEGIES, Case, bfloat16_tile
+from tests.cases import STRATEGIES, Case, rounded_tile
 from tests.small import BACKENDS, F64
 from tests.tolerance import violations
 
@@ -125,7 +125,7 @@ def test_equivalence(kind, strategy, backend):
             wide_leaves = [wide[n] for n in ("hidden", "weight") if wide[n].requires_grad]
             grads = [torch.autograd.grad(*pair) for pair in ((got, leaves), (exact, wide_leaves), (plain, leaves))]
             for place, (ours, right, ordinary) in enumerate(zip(*grads, strict=True)):
-                twice = place == 1 and bfloat16_tile(backend, dtype)
+                twice = place == 1 and rounded_tile(backend, dtype)
                 broken += violations("gradient", ours, right, ordinary, dtype, gradient=True, two_roundings=twice)
             assert not broken
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowScale, RowState
-from dpo_kernels.kernels.torch_kernels import TorchKernels
+from dpo_kernels.kernels.torch_kernels import SIXTEEN_BIT, TorchKernels
 from dpo_kernels.kernels.triton import autotune, launch_hidden, launch_matmul, launch_rows
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head
@@ -33,6 +33,18 @@ class TritonKernels(TorchKernels):
     def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
         """The float32 tile and, for 16-bit operands, the copy that the gradient GEMMs read."""
         return 4 if dtype == torch.float32 else 6
+
+    def rounds_operands(self, device_type: str) -> bool:
+        """See ``RowKernels``; in the interpreter as on a GPU."""
+        return self.dtype in SIXTEEN_BIT
+
+    def scales_before_rounding(
+        self, scale_C: Tensor | None, others_C: Tensor, expected: float
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See ``TorchKernels``; one kernel instead of ten."""
+        if self.dtype != torch.float16 or not others_C.shape[0]:
+            return super().scales_before_rounding(scale_C, others_C, expected)
+        return launch_rows.float16_scales(scale_C, others_C, expected)
 
     def project(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
         """See ``RowKernels``; bias, scale and cap take one pass over the raw products."""
@@ -60,14 +72,17 @@ class TritonKernels(TorchKernels):
         head: Head,
         scale_C: Tensor | None,
         exponentiated: bool = False,
+        expected: float = 1.0,
     ) -> LogitsGradient:
-        """See ``RowKernels``; bfloat16 operands are scaled, and written beside the tile."""
+        """See ``RowKernels``; 16-bit operands are scaled, and written beside the tile."""
         assert not exponentiated, "this backend keeps the logits"
-        out = self.empty_operands_like(tile) if self.dtype == torch.bfloat16 else tile
-        applied, left = (scale_C, None) if out is not tile else (None, scale_C)
-        residual = torch.empty_like(max_C) if out is not tile else None
+        if not self.rounds_operands(tile.device.type):
+            launch_rows.dlogits_rows(tile, tile, labels_C, start, max_C, others_C, None, None, head.softcap)
+            return LogitsGradient(tile, scale_C, labels_C)
+        out, residual = self.empty_operands_like(tile), torch.empty_like(max_C)
+        applied, left = self.scales_before_rounding(scale_C, others_C, expected)
         launch_rows.dlogits_rows(tile, out, labels_C, start, max_C, others_C, applied, residual, head.softcap)
-        return LogitsGradient(out, left, labels_C, residual)
+        return LogitsGradient(out, left, labels_C, residual, self.x_exponent(expected))
 
     def reduce_and_dlogits(self, state: RowState, tile: Tensor, labels_C: Tensor, head: Head) -> LogitsGradient:
         """See ``RowKernels``; bfloat16 operands without a cap or statistics take one pass instead of two.
@@ -131,20 +146,29 @@ class TritonKernels(TorchKernels):
         max_C: Tensor,
         others_C: Tensor,
         scale_C: Tensor | None,
+        expected: float = 1.0,
     ) -> LogitsGradient:
         """See ``RowKernels``; one kernel goes from hidden states to the operand, with no float32 logits between."""
-        x_CH = launch_matmul.aligned_rows(x_CH)
-        out = _first_half(tile) if self.dtype == torch.bfloat16 else tile
-        applied, left, residual = self._scaled_before_rounding(scale_C, max_C)
-        launch_matmul.linear_dlogits(
-            x_CH, self._weight(head), head, start, out, labels_C, max_C, others_C, applied, residual
-        )
-        return LogitsGradient(out, left, labels_C, residual)
+        operands = (launch_matmul.aligned_rows(x_CH), self._weight(head), head, start)
+        if not self.rounds_operands(tile.device.type):
+            launch_matmul.linear_dlogits(*operands, tile, labels_C, max_C, others_C, None, None)
+            return LogitsGradient(tile, scale_C, labels_C)
+        out, residual = self._first_half(tile), torch.zeros_like(max_C)
+        applied, left = self.scales_before_rounding(scale_C, others_C, expected)
+        launch_matmul.linear_dlogits(*operands, out, labels_C, max_C, others_C, applied, residual)
+        return LogitsGradient(out, left, labels_C, residual, self.x_exponent(expected))
 
     @staticmethod
     def to_input_rows(dx: Tensor, slot: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
         """See ``RowKernels``; one kernel gathers, multiplies and rounds."""
         return launch_hidden.to_input_rows(dx, slot, factor, dtype)
+
+    @staticmethod
+    def finalize_weight_grad(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """See ``RowKernels``; one kernel multiplies and rounds."""
+        if dtype not in SIXTEEN_BIT or grad.dtype != torch.float32 or not grad.is_contiguous():
+            return TorchKernels.finalize_weight_grad(grad, factor, dtype)
+        return launch_hidden.scale_and_round(grad, factor, dtype)
 
     def launches(
         self, operation: str, x_CH: Tensor, stats: bool
@@ -159,26 +183,14 @@ class TritonKernels(TorchKernels):
         """See ``RowKernels``."""
         return autotune.cannot_run(error)
 
-    def _scaled_before_rounding(
-        self, scale_C: Tensor | None, like_C: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The scale that the kernel applies, the scale that is left to the GEMMs, and a residual of zeros.
-
-        A kernel that rounds to bfloat16 applies the scale first, so that there is one rounding.
-        """
-        if self.dtype == torch.bfloat16:
-            return scale_C, None, torch.zeros_like(like_C)
-        return None, scale_C, None
-
     def _weight(self, head: Head) -> Tensor:
         """The head as the matmul kernels read it; rows that are not aligned are copied once a call."""
         if self._aligned_weight is None:
             self._aligned_weight = launch_matmul.aligned_rows(head.weight)
         return self._aligned_weight
 
-
-def _first_half(tile: Tensor) -> Tensor:
-    """A bfloat16 tile of the same shape in the first half of a float32 tile's memory."""
-    rows, pitch = tile.shape[0], tile.stride(0)
-    memory = tile.as_strided((rows * pitch,), (1,)).view(torch.bfloat16)
-    return memory[: rows * pitch].view(rows, pitch)[:, : tile.shape[1]]
+    def _first_half(self, tile: Tensor) -> Tensor:
+        """A tile of 16-bit operands of the same shape in the first half of a float32 tile's memory."""
+        rows, pitch = tile.shape[0], tile.stride(0)
+        memory = tile.as_strided((rows * pitch,), (1,)).view(self.dtype)
+        return memory[: rows * pitch].view(rows, pitch)[:, : tile.shape[1]]

@@ -1,6 +1,6 @@
-"""Kernels over rows of H elements: the gradient of the hidden states on its way to the caller's rows.
+"""Kernels over rows of H elements: gradients on their way to the caller's rows and to the parameters' dtypes.
 
-A program owns a stretch of one row. Offsets that multiply a row are 64-bit.
+A program owns a stretch of one row, or of a whole matrix. Offsets that multiply a row are 64-bit.
 """
 
 import triton
@@ -48,3 +48,18 @@ def to_input_rows(
     value = tl.load(dx_ptr + tl.load(slot_ptr + row) * dx_stride + at, mask=inside, other=0.0)
     value = value * tl.load(factor_ptr).to(tl.float32)
     tl.store(out_ptr + row * width + at, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scale_and_round(
+    grad_ptr,  # (elements,) float32
+    factor_ptr,  # () float32
+    out_ptr,  # (elements,) in any dtype, written
+    elements,
+    BLOCK: tl.constexpr,
+):
+    """Write a matrix times a factor, rounded once; grid (ceil(elements / BLOCK),)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements
+    value = tl.load(grad_ptr + at, mask=inside, other=0.0) * tl.load(factor_ptr)
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,11 +1,11 @@
-"""Launches of the kernels over rows of hidden states' gradients."""
+"""Launches of the kernels over gradients of hidden states and of the head."""
 
 import torch
 import triton
 from torch import Tensor
 
 from dpo_kernels.kernels.triton import hidden_kernels
-from dpo_kernels.kernels.triton.configs import HIDDEN_BLOCK, HIDDEN_WARPS
+from dpo_kernels.kernels.triton.configs import HIDDEN_BLOCK, HIDDEN_WARPS, ROW_BLOCK, ROW_WARPS
 from dpo_kernels.kernels.triton.launch_rows import on_device
 
 
@@ -35,5 +35,16 @@ def to_input_rows(dx: Tensor, slot: Tensor, factor: Tensor, dtype: torch.dtype) 
         with on_device(dx):
             hidden_kernels.to_input_rows[(rows, triton.cdiv(width, HIDDEN_BLOCK))](
                 dx, slot, factor, out, width, dx.stride(0), BLOCK=HIDDEN_BLOCK, num_warps=HIDDEN_WARPS
+            )
+    return out
+
+
+def scale_and_round(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a contiguous matrix times a 0-d factor, rounded once to ``dtype``."""
+    out, elements = torch.empty_like(grad, dtype=dtype), grad.numel()
+    if elements:
+        with on_device(grad):
+            hidden_kernels.scale_and_round[(triton.cdiv(elements, ROW_BLOCK),)](
+                grad, factor, out, elements, BLOCK=ROW_BLOCK, num_warps=ROW_WARPS
             )
     return out

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dpo_kernels.kernel_interface import RowScale, RowState
+from dpo_kernels.kernels import float16_range
 from dpo_kernels.kernels.triton import row_kernels, sequence_loss
 from dpo_kernels.kernels.triton.configs import ROW_BLOCK, ROW_WARPS, SAFE_SHIFT, SUM_BLOCK, SUM_WARPS
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head
@@ -118,6 +119,27 @@ def dlogits_rows(
             BLOCK=ROW_BLOCK,
             num_warps=ROW_WARPS,
         )
+
+
+def float16_scales(scale_C: Tensor | None, others_C: Tensor, expected: float) -> tuple[Tensor, Tensor]:
+    """Do ``float16_range.row_scales`` in one kernel."""
+    applied_C, left_C, rows = torch.empty_like(others_C), torch.empty_like(others_C), others_C.shape[0]
+    with on_device(others_C):
+        row_kernels.float16_scales[(triton.cdiv(rows, SUM_BLOCK),)](
+            others_C if scale_C is None else scale_C,
+            others_C,
+            applied_C,
+            left_C,
+            rows,
+            float16_range.expected_exponent(expected),
+            HAS_SCALE=scale_C is not None,
+            TOP=float16_range.TOP,
+            SLACK=float16_range.SLACK,
+            MOST=float16_range.MOST,
+            BLOCK=SUM_BLOCK,
+            num_warps=SUM_WARPS,
+        )
+    return applied_C, left_C
 
 
 def softmax_grad_rows(state: RowState, tile: Tensor, out: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:

@@ -223,6 +223,36 @@ def softmax_grad_rows(
     tl.store(residual_ptr + row, -total)
 
 
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr", "others_ptr"])
+def float16_scales(
+    scale_ptr,  # (C,) float32 coefficient of each row over its sum of exponentials
+    others_ptr,  # (C,) float32 minus the label's value of each row; where it is 0 the largest value is about 1
+    applied_ptr,  # (C,) float32, written: scale times a power of two
+    left_ptr,  # (C,) float32, written: the inverse of the power
+    rows,
+    expected,
+    HAS_SCALE: tl.constexpr,
+    TOP: tl.constexpr,
+    SLACK: tl.constexpr,
+    MOST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """See ``float16_range.row_scales``; grid (ceil(C / BLOCK),). ``expected`` is the exponent."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    others = tl.load(others_ptr + row, mask=inside, other=1.0)
+    largest = tl.where(others > 0, others, 1.0)
+    scale = tl.load(scale_ptr + row, mask=inside, other=1.0) if HAS_SCALE else 1.0
+    largest = largest * tl.abs(scale)
+    # A float32 of mantissa in [1/2, 1) has 126 added to its exponent, and one that is not finite has the largest.
+    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 126
+    exponent = tl.minimum(tl.maximum(exponent, -MOST), MOST)
+    slack = tl.minimum(tl.maximum(expected - exponent, 0), SLACK)
+    power = TOP - slack - exponent
+    tl.store(applied_ptr + row, scale * ((127 + power) << 23).to(tl.float32, bitcast=True), mask=inside)
+    tl.store(left_ptr + row, ((127 - power) << 23).to(tl.float32, bitcast=True), mask=inside)
+
+
 @triton.jit(do_not_specialize_on_alignment=["labels_ptr", "max_ptr", "others_ptr", "scale_ptr", "residual_ptr"])
 def dlogits_rows(
     tile_ptr,  # (C, Vt) float32, final logits; overwritten unless out_ptr is another tensor
