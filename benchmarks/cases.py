@@ -254,6 +254,9 @@ def _gpu() -> Iterator[Case]:
         "many-pairs": ("64 short pairs", {"pairs": 64}),
         "gaussian": ("Gaussian logits instead of peaked ones", {"distribution": "gaussian"}),
         "fp32": ("float32 operands", {"tokens": 4096, "dtype": "float32"}),
+        "fp16": ("float16 operands", {"dtype": "float16"}),
+        "fp16-frozen": ("float16 operands, a frozen head", {"dtype": "float16", "trainable": False}),
+        "fp16-narrow": ("float16 operands, the head of llama3-1b", {"dtype": "float16", "hidden": 2048}),
     }
     for name, (about, change) in changed.items():
         yield Case(_name("gpu-axes", name), "cuda", about, ("gpu", "gpu-axes"), **(base | change))  # type: ignore[arg-type]

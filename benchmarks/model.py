@@ -29,7 +29,7 @@ LAUNCH_SECONDS = 4e-6  # of a kernel that waits for the one before, the usual fi
 # From the sync of a call to its first GEMM, on the host. ``python -m tests.host_path`` on 2 AMD EPYC cores said 155 to
 # 185 microseconds for 8 to 256 pairs, with stubs for kernels (2026-11-30).
 IDLE_SECONDS = 180e-6
-BYTES_PER_LOGIT = {"bfloat16": 6, "float32": 4}  # a float32 tile and its 16-bit copy
+BYTES_PER_LOGIT = {"bfloat16": 6, "float16": 6, "float32": 4}  # a float32 tile and its 16-bit copy
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Prediction:
 
 
 def _work(case: Case, gpu: Gpu) -> Work:
-    return Work(gpu, 2 if case.dtype == "bfloat16" else 4)
+    return Work(gpu, 4 if case.dtype == "float32" else 2)
 
 
 def _reference(work: Work, case: Case, rows: int, bytes_per_logit: float) -> None:
@@ -119,13 +119,15 @@ def floor(case: Case, gpu: Gpu) -> Work:
     return work
 
 
-def launches_of_ours(chunks: int, *, trainable: bool, scores_reference: bool) -> int:
-    """Launches of a step with ``chunks`` chunks, forward and backward, packing and GEMMs included.
+def launches_of_ours(chunks: int, *, trainable: bool, scores_reference: bool, dtype: str = "bfloat16") -> int:
+    """Launches of a 16-bit step with ``chunks`` chunks, forward and backward, packing and GEMMs included.
 
     ``tests/kernels/test_host_path.py`` counts them on the Triton backend.
     """
     further = chunks - 1
-    number = 28 + 8 * further + 2 * (further > 0) if trainable else 79 + 27 * further
+    number = 27 + 8 * further + 2 * (further > 0) if trainable else 79 + 27 * further
+    if dtype == "float16":  # powers of two, which rows of X and of dX are multiplied by
+        number += (4 if trainable else 2) * chunks
     return number + (13 + 3 * further if scores_reference else 0)
 
 
@@ -182,7 +184,8 @@ def ours_streaming(case: Case, gpu: Gpu) -> Work:
 
 def _host(work: Work, case: Case, chunks: int) -> None:
     """What the host adds: the small kernels beside those that are in ``work`` already, and the wait for the first."""
-    total = launches_of_ours(chunks, trainable=case.trainable, scores_reference=case.reference != "cached")
+    facts = {"trainable": case.trainable, "scores_reference": case.reference != "cached"}
+    total = launches_of_ours(chunks, **facts, dtype=case.dtype)
     work.small("small kernels", max(0, total - work.launches))
     work.wait("host", IDLE_SECONDS)
 
@@ -198,13 +201,17 @@ def _chunks(case: Case, gpu: Gpu, chunk: int, passes: int) -> Work:
         c = case.tokens * (at + 1) // number - case.tokens * at // number
         for again in range(passes):
             work.gemm("logits again" if again else "logits", c, v, h, out=4)
-        if case.trainable or work.item == 4:
+        if case.trainable or case.dtype != "bfloat16":
             work.sweep("reduce", c * v, 4)
             work.sweep("gradient", c * v, 4 + work.item)
         else:
             work.sweep("reduce and gradient", c * v, 4 + work.item)
         work.gemm("dX", c, h, v)
+        if case.dtype != "bfloat16":
+            work.sweep("scale dX", c * h, 8)
         if case.trainable:
+            if case.dtype != "bfloat16":
+                work.sweep("scale X", c * h, 2 * work.item)
             work.gemm("dW", v, h, c, out=4, add=at > 0)
     if case.trainable:
         work.sweep("round dW", v * h, 4 + work.item)
@@ -330,7 +337,7 @@ def against_bars(cases: Iterable[Case], gpu: Gpu) -> list[Shortfall]:
     found = []
     for case in cases:
         for what, least, applies in BARS:
-            if case.device == "cuda" and case.dtype == "bfloat16" and applies(case):
+            if case.device == "cuda" and case.dtype != "float32" and applies(case):
                 terms = terms_over_floor(case, gpu)
                 found.append(Shortfall(what, case.name, least, 1 / (1 + sum(terms.values())), terms))
     return found

@@ -132,7 +132,7 @@ def step(case: Case, gpu: Gpu, ranks: int, copies: int = 1, links: Links | None 
     """
     links = links or Links()
     own = replace(case, vocab=-(-case.vocab // ranks))
-    work, rows, item = model.ours_chunked(own, gpu), model.chunk_rows(own), 2 if case.dtype == "bfloat16" else 4
+    work, rows, item = model.ours_chunked(own, gpu), model.chunk_rows(own), 4 if case.dtype == "float32" else 2
     chunks = -(-case.tokens // rows)
     dw_bytes = own.vocab * case.hidden * item if case.trainable else 0
     memory = own.vocab * case.hidden * (item + (FLOAT32 if case.trainable else 0))

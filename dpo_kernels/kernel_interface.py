@@ -195,8 +195,8 @@ class RowKernels(ABC):
 
     # --- optional: gradients of logits in 16 bits ---
 
-    def rounds_operands(self, device_type: str) -> bool:
-        """Return whether gradients of logits are rounded to the dtype of 16-bit operands, which the GEMMs then read."""
+    def rounds_operands(self, like: Tensor) -> bool:
+        """Return whether gradients of logits on the device of a tensor are rounded to 16-bit operands for the GEMMs."""
         return False
 
     # --- optional: two operations in one kernel ---

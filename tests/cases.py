@@ -163,9 +163,9 @@ def rounded_tile(backend: str, dtype: torch.dtype, device_type: str = "cpu") -> 
         return False
     if device_type == "cuda" or backend == "triton":
         return True
-    return (
-        backend in ("cpp", "auto") and extension.why_not("cpu") is None and CppKernels(dtype, 0).rounds_operands("cpu")
-    )
+    if backend not in ("cpp", "auto") or extension.why_not("cpu") is not None:
+        return False
+    return CppKernels(dtype, 0).rounds_operands(torch.empty(0))
 
 
 def broken_rules(

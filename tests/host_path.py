@@ -65,7 +65,7 @@ class Stubs:
             segments = given["segments_ptr"].numpy()
             segments[:] = np.arange(len(segments)) // self.scored
 
-    def gemm(self, a, b, out, accumulate) -> None:
+    def gemm(self, a, b, out, accumulate, alpha=1.0) -> None:
         """Stand in for a matrix product."""
         self.gemms += 1
         if not self.first_gemm:
@@ -117,13 +117,19 @@ class _NoDevice:
 
 
 def step_of(
-    pairs: int, length: int = 4, chunks: int = 1, *, trainable: bool = True, scores_reference: bool = False
+    pairs: int,
+    length: int = 4,
+    chunks: int = 1,
+    *,
+    trainable: bool = True,
+    scores_reference: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Callable[[], None]:
-    """Return a forward and backward pass of DPO in bfloat16, with a cached reference or one that is scored in it."""
+    """Return a forward and backward pass of DPO in 16 bits, with a cached reference or one that is scored in it."""
     vocab, width = 512, 64
     g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2 * pairs, length, width, generator=g).bfloat16().requires_grad_()
-    weight = torch.randn(vocab, width, generator=g).bfloat16().requires_grad_(trainable)
+    hidden = torch.randn(2 * pairs, length, width, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, width, generator=g).to(dtype).requires_grad_(trainable)
     labels = torch.randint(0, vocab, (2 * pairs, length), generator=g)
     reference = {"ref_logps": torch.randn(2 * pairs, generator=g)}
     if scores_reference:

@@ -222,7 +222,7 @@ def logps_gradients(
         grad_N = _upstream_of_tokens(grad_out, problem.packed, problem.per_token, problem.shift)
         kernels, operands, schedule = _prepared(problem, plan)
         rows = RowResult(saved.max[:0], saved.max, saved.sumexp, saved.others)
-        in_float16 = kernels.dtype == torch.float16 and kernels.rounds_operands(grad_out.device.type)
+        in_float16 = kernels.dtype == torch.float16 and kernels.rounds_operands(grad_out)
         power = _power_of_largest(grad_N) if in_float16 else None
         dx, dw, db = algorithm(kernels, operands, schedule, rows, grad_N if power is None else grad_N / power)
         _reduce_hidden_grad(problem, dx)

@@ -16,7 +16,7 @@ class CppKernels(ExtensionKernels):
     name = "cpp"
     can_alias_weight_grad = True  # because new memory is slow, and there may be little of it
 
-    def rounds_operands(self, device_type: str) -> bool:
+    def rounds_operands(self, like: Tensor) -> bool:
         """See ``RowKernels``; only where this CPU multiplies the operands' dtype."""
         return _multiplies(self.dtype)
 

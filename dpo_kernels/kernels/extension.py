@@ -148,7 +148,7 @@ def _register() -> None:
 class ExtensionKernels(TorchKernels):
     """Row passes of the extension that the CPU and CUDA share."""
 
-    def rounds_operands(self, device_type: str) -> bool:
+    def rounds_operands(self, like: Tensor) -> bool:
         """See ``RowKernels``; the gradient is then scaled, and written beside the logits."""
         return self.dtype in SIXTEEN_BIT
 
@@ -193,7 +193,7 @@ class ExtensionKernels(TorchKernels):
     ) -> LogitsGradient:
         """See ``RowKernels``; in place and unscaled, unless the operands are rounded."""
         out, applied, residual = None, None, None
-        if rounded := self.rounds_operands(tile.device.type):
+        if rounded := self.rounds_operands(tile):
             out, residual = self.empty_operands_like(tile), torch.zeros_like(max_C)
             applied, scale_C = self.scales_before_rounding(scale_C, others_C, expected)
         torch.ops.dpo_kernels.dlogits_rows_(

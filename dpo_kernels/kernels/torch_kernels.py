@@ -35,9 +35,9 @@ class TorchKernels(RowKernels):
             return 6
         return accumulation_dtype(dtype).itemsize
 
-    def rounds_operands(self, device_type: str) -> bool:
+    def rounds_operands(self, like: Tensor) -> bool:
         """See ``RowKernels``. Elsewhere than on CUDA 16-bit operands are upcast."""
-        return self.dtype in SIXTEEN_BIT and device_type == "cuda"
+        return self.dtype in SIXTEEN_BIT and like.is_cuda
 
     def new_state(self, rows: int, device: torch.device, stats: Sequence[str]) -> RowState:
         """See ``RowKernels``."""
@@ -174,7 +174,7 @@ class TorchKernels(RowKernels):
                 if slope is not None:
                     z.mul_(slope)
         tile.scatter_(1, label, torch.where(label_in_tile[:, None], label_value, tile.gather(1, label)))
-        if not self.rounds_operands(tile.device.type):
+        if not self.rounds_operands(tile):
             return LogitsGradient(tile, scale_C, labels_C)
         applied, left = self.scales_before_rounding(scale_C, others_C, expected)
         if applied is not None:

@@ -9,6 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import dpo_kernels as dk
 from dpo_kernels.device_specs import ChunkCosts
+from dpo_kernels.kernels import float16_range
 from dpo_kernels.kernels.triton import (
     autotune,
     hidden_kernels,
@@ -140,6 +141,29 @@ def test_equivalence(rows, strategy):
         if rules := broken_rules(case_with(**facts), strategy, "triton"):
             broken.append((row, rules))
     assert not broken
+
+
+@pytest.mark.parametrize("expected", [0.0, 1.0, 2.0**-40, 1e6])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_float16_scales_are_those_of_torch(scaled, expected):
+    g = torch.Generator().manual_seed(0)
+    others = torch.exp(20 * torch.randn(1000, generator=g))
+    scale = torch.exp(20 * torch.randn(1000, generator=g)) * torch.randn(1000, generator=g).sign() if scaled else None
+    others[:3] = torch.tensor([0.0, torch.inf, torch.nan])
+    got = launch_rows.float16_scales(scale, others, expected)
+    for mine, true in zip(got, float16_range.row_scales(scale, others, expected), strict=True):
+        torch.testing.assert_close(mine[3:], true[3:], rtol=0, atol=0)
+        torch.testing.assert_close(mine[:1], true[:1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_gradient_is_scaled_and_rounded_once(dtype, factor):
+    g = torch.Generator().manual_seed(0)
+    grad, by = torch.randn(70, 130, generator=g), torch.tensor(factor)  # several programs, and a rest
+    rounded = TritonKernels.finalize_weight_grad(grad, by, dtype)
+    assert torch.equal(rounded, (grad * by).to(dtype))
+    assert TritonKernels.finalize_weight_grad(grad.t(), by, dtype) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

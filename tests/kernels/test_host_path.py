@@ -31,17 +31,19 @@ def test_launches(chunks):
         "dlogits_rows": chunks,
         "add_label_rows": chunks,
         "to_input_rows": 1,
+        "scale_and_round": 1,
     }
     assert found.total <= ONE_CHUNK + FURTHER_CHUNK * (chunks - 1), found
 
 
 @pytest.mark.parametrize("scores_reference", [False, True])
 @pytest.mark.parametrize("trainable", [False, True])
-def test_the_model_of_gpus_has_the_launches(trainable, scores_reference):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_model_of_gpus_has_the_launches(dtype, trainable, scores_reference):
     facts = {"trainable": trainable, "scores_reference": scores_reference}
     for chunks in (1, 2, 4):
-        found = cost(step_of(8, 64, chunks, **facts), 64)
-        assert found.total == model.launches_of_ours(chunks, **facts), (chunks, found)
+        found = cost(step_of(8, 64, chunks, **facts, dtype=getattr(torch, dtype)), 64)
+        assert found.total == model.launches_of_ours(chunks, **facts, dtype=dtype), (chunks, found)
 
 
 def test_the_way_to_the_first_product_does_not_grow_with_the_pairs():

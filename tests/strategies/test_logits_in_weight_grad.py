@@ -46,7 +46,7 @@ def test_equivalence(blocks, layout, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_operands_of_bfloat16(blocks, monkeypatch, layout):
     """As on a CPU that multiplies them: the gradient leaves as bfloat16, scaled, with what rounding took beside it."""
-    monkeypatch.setattr(CppKernels, "rounds_operands", lambda self, device_type: self.dtype == torch.bfloat16)
+    monkeypatch.setattr(CppKernels, "rounds_operands", lambda self, like: self.dtype == torch.bfloat16)
     for name in ("multiply", "grad_hidden", "grad_weight"):
         monkeypatch.setattr(CppKernels, name, getattr(TorchKernels, name))  # which upcast what they are given
     assert not broken_over_forms(torch.bfloat16, layout, "chunked", "cpp")

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dpo_kernels.kernels import float16_range
+from dpo_kernels.kernels.torch_kernels import SIXTEEN_BIT
 from dpo_kernels.kernels.triton import hidden_kernels, matmul_kernels, pack_kernels, row_kernels, sequence_loss
 from dpo_kernels.kernels.triton.configs import (
     HIDDEN_BLOCK,
@@ -123,17 +125,17 @@ def _softmax_grad(cols: int) -> Configuration:
 
 
 def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
-    bf16_operands = dtype == torch.bfloat16
+    rounded = dtype in SIXTEEN_BIT
     arguments: dict[str, Any] = {
         "tile_ptr": torch.float32,
-        "out_ptr": dtype if bf16_operands else torch.float32,  # torch rounds to float16 afterwards
+        "out_ptr": dtype,
         "labels_ptr": torch.int64,
         **dict.fromkeys(("max_ptr", "others_ptr", "scale_ptr", "residual_ptr"), torch.float32),
         "cols": cols,
         **dict.fromkeys(("row_stride", "out_stride"), padded(cols, GPU_ROW_ALIGNMENT)),
         "start": 0,
         "softcap": 30.0,
-        **dict.fromkeys(("HAS_SCALE", "HAS_RESIDUAL"), bf16_operands),
+        **dict.fromkeys(("HAS_SCALE", "HAS_RESIDUAL"), rounded),
         "HAS_SOFTCAP": softcap,
     }
     return Configuration(
@@ -142,6 +144,21 @@ def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
         {**arguments, **PADDED_ROWS},
         ROWS,
     )
+
+
+def _float16_scales() -> Configuration:
+    arguments: dict[str, Any] = {
+        **dict.fromkeys(("scale_ptr", "others_ptr", "applied_ptr", "left_ptr"), torch.float32),
+        "rows": 2048,
+        "expected": -3,
+        "HAS_SCALE": True,
+        "TOP": float16_range.TOP,
+        "SLACK": float16_range.SLACK,
+        "LEAST": 2.0**-float16_range.MOST,
+        "MOST": 2.0**float16_range.MOST,
+        "BLOCK": SUM_BLOCK,
+    }
+    return Configuration("float16_scales", row_kernels.float16_scales, arguments, {"num_warps": SUM_WARPS})
 
 
 def _of_row_kernels() -> Iterator[Configuration]:
@@ -156,6 +173,7 @@ def _of_row_kernels() -> Iterator[Configuration]:
         yield _dlogits(128256, dtype, softcap=False)
     yield _dlogits(50257, torch.bfloat16, softcap=False)
     yield _dlogits(256000, torch.bfloat16, softcap=True)
+    yield _float16_scales()
 
 
 # --- the sequence loss --------------------------------------------------------------------------------------
@@ -249,6 +267,18 @@ def _of_hidden_kernels() -> Iterator[Configuration]:
         },
         options,
     )
+    for dtype in (torch.bfloat16, torch.float16):
+        yield Configuration(
+            f"scale_and_round {_plain(dtype)}",
+            hidden_kernels.scale_and_round,
+            {
+                **dict.fromkeys(("grad_ptr", "factor_ptr"), torch.float32),
+                "out_ptr": dtype,
+                "elements": 4096 * 128256,
+                "BLOCK": ROW_BLOCK,
+            },
+            {"num_warps": ROW_WARPS},
+        )
     for dtype in (torch.bfloat16, torch.float32):
         yield Configuration(
             f"to_input_rows {_plain(dtype)}",
@@ -314,15 +344,15 @@ def _logps(
 def _logits_gradient(
     target: str, launch: MatrixLaunch, dtype: torch.dtype, width: int, vocab: int, extras: bool
 ) -> Configuration:
-    rows, bf16_operands = 2048, dtype == torch.bfloat16
+    rows, rounded = 2048, dtype in SIXTEEN_BIT
     return Configuration(
         f"linear_dlogits {_kind(dtype, width, vocab, extras, stats=False)} {launch}",
         matmul_kernels.linear_dlogits,
         {
             **_matmul_arguments(dtype, rows, width, vocab, launch, extras),
-            "out_ptr": dtype if bf16_operands else torch.float32,  # torch rounds to float16 afterwards
+            "out_ptr": dtype,
             **dict.fromkeys(("scale_ptr", "residual_ptr"), torch.float32),
-            **dict.fromkeys(("HAS_SCALE", "HAS_RESIDUAL"), bf16_operands),
+            **dict.fromkeys(("HAS_SCALE", "HAS_RESIDUAL"), rounded),
             "total_rows": rows,
             **dict.fromkeys(("tile_cols", "start", "out_stride"), 8192),
         },

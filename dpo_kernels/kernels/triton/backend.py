@@ -34,7 +34,7 @@ class TritonKernels(TorchKernels):
         """The float32 tile and, for 16-bit operands, the copy that the gradient GEMMs read."""
         return 4 if dtype == torch.float32 else 6
 
-    def rounds_operands(self, device_type: str) -> bool:
+    def rounds_operands(self, like: Tensor) -> bool:
         """See ``RowKernels``; in the interpreter as on a GPU."""
         return self.dtype in SIXTEEN_BIT
 
@@ -76,7 +76,7 @@ class TritonKernels(TorchKernels):
     ) -> LogitsGradient:
         """See ``RowKernels``; 16-bit operands are scaled, and written beside the tile."""
         assert not exponentiated, "this backend keeps the logits"
-        if not self.rounds_operands(tile.device.type):
+        if not self.rounds_operands(tile):
             launch_rows.dlogits_rows(tile, tile, labels_C, start, max_C, others_C, None, None, head.softcap)
             return LogitsGradient(tile, scale_C, labels_C)
         out, residual = self.empty_operands_like(tile), torch.empty_like(max_C)
@@ -150,7 +150,7 @@ class TritonKernels(TorchKernels):
     ) -> LogitsGradient:
         """See ``RowKernels``; one kernel goes from hidden states to the operand, with no float32 logits between."""
         operands = (launch_matmul.aligned_rows(x_CH), self._weight(head), head, start)
-        if not self.rounds_operands(tile.device.type):
+        if not self.rounds_operands(tile):
             launch_matmul.linear_dlogits(*operands, tile, labels_C, max_C, others_C, None, None)
             return LogitsGradient(tile, scale_C, labels_C)
         out, residual = self._first_half(tile), torch.zeros_like(max_C)

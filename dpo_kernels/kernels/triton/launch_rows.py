@@ -135,7 +135,8 @@ def float16_scales(scale_C: Tensor | None, others_C: Tensor, expected: float) ->
             HAS_SCALE=scale_C is not None,
             TOP=float16_range.TOP,
             SLACK=float16_range.SLACK,
-            MOST=float16_range.MOST,
+            LEAST=2.0**-float16_range.MOST,
+            MOST=2.0**float16_range.MOST,
             BLOCK=SUM_BLOCK,
             num_warps=SUM_WARPS,
         )

@@ -234,6 +234,7 @@ def float16_scales(
     HAS_SCALE: tl.constexpr,
     TOP: tl.constexpr,
     SLACK: tl.constexpr,
+    LEAST: tl.constexpr,
     MOST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -244,9 +245,8 @@ def float16_scales(
     largest = tl.where(others > 0, others, 1.0)
     scale = tl.load(scale_ptr + row, mask=inside, other=1.0) if HAS_SCALE else 1.0
     largest = largest * tl.abs(scale)
-    # A float32 of mantissa in [1/2, 1) has 126 added to its exponent, and one that is not finite has the largest.
-    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 126
-    exponent = tl.minimum(tl.maximum(exponent, -MOST), MOST)
+    largest = tl.minimum(tl.maximum(largest, LEAST), MOST)
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 126  # the mantissa is in [1/2, 1)
     slack = tl.minimum(tl.maximum(expected - exponent, 0), SLACK)
     power = TOP - slack - exponent
     tl.store(applied_ptr + row, scale * ((127 + power) << 23).to(tl.float32, bitcast=True), mask=inside)
