@@ -323,10 +323,12 @@ def _upstream_of_tokens(grad_out: Tensor, packed: PackedTokens, per_token: bool,
 
 
 def _power_of_largest(grad_N: Tensor) -> Tensor:
-    """Return the power of two, 0-d, that the largest finite upstream gradient is at most, without a sync."""
-    finite = torch.where(grad_N.isfinite(), grad_N.abs(), 0.0)
-    exponent = torch.cat([finite, finite.new_zeros(1)]).amax().frexp().exponent
-    return torch.ldexp(grad_N.new_ones(()), exponent.clamp(-MOST_EXPONENT, MOST_EXPONENT))
+    """Return the power of two, 0-d, that the largest upstream gradient is at most, without a sync.
+
+    Where that is not finite the power is any. The rows of the others are right under any power.
+    """
+    largest = torch.cat([grad_N.abs(), grad_N.new_zeros(1)]).amax()
+    return torch.ldexp(grad_N.new_ones(()), largest.frexp().exponent.clamp(-MOST_EXPONENT, MOST_EXPONENT))
 
 
 def _to_input_rows(dx: Tensor, slot: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
