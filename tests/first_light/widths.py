@@ -31,6 +31,8 @@ TRITON_KERNELS = (
     "linear_dlogits",
     "add_label_rows",
     "to_input_rows",
+    "scale_and_round",
+    "float16_scales",
     "count_scored",
     "write_packed",
 )

@@ -377,11 +377,11 @@ def launched(monkeypatch):
     for module in (launch_rows, launch_matmul, launch_pack, launch_hidden):
         monkeypatch.setattr(module, "on_device", on)
     for module, names in (
-        (row_kernels, ("apply_bias_scale_cap", "reduce_rows", "dlogits_rows", "softmax_grad_rows")),
+        (row_kernels, ("apply_bias_scale_cap", "reduce_rows", "dlogits_rows", "softmax_grad_rows", "float16_scales")),
         (sequence_loss, ("sigmoid_sequence_loss",)),
         (matmul_kernels, ("linear_logps", "linear_dlogits")),
         (pack_kernels, ("count_scored", "write_packed")),
-        (hidden_kernels, ("add_label_rows", "to_input_rows")),
+        (hidden_kernels, ("add_label_rows", "to_input_rows", "scale_and_round")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Kernel(name))
@@ -402,6 +402,8 @@ def test_every_launch_is_guarded(launched):
     kernels.reduce_to_logps(tile, labels, torch.zeros(4), keep_logits=True)
     kernels.add_rounding_residual(LogitsGradient(tile, None, labels, state.max), head, torch.zeros(4, 8))
     kernels.to_input_rows(torch.zeros(5, 8), labels, zero, torch.bfloat16)
+    kernels.finalize_weight_grad(torch.zeros(5, 8), zero.float(), torch.bfloat16)
+    backend.TritonKernels(torch.float16, 2**20).scales_before_rounding(None, state.max, 1.0)
     given = launch_pack.Labels(labels, None, 2, 2, 64, -100, False, False)
     launch_pack.write(given, launch_pack.count(given), None, 4, static=False)
     kernels.sequence_loss(state.max, None, counts, zero.expand(2), zero, losses.bind("sigmoid", 0.1, 0.0, {}))
@@ -410,6 +412,8 @@ def test_every_launch_is_guarded(launched):
         "add_label_rows",
         "count_scored",
         "to_input_rows",
+        "scale_and_round",
+        "float16_scales",
         "write_packed",
         "apply_bias_scale_cap",
         "reduce_rows",

@@ -48,9 +48,9 @@ class WrongMask(TorchKernels):
 class WrongScale(TorchKernels):
     """Every row is scaled by the first row's coefficient."""
 
-    def dlogits_(self, tile, labels_C, start, max_C, others_C, head, scale_C, exponentiated=False):
+    def dlogits_(self, tile, labels_C, start, max_C, others_C, head, scale_C, *further, **facts):
         scale_C = None if scale_C is None else scale_C[:1].expand_as(scale_C)
-        return super().dlogits_(tile, labels_C, start, max_C, others_C, head, scale_C, exponentiated)
+        return super().dlogits_(tile, labels_C, start, max_C, others_C, head, scale_C, *further, **facts)
 
 
 class SwappedStride(TorchKernels):
