@@ -82,8 +82,16 @@ class Plan:
     @property
     def tile(self) -> Tile:
         """The block of logits that the scratch holds."""
-        schedule = self.schedule or self.algorithm.schedule(self.workload, self.budget)
-        return schedule.tile
+        return self._laid_out.tile
+
+    @property
+    def tile_bytes(self) -> int:
+        """The bytes that are allocated for the tile and for the copies of it that the backend makes."""
+        return self._laid_out.scratch_logits * self.budget.bytes_per_logit
+
+    @property
+    def _laid_out(self) -> Schedule:
+        return self.schedule or self.algorithm.schedule(self.workload, self.budget)
 
     @property
     def chunks(self) -> int | None:
@@ -134,7 +142,7 @@ class Plan:
     def __str__(self) -> str:
         workload, tile = self.workload, self.tile
         most = " at most" if workload.static else ""  # the host knows only the capacity
-        used = tile.rows * self.budget.row_bytes(tile.cols)
+        used = self.tile_bytes
         # Without any scratch there is still a tile of ``LEAST_TILE_BYTES``.
         limit = f" of at most {_size(self.scratch_bytes)}" if used <= self.scratch_bytes else ", the least"
         lines = [
