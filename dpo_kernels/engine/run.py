@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.engine import autograd
+from dpo_kernels.engine.out_of_memory import saying_what_fits
 from dpo_kernels.inputs.pair_order import to_callers_order
 from dpo_kernels.outputs import DPOLossOutput, SequenceLossOutput
 from dpo_kernels.planning.plan import Plan
@@ -32,6 +33,12 @@ class Result(NamedTuple):
 
 def run(problem: Problem, plan: Plan) -> Result:
     """Compute the loss of a problem, its log-probs and its statistics."""
+    if plan.workload.tracing:
+        return _run(problem, plan)
+    return saying_what_fits(plan, lambda: _run(problem, plan))
+
+
+def _run(problem: Problem, plan: Plan) -> Result:
     assert problem.loss is not None, "a problem without a loss is one of run_logps"
     # The reference comes first. A pass that forms gradients needs the coefficients, and these need the reference.
     ref_S = _reference_logps(problem, plan)
@@ -47,7 +54,10 @@ def run(problem: Problem, plan: Plan) -> Result:
 
 def run_logps(problem: Problem, plan: Plan) -> Tensor:
     """Compute differentiable log-probs, ``(S,)`` of sequences or in the shape of the labels for tokens."""
-    out, _, _ = autograd.logps(problem, plan)
+    if plan.workload.tracing:
+        out, _, _ = autograd.logps(problem, plan)
+    else:
+        out, _, _ = saying_what_fits(plan, lambda: autograd.logps(problem, plan))
     out = out.to(problem.result_dtype)
     return out.view(problem.labels_shape) if problem.per_token else out
 
