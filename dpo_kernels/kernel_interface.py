@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -252,6 +253,16 @@ class RowKernels(ABC):
 
         """
         return (("", nullcontext()),)
+
+    @classmethod
+    def chosen_launches(cls) -> Any:
+        """Return what this process has chosen among launches, for ``take_launches`` of another one. It is picklable."""
+        return None
+
+    @classmethod
+    def take_launches(cls, chosen: Any) -> None:
+        """Take the choices of another process instead of one's own."""
+        assert chosen is None, "a backend that chooses among launches takes choices"
 
     @classmethod
     def cannot_take(cls, error: Exception) -> bool:

@@ -154,7 +154,7 @@ def choose_launch(
     if (launch := _pinned.get()) is not None:
         return launch
     family = launch_family(kernel, x_CH, stats)
-    sizes = (f"N<={autotune.bucket(x_CH.shape[0])}", f"V<={autotune.bucket(weight.shape[0])}", f"H={x_CH.shape[1]}")
+    sizes = (f"V<={autotune.bucket(weight.shape[0])}", f"H={x_CH.shape[1]}")
     forms = ["bias" if head.bias is not None else "", "softcap" if head.softcap else "", "stats" if stats else ""]
     forms.append("tf32" if precision_of(weight) == "tf32" else "")
     return autotune.fastest_launch(kernel, family, (str(x_CH.dtype), *sizes, *filter(None, forms)), x_CH, run)

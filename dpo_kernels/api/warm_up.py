@@ -1,0 +1,109 @@
+"""What the first step of a training would do beside its work, done before it: ``warm_up``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import checks
+from dpo_kernels.api.pairs import explain, fused_dpo_loss
+from dpo_kernels.distributed.group import Ranks, all_ranks
+from dpo_kernels.planning.plan import Plan
+from dpo_kernels.planning.tables import BACKENDS
+
+LENGTH = 128  # tokens of each sequence of the call: short, so that no pair is longer than a chunk
+# A warm-up makes its own batch, runs on each rank by itself, and leaves nothing behind.
+OF_A_BATCH = ("cu_seqlens", "ref_hidden", "ref_logps", "token_weights")
+NOT_FOR_WARM_UP = (*OF_A_BATCH, "vocab_parallel", "context_parallel", "main_grad", "main_grad_scale")
+
+
+def warm_up(
+    weight: Tensor,
+    rows: int = 4096,
+    *,
+    dtype: torch.dtype | None = None,
+    ref_weight: Tensor | None = None,
+    group: Any = None,
+    **options: Any,
+) -> Plan:
+    """Compile kernels, check them and choose among their launches before the first step of a training.
+
+    A step of ``fused_dpo_loss`` runs on random hidden states, forward and backward, and does what a process does once.
+    Without a warm-up the first call of each kind does that. Under ``torch.distributed`` the first rank times the
+    launches, and the others take its choices.
+
+    Args:
+        weight: Weight of the LM head, ``(V, H)``; float32, bfloat16, float16 or float64. It is not changed and gets no
+            gradient. Whether it requires one decides what is run. Of a split head pass this rank's rows. Of a head that
+            an engine shards pass an empty tensor with the shape of the whole.
+        rows: Scored tokens of the call, an integer >= 1, rounded up to whole pairs of 256. The launches are timed at
+            this size, for calls of any size.
+        dtype: dtype of the hidden states. None means that of ``weight``. Under autocast they may differ.
+        ref_weight: Weight of the reference's head, ``(V, H_ref)``, if the reference is scored in the call. None leaves
+            that out.
+        group: Process group, ``DeviceMesh`` of one dimension or ``(mesh, "name")`` whose ranks take one choice. Each
+            of them must make this call. None means all ranks where ``torch.distributed`` is initialised, and otherwise
+            this process.
+        **options: Other keyword arguments of ``fused_dpo_loss``, as the training passes them. ``bias``, ``softcap``,
+            ``stats``, ``shift``, ``loss_type``, ``strategy`` and ``backend`` decide about the kernels.
+
+    Returns:
+        The plan of the call, as ``explain`` returns it.
+
+    Raises:
+        ValueError: An option is wrong, or is none for a warm-up.
+        TypeError: A dtype or a type is wrong.
+        RuntimeError: The first rank has raised an error.
+
+    Example:
+        >>> import torch
+        >>> from dpo_kernels import warm_up
+        >>> head = torch.nn.Linear(8, 50, bias=False)
+        >>> warm_up(head.weight, rows=300).strategy, head.weight.grad
+        ('chunked', None)
+    """
+    checks.check_count("rows", rows, least=1)
+    if refused := sorted(set(options) & set(NOT_FOR_WARM_UP)):
+        raise ValueError(f"{', '.join(refused)}: not for a warm-up, which makes its own batch on each rank")
+    ranks = all_ranks() if group is None else Ranks(group)
+    if ranks is None:
+        return _step(weight, rows, dtype, ref_weight, options)
+    if ranks.first:
+        choices = None
+        try:
+            plan = _step(weight, rows, dtype, ref_weight, options)
+            choices = (plan.backend, BACKENDS[plan.backend].load().chosen_launches())
+        finally:
+            ranks.from_first(choices, weight.device)
+        return plan
+    choices = ranks.from_first(None, weight.device)
+    if choices is None:
+        raise RuntimeError("the first rank has raised an error in its warm-up")
+    name, launches = choices
+    BACKENDS[name].load().take_launches(launches)
+    return _step(weight, rows, dtype, ref_weight, options)
+
+
+def _step(
+    weight: Tensor, rows: int, dtype: torch.dtype | None, ref_weight: Tensor | None, options: dict[str, Any]
+) -> Plan:
+    """Run a step with pairs of two sequences of ``LENGTH`` tokens, and return its plan."""
+    pairs, device = -(-rows // (2 * LENGTH)), weight.device
+    generator = torch.Generator(device).manual_seed(0)  # of its own: that of the training stays as it is
+
+    def states(width: int, of: torch.dtype) -> Tensor:
+        return torch.empty(2 * pairs, LENGTH, width, dtype=of, device=device).normal_(generator=generator)
+
+    hidden = states(weight.shape[1], dtype or weight.dtype).requires_grad_()
+    labels = torch.randint(0, weight.shape[0], (2 * pairs, LENGTH), device=device, generator=generator)
+    head = weight.detach().requires_grad_(weight.requires_grad)
+    given: dict[str, Any] = {"reference_free": True}
+    if ref_weight is not None:
+        given = {"ref_hidden": states(ref_weight.shape[1], ref_weight.dtype), "ref_weight": ref_weight.detach()}
+    if isinstance(options.get("bias"), Tensor):
+        given["bias"] = options["bias"].detach().requires_grad_(options["bias"].requires_grad)
+    given = options | given
+    with torch.enable_grad():
+        plan = explain(hidden, head, labels, **given)
+        fused_dpo_loss(hidden, head, labels, **given).loss.sum().backward()
+    return plan
