@@ -33,6 +33,7 @@ from dpo_kernels.kernels.triton import (
 )
 from dpo_kernels.kernels.triton.configs import MatrixLaunch
 from dpo_kernels.shapes import Head
+from tests.triton_tools.configurations import CONFIGURATIONS
 
 FAMILY = (MatrixLaunch(128, 128, 64, 8, 3), MatrixLaunch(64, 256, 32, 8, 4), MatrixLaunch(128, 256, 64, 8, 3, tma=True))
 SLOW, FAST, MIDDLE = FAMILY
@@ -371,7 +372,10 @@ def test_the_device_of_a_launch_is_that_of_its_tensors():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Names of the kernels as they are launched, each with the device guard's tensor, or None; nothing runs."""
+    """Names of the kernels as they are launched, each with the device guard's tensor or None, and what goes by name.
+
+    Nothing runs.
+    """
     seen, guarding = {}, []
 
     @contextmanager
@@ -385,7 +389,7 @@ def launched(monkeypatch):
             self.name = name
 
         def __getitem__(self, grid):
-            return lambda *args, **kwargs: seen.setdefault(self.name, guarding[-1] if guarding else None)
+            return lambda *args, **kwargs: seen.setdefault(self.name, (guarding[-1] if guarding else None, kwargs))
 
     for module in (launch_rows, launch_matmul, launch_pack, launch_hidden):
         monkeypatch.setattr(module, "on_device", on)
@@ -401,7 +405,7 @@ def launched(monkeypatch):
     return seen
 
 
-def test_every_launch_is_guarded(launched):
+def launch_every_kernel():
     kernels = backend.TritonKernels(torch.bfloat16, 2**20)
     x, labels = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
     head = Head(torch.zeros(64, 8, dtype=torch.bfloat16), logit_scale=0.5)
@@ -419,6 +423,10 @@ def test_every_launch_is_guarded(launched):
     launch_pack.write(given, launch_pack.count(given), None, 4, static=False)
     kernels.sequence_loss(state.max, None, counts, zero.expand(2), zero, losses.bind("sigmoid", 0.1, 0.0, {}))
     kernels.stream_logps(x, head, labels, ())
+
+
+def test_every_launch_is_guarded(launched):
+    launch_every_kernel()
     names = {
         "add_label_rows",
         "count_scored",
@@ -433,4 +441,18 @@ def test_every_launch_is_guarded(launched):
         "linear_dlogits",
     }
     assert launched.keys() == names
-    assert [name for name, tensor in launched.items() if tensor is None] == []
+    assert [name for name, (tensor, _) in launched.items() if tensor is None] == []
+
+
+def test_the_gate_compiles_with_the_options_of_the_launches(launched):
+    """What would be launched under another default of Triton, or by another number of warps, was judged by nobody."""
+    launch_every_kernel()
+    assert len(launched) == 11
+    for name, (_, given) in launched.items():
+        judged = [each.options for each in CONFIGURATIONS if each.kernel.__name__ == name]
+        assert judged
+        for options in judged:
+            assert options.keys() <= given.keys()
+            assert options["enable_fp_fusion"] is given["enable_fp_fusion"] is True
+            if not name.startswith("linear"):  # whose launches are families
+                assert options == {option: given[option] for option in options}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_kernels.kernel_interface import RowState
 from dpo_kernels.kernels.triton import autotune, matmul_kernels
-from dpo_kernels.kernels.triton.configs import INTERPRETED, MatrixLaunch, family_of, target_of
+from dpo_kernels.kernels.triton.configs import COMPILE_OPTIONS, INTERPRETED, MatrixLaunch, family_of, target_of
 from dpo_kernels.kernels.triton.launch_rows import on_device, scale_and_softcap
 from dpo_kernels.shapes import Head
 
@@ -65,6 +65,7 @@ def linear_logps(x_NH: Tensor, weight: Tensor, head: Head, labels_N: Tensor, sta
                 **launch.blocks,
                 PRECISION=precision_of(weight),
                 **launch.options,
+                **COMPILE_OPTIONS,
             )
         return sums, argmax
 
@@ -118,6 +119,7 @@ def linear_dlogits(
                 **launch.blocks,
                 PRECISION=precision_of(weight),
                 **launch.options,
+                **COMPILE_OPTIONS,
             )
 
     run(choose_launch("linear_dlogits", x_CH, weight, head, False, run))

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from dpo_kernels.kernel_interface import RowScale, RowState
 from dpo_kernels.kernels.triton import row_kernels, sequence_loss
-from dpo_kernels.kernels.triton.configs import ROW_BLOCK, ROW_WARPS, SAFE_SHIFT, SUM_BLOCK, SUM_WARPS
+from dpo_kernels.kernels.triton.configs import COMPILE_OPTIONS, ROW_BLOCK, ROW_WARPS, SAFE_SHIFT, SUM_BLOCK, SUM_WARPS
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head
 
 
@@ -42,6 +42,7 @@ def apply_bias_scale_cap(tile: Tensor, head: Head, start: int) -> None:
             PADDED=reaches,
             BLOCK=ROW_BLOCK,
             num_warps=ROW_WARPS,
+            **COMPILE_OPTIONS,
         )
 
 
@@ -77,6 +78,7 @@ def reduce_rows(state: RowState, tile: Tensor, labels_C: Tensor, start: int, log
             PADDED=reaches,
             BLOCK=ROW_BLOCK,
             num_warps=ROW_WARPS,
+            **COMPILE_OPTIONS,
         )
 
 
@@ -117,6 +119,7 @@ def dlogits_rows(
             PADDED=reaches,
             BLOCK=ROW_BLOCK,
             num_warps=ROW_WARPS,
+            **COMPILE_OPTIONS,
         )
 
 
@@ -142,6 +145,7 @@ def softmax_grad_rows(state: RowState, tile: Tensor, out: Tensor, labels_C: Tens
             PADDED=reaches,
             BLOCK=ROW_BLOCK,
             num_warps=ROW_WARPS,
+            **COMPILE_OPTIONS,
         )
     return factor_C, residual_C
 
@@ -186,6 +190,7 @@ def sigmoid_sequence_loss(
             HAS_SCALE=scale is not None,
             BLOCK=SUM_BLOCK,
             num_warps=SUM_WARPS,
+            **COMPILE_OPTIONS,
         )
     return sums_S, losses_P, last
 
