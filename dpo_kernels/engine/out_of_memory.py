@@ -15,8 +15,10 @@ def saying_what_fits(plan: Plan, call: Callable[[], Result]) -> Result:
     """Return what a call returns. An out-of-memory error of a GPU is raised again with a recommendation.
 
     The new error has none of the first one's frames. They would keep the tensors of the call alive, and with them the
-    memory that the caller needs to go on.
+    memory that the caller needs to go on. A tracer has none of these errors.
     """
+    if plan.workload.tracing:
+        return call()
     try:
         return call()
     except torch.OutOfMemoryError as error:

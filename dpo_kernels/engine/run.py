@@ -33,12 +33,6 @@ class Result(NamedTuple):
 
 def run(problem: Problem, plan: Plan) -> Result:
     """Compute the loss of a problem, its log-probs and its statistics."""
-    if plan.workload.tracing:
-        return _run(problem, plan)
-    return saying_what_fits(plan, lambda: _run(problem, plan))
-
-
-def _run(problem: Problem, plan: Plan) -> Result:
     assert problem.loss is not None, "a problem without a loss is one of run_logps"
     # The reference comes first. A pass that forms gradients needs the coefficients, and these need the reference.
     ref_S = _reference_logps(problem, plan)
@@ -54,10 +48,7 @@ def _run(problem: Problem, plan: Plan) -> Result:
 
 def run_logps(problem: Problem, plan: Plan) -> Tensor:
     """Compute differentiable log-probs, ``(S,)`` of sequences or in the shape of the labels for tokens."""
-    if plan.workload.tracing:
-        out, _, _ = autograd.logps(problem, plan)
-    else:
-        out, _, _ = saying_what_fits(plan, lambda: autograd.logps(problem, plan))
+    out, _, _ = saying_what_fits(plan, lambda: autograd.logps(problem, plan))
     out = out.to(problem.result_dtype)
     return out.view(problem.labels_shape) if problem.per_token else out
 
@@ -65,7 +56,7 @@ def run_logps(problem: Problem, plan: Plan) -> Tensor:
 def run_pairs(problem: Problem, plan: Plan) -> DPOLossOutput:
     """Compute the loss of pairs. The results have the caller's dtype."""
     with _guarding(problem.main_grad):
-        result = run(problem, plan)
+        result = saying_what_fits(plan, lambda: run(problem, plan))
         dtype, *by_sequence = _by_sequence(problem, result)
         # One rounding for all of them, into memory where chosen and rejected lie apart.
         apart = torch.empty(3, 2, by_sequence[0].shape[0] // 2, dtype=dtype, device=by_sequence[0].device)
@@ -86,7 +77,7 @@ def run_pairs(problem: Problem, plan: Plan) -> DPOLossOutput:
 def run_sequences(problem: Problem, plan: Plan) -> SequenceLossOutput:
     """Compute the loss of sequences or groups. The results have the caller's dtype."""
     with _guarding(problem.main_grad):
-        result = run(problem, plan)
+        result = saying_what_fits(plan, lambda: run(problem, plan))
         dtype, rewards_S, policy_S, ref_S = _by_sequence(problem, result)
         return SequenceLossOutput(
             result.loss.to(dtype), rewards_S.to(dtype), policy_S.to(dtype), ref_S.to(dtype), result.stats

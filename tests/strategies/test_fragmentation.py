@@ -140,7 +140,7 @@ def test_a_tile_fits_its_scratch_which_is_no_larger_than_the_budget_nor_twice_th
                 assert logits <= 2 * least + 1
 
 
-@pytest.mark.parametrize("name", ["torch", "cpp", "triton"])
+@pytest.mark.parametrize("name", [name for name in tables.BACKEND_NAMES if name != "cuda"])
 def test_on_a_cpu_the_scratch_is_the_tile(name):
     """Nothing is split there, and the cpp backend's own memory takes blocks of up to twice the size."""
     budget = tables.divide_scratch(SCRATCH, name, torch.float32, torch.device("cpu"))
