@@ -43,7 +43,7 @@ def warm_up(
             that out.
         group: Process group, ``DeviceMesh`` of one dimension or ``(mesh, "name")`` whose ranks take one choice. Each
             of them must make this call. None means all ranks where ``torch.distributed`` is initialised, and otherwise
-            this process.
+            this process. Where only some ranks have a head, as with pipelines, name their group.
         **options: Other keyword arguments of ``fused_dpo_loss``, as the training passes them. ``bias``, ``softcap``,
             ``stats``, ``shift``, ``loss_type``, ``strategy`` and ``backend`` decide about the kernels.
 

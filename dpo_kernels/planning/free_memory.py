@@ -21,11 +21,14 @@ Peak = Callable[[int], int | None]
 _chosen: dict[tuple[object, ...], int] = {}
 
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int | None:
     """Return the bytes that a CUDA device can still give: free ones, and those that torch's allocator can reuse.
 
-    A process that was given a fraction of the device's memory gets no more than that.
+    A process that was given a fraction of the device's memory gets no more than that. None stands for an allocator that
+    is not torch's own: what it keeps for later cannot be told.
     """
+    if torch.cuda.get_allocator_backend() == "pluggable":
+        return None
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     share = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
@@ -48,10 +51,13 @@ def scratch_by_default(workload: Workload, peak_of: Peak) -> int:
     with torch.cuda.device(workload.device):
         if torch.cuda.is_current_stream_capturing():
             return most
-    sizes, free = [most >> halvings for halvings in range(MOST_HALVINGS + 1)], free_bytes(workload.device)
-    fitting = _largest_that_fits(iter(sizes), peak_of, free)
-    _chosen[model] = sizes[-1] if fitting is None else fitting[0]
-    return _chosen[model]
+    free, size = free_bytes(workload.device), most
+    if free is not None:
+        sizes = [most >> halvings for halvings in range(MOST_HALVINGS + 1)]
+        fitting = _largest_that_fits(iter(sizes), peak_of, free)
+        size = sizes[-1] if fitting is None else fitting[0]
+    _chosen[model] = size
+    return size
 
 
 def forget() -> None:
@@ -69,20 +75,22 @@ def recommended(scratch_bytes: int, device: torch.device, peak_of: Peak, ranks: 
         ranks: the number of ranks that share the call's work, or 0.
 
     """
-    free = free_bytes(device)
+    free, this_one = free_bytes(device), f"this call had scratch_bytes={scratch_bytes}"
+    if free is None:
+        return f"dpo_kernels: {this_one}, and a smaller one takes less memory"
     fitting = _largest_that_fits(_smaller(scratch_bytes), peak_of, free)
     if fitting is None:
         least = peak_of(0) or peak_of(scratch_bytes)
-        takes = "" if least is None else f" takes {least / MIB:.4g} MiB beside its inputs, and"
+        takes = "" if least is None else f"without scratch the call takes {least / MIB:.0f} MiB beside its inputs, "
         return (
-            f"dpo_kernels: no scratch_bytes would run, because the call without scratch{takes} {free / MIB:.4g} MiB "
-            "are free. A frozen head, main_grad or fewer tokens take less"
+            f"dpo_kernels: no scratch_bytes would run: {takes}and {free / MIB:.0f} MiB are free. A frozen head, "
+            "main_grad or fewer tokens take less"
         )
     size, peak = fitting
     everywhere = " on every rank" if ranks > 1 else ""
     return (
-        f"dpo_kernels: scratch_bytes={size}{everywhere} would run: the call then takes {peak / MIB:.4g} MiB beside its "
-        f"inputs, and {free / MIB:.4g} MiB are free (this one had scratch_bytes={scratch_bytes})"
+        f"dpo_kernels: scratch_bytes={size}{everywhere} would run: the call then takes {peak / MIB:.0f} MiB beside its "
+        f"inputs, and {free / MIB:.0f} MiB are free ({this_one})"
     )
 
 

@@ -52,7 +52,8 @@ def refuse_chunked(workload: Workload, budget: Budget, scratch_bytes: int) -> st
     if workload.device.type != "cuda" or workload.static or max(workload.shard_ranks, workload.context_ranks) > 1:
         return None
     extra = extra_bytes(workload, schedule)
-    if extra and extra > free_bytes(workload.device):
+    free = free_bytes(workload.device) if extra else None
+    if free is not None and extra > free:
         return f"a pair longer than the chunk needs {extra / MIB:.4g} MiB of accumulators, more than is free"
     return None
 

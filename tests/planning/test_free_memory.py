@@ -27,7 +27,7 @@ TRAINED, FROZEN = NeedsGrad(True, True, False), NeedsGrad(True, False, False)
 @pytest.fixture
 def memory(monkeypatch):
     """A GPU that is not here: its free bytes, and how often somebody asked for them."""
-    gpu = SimpleNamespace(free=70 * 2**30, kept=0, asked=0, capturing=False, fraction=1.0)
+    gpu = SimpleNamespace(free=70 * 2**30, kept=0, asked=0, capturing=False, fraction=1.0, allocator="native")
 
     def free(device):
         gpu.asked += 1
@@ -39,6 +39,7 @@ def memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
     monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: gpu.allocator)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: gpu.fraction)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * MIB)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * MIB + gpu.kept)
@@ -89,6 +90,20 @@ def test_a_process_with_a_fraction_of_the_memory_has_no_more_than_that(memory):
     assert free_memory.free_bytes(GPU) == 1024 * MIB
     memory.free = 100 * MIB
     assert free_memory.free_bytes(GPU) == 600 * MIB
+
+
+def test_what_another_allocator_keeps_is_not_guessed(memory):
+    """A pool may hold all of the memory from the start, so that nothing seems free."""
+    memory.free, memory.allocator = 0, "pluggable"
+    assert free_memory.free_bytes(GPU) is None
+    plan = default(workload(FROZEN))
+    assert plan.scratch_bytes == GPU_SCRATCH_BYTES
+    text = said(plan)
+    assert text == f"dpo_kernels: this call had scratch_bytes={GPU_SCRATCH_BYTES}, and a smaller one takes less memory"
+    oversized = workload(num_tokens=8000, num_sequences=2, counts=(4000, 4000))
+    assert default(oversized).strategy == "chunked"
+    memory.allocator = "native"
+    assert make_plan(oversized, Execution("torch", "auto", GPU_SCRATCH_BYTES)).strategy == "recompute"
 
 
 def test_where_nothing_fits_the_least_default_is_tried(memory):
@@ -156,7 +171,7 @@ def test_an_error_names_a_scratch_that_would_run(memory):
     assert size == GPU_SCRATCH_BYTES // 4
     assert make_plan(workload(FROZEN), Execution("torch", "auto", size)).peak_bytes <= memory.free
     assert "1024 MiB are free" in text
-    assert f"(this one had scratch_bytes={GPU_SCRATCH_BYTES})" in text
+    assert f"(this call had scratch_bytes={GPU_SCRATCH_BYTES})" in text
     assert "on every rank" not in text
     shared = make_plan(workload(FROZEN, shard_ranks=2), Execution("torch", "auto", GPU_SCRATCH_BYTES))
     assert "scratch_bytes=536870912 on every rank would run" in said(shared)
@@ -166,7 +181,9 @@ def test_an_error_says_that_no_scratch_would_run(memory):
     memory.free = 1024 * MIB
     text = said(default(workload()))
     gradients = (128256 + 8001) * 4096 * 4
-    takes = float(re.search(r"without scratch takes ([\d.]+) MiB beside its inputs, and 1024 MiB are free", text)[1])
+    takes = float(
+        re.search(r"without scratch the call takes (\d+) MiB beside its inputs, and 1024 MiB are free", text)[1]
+    )
     assert gradients / MIB < takes < 1.1 * gradients / MIB
     assert "no scratch_bytes would run" in text
 

@@ -153,6 +153,7 @@ def test_free_memory_counts_what_the_allocator_keeps(monkeypatch):
     """A pair longer than the chunk would else be recomputed for how the allocator happened to grow."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 * memory_budget.MIB, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * memory_budget.MIB)
     pairs = {"counts": (4000, 4000), "num_tokens": 8000, "num_sequences": 2, "vocab": 128256, "width": 64}
     loss = losses.bind("sigmoid", 0.1, 0.0, {})
