@@ -12,9 +12,9 @@ from dpo_kernels.planning.plan import Plan
 from dpo_kernels.planning.tables import BACKENDS
 
 LENGTH = 128  # tokens of each sequence of the call: short, so that no pair is longer than a chunk
-# A warm-up makes its own batch, runs on each rank by itself, and leaves nothing behind.
-OF_A_BATCH = ("cu_seqlens", "ref_hidden", "ref_logps", "token_weights")
-NOT_FOR_WARM_UP = (*OF_A_BATCH, "vocab_parallel", "context_parallel", "main_grad", "main_grad_scale")
+# A warm-up runs on each rank by itself, and leaves nothing behind.
+NOT_FOR_WARM_UP = ("vocab_parallel", "context_parallel", "main_grad", "main_grad_scale")
+OF_A_HEAD = ("bias", "ref_bias", "ref_weight")  # tensors that every batch has in common
 
 
 def warm_up(
@@ -45,7 +45,8 @@ def warm_up(
             of them must make this call. None means all ranks where ``torch.distributed`` is initialised, and otherwise
             this process. Where only some ranks have a head, as with pipelines, name their group.
         **options: Other keyword arguments of ``fused_dpo_loss``, as the training passes them. ``bias``, ``softcap``,
-            ``stats``, ``shift``, ``loss_type``, ``strategy`` and ``backend`` decide about the kernels.
+            ``stats``, ``shift``, ``loss_type``, ``strategy`` and ``backend`` decide about the kernels. Of tensors that
+            belong to a batch, as ``cu_seqlens``, only the dtype counts: the call makes its own.
 
     Returns:
         The plan of the call, as ``explain`` returns it.
@@ -64,7 +65,7 @@ def warm_up(
     """
     checks.check_count("rows", rows, least=1)
     if refused := sorted(set(options) & set(NOT_FOR_WARM_UP)):
-        raise ValueError(f"{', '.join(refused)}: not for a warm-up, which makes its own batch on each rank")
+        raise ValueError(f"{', '.join(refused)}: not for a warm-up, which each rank runs by itself")
     ranks = all_ranks() if group is None else Ranks(group)
     if ranks is None:
         return _step(weight, rows, dtype, ref_weight, options)
@@ -89,21 +90,39 @@ def _step(
 ) -> Plan:
     """Run a step with pairs of two sequences of ``LENGTH`` tokens, and return its plan."""
     pairs, device = -(-rows // (2 * LENGTH)), weight.device
+    tokens = (2 * pairs, LENGTH)
     generator = torch.Generator(device).manual_seed(0)  # of its own: that of the training stays as it is
 
     def states(width: int, of: torch.dtype) -> Tensor:
-        return torch.empty(2 * pairs, LENGTH, width, dtype=of, device=device).normal_(generator=generator)
+        return torch.empty(*tokens, width, dtype=of, device=device).normal_(generator=generator)
 
-    hidden = states(weight.shape[1], dtype or weight.dtype).requires_grad_()
-    labels = torch.randint(0, weight.shape[0], (2 * pairs, LENGTH), device=device, generator=generator)
-    head = weight.detach().requires_grad_(weight.requires_grad)
-    given: dict[str, Any] = {"reference_free": True}
+    def own(name: str, value: Any) -> Any:
+        """The call's own tensor in the place of one of a batch."""
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        if name in OF_A_HEAD:
+            return value.detach().requires_grad_(value.requires_grad and name == "bias")
+        if name == "ref_hidden":
+            return states(value.shape[-1], value.dtype)
+        if name == "cu_seqlens":
+            return torch.arange(2 * pairs + 1, dtype=value.dtype, device=device) * LENGTH
+        size = {"token_weights": tokens, "ref_logps": tokens[:1]}.get(name, (pairs,))
+        return torch.ones(size, dtype=value.dtype, device=device)
+
+    hidden = states(weight.shape[1], dtype or weight.dtype)
+    labels = torch.randint(0, weight.shape[0], tokens, device=device, generator=generator)
+    given = {name: own(name, value) for name, value in options.items()}
     if ref_weight is not None:
-        given = {"ref_hidden": states(ref_weight.shape[1], ref_weight.dtype), "ref_weight": ref_weight.detach()}
-    if isinstance(options.get("bias"), Tensor):
-        given["bias"] = options["bias"].detach().requires_grad_(options["bias"].requires_grad)
-    given = options | given
+        given["ref_weight"] = ref_weight.detach()
+        given.setdefault("ref_hidden", states(ref_weight.shape[1], ref_weight.dtype))
+    if given.get("ref_hidden") is None and given.get("ref_logps") is None:
+        given["reference_free"] = True
+    if given.get("cu_seqlens") is not None:
+        hidden, labels = hidden.flatten(0, 1), labels.flatten()
+        for name in {"ref_hidden", "token_weights"} & given.keys():
+            given[name] = given[name].flatten(0, 1)
+    head = weight.detach().requires_grad_(weight.requires_grad)
     with torch.enable_grad():
-        plan = explain(hidden, head, labels, **given)
+        plan = explain(hidden.requires_grad_(), head, labels, **given)
         fused_dpo_loss(hidden, head, labels, **given).loss.sum().backward()
     return plan

@@ -67,8 +67,42 @@ def test_the_dtype_of_hidden_states_may_be_that_of_autocast():
     assert dk.warm_up(head(dtype=torch.float64), rows=256).workload.dtype == torch.float64
 
 
+BATCH = {
+    "cu_seqlens": torch.tensor([0, 3, 10], dtype=torch.int32),
+    "token_weights": torch.rand(10, dtype=torch.float64),
+    "ref_hidden": torch.randn(10, 2 * H),
+    "pair_weights": torch.ones(1),
+}
+
+
+def test_tensors_of_a_batch_stand_for_those_of_the_call(monkeypatch):
+    """Packed input and weights of tokens have kernels of their own, so the call is packed and weighted as the batch."""
+    seen = {}
+    real = module.fused_dpo_loss
+    monkeypatch.setattr(
+        module, "fused_dpo_loss", lambda *given, **options: seen.update(options) or real(*given, **options)
+    )
+    dk.warm_up(head(), rows=700, ref_weight=torch.randn(V, 2 * H), backend="torch", **BATCH)
+    assert seen["cu_seqlens"].tolist() == list(range(0, 769, module.LENGTH))
+    assert {name: seen[name].dtype for name in BATCH} == {name: value.dtype for name, value in BATCH.items()}
+    assert seen["token_weights"].shape == (768,)
+    assert seen["ref_hidden"].shape == (768, 2 * H)
+    assert seen["pair_weights"].shape == (3,)
+    seen.clear()
+    dk.warm_up(
+        head(),
+        rows=256,
+        ref_logps=torch.zeros(8),
+        loss_type="odpo",
+        margin=torch.zeros(4),
+        beta=0.1,
+    )
+    assert (seen["ref_logps"].shape, seen["margin"].shape) == ((2,), (1,))
+    assert "reference_free" not in seen
+
+
 @pytest.mark.parametrize("name", module.NOT_FOR_WARM_UP)
-def test_what_belongs_to_a_batch_or_to_other_ranks_is_refused(name):
+def test_what_belongs_to_other_ranks_or_stays_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}: not for a warm-up"):
         dk.warm_up(head(), **{name: None})
 

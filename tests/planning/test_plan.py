@@ -71,6 +71,14 @@ def test_a_plan_says_how_large_it_is(options, line):
     assert f"  {line}\n" in str(explain(*problem(), backend="torch", **options))
 
 
+def test_on_a_gpu_a_plan_says_what_is_allocated():
+    """220 MiB of logits with their copies lie in an eighth of what the scratch has for a tile."""
+    workload = on_a_gpu(num_tokens=300, num_sequences=4, counts=(75,) * 4)
+    plan = make_plan(workload, Execution("torch", scratch_bytes=SCRATCH))
+    assert plan.tile.rows * plan.tile.cols * 6 == 300 * 128256 * 6 <= plan.tile_bytes
+    assert "  logits tile 300 x 128256 (224 MiB of at most 2048 MiB), 1 tile\n" in str(plan)
+
+
 def test_sizes_have_a_unit_that_fits_them():
     sizes = (0, 1023, 1024, 2**20 - 2**9, 2**20, 16000 * 2**20)
     assert [plan_module._size(size) for size in sizes] == [
