@@ -41,13 +41,15 @@ def scratch_by_default(workload: Workload, peak_of: Peak) -> int:
     Ranks that share work must have the same chunks, so they do not look at their own memory. Neither does a tracer, nor
     a capture of a CUDA graph.
     """
-    most = default_scratch_bytes(workload.device)
     shared = max(workload.shard_ranks, workload.context_ranks) > 1
-    if workload.device.type != "cuda" or workload.tracing or shared or not torch.cuda.is_available():
-        return most
+    if workload.device.type != "cuda" or workload.tracing or shared:
+        return default_scratch_bytes(workload.device)
     model = (workload.device, workload.vocab, workload.width, workload.dtype, workload.needs_grad)
     if model in _chosen:
         return _chosen[model]
+    most = default_scratch_bytes(workload.device)
+    if not torch.cuda.is_available():
+        return most
     with torch.cuda.device(workload.device):
         if torch.cuda.is_current_stream_capturing():
             return most

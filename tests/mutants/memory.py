@@ -71,8 +71,8 @@ MEMORY = [
     ),
     Mutant(
         "dpo_kernels/planning/free_memory.py",
-        "workload.tracing or shared or",
-        "workload.tracing or",
+        "workload.tracing or shared:",
+        "workload.tracing:",
         f"{_FREE}::test_ranks_that_share_work_and_tracers_do_not_look",
         "ranks that share a head plan with their own free memory",
     ),
