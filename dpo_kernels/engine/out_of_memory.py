@@ -27,5 +27,5 @@ def saying_what_fits(plan: Plan, call: Callable[[], Result]) -> Result:
         kind, text, notes = type(error), str(error), getattr(error, "__notes__", [])
     # Here the first error is gone, and what is free is what the call found.
     free_memory.forget()
-    again = kind("\n".join([text, *notes, plan.out_of_memory]))
+    again = kind("\n".join([text, *notes, plan.out_of_memory()]))
     raise again

@@ -123,9 +123,8 @@ class Plan:
         scratch = self.tile_bytes + self.budget.workspace_bytes + self.extra_bytes
         return max(scratch + grads + rows, 0 if self.reference is None else self.reference.peak_bytes)
 
-    @property
     def out_of_memory(self) -> str:
-        """What to tell a caller whose call ran out of a GPU's memory: a smaller scratch that fits what is free now.
+        """Return what to tell a caller whose call ran out of a GPU's memory: a smaller scratch that fits what is free.
 
         It may be that none does.
         """
