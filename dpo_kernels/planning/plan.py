@@ -109,7 +109,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes that the pass with the scratch holds beside its inputs, and those of the reference's pass.
+        """The most bytes that the pass with the scratch holds beside its inputs, or the reference's if that holds more.
 
         Copies of a head under autocast are not counted.
         """
