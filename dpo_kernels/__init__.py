@@ -5,6 +5,7 @@ from dpo_kernels.api.logps import fused_sequence_logps, fused_token_logps
 from dpo_kernels.api.module import FusedDPOLoss
 from dpo_kernels.api.pairs import explain, fused_dpo_loss
 from dpo_kernels.api.sequences import fused_group_loss, fused_kto_loss
+from dpo_kernels.api.warm_up import warm_up
 from dpo_kernels.kernels.extension import empty_cache
 from dpo_kernels.loss_interface import LossInputs
 from dpo_kernels.losses import LOSSES
@@ -35,5 +36,6 @@ __all__ = [
     "fused_token_logps",
     "kto_kl",
     "ld_token_weights",
+    "warm_up",
     "wpo_pair_weights",
 ]

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,6 +110,8 @@ class RowKernels(ABC):
     def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
         self.dtype = dtype  # dtype of the GEMM operands
         self.workspace_bytes = workspace_bytes  # limit of the temporaries beside the caller's tile
+        self._scratch_logits = 0  # logits that the scratch of the call holds
+        self._operands: Tensor | None = None  # memory for a tile of the gradient as the GEMMs read it
 
     # --- required: one tile of logits ---
 
@@ -264,6 +267,16 @@ class RowKernels(ABC):
         return (("", nullcontext()),)
 
     @classmethod
+    def chosen_launches(cls) -> Any:
+        """Return what this process has chosen among launches, for ``take_launches`` of another one. It is picklable."""
+        return None
+
+    @classmethod
+    def take_launches(cls, chosen: Any) -> None:
+        """Take the choices of another process instead of one's own."""
+        assert chosen is None, "a backend that chooses among launches takes choices"
+
+    @classmethod
     def cannot_take(cls, error: Exception) -> bool:
         """Whether an error says that a GPU or a compiler cannot take a launch, while others may run."""
         return isinstance(error, cls.launch_errors)
@@ -340,9 +353,13 @@ class RowKernels(ABC):
         """
         return GPU_ROW_ALIGNMENT if device_type == "cuda" else 1
 
-    def scratch(self, device: torch.device, rows: int, cols: int) -> Tensor:
-        """Return uninitialised memory, ``(elements,)``, for tiles of at most ``rows`` rows and ``cols`` columns."""
-        return self.buffer(device, rows * padded(cols, self.row_alignment(device.type)))
+    def scratch(self, device: torch.device, logits: int) -> Tensor:
+        """Return uninitialised memory ``(logits,)`` for the tiles of a call, rows padded.
+
+        ``empty_operands_like`` then has memory for as many values.
+        """
+        self._scratch_logits = logits
+        return self.buffer(device, logits)
 
     def tile_in(self, scratch: Tensor, rows: int, cols: int) -> Tensor:
         """Return a tile ``(rows, cols)`` that is a view of the beginning of the scratch."""
@@ -350,10 +367,15 @@ class RowKernels(ABC):
         return scratch.as_strided((rows, cols), (pitch, 1))
 
     def empty_operands_like(self, tile: Tensor) -> Tensor:
-        """Return an uninitialised tile of the same shape in the dtype of the GEMM operands."""
+        """Return an uninitialised tile of the same shape in the dtype of the GEMM operands.
+
+        Every tile of a call lies in the same memory, so that the next one overwrites it.
+        """
         rows, cols = tile.shape
         pitch = padded(cols, self.row_alignment(tile.device.type))
-        return tile.new_empty(rows, pitch, dtype=self.dtype)[:, :cols]
+        if self._operands is None or self._operands.numel() < rows * pitch:
+            self._operands = tile.new_empty(max(rows * pitch, self._scratch_logits), dtype=self.dtype)
+        return self._operands.as_strided((rows, cols), (pitch, 1))
 
     @staticmethod
     def to_input_rows(dx: Tensor, slot: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:

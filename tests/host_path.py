@@ -7,7 +7,7 @@ matrix products are stubs. ``python -m tests.host_path`` prints a table.
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
@@ -23,6 +23,7 @@ import dpo_kernels as dk
 # Operations that are no views and yet launch nothing: they allocate, or look at a tensor.
 NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
 MICROSECOND = 1e-6
+GPU = torch.device("cuda", 0)
 
 
 class Launches(TorchDispatchMode):
@@ -44,8 +45,8 @@ class Launches(TorchDispatchMode):
 class Stubs:
     """Stands in for kernels and matrix products; remembers what was launched, and when."""
 
-    def __init__(self, scored: int) -> None:
-        self.scored = scored  # tokens of each sequence
+    def __init__(self, scored: int | Sequence[int]) -> None:
+        self.scored = scored  # tokens of each sequence, or one number for all
         self.kernels: Counter[str] = Counter()
         self.gemms = self.copies = 0
         self.synced = self.first_gemm = 0.0
@@ -62,8 +63,9 @@ class Stubs:
                 return
             for name in ("index_ptr", "packed_labels_ptr", "slot_ptr", "nan_if_invalid_ptr"):
                 given[name].numpy()[...] = 0
-            segments = given["segments_ptr"].numpy()
-            segments[:] = np.arange(len(segments)) // self.scored
+            segments, sequences = given["segments_ptr"].numpy(), given["sequences"]
+            starts = np.cumsum(np.broadcast_to(self.scored, sequences))
+            segments[:] = np.searchsorted(starts, np.arange(len(segments)), side="right")
 
     def gemm(self, a, b, out, accumulate, alpha=1.0) -> None:
         """Stand in for a matrix product."""
@@ -85,14 +87,15 @@ class Stubs:
 
 
 @contextmanager
-def on_a_gpu_of_stubs(scored: int) -> Iterator[Stubs]:
-    """Take the CPU for a GPU on which the Triton backend runs. Every sequence has ``scored`` tokens."""
+def on_a_gpu_of_stubs(scored: int | Sequence[int]) -> Iterator[Stubs]:
+    """Take the CPU for a GPU on which the Triton backend runs. Each sequence has ``scored`` tokens, or as many each."""
     from triton.runtime.jit import JITFunction
 
     from dpo_kernels.inputs import packing
     from dpo_kernels.kernels import torch_kernels
     from dpo_kernels.kernels.triton import backend
     from dpo_kernels.planning import plan, refusals
+    from dpo_kernels.planning.tables import divide_scratch
 
     assert isinstance(backend, ModuleType)  # imported before anything is patched
     stubs = Stubs(scored)
@@ -104,6 +107,7 @@ def on_a_gpu_of_stubs(scored: int) -> Iterator[Stubs]:
         patch.object(packing, "_on_the_host", stubs.sync(packing._on_the_host)),
         patch.object(refusals, "refuse_triton_on", lambda *given, **facts: None),
         patch.object(plan, "refuse_triton_on", lambda *given, **facts: None),
+        patch.object(plan, "divide_scratch", lambda size, name, dtype, device: divide_scratch(size, name, dtype, GPU)),
     ):
         yield stubs
 

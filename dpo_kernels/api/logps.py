@@ -62,7 +62,8 @@ def fused_sequence_logps(
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
             "recompute" run "frozen_head".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
-            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere.
+            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere. A GPU with little free memory
+            gets less.
         max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
             sync. The log-probs are NaN if there are more.
         vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
@@ -140,7 +141,8 @@ def fused_token_logps(
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
             "recompute" run "frozen_head".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
-            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere.
+            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere. A GPU with little free memory
+            gets less.
         max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
             sync. The log-probs are NaN if there are more.
         vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.

@@ -111,7 +111,8 @@ def fused_kto_loss(
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
             "recompute" run "frozen_head".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
-            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere.
+            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere. A GPU with little free memory
+            gets less.
         max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
             sync. The loss is NaN if there are more.
         main_grad: Buffer for the gradient of ``weight``: ``weight.grad``, or one that the optimizer owns. It is
@@ -235,7 +236,8 @@ def fused_group_loss(
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
             "recompute" run "frozen_head".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
-            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere.
+            or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere. A GPU with little free memory
+            gets less.
         max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
             sync. The loss is NaN if there are more.
         main_grad: Buffer for the gradient of ``weight``: ``weight.grad``, or one that the optimizer owns. It is

@@ -47,6 +47,17 @@ class Ranks:
         getattr(dist, ALL_GATHER)(out, tensor.view(-1), group=self.group)
         return out.view(self.ranks, *tensor.shape)
 
+    @property
+    def first(self) -> bool:
+        """Whether this process is the first rank of the group."""
+        return dist.get_rank(self.group) == 0
+
+    def from_first(self, value: Any, device: torch.device) -> Any:
+        """Return the first rank's value, which can be pickled. The others' values are not looked at."""
+        values = [value]
+        dist.broadcast_object_list(values, group=self.group, device=device, group_src=0)
+        return values[0]
+
     def begin_all_reduce_(self, tensor: Tensor) -> Callable[[], object]:
         """Begin to add up a contiguous tensor over the ranks, in place; every rank gets the same bits.
 
@@ -77,6 +88,11 @@ class Ranks:
                 f"{self.argument}: ranks {others} were given another problem, or plan it otherwise, than this one: "
                 f"{facts}"
             )
+
+
+def all_ranks() -> Ranks | None:
+    """Return the group of all ranks, or None where ``torch.distributed`` is not initialised."""
+    return Ranks(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
 
 
 def checks_always() -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo_kernels import checks, losses
 from dpo_kernels.checks import traced
 from dpo_kernels.engine import operators, passes
+from dpo_kernels.engine.out_of_memory import saying_what_fits
 from dpo_kernels.engine.passes import GradDtypes, KeptGradients, SavedRows
 from dpo_kernels.planning.plan import Plan
 from dpo_kernels.problem import Problem
@@ -263,7 +264,7 @@ def _logps_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, T
             problem = operators.decode_problem(hidden, weight, bias, packed, ctx.numbers, ctx.spec)
             problem = replace(problem, shard=ctx.shard)
             plan = ctx.plan or operators.plan_of(problem, ctx.numbers, ctx.spec)
-            grads = passes.logps_gradients(grad_out, problem, plan, saved, ctx.dtypes)
+            grads = saying_what_fits(plan, lambda: passes.logps_gradients(grad_out, problem, plan, saved, ctx.dtypes))
     return _wrap_gradients(ctx, grads)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.engine import autograd
+from dpo_kernels.engine.out_of_memory import saying_what_fits
 from dpo_kernels.inputs.pair_order import to_callers_order
 from dpo_kernels.outputs import DPOLossOutput, SequenceLossOutput
 from dpo_kernels.planning.plan import Plan
@@ -47,7 +48,7 @@ def run(problem: Problem, plan: Plan) -> Result:
 
 def run_logps(problem: Problem, plan: Plan) -> Tensor:
     """Compute differentiable log-probs, ``(S,)`` of sequences or in the shape of the labels for tokens."""
-    out, _, _ = autograd.logps(problem, plan)
+    out, _, _ = saying_what_fits(plan, lambda: autograd.logps(problem, plan))
     out = out.to(problem.result_dtype)
     return out.view(problem.labels_shape) if problem.per_token else out
 
@@ -55,7 +56,7 @@ def run_logps(problem: Problem, plan: Plan) -> Tensor:
 def run_pairs(problem: Problem, plan: Plan) -> DPOLossOutput:
     """Compute the loss of pairs. The results have the caller's dtype."""
     with _guarding(problem.main_grad):
-        result = run(problem, plan)
+        result = saying_what_fits(plan, lambda: run(problem, plan))
         dtype, *by_sequence = _by_sequence(problem, result)
         # One rounding for all of them, into memory where chosen and rejected lie apart.
         apart = torch.empty(3, 2, by_sequence[0].shape[0] // 2, dtype=dtype, device=by_sequence[0].device)
@@ -76,7 +77,7 @@ def run_pairs(problem: Problem, plan: Plan) -> DPOLossOutput:
 def run_sequences(problem: Problem, plan: Plan) -> SequenceLossOutput:
     """Compute the loss of sequences or groups. The results have the caller's dtype."""
     with _guarding(problem.main_grad):
-        result = run(problem, plan)
+        result = saying_what_fits(plan, lambda: run(problem, plan))
         dtype, rewards_S, policy_S, ref_S = _by_sequence(problem, result)
         return SequenceLossOutput(
             result.loss.to(dtype), rewards_S.to(dtype), policy_S.to(dtype), ref_S.to(dtype), result.stats

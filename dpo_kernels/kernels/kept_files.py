@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,19 @@ def entries_of(path: Path) -> dict[str, Any]:
     return entries if isinstance(entries, dict) else {}
 
 
-def add_entry(path: Path, name: str, entry: Any) -> None:
+def add_entry(path: Path, name: str, entry: Any, unless: Callable[[Any], bool] = lambda kept: False) -> Any:
     """Add an entry to a file, which is made if need be. No reader sees half a file, and its mode follows the umask.
 
     Processes that add entries at the same time wait for each other, so that none is lost.
+
+    Args:
+        path: the file.
+        name: the name of the entry, which replaces an older one of that name.
+        entry: what json can hold.
+        unless: says of the older entry, or None, whether it stays.
+
+    Returns:
+        The entry that the file now has.
 
     Raises:
         OSError: the folder or the file cannot be written. Or the file cannot be read, and its entries would be lost.
@@ -52,12 +61,16 @@ def add_entry(path: Path, name: str, entry: Any) -> None:
     with _locked(path.parent):
         if path.exists():
             path.open().close()  # raises where it belongs to somebody who keeps it to himself
+        entries = entries_of(path)
+        if unless(entries.get(name)):
+            return entries[name]
         try:
             with new.open("x") as file:  # made by ``open`` and not by ``tempfile``, whose files nobody else may read
-                json.dump(entries_of(path) | {name: entry}, file, indent=1)
+                json.dump(entries | {name: entry}, file, indent=1)
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
+    return entry
 
 
 @contextmanager

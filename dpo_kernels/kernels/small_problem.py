@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowState
 from dpo_kernels.kernels.torch_kernels import TorchKernels
-from dpo_kernels.shapes import Head, accumulation_dtype
+from dpo_kernels.shapes import Head, accumulation_dtype, padded
 
 WORKSPACE_BYTES = 2**22  # the temporaries that each backend may have
 # Rows, columns and width. The first is for kernels that walk along a row, the second for those that multiply.
@@ -123,8 +123,8 @@ class SmallProblem:
 
     def tile(self, rows: int, cols: int, values: Tensor | None = None) -> Tensor:
         """A tile as a strategy makes it, with the values if there are any and NaN elsewhere."""
-        scratch = self.ours.scratch(self.device, rows, cols).fill_(torch.nan)
-        tile = self.ours.tile_in(scratch, rows, cols)
+        logits = rows * padded(cols, self.ours.row_alignment(self.device.type))
+        tile = self.ours.tile_in(self.ours.scratch(self.device, logits).fill_(torch.nan), rows, cols)
         return tile if values is None else tile.copy_(values)
 
     def whole_state(self, z: Tensor, labels: Tensor, stats: Sequence[str] = ()) -> RowState:

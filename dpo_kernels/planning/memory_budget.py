@@ -60,6 +60,7 @@ class Budget:
     enough_rows: int | None = None  # the most rows of a tile of log-probs; None means no limit
     streaming_rows: int = FEWEST_WHOLE_ROWS
     streaming_bytes: int = CPU_STREAMING_BYTES
+    halves: bool = False  # the scratch has one of few sizes, see ``scratch_logits``
 
     def whole_rows(self, vocab: int) -> int:
         """Return how many whole rows of logits the tile holds."""
@@ -68,6 +69,20 @@ class Budget:
     def row_bytes(self, cols: int) -> int:
         """Return the bytes of one row of a tile with ``cols`` columns."""
         return padded(cols, self.alignment) * self.bytes_per_logit
+
+    def scratch_logits(self, tile: Tile, most_bytes: int) -> int:
+        """Return for how many logits the scratch of a call has memory, at least those of its tile.
+
+        On a CPU these are the tile's. On a GPU the size is ``most_bytes``, or the smallest of its halves, quarters and
+        so on that holds the tile. Sizes that change with every batch would fragment torch's allocator
+        (docs/decisions.md has the numbers).
+        """
+        needed, size = tile.rows * padded(tile.cols, self.alignment), most_bytes // self.bytes_per_logit
+        if not self.halves:
+            return needed
+        while size // 2 >= max(needed, 1):
+            size //= 2
+        return max(size, needed)
 
     @staticmethod
     def of(scratch_bytes: int, device_type: str, bytes_per_logit: int, alignment: int, aliases: bool) -> "Budget":
@@ -83,6 +98,7 @@ class Budget:
             enough_rows=ENOUGH_CPU_ROWS if cpu else None,
             streaming_rows=FEWEST_WHOLE_ROWS if cpu else GPU_STREAMING_ROWS,
             streaming_bytes=CPU_STREAMING_BYTES if cpu else GPU_STREAMING_BYTES,
+            halves=not cpu,
         )
 
     def minimum_scratch(self, vocab: int, device_type: str) -> int:

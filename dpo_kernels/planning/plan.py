@@ -1,20 +1,21 @@
 """The plan: how a problem is computed, as one frozen object. It is made here and executed as it is."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
 
 from dpo_kernels import checks
 from dpo_kernels.planning.collectives import Collective, Pass, collectives_of
-from dpo_kernels.planning.memory_budget import MIB, Budget, default_scratch_bytes
+from dpo_kernels.planning.free_memory import recommended, scratch_by_default
+from dpo_kernels.planning.memory_budget import MIB, Budget
 from dpo_kernels.planning.refusals import refuse_triton_on
 from dpo_kernels.planning.schedules import extra_bytes, num_tiles
 from dpo_kernels.planning.tables import BACKEND_NAMES, BACKENDS, STRATEGIES, Strategy, divide_scratch
 from dpo_kernels.problem import Workload
-from dpo_kernels.shapes import Schedule, Tile
+from dpo_kernels.shapes import Schedule, Tile, accumulation_dtype
 
 KIB = 2**10  # bytes
 AUTO = "auto"  # the caller leaves the choice to ``make_plan``
@@ -51,6 +52,7 @@ class Plan:
     schedule: Schedule | None  # None while tracing; the operator makes it once it knows the lengths
     reference: "Plan | None" = None  # the plan of a reference that is scored in the call
     divided: Budget | None = field(default=None, repr=False, compare=False)  # the scratch, where it is divided already
+    asked: Execution | None = field(default=None, repr=False, compare=False)  # what the caller left open
 
     @property
     def forms_gradients(self) -> bool:
@@ -82,8 +84,16 @@ class Plan:
     @property
     def tile(self) -> Tile:
         """The block of logits that the scratch holds."""
-        schedule = self.schedule or self.algorithm.schedule(self.workload, self.budget)
-        return schedule.tile
+        return self._laid_out.tile
+
+    @property
+    def tile_bytes(self) -> int:
+        """The bytes that are allocated for the tile and for the copies of it that the backend makes."""
+        return self._laid_out.scratch_logits * self.budget.bytes_per_logit
+
+    @property
+    def _laid_out(self) -> Schedule:
+        return self.schedule or self.algorithm.schedule(self.workload, self.budget)
 
     @property
     def chunks(self) -> int | None:
@@ -96,6 +106,32 @@ class Plan:
     def extra_bytes(self) -> int:
         """The bytes of the accumulators that oversized examples need."""
         return 0 if self.schedule is None else extra_bytes(self.workload, self.schedule)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that the pass with the scratch holds beside its inputs, or the reference's if that holds more.
+
+        Copies of a head under autocast are not counted.
+        """
+        workload, wide = self.workload, accumulation_dtype(self.workload.dtype).itemsize
+        tokens, row = workload.num_tokens, workload.width * wide
+        grads = (tokens + 1) * row if workload.needs_grad.hidden else 0
+        if workload.needs_grad.weight and not workload.fills_main_grad:
+            grads += workload.vocab * row
+        # The rows of a chunk are gathered, and scaled. A token has some forty numbers of at most eight bytes.
+        rows = min(tokens, self.tile.rows) * 2 * (row + workload.width * workload.dtype.itemsize) + tokens * 40 * 8
+        scratch = self.tile_bytes + self.budget.workspace_bytes + self.extra_bytes
+        return max(scratch + grads + rows, 0 if self.reference is None else self.reference.peak_bytes)
+
+    def out_of_memory(self) -> str:
+        """Return what to tell a caller whose call ran out of a GPU's memory: a smaller scratch that fits what is free.
+
+        It may be that none does.
+        """
+        workload, asked = self.workload, self.asked or Execution(self.backend, self.strategy)
+        ranks = max(workload.shard_ranks, workload.context_ranks)
+        peak_of = partial(_peak_with, workload, asked)
+        return recommended(self.scratch_bytes, workload.device, peak_of, ranks)
 
     @property
     def logits_in_weight_grad(self) -> bool:
@@ -134,7 +170,7 @@ class Plan:
     def __str__(self) -> str:
         workload, tile = self.workload, self.tile
         most = " at most" if workload.static else ""  # the host knows only the capacity
-        used = tile.rows * self.budget.row_bytes(tile.cols)
+        used = self.tile_bytes
         # Without any scratch there is still a tile of ``LEAST_TILE_BYTES``.
         limit = f" of at most {_size(self.scratch_bytes)}" if used <= self.scratch_bytes else ", the least"
         lines = [
@@ -196,7 +232,7 @@ def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
     backend = _first(BACKEND_NAMES, wished.backend, "backend", lambda name: BACKENDS[name].refuse(workload, by_name))
     scratch_bytes = wished.scratch_bytes
     if scratch_bytes is None:
-        scratch_bytes = default_scratch_bytes(workload.device)
+        scratch_bytes = scratch_by_default(workload, partial(_peak_with, workload, wished))
     budget = divide_scratch(scratch_bytes, backend, workload.dtype, workload.device)
     strategy_name = wished.strategy
     if strategy_name == AUTO:
@@ -211,13 +247,13 @@ def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
         strategy = STRATEGIES[strategy].with_frozen_head or strategy
     if workload.fills_main_grad and workload.needs_grad.head:
         _check_main_grad(workload, strategy, budget, scratch_bytes)
-    reference = None
+    asked, reference = wished, None
     if workload.reference is not None:
         # The caller asks for a strategy of the policy. One that needs the loss cannot score the reference.
         forms_gradients = wished.strategy != AUTO and STRATEGIES[wished.strategy].loss_and_gradients is not None
         wished = Execution(wished.backend, AUTO if forms_gradients else wished.strategy, scratch_bytes)
         reference = make_plan(workload.reference, wished)
-    return lay_out(workload, strategy, backend, scratch_bytes, reference, budget)
+    return lay_out(workload, strategy, backend, scratch_bytes, reference, budget, asked)
 
 
 def lay_out(
@@ -227,13 +263,22 @@ def lay_out(
     scratch_bytes: int,
     reference: Plan | None = None,
     budget: Budget | None = None,
+    asked: Execution | None = None,
 ) -> Plan:
     """Return the plan with a chosen strategy and backend. Inside an operator this call makes the chunks."""
     schedule = None
     if not workload.tracing:
         budget = budget or divide_scratch(scratch_bytes, backend, workload.dtype, workload.device)
         schedule = STRATEGIES[strategy].schedule(workload, budget)
-    return Plan(workload, strategy, backend, scratch_bytes, schedule, reference, budget)
+    return Plan(workload, strategy, backend, scratch_bytes, schedule, reference, budget, asked)
+
+
+def _peak_with(workload: Workload, asked: Execution, scratch_bytes: int) -> int | None:
+    """Return the bytes that a call takes with another scratch, or None where it cannot run as it was asked for."""
+    try:
+        return make_plan(workload, replace(asked, scratch_bytes=scratch_bytes)).peak_bytes
+    except ValueError:
+        return None
 
 
 def _check_main_grad(workload: Workload, strategy: str, budget: Budget, scratch_bytes: int) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from dpo_kernels.kernels import extension, installed, verdicts
 from dpo_kernels.planning.chunks import oversized_buffers
+from dpo_kernels.planning.free_memory import free_bytes
 from dpo_kernels.planning.memory_budget import LEAST_TILE_BYTES, MIB, Budget
 from dpo_kernels.planning.schedules import extra_bytes, schedule_examples, tile_with_gradients
 from dpo_kernels.problem import Workload
@@ -51,15 +52,10 @@ def refuse_chunked(workload: Workload, budget: Budget, scratch_bytes: int) -> st
     if workload.device.type != "cuda" or workload.static or max(workload.shard_ranks, workload.context_ranks) > 1:
         return None
     extra = extra_bytes(workload, schedule)
-    if extra and extra > _free_bytes(workload.device):
+    free = free_bytes(workload.device) if extra else None
+    if free is not None and extra > free:
         return f"a pair longer than the chunk needs {extra / MIB:.4g} MiB of accumulators, more than is free"
     return None
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Return the bytes that a CUDA device can still give: free ones, and those that torch's allocator can reuse."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def refuse_frozen_head(workload: Workload, budget: Budget, scratch_bytes: int) -> str | None:

@@ -43,6 +43,7 @@ def schedule_examples(workload: Workload, budget: Budget) -> Schedule:
     workload.schedules[budget] = Schedule(
         tile=Tile(min(tile.rows, largest), tile.cols),
         chunks=tuple(chunks),
+        scratch_logits=budget.scratch_logits(Tile(min(tile.rows, largest), tile.cols), budget.tile_bytes),
         block_rows=costs.tile_rows,
         logits_in_weight_grad=tile.cols < workload.vocab,
     )
@@ -51,17 +52,19 @@ def schedule_examples(workload: Workload, budget: Budget) -> Schedule:
 
 def schedule_logps(workload: Workload, budget: Budget) -> Schedule:
     """Return the schedule of log-probs with as large a tile as the scratch allows."""
-    return _of_tokens(workload, tile_of_logps(budget, workload.num_tokens, workload.vocab))
+    tile = tile_of_logps(budget, workload.num_tokens, workload.vocab)
+    return _of_tokens(workload, tile, budget.scratch_logits(tile, budget.tile_bytes))
 
 
 def schedule_streaming(workload: Workload, budget: Budget) -> Schedule:
     """Return the schedule of log-probs with a tile of fixed size."""
-    return _of_tokens(workload, tile_of_streaming(budget, workload.num_tokens, workload.vocab))
+    tile = tile_of_streaming(budget, workload.num_tokens, workload.vocab)
+    return _of_tokens(workload, tile, budget.scratch_logits(tile, min(budget.streaming_bytes, budget.tile_bytes)))
 
 
-def _of_tokens(workload: Workload, tile: Tile) -> Schedule:
+def _of_tokens(workload: Workload, tile: Tile, scratch_logits: int) -> Schedule:
     chunks = tuple(Chunk.of_tokens(start, stop) for start, stop in spans(workload.num_tokens, tile.rows))
-    return Schedule(tile, chunks, recompute_in_library=_library_recomputes_faster(workload))
+    return Schedule(tile, chunks, scratch_logits, recompute_in_library=_library_recomputes_faster(workload))
 
 
 def num_tiles(workload: Workload, schedule: Schedule) -> int:

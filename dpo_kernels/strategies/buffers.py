@@ -52,7 +52,7 @@ class Buffers:
         kernels: RowKernels, problem: Problem, schedule: Schedule, ref_S: Tensor, denominator: Tensor
     ) -> "Buffers":
         """Allocate the memory of a pass over the problem. The arguments are those of ``chunked.loss_and_gradients``."""
-        scratch = kernels.scratch(problem.hidden.device, schedule.tile.rows, schedule.tile.cols)
+        scratch = kernels.scratch(problem.hidden.device, schedule.scratch_logits)
         rows = RowResults(kernels, problem, like=scratch, sums=False)
         written = problem.main_grad is not None
         return Buffers(kernels, problem, schedule, ref_S, denominator, scratch, rows, written)

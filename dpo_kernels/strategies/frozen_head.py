@@ -23,7 +23,7 @@ def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[Ro
     if not problem.needs_grad.hidden:
         return recompute.logps(kernels, problem, schedule)
     head, packed, tile = problem.head, problem.packed, schedule.tile
-    scratch = kernels.scratch(problem.hidden.device, tile.rows, tile.cols)
+    scratch = kernels.scratch(problem.hidden.device, schedule.scratch_logits)
     rows = RowResults(kernels, problem, like=scratch)
     dlogp_dhidden = scratch.new_zeros(packed.capacity + 1, problem.hidden.shape[1])
     for chunk in schedule.chunks:

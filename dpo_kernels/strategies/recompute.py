@@ -19,7 +19,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[RowResult, Tensor | None]:
     """Compute log-probs of the packed tokens, one tile of logits at a time. No derivative is saved."""
     head, packed, tile = problem.head, problem.packed, schedule.tile
-    scratch = kernels.scratch(problem.hidden.device, tile.rows, tile.cols)
+    scratch = kernels.scratch(problem.hidden.device, schedule.scratch_logits)
     rows = RowResults(kernels, problem, like=scratch)
     # A reference, which gets no gradient, needs no sums of its rows.
     only_logps = not any(problem.needs_grad) and problem.shard is None and not problem.stats
@@ -57,7 +57,7 @@ def gradients(kernels: RowKernels, problem: Problem, schedule: Schedule, saved: 
 
     """
     head, packed, tile = problem.head, problem.packed, schedule.tile
-    scratch = kernels.scratch(problem.hidden.device, tile.rows, tile.cols)
+    scratch = kernels.scratch(problem.hidden.device, schedule.scratch_logits)
     dx, dw, db = _allocate(kernels, problem)
     scale_N = (-grad_N * head.logit_scale / saved.sumexp).to(scratch.dtype)
     for chunk in schedule.chunks:

@@ -117,6 +117,13 @@ def plan():
     return lambda where: [torch.tensor(len(str(dk.explain(**inputs, **where))), device="cpu")]
 
 
+def warm_up():
+    """Packed and weighted, so that the call makes every tensor that it can make."""
+    inputs = Case(layout="packed", weights=True, reference="hidden").tensors()
+    of_a_batch = {name: value for name, value in inputs.items() if name not in ("hidden", "weight", "labels")}
+    return lambda where: [torch.tensor(len(str(dk.warm_up(inputs["weight"], 1, **of_a_batch, **where))), device="cpu")]
+
+
 def main_grad():
     inputs = Case().tensors()
 
@@ -149,6 +156,7 @@ CALLS = {
     "bco": (bco, EVERY),
     "groups": (groups, WHOLE),
     "explain": (plan, EVERY),
+    "warm_up": (warm_up, ("chunked", "streaming")),
     "token log-probs": (log_probs(dk.fused_token_logps), WHOLE[1:]),
     "sequence log-probs": (log_probs(dk.fused_sequence_logps), WHOLE[1:]),
     "by pair": (pairs({}, reduction="none"), WHOLE[1:]),

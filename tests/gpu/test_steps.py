@@ -156,6 +156,33 @@ def test_a_graph_is_captured_with_autotuning_on(monkeypatch, tmp_path):
 
 
 @GPU
+@pytest.mark.parametrize("strategy", ["chunked", "recompute", "streaming"])
+def test_after_a_warm_up_no_step_times_or_compiles(monkeypatch, tmp_path, strategy):
+    """Batches of any number of tokens run what the warm-up has compiled."""
+    triton = pytest.importorskip("triton")
+    from dpo_kernels.kernels.triton import autotune
+
+    monkeypatch.setenv(autotune.MODE, "1")
+    monkeypatch.setenv(autotune.FOLDER, str(tmp_path))
+    autotune.clear_cache()
+    g = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(4096, 256, device="cuda", dtype=torch.bfloat16, generator=g).requires_grad_()
+    options = {"backend": "triton", "strategy": strategy}
+    dk.warm_up(weight, rows=1024, **options)
+    compiled = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **facts: compiled.append(facts["fn"].name)
+    )
+    monkeypatch.setattr(autotune, "_timed", lambda *arguments: pytest.fail("a step has timed launches"))
+    for length in (5, 64, 301):
+        hidden = torch.randn(4, length, 256, device="cuda", dtype=torch.bfloat16, generator=g).requires_grad_()
+        labels = torch.randint(0, 4096, (4, length), device="cuda", generator=g)
+        dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, **options).loss.backward()
+    assert not compiled
+    autotune.clear_cache()
+
+
+@GPU
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_trl(monkeypatch, tmp_path):
     """tests/integrations/test_trl.py has the same on the CPU."""

@@ -23,7 +23,7 @@ from dpo_kernels.kernels.triton import (
 from dpo_kernels.kernels.triton.backend import TritonKernels
 from dpo_kernels.kernels.triton.configs import INTERPRETED
 from dpo_kernels.planning import schedules
-from dpo_kernels.shapes import STATS, Head
+from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, STATS, Head, padded
 from tests.cases import HIDDEN, LAYOUTS, REFERENCES, RICH, STRATEGIES, Case, broken_by, broken_rules, run
 from tests.certain import broken, certain, off_log_probs, off_orpo
 from tests.covers import cover
@@ -430,7 +430,7 @@ def test_what_the_padding_of_rows_holds_is_not_used(cols, dtype):
     z = torch.randn(3, cols) * 4
     found = []
     for filler in (0.0, float("nan"), float("inf")):
-        scratch = rows.scratch(z.device, 3, cols).fill_(filler)
+        scratch = rows.scratch(z.device, 3 * padded(cols, GPU_ROW_ALIGNMENT)).fill_(filler)
         tile = rows.tile_in(scratch, 3, cols)
         assert tile.stride(0) % 16 == 0
         tile.copy_(z)
@@ -469,7 +469,9 @@ def test_one_reading_for_log_sum_exp_and_gradient(small_blocks, change, blocks):
     z = ROWS_OF_LOGITS[change](torch.randn(4, cols) * 3, first)
     labels = torch.tensor([first + 54, cols - 1, first, 5 if z[3, 5].isfinite() else cols - 2])
     kernels = TritonKernels(torch.bfloat16, 2**20)
-    tile = kernels.tile_in(kernels.scratch(z.device, 4, cols).fill_(float("nan")), 4, cols).copy_(z)
+    tile = kernels.tile_in(
+        kernels.scratch(z.device, 4 * padded(cols, GPU_ROW_ALIGNMENT)).fill_(float("nan")), 4, cols
+    ).copy_(z)
     state = kernels.new_state(4, z.device, ())
     d = kernels.reduce_and_dlogits(state, tile, labels, Head(z))
     done = kernels.row_logps(state, labels, cols)
@@ -488,7 +490,7 @@ def test_a_row_without_any_reachable_token_or_with_nan_stays_nan(small_blocks):
     kernels, z = TritonKernels(torch.bfloat16, 2**20), torch.randn(3, cols)
     z[0], z[1, cols - 10] = -torch.inf, torch.nan
     state = kernels.new_state(3, z.device, ())
-    tile = kernels.tile_in(kernels.scratch(z.device, 3, cols), 3, cols).copy_(z)
+    tile = kernels.tile_in(kernels.scratch(z.device, 3 * padded(cols, GPU_ROW_ALIGNMENT)), 3, cols).copy_(z)
     kernels.reduce_and_dlogits(state, tile, torch.tensor([1, 2, 3]), Head(z))
     logp = kernels.row_logps(state, torch.tensor([1, 2, 3]), cols).logp
     assert logp.isnan().tolist() == [True, True, False]
@@ -511,11 +513,11 @@ def test_a_broken_label_stays_broken(value, strategy):
 
 def test_a_head_of_odd_width_is_padded_once():
     rows, head = TritonKernels(torch.bfloat16, 2**20), Head(torch.randn(50, 21).bfloat16())
-    padded = rows._weight(head)
-    assert padded.shape == (50, 24)
-    assert padded is rows._weight(head)
-    assert torch.equal(padded[:, :21], head.weight)
-    assert not padded[:, 21:].any()
+    copy = rows._weight(head)
+    assert copy.shape == (50, 24)
+    assert copy is rows._weight(head)
+    assert torch.equal(copy[:, :21], head.weight)
+    assert not copy[:, 21:].any()
     even = Head(torch.randn(50, 24).bfloat16())
     assert TritonKernels(torch.bfloat16, 2**20)._weight(even) is even.weight
 

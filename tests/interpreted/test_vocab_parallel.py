@@ -11,7 +11,7 @@ import dpo_kernels as dk
 from dpo_kernels.distributed import VocabParallel
 from dpo_kernels.kernels.triton import launch_matmul, launch_rows
 from dpo_kernels.kernels.triton.backend import TritonKernels
-from dpo_kernels.shapes import STATS, Head
+from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, STATS, Head, padded
 from tests.cases import RICH, STRATEGIES, VOCAB, Case, broken_results, run
 from tests.covers import cover
 from tests.distributed import lockstep
@@ -113,7 +113,9 @@ def test_kernels_leave_labels_outside_of_the_tile_alone(cols, dtype):
     count = labels.shape[0]
     kernels, head = TritonKernels(dtype, 2**20), Head(torch.randn(cols, 16).to(dtype), torch.randn(cols), softcap=3.0)
     x_CH = torch.randn(count, 16).to(dtype)
-    tile = kernels.tile_in(kernels.scratch(x_CH.device, count, cols).fill_(float("nan")), count, cols)
+    tile = kernels.tile_in(
+        kernels.scratch(x_CH.device, count * padded(cols, GPU_ROW_ALIGNMENT)).fill_(float("nan")), count, cols
+    )
     kernels.project(x_CH, head, 0, tile)
     z = tile.double()
     state = kernels.new_state(count, x_CH.device, STATS)
@@ -126,7 +128,9 @@ def test_kernels_leave_labels_outside_of_the_tile_alone(cols, dtype):
         assert torch.equal(found.argmax, z.argmax(1))
     scale, rtol = torch.linspace(-1, 1, count), 1e-5 if dtype == torch.float32 else 2**-8
     exact = (z - state.max[:, None]).exp() * (1 - (z / 3.0).square()) * scale[:, None]
-    again = kernels.tile_in(kernels.scratch(x_CH.device, count, cols).fill_(float("nan")), count, cols)
+    again = kernels.tile_in(
+        kernels.scratch(x_CH.device, count * padded(cols, GPU_ROW_ALIGNMENT)).fill_(float("nan")), count, cols
+    )
     sums = (labels, state.max, state.others)
     for d in (
         kernels.recomputed_dlogits(x_CH, head, 0, again, *sums, scale),

@@ -33,6 +33,7 @@ from dpo_kernels.kernels.triton import (
 )
 from dpo_kernels.kernels.triton.configs import MatrixLaunch
 from dpo_kernels.shapes import Head
+from tests.triton_tools.configurations import CONFIGURATIONS
 
 FAMILY = (MatrixLaunch(128, 128, 64, 8, 3), MatrixLaunch(64, 256, 32, 8, 4), MatrixLaunch(128, 256, 64, 8, 3, tma=True))
 SLOW, FAST, MIDDLE = FAMILY
@@ -212,20 +213,32 @@ def test_nothing_is_timed_inside_a_graph_and_what_was_taken_there_is_not_kept(cl
     assert best("H=8", like=gpu) == FAST
 
 
-def test_other_numbers_of_rows_take_the_nearest_choice(clock):
-    """A training does not stop at each new power of two; other vocabularies, dtypes and forms are timed."""
-    assert best("N<=64", "V<=512", "H=8") == FAST
-    clock.times[FAST] = 9.0
-    assert best("N<=4096", "V<=512", "H=8") == FAST
-    autotune.clear_cache()
-    assert best("N<=128", "V<=512", "H=8") == FAST  # from the file
+def test_processes_that_time_at_once_take_one_choice(clock, tmp_path):
+    """Each has seen no choice and has timed; the lock lets one of them be the first, whose choice all take."""
+    times = dict.fromkeys(FAMILY, 1.0)
+    with ThreadPoolExecutor(8) as pool:
+        kept = list(
+            pool.map(
+                lambda number: autotune._remember("a GPU", "kernel H=8", FAMILY, FAMILY[number % 3], times), range(24)
+            )
+        )
+    assert len(set(kept)) == 1
+    entries = kept_files.entries_of(autotune.path_of("a GPU"))
+    assert entries["kernel H=8"]["launch"] == asdict(kept[0])
+
+
+def test_the_choices_of_another_process_replace_ones_own(clock, tmp_path):
+    assert best("H=8") == FAST
+    theirs = {
+        ("interpreter", "kernel H=8"): MIDDLE,
+        ("interpreter", "kernel H=16"): SLOW,
+        ("another GPU", "kernel"): FAST,
+    }
+    autotune.take(theirs)
+    assert autotune.choices() == theirs
+    assert (best("H=8"), best("H=16")) == (MIDDLE, SLOW)
     assert len(clock.seen) == 3 * autotune.ROUNDS
-    assert best("N<=64", "V<=1024", "H=8") == MIDDLE
-    assert best("N<=64", "V<=512", "H=8", "bias") == MIDDLE
-    clock.times[MIDDLE] = 10.0
-    autotune.clear_cache()
-    assert best("N<=32", "V<=512", "H=8", "bias") == MIDDLE
-    assert len(clock.seen) == 9 * autotune.ROUNDS
+    assert set(json.loads(kept(tmp_path).read_text())) == {"kernel H=8"}  # what was not timed here is not kept here
 
 
 def test_processes_that_keep_at_once_lose_nothing(tmp_path):
@@ -331,7 +344,6 @@ def test_a_pinned_launch_is_taken_and_nothing_timed(clock, monkeypatch):
 
 CHANGES = {
     "kernel": "linear_dlogits",
-    "rows": 300,
     "vocab": 5000,
     "width": 32,
     "dtype": torch.float16,
@@ -345,7 +357,9 @@ def test_calls_that_differ_in_their_work_are_timed_apart(monkeypatch):
     kinds = [kind_of(monkeypatch), *(kind_of(monkeypatch, **{name: value}) for name, value in CHANGES.items())]
     assert len(set(kinds)) == len(CHANGES) + 1, kinds
     # Sizes between two powers of two are one kind, and so is what is a number to the kernel.
-    assert kind_of(monkeypatch, rows=65, vocab=257, logit_scale=0.5) == kinds[0]
+    assert kind_of(monkeypatch, vocab=257, logit_scale=0.5) == kinds[0]
+    # A training does not stop to time launches where a batch has more tokens than those before.
+    assert kind_of(monkeypatch, rows=3) == kind_of(monkeypatch, rows=30_000) == kinds[0]
 
 
 def test_the_device_of_a_launch_is_that_of_its_tensors():
@@ -358,7 +372,10 @@ def test_the_device_of_a_launch_is_that_of_its_tensors():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Names of the kernels as they are launched, each with the device guard's tensor, or None; nothing runs."""
+    """Names of the kernels as they are launched, each with the device guard's tensor or None, and what goes by name.
+
+    Nothing runs.
+    """
     seen, guarding = {}, []
 
     @contextmanager
@@ -372,7 +389,7 @@ def launched(monkeypatch):
             self.name = name
 
         def __getitem__(self, grid):
-            return lambda *args, **kwargs: seen.setdefault(self.name, guarding[-1] if guarding else None)
+            return lambda *args, **kwargs: seen.setdefault(self.name, (guarding[-1] if guarding else None, kwargs))
 
     for module in (launch_rows, launch_matmul, launch_pack, launch_hidden):
         monkeypatch.setattr(module, "on_device", on)
@@ -388,7 +405,7 @@ def launched(monkeypatch):
     return seen
 
 
-def test_every_launch_is_guarded(launched):
+def launch_every_kernel():
     kernels = backend.TritonKernels(torch.bfloat16, 2**20)
     x, labels = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
     head = Head(torch.zeros(64, 8, dtype=torch.bfloat16), logit_scale=0.5)
@@ -408,6 +425,10 @@ def test_every_launch_is_guarded(launched):
     launch_pack.write(given, launch_pack.count(given), None, 4, static=False)
     kernels.sequence_loss(state.max, None, counts, zero.expand(2), zero, losses.bind("sigmoid", 0.1, 0.0, {}))
     kernels.stream_logps(x, head, labels, ())
+
+
+def test_every_launch_is_guarded(launched):
+    launch_every_kernel()
     names = {
         "add_label_rows",
         "count_scored",
@@ -424,4 +445,18 @@ def test_every_launch_is_guarded(launched):
         "linear_dlogits",
     }
     assert launched.keys() == names
-    assert [name for name, tensor in launched.items() if tensor is None] == []
+    assert [name for name, (tensor, _) in launched.items() if tensor is None] == []
+
+
+def test_the_gate_compiles_with_the_options_of_the_launches(launched):
+    """What would be launched under another default of Triton, or by another number of warps, was judged by nobody."""
+    launch_every_kernel()
+    assert len(launched) == 11
+    for name, (_, given) in launched.items():
+        judged = [each.options for each in CONFIGURATIONS if each.kernel.__name__ == name]
+        assert judged
+        for options in judged:
+            assert options.keys() <= given.keys()
+            assert options["enable_fp_fusion"] is given["enable_fp_fusion"] is True
+            if not name.startswith("linear"):  # whose launches are families
+                assert options == {option: given[option] for option in options}

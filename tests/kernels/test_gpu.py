@@ -3,6 +3,7 @@
 ``tests/gpu/`` has whole steps. The tests that need 40 GiB are a group of their own, which one worker runs.
 """
 
+import re
 import warnings
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ import torch
 
 import dpo_kernels as dk
 from dpo_kernels.kernels import extension
-from dpo_kernels.planning import schedules, tables
+from dpo_kernels.planning import free_memory, schedules, tables
 from tests import cases
 from tests.cases import LAYOUTS, RICH, STRATEGIES, VOCAB, Case, broken_by, broken_over_forms, broken_rules, run
 from tests.cuda_tools import equivalence
@@ -199,6 +200,34 @@ def test_a_bad_label_is_nan_not_a_device_assert(backend):
     assert out.loss.isnan()
     assert inputs["weight"].grad.isnan().all()
     assert torch.ones(1, device="cuda").item() == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_little_memory_is_enough_and_an_error_says_how(backend):
+    """With 1 GiB a frozen head runs by default. A scratch of 2 GiB is an error, and what it recommends runs."""
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(2, 2048, 64, device="cuda", dtype=torch.bfloat16, generator=g).requires_grad_()
+    weight = torch.randn(128256, 64, device="cuda", dtype=torch.bfloat16, generator=g)
+    labels = torch.randint(0, 128256, (2, 2048), device="cuda", generator=g)
+
+    def call(scratch_bytes=None):
+        options = {"reference_free": True, "backend": backend, "scratch_bytes": scratch_bytes}
+        return dk.fused_dpo_loss(hidden, weight, labels, **options).loss.item()
+
+    want = call(2**28)
+    torch.cuda.empty_cache()
+    total, before = torch.cuda.mem_get_info()[1], torch.cuda.get_per_process_memory_fraction()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)
+    free_memory.forget()
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match=r"scratch_bytes=\d+ would run") as raised:
+            call(2**31)
+        recommended = int(re.search(r"scratch_bytes=(\d+) would run", str(raised.value))[1])
+        assert abs(call(recommended) - want) < 1e-5
+        assert abs(call() - want) < 1e-5
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before)
+        free_memory.forget()
 
 
 @pytest.mark.xdist_group(selection.LARGE)

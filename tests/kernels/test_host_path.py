@@ -2,12 +2,14 @@
 
 import importlib.util
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import dpo_kernels as dk
 from benchmarks import model
+from dpo_kernels.api.warm_up import LENGTH
 from tests import host_path
 from tests.host_path import Launches, cost, on_a_gpu_of_stubs, step_of
 
@@ -116,3 +118,58 @@ def test_stubs_leave_nothing_behind():
     assert not torch.ones(1).is_cuda
     with pytest.raises(ValueError, match="backend='triton' cannot run this"):
         step_of(2)()
+
+
+def compiled_by(call, scored):
+    """What Triton would compile for the launches of a call: the kernel, its specialised arguments and its options."""
+    from triton.runtime.driver import driver
+
+    from dpo_kernels.kernels.triton import launch_matmul
+    from dpo_kernels.kernels.triton.configs import INTERPRETED
+    from tests.triton_tools.aot import _StandIn
+
+    found, before = set(), driver._active
+    with on_a_gpu_of_stubs(scored) as stubs, patch.object(launch_matmul, "launch_family", lambda *_: (INTERPRETED,)):
+        stub = stubs.kernel
+
+        def seen(kernel, *arguments, grid, warmup=False, **options):
+            specialise = kernel.device_caches["sm_90"][-1]
+            _, arguments_kinds, given = specialise(*arguments, **options)
+            found.add((kernel.__name__, str(arguments_kinds), str(given)))
+            stub(kernel, *arguments, grid=grid, **options)
+
+        stubs.kernel = seen
+        driver.set_active(_StandIn("sm_90"))
+        try:
+            call()
+        finally:
+            driver._active = before
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "recompute", "streaming"])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_warm_up_compiles_what_batches_of_any_lengths_run(strategy, trainable):
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 64, generator=g).bfloat16().requires_grad_(trainable)
+    options = {"backend": "triton", "strategy": strategy}
+    warmed = compiled_by(lambda: dk.warm_up(weight, rows=512, **options), LENGTH)
+    assert {"count_scored", "write_packed"} < {name for name, *_ in warmed}
+    for sequences, length in ((4, 5), (2, 16), (6, 301), (16, 37)):
+        hidden = torch.randn(sequences, length, 64, generator=g).bfloat16().requires_grad_()
+        labels = torch.randint(0, 512, (sequences, length), generator=g)
+
+        def step(given=(hidden, weight, labels)):
+            dk.fused_dpo_loss(*given, reference_free=True, **options).loss.backward()
+
+        assert compiled_by(step, length) <= warmed, (sequences, length)
+    bounds = torch.arange(0, 31, 5, dtype=torch.int32)
+    how = {"cu_seqlens": bounds, "token_weights": torch.ones(30), **options}
+    hidden, labels = torch.randn(30, 64, generator=g).bfloat16().requires_grad_(), torch.zeros(30, dtype=torch.int64)
+    packed = compiled_by(
+        lambda: dk.fused_dpo_loss(hidden, weight, labels, reference_free=True, **how).loss.backward(), 5
+    )
+    assert not packed <= warmed
+    assert packed <= compiled_by(lambda: dk.warm_up(weight, rows=512, **how), LENGTH)
+    capped = compiled_by(lambda: dk.warm_up(weight, rows=512, softcap=30.0, **options), LENGTH)
+    assert not capped <= warmed  # the comparison sees a difference

@@ -8,6 +8,7 @@ from tests.mutants.around import AROUND
 from tests.mutants.core import CORE
 from tests.mutants.gpu import GPU
 from tests.mutants.kernels import KERNELS
+from tests.mutants.memory import MEMORY
 from tests.mutants.paths import PATHS
 from tests.mutants.records import Mutant
 from tests.mutants.sharded import SHARDED
@@ -16,5 +17,5 @@ from tests.mutants.trl_engines import TRL_ENGINES
 
 MUTANTS: tuple[Mutant, ...] = (
     *(*CORE, *KERNELS, *AROUND, *PATHS),
-    *(*TENSOR_PARALLEL, *SHARDED, *TRL_ENGINES, *GPU),
+    *(*TENSOR_PARALLEL, *SHARDED, *TRL_ENGINES, *GPU, *MEMORY),
 )

@@ -23,6 +23,7 @@ from tests.problems import problem
 from tests.small import CPU_BACKEND
 
 ROOT = Path(__file__).parents[2]
+SCRATCH = memory_budget.GPU_SCRATCH_BYTES
 
 
 def explain(*inputs, **options):
@@ -68,6 +69,14 @@ def test_choice_and_reasons(options, strategy, refused, words):
 )
 def test_a_plan_says_how_large_it_is(options, line):
     assert f"  {line}\n" in str(explain(*problem(), backend="torch", **options))
+
+
+def test_on_a_gpu_a_plan_says_what_is_allocated():
+    """220 MiB of logits with their copies lie in an eighth of what the scratch has for a tile."""
+    workload = on_a_gpu(num_tokens=300, num_sequences=4, counts=(75,) * 4)
+    plan = make_plan(workload, Execution("torch", scratch_bytes=SCRATCH))
+    assert plan.tile.rows * plan.tile.cols * 6 == 300 * 128256 * 6 <= plan.tile_bytes
+    assert "  logits tile 300 x 128256 (224 MiB of at most 2048 MiB), 1 tile\n" in str(plan)
 
 
 def test_sizes_have_a_unit_that_fits_them():
@@ -151,6 +160,8 @@ def test_streaming_tiles_of_a_gpu_keep_it_at_work():
 def test_free_memory_counts_what_the_allocator_keeps(monkeypatch):
     """A pair longer than the chunk would else be recomputed for how the allocator happened to grow."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 * memory_budget.MIB, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * memory_budget.MIB)
     pairs = {"counts": (4000, 4000), "num_tokens": 8000, "num_sequences": 2, "vocab": 128256, "width": 64}
     loss = losses.bind("sigmoid", 0.1, 0.0, {})
@@ -246,8 +257,9 @@ def test_where_nobody_has_measured_the_library_computes_the_logits(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**37))
     assert device_specs.gpu_at(torch.device("cuda", 0)).name == ("H200" if name == "NVIDIA H200" else "unknown")
-    assert make_plan(on_a_gpu(width=1024), Execution("triton")).strategy == "frozen_head"
-    plan = make_plan(on_a_gpu(width=1024, needs_grad=NeedsGrad(True, True, False)), Execution("triton", "recompute"))
+    assert make_plan(on_a_gpu(width=1024), Execution("triton", scratch_bytes=SCRATCH)).strategy == "frozen_head"
+    trained = on_a_gpu(width=1024, needs_grad=NeedsGrad(True, True, False))
+    plan = make_plan(trained, Execution("triton", "recompute", SCRATCH))
     assert plan.schedule.recompute_in_library
 
 

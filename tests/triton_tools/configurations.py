@@ -5,7 +5,7 @@ divisible by 16, constants, warps and stages. The sizes are those of real models
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from dpo_kernels.kernels import float16_range
 from dpo_kernels.kernels.torch_kernels import SIXTEEN_BIT
 from dpo_kernels.kernels.triton import hidden_kernels, matmul_kernels, pack_kernels, row_kernels, sequence_loss
 from dpo_kernels.kernels.triton.configs import (
+    COMPILE_OPTIONS,
     HIDDEN_BLOCK,
     HIDDEN_WARPS,
     PACK_BLOCK,
@@ -390,7 +391,7 @@ def _of_matmul_kernels() -> Iterator[Configuration]:
             yield _logits_gradient(target, gradient, dtype, width, vocab, extras)
 
 
-CONFIGURATIONS = [
+_WITHOUT_COMPILE_OPTIONS = [
     *_of_row_kernels(),
     *(_sequence_loss(weights, scale=False) for weights in (None, torch.float32, torch.float64)),
     *(_sequence_loss(weights, scale=True) for weights in (None, torch.float32, torch.float64)),
@@ -399,3 +400,4 @@ CONFIGURATIONS = [
     *_packing(torch.int32, torch.bfloat16, bounds=True),
     *_of_matmul_kernels(),
 ]
+CONFIGURATIONS = [replace(each, options={**each.options, **COMPILE_OPTIONS}) for each in _WITHOUT_COMPILE_OPTIONS]

@@ -387,7 +387,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported, or there is nothing to compile
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.10 changes the default
     global _began
     if "triton" in sys.modules and not _began:
         raise RuntimeError("the gate needs a process of its own: triton was imported before it")

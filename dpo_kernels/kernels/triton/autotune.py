@@ -4,12 +4,12 @@
 
 - ``1`` (default): the first call of a kind (dtype, width, vocabulary to the next power of two) times the launches of a
   family. The fastest is kept in ``DPO_KERNELS_CACHE_DIR`` (default: ``~/.cache/dpo_kernels``), where other processes
-  find it. Calls with other numbers of rows take the choice for the nearest number, and time nothing.
+  find it. The number of rows does not count: a training does not stop to time launches again.
 - ``cached``: kept choices are used, and nothing is timed.
 - ``0``: the first launch of each family is used.
 
 Two launches may differ in the last bits of their results. Mode ``0``, or one folder for all, makes runs on several
-machines alike.
+machines alike. ``dpo_kernels.warm_up`` gives all ranks the choices of the first one.
 
 A trial runs the kernel on the call's own inputs. The call overwrites its outputs afterwards, so a kernel that adds to
 its output must not be timed. A process keeps its choices, so a second call repeats the first one's bits. Nothing can be
@@ -19,12 +19,12 @@ call times it.
 
 import hashlib
 import os
-import re
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -41,7 +41,6 @@ MODES = ("1", "0", "cached")
 ROUNDS = 7  # each round times every launch once; the medians are compared
 CANNOT_RUN = (CompilationError, OutOfResources, PTXASError)  # raised where this GPU or compiler cannot take a launch
 PASS_FAILED = "PassManager::run failed"  # the text of a RuntimeError that the compiler raises for the same reason
-ROWS = re.compile(r"\bN<=(\d+)")  # what a kind of call says about its rows
 Trial = Callable[[MatrixLaunch], object]
 
 _chosen: dict[tuple[str, str], MatrixLaunch] = {}
@@ -62,7 +61,7 @@ def fastest_launch(
     gpu, kind = device_name(like), " ".join(map(str, (kernel, *facts)))
     if (gpu, kind) in _chosen:
         return _chosen[gpu, kind]
-    known = _remembered(gpu, kind, family) or _of_other_rows(gpu, kind, family)
+    known = _remembered(gpu, kind, family)
     if known is None and like.is_cuda and torch.cuda.is_current_stream_capturing():
         return family[0]  # nothing can be timed now, but a later call can
     _chosen[gpu, kind] = known or _timed(gpu, kind, family, like, run, mode)
@@ -143,27 +142,7 @@ def milliseconds(call: Callable[[], object], like: Tensor) -> float:
 
 def _remembered(gpu: str, kind: str, family: Sequence[MatrixLaunch]) -> MatrixLaunch | None:
     """The choice on disk, if it is a launch of the family."""
-    entry = entries_of(path_of(gpu)).get(kind)
-    kept = entry.get("launch") if isinstance(entry, dict) else None
-    return next((launch for launch in family if asdict(launch) == kept), None)
-
-
-def _of_other_rows(gpu: str, kind: str, family: Sequence[MatrixLaunch]) -> MatrixLaunch | None:
-    """The choice for the nearest number of rows, of calls that are alike but for it.
-
-    A training would otherwise stop to time launches at each new power of two.
-    """
-    kept = {name: entry.get("launch") for name, entry in entries_of(path_of(gpu)).items() if isinstance(entry, dict)}
-    kept |= {name: asdict(launch) for (other, name), launch in _chosen.items() if other == gpu}
-    alike = [name for name in kept if ROWS.sub("", name) == ROWS.sub("", kind) != kind]
-    alike.sort(key=lambda name: abs(_rows(name).bit_length() - _rows(kind).bit_length()))
-    found = (next((launch for launch in family if asdict(launch) == kept[name]), None) for name in alike)
-    return next((launch for launch in found if launch is not None), None)
-
-
-def _rows(kind: str) -> int:
-    stated = ROWS.search(kind)
-    return int(stated[1]) if stated else 0
+    return _launch_of(entries_of(path_of(gpu)).get(kind), family)
 
 
 def _remember(
@@ -171,16 +150,33 @@ def _remember(
 ) -> MatrixLaunch:
     """Keep the choice on disk. If another process was first, its choice is taken, so that the two agree."""
     path = path_of(gpu)
-    first = _remembered(gpu, kind, family)
-    if first is not None:
-        return first
     entry = {"launch": asdict(fastest), "milliseconds": {str(launch): round(ms, 4) for launch, ms in times.items()}}
     try:
-        add_entry(path, kind, entry)
+        kept = add_entry(path, kind, entry, unless=lambda first: _launch_of(first, family) is not None)
     except OSError as error:
         warnings.warn(
             f"what was timed cannot be kept in {path.parent} ({error}) and will be timed in each process; "
             f"{FOLDER} names another folder, {MODE}=0 turns timing off",
             stacklevel=2,
         )
-    return fastest
+        return fastest
+    return _launch_of(kept, family) or fastest
+
+
+def _launch_of(entry: Any, family: Sequence[MatrixLaunch]) -> MatrixLaunch | None:
+    """The launch of the family that a kept entry names, if any."""
+    kept = entry.get("launch") if isinstance(entry, dict) else None
+    return next((launch for launch in family if asdict(launch) == kept), None)
+
+
+# --- from process to process ------------------------------------------------------------------------------------------
+
+
+def choices() -> dict[tuple[str, str], MatrixLaunch]:
+    """The choices of this process, by the name of the GPU and the kind of call."""
+    return dict(_chosen)
+
+
+def take(theirs: dict[tuple[str, str], MatrixLaunch]) -> None:
+    """Take the choices of another process instead of one's own."""
+    _chosen.update(theirs)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,6 +178,16 @@ class TritonKernels(TorchKernels):
         kernel = {"recomputed_dlogits": "linear_dlogits", "stream_logps": "linear_logps"}[operation]
         family = launch_matmul.launch_family(kernel, x_CH, stats)
         return [(f"{kernel} {launch}", launch_matmul.pinned(launch)) for launch in family]
+
+    @classmethod
+    def chosen_launches(cls) -> Any:
+        """See ``RowKernels``; the launches of the matmul kernels."""
+        return autotune.choices()
+
+    @classmethod
+    def take_launches(cls, chosen: Any) -> None:
+        """See ``RowKernels``."""
+        autotune.take(chosen)
 
     @classmethod
     def cannot_take(cls, error: Exception) -> bool:

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# Options of every launch, in the gate too. A product and a sum may be one instruction: Triton's default for that has
+# changed between releases, and an environment variable would be another one for a process that does not set it.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
 # Columns that a program of a row kernel reads at once, and its warps. In the gate 8192 columns with 16 warps do as
 # well, and 32768 with 32 spill.
 ROW_BLOCK, ROW_WARPS = 4096, 8

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from dpo_kernels.kernels.triton import hidden_kernels
-from dpo_kernels.kernels.triton.configs import HIDDEN_BLOCK, HIDDEN_WARPS, ROW_BLOCK, ROW_WARPS
+from dpo_kernels.kernels.triton.configs import COMPILE_OPTIONS, HIDDEN_BLOCK, HIDDEN_WARPS, ROW_BLOCK, ROW_WARPS
 from dpo_kernels.kernels.triton.launch_rows import on_device
 
 
@@ -24,6 +24,7 @@ def add_label_rows(out_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, residual
             *weight_VH.stride(),
             BLOCK=HIDDEN_BLOCK,
             num_warps=HIDDEN_WARPS,
+            **COMPILE_OPTIONS,
         )
 
 
@@ -34,7 +35,15 @@ def to_input_rows(dx: Tensor, slot: Tensor, factor: Tensor, dtype: torch.dtype) 
     if rows:
         with on_device(dx):
             hidden_kernels.to_input_rows[(rows, triton.cdiv(width, HIDDEN_BLOCK))](
-                dx, slot, factor, out, width, dx.stride(0), BLOCK=HIDDEN_BLOCK, num_warps=HIDDEN_WARPS
+                dx,
+                slot,
+                factor,
+                out,
+                width,
+                dx.stride(0),
+                BLOCK=HIDDEN_BLOCK,
+                num_warps=HIDDEN_WARPS,
+                **COMPILE_OPTIONS,
             )
     return out
 
@@ -45,6 +54,6 @@ def scale_and_round(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if elements:
         with on_device(grad):
             hidden_kernels.scale_and_round[(triton.cdiv(elements, ROW_BLOCK),)](
-                grad, factor, out, elements, BLOCK=ROW_BLOCK, num_warps=ROW_WARPS
+                grad, factor, out, elements, BLOCK=ROW_BLOCK, num_warps=ROW_WARPS, **COMPILE_OPTIONS
             )
     return out

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_kernels.kernel_interface import RowState
 from dpo_kernels.kernels.triton import autotune, matmul_kernels
-from dpo_kernels.kernels.triton.configs import INTERPRETED, MatrixLaunch, family_of, target_of
+from dpo_kernels.kernels.triton.configs import COMPILE_OPTIONS, INTERPRETED, MatrixLaunch, family_of, target_of
 from dpo_kernels.kernels.triton.launch_rows import on_device, scale_and_softcap
 from dpo_kernels.shapes import Head
 
@@ -65,6 +65,7 @@ def linear_logps(x_NH: Tensor, weight: Tensor, head: Head, labels_N: Tensor, sta
                 **launch.blocks,
                 PRECISION=precision_of(weight),
                 **launch.options,
+                **COMPILE_OPTIONS,
             )
         return sums, argmax
 
@@ -118,6 +119,7 @@ def linear_dlogits(
                 **launch.blocks,
                 PRECISION=precision_of(weight),
                 **launch.options,
+                **COMPILE_OPTIONS,
             )
 
     run(choose_launch("linear_dlogits", x_CH, weight, head, False, run))
@@ -154,7 +156,7 @@ def choose_launch(
     if (launch := _pinned.get()) is not None:
         return launch
     family = launch_family(kernel, x_CH, stats)
-    sizes = (f"N<={autotune.bucket(x_CH.shape[0])}", f"V<={autotune.bucket(weight.shape[0])}", f"H={x_CH.shape[1]}")
+    sizes = (f"V<={autotune.bucket(weight.shape[0])}", f"H={x_CH.shape[1]}")
     forms = ["bias" if head.bias is not None else "", "softcap" if head.softcap else "", "stats" if stats else ""]
     forms.append("tf32" if precision_of(weight) == "tf32" else "")
     return autotune.fastest_launch(kernel, family, (str(x_CH.dtype), *sizes, *filter(None, forms)), x_CH, run)

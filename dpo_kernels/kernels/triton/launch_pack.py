@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.kernels.triton import pack_kernels
-from dpo_kernels.kernels.triton.configs import PACK_BLOCK, PACK_WARPS
+from dpo_kernels.kernels.triton.configs import COMPILE_OPTIONS, PACK_BLOCK, PACK_WARPS
 from dpo_kernels.kernels.triton.launch_rows import on_device
 from dpo_kernels.shapes import accumulation_dtype, sum_dtype
 
@@ -38,6 +38,7 @@ class Labels:
             "HAS_BOUNDS": self.cu_seqlens is not None,
             "BLOCK": PACK_BLOCK,
             "num_warps": PACK_WARPS,
+            **COMPILE_OPTIONS,
         }
 
 

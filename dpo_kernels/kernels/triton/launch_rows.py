@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from dpo_kernels.kernel_interface import RowScale, RowState
 from dpo_kernels.kernels import float16_range
 from dpo_kernels.kernels.triton import row_kernels, sequence_loss
-from dpo_kernels.kernels.triton.configs import ROW_BLOCK, ROW_WARPS, SAFE_SHIFT, SUM_BLOCK, SUM_WARPS
+from dpo_kernels.kernels.triton.configs import COMPILE_OPTIONS, ROW_BLOCK, ROW_WARPS, SAFE_SHIFT, SUM_BLOCK, SUM_WARPS
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head
 
 
@@ -43,6 +43,7 @@ def apply_bias_scale_cap(tile: Tensor, head: Head, start: int) -> None:
             PADDED=reaches,
             BLOCK=ROW_BLOCK,
             num_warps=ROW_WARPS,
+            **COMPILE_OPTIONS,
         )
 
 
@@ -78,6 +79,7 @@ def reduce_rows(state: RowState, tile: Tensor, labels_C: Tensor, start: int, log
             PADDED=reaches,
             BLOCK=ROW_BLOCK,
             num_warps=ROW_WARPS,
+            **COMPILE_OPTIONS,
         )
 
 
@@ -118,6 +120,7 @@ def dlogits_rows(
             PADDED=reaches,
             BLOCK=ROW_BLOCK,
             num_warps=ROW_WARPS,
+            **COMPILE_OPTIONS,
         )
 
 
@@ -139,6 +142,7 @@ def float16_scales(scale_C: Tensor | None, others_C: Tensor, expected: float) ->
             MOST=2.0**float16_range.MOST,
             BLOCK=SUM_BLOCK,
             num_warps=SUM_WARPS,
+            **COMPILE_OPTIONS,
         )
     return applied_C, left_C
 
@@ -165,6 +169,7 @@ def softmax_grad_rows(state: RowState, tile: Tensor, out: Tensor, labels_C: Tens
             PADDED=reaches,
             BLOCK=ROW_BLOCK,
             num_warps=ROW_WARPS,
+            **COMPILE_OPTIONS,
         )
     return factor_C, residual_C
 
@@ -209,6 +214,7 @@ def sigmoid_sequence_loss(
             HAS_SCALE=scale is not None,
             BLOCK=SUM_BLOCK,
             num_warps=SUM_WARPS,
+            **COMPILE_OPTIONS,
         )
     return sums_S, losses_P, last
 
