@@ -29,7 +29,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test test-gpu first-light mutants kernels-check sanitize bench bench-quick report docs demo lint format clean
+.PHONY: help venv test test-gpu first-light mutants kernels-check gpu-arithmetic sanitize bench bench-quick report docs demo lint format clean
 
 help: ## show this list
 	@echo 'usage: make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]'
@@ -66,6 +66,13 @@ docs: $(VENV)/.docs ## the pages of docs/ as a site in build/site; a broken link
 kernels-check: $(VENV)/.test ## compile every kernel, Triton's and CUDA's, for GPUs that are not here, and judge the code
 	$(PY) -m tests.triton_tools.gate
 	$(PY) -m tests.cuda_tools.gate
+
+gpu-arithmetic: $(VENV)/.test ## the interpreted tests of the kernels, once for each model of a GPU's errors
+	for mode in approximate worst+ worst- truncating; do \
+	    TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --arithmetic $$mode \
+	        tests/interpreted/test_kernels.py tests/interpreted/test_vocab_parallel.py tests/interpreted/test_self_check.py \
+	        tests/interpreted/test_first_light.py || exit 1; \
+	done
 
 # In a copy of the tree, so that the fast build stays. gcc's runtime libraries must be there before Python is; Python
 # itself leaks by design. Not the tests of the family of losses: they run no other C++, and in float64 they are about the

@@ -180,7 +180,12 @@ class Bars:
         cases = self.cases("bf16/*", None)
         found = {c.name: float(error) for c in cases if (error := self.tokens.get(c.name)) is not None}
         return _judge(
-            "bf16: error of token log-probs against float64, nats", 1e-4, found, len(cases), True, form="{:.1e}"
+            "bf16 on a CPU: error of token log-probs against float64, nats",
+            1e-4,
+            found,
+            len(cases),
+            True,
+            form="{:.1e}",
         )
 
     def peers(self) -> Bar:

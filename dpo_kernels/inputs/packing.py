@@ -84,6 +84,10 @@ def pack_labels(
             its values are wrong.
 
     """
+    # The kernels read without strides. Flattening leaves some: of ``labels[:, -1:]``, or of labels that were a column.
+    labels_R = labels_R.contiguous()
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    token_weights_R = None if token_weights_R is None else token_weights_R.contiguous()
     device, rows = labels_R.device, labels_R.shape[0]
     if device.type == "cpu" and cu_seqlens is not None:
         check_cumulative(cu_seqlens.tolist(), rows, "hidden")

@@ -24,6 +24,8 @@ CUT = 0.55  # the part of the columns that lies in the first of two tiles
 # What may differ, relative to the value. Float32 sums of a few thousand terms lose 1e-6, and approximate exponentials
 # of a GPU about as much. A single column of WIDE too much is 2e-4 of a sum.
 OF_SUMS, OF_LOGITS, OF_EXPONENTIALS = 2e-5, 1e-4, 1e-4
+# Of the softcap: what exponentials and quotients of 2 ulp each may take from a logit near 0.
+OF_SOFTCAP = 3e-7
 # One rounding to bfloat16 is 2**-9 of a value at most, and 2**-8 of a value just above a power of two.
 OF_BFLOAT16 = 4.5e-3
 OF_FLOAT16 = OF_BFLOAT16 / 8  # whose mantissas have three bits more
@@ -62,14 +64,14 @@ class Sigmoid(NamedTuple):
         return losses_P, torch.stack([slope_P, -slope_P], dim=1).view(-1)
 
 
-def difference(got: Tensor, want: Tensor, relative: float, floor: float) -> float:
+def difference(got: Tensor, want: Tensor, relative: float, floor: float, absolute: float = 0.0) -> float:
     """The largest error over what is allowed; equal infinities are no error, and a NaN is an infinite one."""
     got, want = got.detach().to("cpu", torch.float64), want.to(torch.float64)
     if got.shape != want.shape:
         return torch.inf
     finite = want[want.isfinite()].abs()
     largest = float(finite.max()) if finite.numel() else 0.0
-    allowed = relative * (want.abs() + floor * largest) + torch.finfo(torch.float32).tiny
+    allowed = relative * (want.abs() + floor * largest) + absolute + torch.finfo(torch.float32).tiny
     error = torch.where(got == want, 0.0, (got - want).abs() / allowed)
     return float(error.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if error.numel() else 0.0
 
@@ -136,20 +138,31 @@ class SmallProblem:
     # --- comparisons ---
 
     def compare(
-        self, kernel: str, launch: str, pairs: dict[str, tuple[Tensor, Tensor]], relative: float, floor: float = FLOOR
+        self,
+        kernel: str,
+        launch: str,
+        pairs: dict[str, tuple[Tensor, Tensor]],
+        relative: float,
+        floor: float = FLOOR,
+        absolute: float = 0.0,
     ) -> Iterator[Mismatch]:
         """Yield results that differ; ``pairs`` holds ours and the true one by name."""
         for name, (got, want) in pairs.items():
-            error = difference(got, want, relative, floor)
+            error = difference(got, want, relative, floor, absolute)
             if not error <= 1.0:
                 yield Mismatch(kernel, f"{launch}, {str(self.dtype).removeprefix('torch.')}", name, error)
 
-    def compare_states(self, kernel: str, launch: str, got: RowState, want: RowState) -> Iterator[Mismatch]:
-        """Yield fields of a state that differ."""
+    def compare_states(
+        self, kernel: str, launch: str, got: RowState, want: RowState, off: float = 0.0, cols: int = 1
+    ) -> Iterator[Mismatch]:
+        """Yield fields of a state that differ, where each of ``cols`` logits may be ``off`` by so much."""
         fields = {name: value for name, value in vars(want).items() if isinstance(value, Tensor)}
         lacking = [name for name in fields if getattr(got, name) is None]
         assert not lacking, f"{kernel} keeps no {lacking}"
-        yield from self.compare(kernel, launch, {name: (getattr(got, name), fields[name]) for name in fields}, OF_SUMS)
+        absolute = {"max": off, "target": off, "logit_sum": cols * off}
+        for name, value in fields.items():
+            pair = {name: (getattr(got, name), value)}
+            yield from self.compare(kernel, launch, pair, OF_SUMS, absolute=absolute.get(name, 0.0))
 
     def compare_gradient(
         self, kernel: str, launch: str, got: LogitsGradient, want: LogitsGradient, start: int

@@ -904,7 +904,7 @@ def test_the_bars_of_planted_results(planted_results, capsys):
     assert verdicts["time over full logits, every shape, head and dtype"] == "MET"
     assert verdicts["time over TRL chunked head, every shape, head and dtype"] == "NOT MEASURED"
     assert verdicts["peak extra memory over that of Liger DPO, every shape, head and dtype"] == "MET"
-    assert verdicts["bf16: error of token log-probs against float64, nats"] == "MET"
+    assert verdicts["bf16 on a CPU: error of token log-probs against float64, nats"] == "MET"
     state = store.load(planted_results / "cpu-one.json")
     found = list(bars.Bars(state, "full logits").all())
     assert found[0].verdict == "missed"

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 import dpo_kernels as dk
 from dpo_kernels.shapes import accumulation_dtype
 from tests.cases import Case, run
-from tests.tolerance import RELATIVE_L2_BAR, TWO_ROUNDINGS_BAR, relative_l2
+from tests.tolerance import RELATIVE_L2_BAR, TWO_ROUNDINGS_BAR, log_prob_error, relative_l2
 
 MIB = 2**20
 
@@ -113,6 +113,21 @@ def sequences_and_groups(device, backend):
         )
         for grad, true in zip(grads, true_grads, strict=True):
             assert relative_l2(grad, true) <= TWO_ROUNDINGS_BAR[torch.bfloat16], what
+
+
+def log_probs_of_a_wide_head_are_float32(device, backend, strategy):
+    """Token log-probs against float64; logits rounded to bfloat16 would be off by 0.07 nats."""
+    g = torch.Generator().manual_seed(0)
+    width, vocab, deviation = 4096, 2048, 6.0
+    hidden = torch.randn(4, 8, width, generator=g).to(device, torch.bfloat16)
+    weight = (torch.randn(vocab, width, generator=g) * deviation * width**-0.5).to(device, torch.bfloat16)
+    logits = hidden.double() @ weight.double().t()
+    order = logits.argsort(-1)
+    for labels in (order[..., 0], order[..., vocab // 2], order[..., -1]):
+        exact = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+        got = dk.fused_token_logps(hidden, weight, labels, strategy=strategy, backend=backend)
+        allowed = log_prob_error(width, float(logits.abs().max()), on_a_gpu=device == "cuda")
+        assert float((got.double() - exact).abs().max()) <= allowed
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

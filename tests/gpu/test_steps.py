@@ -55,6 +55,12 @@ def test_sequences_and_groups(device, backend):
     steps.sequences_and_groups(device, backend)
 
 
+@everywhere
+@pytest.mark.parametrize("strategy", ["recompute", "streaming"])
+def test_log_probs_of_a_wide_head(device, backend, strategy):
+    steps.log_probs_of_a_wide_head_are_float32(device, backend, strategy)
+
+
 @GPU
 @DTYPES
 @pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])

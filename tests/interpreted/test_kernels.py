@@ -421,6 +421,23 @@ def test_strided_and_misaligned_inputs():
         assert not broken_by(inputs, {"reference_free": True}, torch.float32, strategy, "triton")
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_every_tensor_may_have_strides(layout, strategy):
+    """Every second number of something twice as long, as a column of a matrix is."""
+    case = Case(torch.bfloat16, bias=True, weights=True, **LAYOUTS[layout])
+
+    def strided(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        every = torch.stack([value.detach(), value.detach().flip(-1)], -1)[..., 0]
+        return every.requires_grad_(value.requires_grad)
+
+    inputs = {name: strided(value) for name, value in case.tensors().items()}
+    assert not any(value.is_contiguous() for value in inputs.values() if isinstance(value, torch.Tensor))
+    assert not broken_by(inputs, case.keywords(), case.dtype, strategy, "triton")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("cols", [65, 127, 211, 259])

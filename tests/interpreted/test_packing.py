@@ -49,6 +49,18 @@ def assert_same(expected, got):
             torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.parametrize("strided", ["labels", "bounds", "weights"])
+def test_what_has_strides_is_read_as_what_has_none(strided):
+    """``labels[:, -1:].reshape(-1)`` keeps the stride of the whole batch."""
+    labels, bounds, weights = labels_of(78), torch.tensor([0, 40, 41, 78]), torch.rand(78)
+    given = {"labels": labels, "bounds": bounds, "weights": weights}
+    given[strided] = torch.stack([given[strided], given[strided].flip(0)], 1)[:, 0]
+    assert not given[strided].is_contiguous()
+    expected, _ = both(labels, bounds, weights, how(3, 0))
+    for got in both(*given.values(), how(3, 0)):
+        assert_same(expected, got)
+
+
 ROWS = cover(
     {
         "width": (0, 33),

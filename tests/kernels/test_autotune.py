@@ -294,7 +294,7 @@ def test_sizes_of_a_kind(size, upper):
 def test_families(kernel, target):
     wide = configs.family_of(kernel, target, torch.bfloat16)
     assert len(set(wide)) == len(wide)
-    assert all(not launch.tma for launch in wide) or target in ("sm_90", "sm_100")
+    assert all(not launch.tma for launch in wide) or target in ("sm_90", "sm_100", "sm_103")
     halved = [launch.block_cols * 2 for launch in configs.family_of(kernel, target, torch.float16, stats=True)]
     assert halved == [launch.block_cols for launch in wide]
     assert not any(launch.tma for launch in configs.family_of(kernel, target, torch.float32))
@@ -302,12 +302,32 @@ def test_families(kernel, target):
 
 @pytest.mark.parametrize(
     ("capability", "target"),
-    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 0), "sm_80")],
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_86"),
+        ((8, 7), "sm_80"),
+        ((8, 9), "sm_86"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((10, 3), "sm_103"),
+        ((11, 0), "sm_100"),
+        ((12, 0), "sm_120"),
+        ((12, 1), "sm_120"),
+    ],
 )
 def test_targets_of_devices(monkeypatch, capability, target):
     """An RTX 50 has neither the tensor memory nor the shared memory that launches for sm_100 take."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert configs.target_of(torch.device("cuda", 0)) == target
+
+
+@pytest.mark.parametrize(
+    ("architecture", "target"), [("gfx942:sramecc+:xnack-", "gfx942"), ("gfx950:sramecc+:xnack-", "gfx950")]
+)
+def test_targets_of_amd(monkeypatch, architecture, target):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=architecture))
     assert configs.target_of(torch.device("cuda", 0)) == target
 
 

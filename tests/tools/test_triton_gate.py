@@ -21,6 +21,7 @@ PLANTED = "tests.triton_tools.planted"
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
+EVERY_TARGET = "sm_80, sm_86, sm_90, sm_100, sm_103, sm_120, gfx942, gfx950"
 NARROW = r"\d{2,} accesses of 16 bits or fewer.*"
 NOT_PIPELINED = "loads are not pipelined: "
 # What the gate must say of tests/triton_tools/planted.py, in the order of its rules; nothing of what is good.
@@ -32,8 +33,16 @@ REASONS: dict[tuple[str, str], list[str]] = {
     ("good float32 matmul for AMD", "gfx942"): [],
     ("good softmax", "sm_90"): [],
     ("good softmax", "gfx942"): [],
+    ("good matmul for 99 KiB", "sm_86"): [],
+    ("good matmul for 99 KiB", "sm_120"): [],
+    ("five stages", "sm_86"): ["131072 bytes of shared memory, sm_86 has 101376"],
+    ("five stages", "sm_120"): ["131072 bytes of shared memory, sm_120 has 101376"],
+    ("five stages", "sm_103"): [],
     ("eight stages", "sm_90"): ["262144 bytes of shared memory, sm_90 has 232448"],
     ("four stages on AMD", "gfx942"): ["98304 bytes of shared memory, gfx942 has 65536"],
+    ("four stages on AMD", "gfx950"): [],
+    ("square root", "sm_90"): ["the interpreter has no model of rsqrt.approx.ftz.f32"],
+    ("square root", "gfx942"): ["the interpreter has no model of v_rsq_f32"],
     ("half the warps", "sm_90"): [r"\d{2,} local loads and stores in the MMA loop", r"\d{3,} bytes of stack.*"],
     ("one warp on AMD", "gfx942"): [r"\d{2,} local loads and stores in the MMA loop", r"\d{3,} bytes of stack.*"],
     ("row too long", "sm_80"): [r"\d{3,} bytes of stack, more than 128"],
@@ -175,7 +184,7 @@ def test_what_was_measured_is_kept_until_it_is_damaged(said: dict[str, Any]) -> 
 
 def test_what_is_known_is_compiled_once_for_each_target(said: dict[str, Any]) -> None:
     targets = [name.split(" @ ")[1] for name in said["compiled although known"]]
-    assert sorted(targets) == ["gfx942", "sm_100", "sm_80", "sm_90"]
+    assert sorted(targets) == ["gfx942", "gfx950", "sm_100", "sm_103", "sm_120", "sm_80", "sm_86", "sm_90"]
     assert said["compiled because unknown"]
     assert said["compiled"]
 
@@ -193,7 +202,8 @@ def test_nothing_to_compile_is_no_success(said: dict[str, Any]) -> None:
 def test_a_kernel_without_a_configuration_is_named(said: dict[str, Any]) -> None:
     assert said["ungated"] == [
         f"{PLANTED}.matmul: no configuration for sm_90",
-        f"{PLANTED}.softmax_rows: no configuration for sm_90, sm_100",
-        f"{PLANTED}.count_up: no configuration for sm_80, sm_90, sm_100, gfx942",
-        f"{PLANTED}.abort: no configuration for sm_80, sm_90, sm_100, gfx942",
+        f"{PLANTED}.softmax_rows: no configuration for sm_80, sm_86, sm_90, sm_100, sm_103, sm_120, gfx950",
+        f"{PLANTED}.normalise_rows: no configuration for sm_80, sm_86, sm_90, sm_100, sm_103, sm_120, gfx950",
+        f"{PLANTED}.count_up: no configuration for {EVERY_TARGET}",
+        f"{PLANTED}.abort: no configuration for {EVERY_TARGET}",
     ]

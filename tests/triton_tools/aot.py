@@ -35,13 +35,25 @@ class Target(NamedTuple):
     shared_cap: int  # bytes of shared memory that one program may ask for; Triton checks it at the launch alone
     matrix: str  # the matrix instruction that its peak rate needs
 
+    @property
+    def approximate(self) -> tuple[str, ...]:
+        """The instructions with errors that tests/triton_tools/gpu_arithmetic.py models, or that are more accurate."""
+        if self.backend == "cuda":
+            return ("ex2.approx.f32", "ex2.approx.ftz.f32", "div.full.f32")
+        return ("v_exp_f32", "v_rcp_f32")  # a quotient corrects the reciprocal until it is rounded right
 
-# The caps: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; CDNA3's 64 KiB of LDS.
+
+# The caps: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the LDS of CDNA3 has 64 KiB,
+# and that of CDNA4 160 KiB. What holds for sm_86 holds for sm_89 as well.
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 163 * KiB, "mma.sync"),
+    "sm_86": Target("cuda", 86, 32, 99 * KiB, "mma.sync"),
     "sm_90": Target("cuda", 90, 32, 227 * KiB, "wgmma"),
     "sm_100": Target("cuda", 100, 32, 227 * KiB, "tcgen05"),
+    "sm_103": Target("cuda", 103, 32, 227 * KiB, "tcgen05"),
+    "sm_120": Target("cuda", 120, 32, 99 * KiB, "mma.sync"),
     "gfx942": Target("hip", "gfx942", 64, 64 * KiB, "mfma"),
+    "gfx950": Target("hip", "gfx950", 64, 160 * KiB, "mfma"),
 }
 
 
@@ -62,6 +74,7 @@ class Measured:
     prefetched: bool  # AMD: what the MMA loop loads is for a later round of it
     widest_bits: int  # of one thread's access to global memory; 0 where there is none but TMA's
     narrow: int  # accesses to global memory of 16 bits and fewer
+    approximate: dict[str, int]  # instructions that round worse than IEEE 754, but for those of float64
 
 
 class Instruction(NamedTuple):
@@ -184,6 +197,9 @@ def sass(cubin: bytes) -> list[str | Instruction]:
     return lines
 
 
+PTX_APPROXIMATE = re.compile(r"\b\w+\.(?:approx|full)(?:\.ftz)?\.(?:f32|f16x?2?|bf16x?2?)\b")
+
+
 def _measure_nvidia(compiled: Any) -> Measured:
     used = _tool("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", used).groups()
@@ -206,6 +222,7 @@ def _measure_nvidia(compiled: Any) -> Measured:
         prefetched=False,
         widest_bits=max((_sass_bits(name) for name in names if SASS_GLOBAL.match(name)), default=0),
         narrow=sum(_sass_bits(name) <= 16 for name in names if SASS_GLOBAL.match(name)),
+        approximate=dict(sorted(Counter(PTX_APPROXIMATE.findall(compiled.asm["ptx"])).items())),
     )
 
 
@@ -220,6 +237,7 @@ GCN_LABEL = re.compile(r"^(\.L\w+):")
 GCN_MATRIX = re.compile(r"v_s?mfma")
 GCN_LOCAL = re.compile(r"scratch_(?:load|store)|buffer_(?:load|store)\w*_offset_scratch")
 GCN_LOAD = re.compile(r"(?:global|buffer|flat)_load")
+GCN_APPROXIMATE = re.compile(r"v_(?:exp|log|rcp|rsq|sqrt|sin|cos)_f(?:32|16)")
 GCN_GLOBAL = re.compile(r"(?:global|buffer|flat)_(?:load|store)_(?:dwordx?(?P<words>\d?)|[us]?(?P<part>byte|short))")
 
 
@@ -251,6 +269,7 @@ def _measure_amd(compiled: Any) -> Measured:
         prefetched=_prefetched(compiled.asm["ttgir"]),
         widest_bits=max((_gcn_bits(name) for name in names), default=0),
         narrow=sum(0 < _gcn_bits(name) <= 16 for name in names),
+        approximate=dict(sorted(Counter(f[0] for name in names if (f := GCN_APPROXIMATE.match(name))).items())),
     )
 
 

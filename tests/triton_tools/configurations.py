@@ -29,7 +29,7 @@ from dpo_kernels.kernels.triton.configs import (
 )
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, padded
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
 
 
 @dataclass(frozen=True)

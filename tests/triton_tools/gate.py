@@ -80,6 +80,8 @@ def broken_rules(configuration: "Configuration", target: str, measured: "Measure
         reasons.append(f"{measured.stack_bytes} bytes of stack, more than {STACK_CAP}")
     if measured.narrow > NARROW_CAP:
         reasons.append(f"{measured.narrow} accesses of 16 bits or fewer: rows are not known to be aligned")
+    if unknown := sorted(set(measured.approximate) - set(gpu.approximate)):
+        reasons.append(f"the interpreter has no model of {', '.join(unknown)}")
     if not configuration.matrix:
         return reasons
     if not measured.matrix.get(gpu.matrix):

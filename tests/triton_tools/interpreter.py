@@ -16,6 +16,7 @@ raises a ``Finding`` (``findings.py``) at the first
 * ``IntegerOverflow``, ``AssertionFired``: arithmetic that does not fit 32 bits, ``tl.device_assert``, ``tl.assume``.
 
 Programs run in an order shuffled by ``sanitize(seed=...)``; ``order="forward"`` or ``"backward"`` are the others.
+``sanitize(arithmetic=...)`` computes with the errors of a GPU (``gpu_arithmetic.py``), by default ``arithmetic_mode``.
 ``sanitize(races=False)`` is for kernels whose programs wait for one another through atomics, which is not understood.
 ``with sanitize() as seen`` counts launches in ``seen``, so that a test can tell that its kernel ran at all.
 ``check_orders(run)`` raises ``OrderDependence`` if what ``run()`` returns depends on the order of programs, for kernels
@@ -43,7 +44,7 @@ import torch
 import triton
 from triton.runtime import interpreter as stock
 
-from tests.triton_tools import arithmetic, lanes
+from tests.triton_tools import arithmetic, gpu_arithmetic, lanes
 from tests.triton_tools.findings import (
     AssertionFired,
     Finding,
@@ -75,8 +76,8 @@ NEEDED = {
     "GridExecutor": "__call__",
     "InterpreterBuilder": "binary_op unary_op cast_impl set_grid_idx create_and create_assert create_assume "
     "create_atomic_cas create_atomic_rmw create_clampf create_dot create_erf create_fma create_fp_to_fp "
-    "create_gather create_masked_load create_masked_store create_maxnumf create_minnumf create_or create_rsqrt "
-    "create_select",
+    "create_exp create_exp2 create_fdiv create_gather create_masked_load create_masked_store create_maxnumf "
+    "create_minnumf create_or create_rsqrt create_select",
     "InterpreterOptions": "debug",
     "ReduceOps": "apply min_max sum",
     "ScanOps": "apply cumprod cumsum",
@@ -86,6 +87,7 @@ NEEDED = {
 
 _active: "_Sanitizer | None" = None
 _installed = False
+arithmetic_mode = "exact"  # of sanitize(), where it is told no other
 _patched: set[int] = set()  # modules, by their globals, for which the launch in progress has patched the language
 
 
@@ -115,10 +117,13 @@ def install() -> None:
 
 
 @contextmanager
-def sanitize(*, seed: int = 0, order: str = "shuffled", races: bool = True) -> Iterator[Counter[str]]:
+def sanitize(
+    *, seed: int = 0, order: str = "shuffled", races: bool = True, arithmetic: str | None = None
+) -> Iterator[Counter[str]]:
     """Raise a ``Finding`` at the first bug of a kernel launched in this context; see the module's docstring.
 
-    ``order`` is "shuffled" (by ``seed``), "forward" or "backward". Yields how often each kernel was launched.
+    ``order`` is "shuffled" (by ``seed``), "forward" or "backward", and ``arithmetic`` one of ``gpu_arithmetic.MODES``
+    (random errors are functions of ``seed``, too). Yields how often each kernel was launched.
     """
     global _active
     install()
@@ -126,9 +131,15 @@ def sanitize(*, seed: int = 0, order: str = "shuffled", races: bool = True) -> I
         raise RuntimeError("sanitize() does not nest")
     if order not in ("shuffled", "forward", "backward"):
         raise ValueError(f'order must be "shuffled", "forward" or "backward", not {order!r}')
+    arithmetic = arithmetic or arithmetic_mode
+    if arithmetic not in gpu_arithmetic.MODES:
+        raise ValueError(f"arithmetic must be one of {', '.join(gpu_arithmetic.MODES)}, not {arithmetic!r}")
     _active = sanitizer = _Sanitizer(random.Random(seed), order, races)
     try:
         with ExitStack() as patches:
+            for owner, name, method in gpu_arithmetic.patches(arithmetic, seed):
+                patches.enter_context(patch.object(owner, name, method))
+            # After those: marks of undefined lanes are passed on around whatever computes.
             for owner, name, value in sanitizer.patches():
                 patches.enter_context(patch.object(owner, name, value))
             yield sanitizer.launches

@@ -1,6 +1,7 @@
 """Configurations that the gate must refuse, each for one reason, and good ones that it must pass; see test_gate.py."""
 
 import os
+from typing import Any
 
 import torch
 import triton
@@ -45,6 +46,15 @@ def softmax_rows(x_ptr, out_ptr, cols, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def normalise_rows(x_ptr, out_ptr, cols, BLOCK: tl.constexpr):
+    """A square root of fewer bits than IEEE 754 asks for; grid (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * cols + at, mask=at < cols, other=0.0)
+    tl.store(out_ptr + row * cols + at, x * tl.math.rsqrt(tl.sum(x * x, axis=0)), mask=at < cols)
+
+
+@triton.jit
 def count_up(out_ptr, total):
     """The loop turns an integer into a float, which the interpreter accepts and the compiler does not."""
     value = 0
@@ -81,18 +91,22 @@ def _matmul(
     return Configuration(name, matmul, arguments, {"num_warps": warps, "num_stages": stages}, True, targets)
 
 
-def _softmax(name: str, block: int, targets: tuple[str, ...]) -> Configuration:
+def _softmax(name: str, block: int, targets: tuple[str, ...], kernel: Any = softmax_rows) -> Configuration:
     arguments = {"x_ptr": torch.float32, "out_ptr": torch.float32, "cols": block, "BLOCK": block}
-    return Configuration(name, softmax_rows, arguments, {"num_warps": 4}, targets=targets)
+    return Configuration(name, kernel, arguments, {"num_warps": 4}, targets=targets)
 
 
 NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
+CONSUMER = ("sm_86", "sm_120")
 CONFIGURATIONS = [
     _matmul("good matmul", NVIDIA),
     _matmul("good matmul for AMD", AMD, (128, 128, 32), stages=2),
     _softmax("good softmax", 1024, ("sm_90", *AMD)),
+    _matmul("good matmul for 99 KiB", CONSUMER),
+    _matmul("five stages", (*CONSUMER, "sm_103"), stages=5),
     _matmul("eight stages", ("sm_90",), stages=8),
-    _matmul("four stages on AMD", AMD, stages=4),
+    _matmul("four stages on AMD", (*AMD, "gfx950"), stages=4),
+    _softmax("square root", 1024, ("sm_90", *AMD), normalise_rows),
     _matmul("half the warps", ("sm_90",), (128, 256, 64), warps=4),
     _matmul("one warp on AMD", AMD, (256, 128, 32), warps=1, stages=2),
     _matmul("float32 operands", ("sm_80", "sm_90"), (64, 64, 32), warps=4, dtype=torch.float32),

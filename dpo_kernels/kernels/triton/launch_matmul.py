@@ -47,7 +47,7 @@ def linear_logps(x_NH: Tensor, weight: Tensor, head: Head, labels_N: Tensor, sta
         with on_device(x_NH):
             matmul_kernels.linear_logps[(splits, blocks)](
                 *launch.descriptors(x_NH, weight),
-                weight if head.bias is None else head.bias,
+                weight if head.bias is None else head.bias.contiguous(),
                 labels_N,
                 *sums[:3],
                 *(sums[3:] or sums),
@@ -97,7 +97,7 @@ def linear_dlogits(
         with on_device(x_CH):
             matmul_kernels.linear_dlogits[grid](
                 *launch.descriptors(x_CH, weight),
-                weight if head.bias is None else head.bias,
+                weight if head.bias is None else head.bias.contiguous(),
                 labels_C,
                 max_C,
                 others_C,

@@ -11,7 +11,7 @@ batch, so they are excluded from specialisation.
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.triton.row_kernels import _capped
+from dpo_kernels.kernels.triton.row_kernels import _cap_slope, _capped
 
 
 @triton.jit
@@ -209,8 +209,7 @@ def linear_dlogits(
     hit = (tl.arange(0, BLOCK_V)[None, :] == own[:, None]) & col_inside[None, :]
     d = tl.where(hit, -others[:, None], d)
     if HAS_SOFTCAP:
-        capped = z / softcap
-        d = d * (1.0 - capped * capped)
+        d = d * _cap_slope(z, softcap)
     if HAS_SCALE:
         d = d * tl.load(scale_ptr + rows, mask=row_inside, other=0.0)[:, None]
     inside = row_inside[:, None] & col_inside[None, :]

@@ -26,13 +26,16 @@ def _capped(z, scale, softcap, HAS_SOFTCAP: tl.constexpr, NEAR_ZERO: tl.constexp
     """``softcap * tanh(scale * z / softcap)``, or ``scale * z``.
 
     The difference of exponentials loses digits of a small logit: up to ``softcap * 2.4e-7`` of it on a GPU, whose
-    exponential is right to 2 ulp. NEAR_ZERO takes an odd polynomial there (relative error 1.4e-8 up to 0.5). The matmul
-    kernels have no registers for it.
+    exponential is right to 2 ulp. NEAR_ZERO takes an odd polynomial there (relative error 1.4e-8 up to 0.5), and is
+    the cap itself where the tanh rounds to 1, although a GPU's quotient is off by up to 2 ulp. The matmul kernels have
+    no registers for either.
     """
     if HAS_SOFTCAP:
         y = z * (scale / softcap)
         t = tl.exp(-2.0 * tl.abs(y))
         size = (1.0 - t) / (1.0 + t)
+        if NEAR_ZERO:
+            size = tl.where(t < 2.0**-25, 1.0, size)
         far = tl.where(y < 0, -size, size)
         if NEAR_ZERO:
             small = tl.where(tl.abs(y) < 0.5, y, 0.0)
@@ -43,6 +46,17 @@ def _capped(z, scale, softcap, HAS_SOFTCAP: tl.constexpr, NEAR_ZERO: tl.constexp
             return softcap * far
     else:
         return z * scale
+
+
+@triton.jit
+def _cap_slope(z, softcap):
+    """``1 - (z / softcap)^2``, the derivative of the cap by its argument: exactly 0 where it is saturated.
+
+    A saturated logit and the quotient may each be off by 2 ulp, which is 9e-7 here. So whatever is less counts as 0.
+    """
+    capped = z / softcap
+    slope = 1.0 - capped * capped
+    return tl.where(slope < 2.0**-20, 0.0, slope)
 
 
 @triton.jit
@@ -286,8 +300,7 @@ def dlogits_rows(
     column = tl.load(labels_ptr + row) - start
     d = tl.where(at == column, -tl.load(others_ptr + row), d)
     if HAS_SOFTCAP:
-        capped = z / softcap
-        d = d * (1.0 - capped * capped)
+        d = d * _cap_slope(z, softcap)
     if HAS_SCALE:
         d = d * tl.load(scale_ptr + row)
     rounded = d.to(out_ptr.dtype.element_ty)
