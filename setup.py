@@ -100,8 +100,8 @@ def libraries_of(nvcc):
     return [f"{home}/lib64", f"{home}/lib", f"{home}/targets/{platform.machine()}-linux/lib"]
 
 
-def flags():
-    """(compiling, linking) the C++ part."""
+def flags(headers):
+    """(compiling, linking) the C++ part, with torch's headers in a folder."""
     sanitizers = os.environ.get("DPO_KERNELS_SANITIZE")
     if sys.platform == "win32":
         return ["/O2", "/fp:precise", "/std:c++17"], []
@@ -114,7 +114,8 @@ def flags():
         compiling += ["-fno-sanitize-recover=undefined"]
         linking += [f"-fsanitize={sanitizers}"]
     else:
-        compiling += ["-O3", "-g0"]
+        # Neither where the sources lie nor where an isolated build finds torch makes other bytes.
+        compiling += ["-O3", "-g0", f"-ffile-prefix-map={headers}=.", f"-ffile-prefix-map={Path.cwd()}=."]
     if sys.platform == "linux":
         linking.append("-Wl,-z,now")  # what a torch lacks is said at the import, not in the middle of a call
     return compiling, linking
@@ -122,9 +123,9 @@ def flags():
 
 def part(name, sources, *libraries):
     """One module. It links libtorch_cpu, whose C functions it calls, without a version."""
-    from torch.utils.cpp_extension import CppExtension
+    from torch.utils.cpp_extension import CppExtension, include_paths
 
-    compiling, linking = flags()
+    compiling, linking = flags(include_paths()[0])
     compilers = {"cxx": compiling}
     paths = [str(CSRC / source) for source in sources]
     made = CppExtension(
