@@ -55,13 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def build(out: Path) -> Path:
-    """The audited wheel in ``out``. The date of the last commit is that of its files: two builds have the same bytes."""
+    """The source archive, and the audited wheel that is made from it, in ``out``; the path of the wheel.
+
+    The date of the last commit is that of the files in it, so that two builds have the same bytes.
+    """
     date = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True, check=False)
     env = {"SOURCE_DATE_EPOCH": date.stdout.strip() or "1767225600"} | dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        run("-m", "build", "--wheel", "--outdir", folder, str(ROOT), env=env)
-        (wheel,) = here.glob("*.whl")
+        run("-m", "build", "--outdir", folder, str(ROOT), env=env)
+        (wheel,), (source,) = here.glob("*.whl"), here.glob("*.tar.gz")
         if sys.platform == "linux":
             repaired = here / "repaired"
             options = ["--exclude", "libtorch_cpu.so", "--exclude", "libtorch_cuda.so", "--wheel-dir", str(repaired)]
@@ -71,6 +74,7 @@ def build(out: Path) -> Path:
         run("-m", "abi3audit", "--strict", "--verbose", str(wheel))
         audit(wheel)
         out.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, out)
         return Path(shutil.copy(wheel, out))
 
 
