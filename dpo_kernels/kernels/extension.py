@@ -7,6 +7,7 @@ The extension is optional and is loaded at its first use. ``why_not`` says what 
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -86,7 +87,9 @@ def empty_cache() -> int:
 @functools.cache
 def _load() -> str | None:
     """Register the operators; returns the reason why that is impossible."""
-    if (reason := _imported("_C", "the C++ extension")) is not None:
+    if (
+        reason := _why_not_imported("the C++ extension", "_C", lambda: importlib.import_module("dpo_kernels._C"))
+    ) is not None:
         return reason
     if not all(hasattr(torch.ops.dpo_kernels, name) for name in OPERATORS):
         return f"the C++ extension is from other sources than the package; install it again: {HOW}"
@@ -97,17 +100,19 @@ def _load() -> str | None:
 @functools.cache
 def _load_cuda() -> str | None:
     """Register the operators of CUDA; returns the reason why that is impossible."""
-    return _imported("_C_cuda", "the extension's CUDA part")
+    return _why_not_imported(
+        "the extension's CUDA part", "_C_cuda", lambda: importlib.import_module("dpo_kernels._C_cuda")
+    )
 
 
-def _imported(module: str, what: str) -> str | None:
+def _why_not_imported(what: str, module: str, load: Callable[[], object]) -> str | None:
     """Import a compiled module; returns the reason why that is impossible."""
     # Importing a submodule that does not exist would say that the package is only half imported, so we look first.
     if importlib.util.find_spec(f"dpo_kernels.{module}") is None:
         more = "; it is built where torch has CUDA and nvcc is found" if module == "_C_cuda" else ""
         return f"{what} was not built ({HOW}{more})"
     try:
-        importlib.import_module(f"dpo_kernels.{module}")
+        load()
     except (ImportError, OSError) as error:
         return f"{what} does not load with torch {torch.__version__} ({error}); install it again: {HOW}"
     return None

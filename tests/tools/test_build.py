@@ -42,7 +42,7 @@ def build(tree, **environment):
 
 
 def extensions_in(wheel):
-    return [name for name in files_of(wheel) if not name.endswith(".py")]
+    return [name for name in files_of(wheel) if name.endswith(".so")]
 
 
 def without_torch(tree):
