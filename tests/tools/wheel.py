@@ -28,11 +28,10 @@ TESTS = (
 ON_CPP = "cpp or test_extension or test_abi or test_memory"  # of the parametrised tests those on the C++ backend
 IMPORT = """if True:
     import time, numpy
-    begin = time.process_time()
     import torch
-    middle = time.process_time()
+    begin = time.process_time()
     import dpo_kernels
-    print(time.process_time() - middle)
+    print(time.process_time() - begin)
 """
 
 
