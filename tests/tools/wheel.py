@@ -96,7 +96,7 @@ def check(wheel: Path, torch: str, interpreter: str) -> None:
         python = str(site / ("Scripts" if sys.platform == "win32" else "bin") / "python")
         tools = ["pytest", "pytest-xdist", "hypothesis", "numpy"]
         run("-m", "pip", "install", "--quiet", f"torch=={torch}", str(wheel), *tools, python=python)
-        for part in ("tests", "csrc"):
+        for part in ("tests", "csrc", "benchmarks"):
             shutil.copytree(ROOT / part, empty / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", empty)
         env = dict(os.environ) | {"DPO_KERNELS_BUILD": "cpu", "OMP_NUM_THREADS": "1"}
