@@ -87,9 +87,8 @@ def empty_cache() -> int:
 @functools.cache
 def _load() -> str | None:
     """Register the operators; returns the reason why that is impossible."""
-    if (
-        reason := _why_not_imported("the C++ extension", "_C", lambda: importlib.import_module("dpo_kernels._C"))
-    ) is not None:
+    reason = _why_not_imported("the C++ extension", "_C", lambda: importlib.import_module("dpo_kernels._C"))
+    if reason is not None:
         return reason
     if not all(hasattr(torch.ops.dpo_kernels, name) for name in OPERATORS):
         return f"the C++ extension is from other sources than the package; install it again: {HOW}"

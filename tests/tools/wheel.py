@@ -58,7 +58,7 @@ def build(out: Path) -> Path:
     The date of the last commit is that of the files in it, so that two builds have the same bytes.
     """
     date = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True, check=False)
-    env = {"SOURCE_DATE_EPOCH": date.stdout.strip() or "1767225600"} | dict(os.environ)
+    env = {"SOURCE_DATE_EPOCH": date.stdout.strip() or "1767225600"} | dict(os.environ) | {"DPO_KERNELS_BUILD": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         run("-m", "build", "--outdir", folder, str(ROOT), env=env)
