@@ -1,5 +1,7 @@
 """What is shipped: the wheel, the source archive, and a package that works away from its checkout."""
 
+import json
+import re
 import shutil
 import tarfile
 import zipfile
@@ -45,7 +47,33 @@ def sdist(built: Path) -> Path:
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dpo_kernels").rglob("*.py")}
     assert "dpo_kernels/strategies/chunked.py" in modules
-    assert files_of(wheel) == modules
+    assert files_of(wheel) == modules | {"dpo_kernels/py.typed"}
+
+
+@pytest.mark.parametrize(("chosen", "needs"), [(None, True), ("cpu", True), ("none", False)])
+def test_only_compiling_asks_for_a_torch(chosen: str | None, needs: bool, tmp_path: Path) -> None:
+    """As pip asks before it builds; a source archive and the pure package need none."""
+    code = (
+        "import build_backend as b, json; print(json.dumps([b.get_requires_for_build_wheel(),"
+        " b.get_requires_for_build_editable(), b.get_requires_for_build_sdist()]))"
+    )
+    tree = Path(shutil.copytree(ROOT, tmp_path / "source", ignore=NOT_SOURCE))
+    said = run("-c", code, cwd=tree, PYTHONPATH=str(tree), DPO_KERNELS_BUILD=chosen or "")
+    wheel, editable, sdist = json.loads(said.splitlines()[-1])
+    assert any(name.startswith("torch==") for name in wheel) == needs
+    assert any(name.startswith("torch==") for name in editable) == needs
+    assert not any(name.startswith("torch") for name in sdist)
+
+
+def test_every_place_has_the_same_version() -> None:
+    (cited,) = re.findall(r"^version: (.*)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    latest = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
+    assert (cited, latest) == (dpo_kernels.__version__, dpo_kernels.__version__)
+
+
+def test_the_torch_of_an_isolated_build_is_the_one_that_is_tested() -> None:
+    (pinned,) = re.findall(r'^TORCH = "(.*)"', (ROOT / "build_backend.py").read_text(), re.MULTILINE)
+    assert f"TORCH ?= {pinned}\n" in (ROOT / "Makefile").read_text()
 
 
 def test_the_metadata_says_what_the_package_needs(wheel: Path) -> None:
@@ -61,7 +89,8 @@ def test_the_source_archive_is_complete(sdist: Path, wheel: Path, tmp_path: Path
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     source = tmp_path / sdist.name.removesuffix(".tar.gz")
-    wanted = ["LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.py"]
+    wanted = ["LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "SECURITY.md"]
+    wanted += ["pyproject.toml", "setup.py", "build_backend.py"]
     wanted += [path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     assert [name for name in wanted if not (source / name).is_file()] == []
     assert files_of(build("wheel", source, tmp_path)) == files_of(wheel)
