@@ -55,4 +55,32 @@ TRL_ENGINES = [
         f"{_ENGINES}::test_the_backward_gathers_a_head_that_was_freed",
         "nothing gathers the head of ZeRO-3 for the backward",
     ),
+    Mutant(
+        "dpo_kernels/integrations/trl/patch.py",
+        "    if getattr(utils, NAME, None) is function:\n        setattr",
+        "    if True:\n        setattr",
+        f"{_PATCH}::test_ours_first",
+        "taking the patch off takes off a later one of somebody else",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/patch.py",
+        "    function.on = False\n",
+        "",
+        f"{_PATCH}::test_ours_first",
+        "under a later patch ours goes on computing after it was taken off",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/patch.py",
+        "        return getattr(self.replaced, name)\n",
+        "        raise AttributeError(name)\n",
+        f"{_PATCH}::test_theirs_first",
+        "another patch does not see that it was there already, and comes again on top",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/patch.py",
+        "    if names == ARGUMENTS:",
+        "    if names is not None and names[:9] == ARGUMENTS:",
+        f"{_PATCH}::test_another_trl_is_refused",
+        "a tenth argument is taken for none, and every call of TRL's dies",
+    ),
 ]
