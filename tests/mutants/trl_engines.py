@@ -83,4 +83,11 @@ TRL_ENGINES = [
         f"{_PATCH}::test_another_trl_is_refused",
         "a tenth argument is taken for none, and every call of TRL's dies",
     ),
+    Mutant(
+        "dpo_kernels/integrations/trl/trainer.py",
+        'if hasattr(self, "_truncate_inputs") and',
+        "if False and",
+        "tests/integrations/test_trl.py::test_sequences_are_cut_where_trl_0_29_cuts_them",
+        "on TRL 0.29 max_length is forgotten",
+    ),
 ]

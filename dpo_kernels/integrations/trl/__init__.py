@@ -5,7 +5,11 @@
 Importing this package imports TRL.
 """
 
-from dpo_kernels.integrations.trl.patch import patch_trl, unpatch_trl
-from dpo_kernels.integrations.trl.trainer import FusedDPOTrainer
+from dpo_kernels.integrations.requirements import TRL, require
+
+require("trl", TRL, "dpo_kernels.integrations.trl")
+
+from dpo_kernels.integrations.trl.patch import patch_trl, unpatch_trl  # noqa: E402
+from dpo_kernels.integrations.trl.trainer import FusedDPOTrainer  # noqa: E402
 
 __all__ = ["FusedDPOTrainer", "patch_trl", "unpatch_trl"]

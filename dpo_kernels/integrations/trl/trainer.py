@@ -24,7 +24,7 @@ from dpo_kernels.integrations.head_forward import CALL
 from dpo_kernels.integrations.model_parts import innermost
 from dpo_kernels.integrations.routers import router_loss
 from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
-from dpo_kernels.integrations.trl.batch import REFERENCE, PairBatch, check_packing, pair_batch
+from dpo_kernels.integrations.trl.batch import COLLATED, REFERENCE, PairBatch, check_packing, pair_batch
 from dpo_kernels.integrations.trl.compatibility import (
     adapter_on_the_head_allowed,
     options_or_reason,
@@ -62,7 +62,6 @@ class FusedDPOTrainer(DPOTrainer):
             sets it to False leaves that out.
 
     Raises:
-        ImportError: TRL is older than 0.29.
         ValueError: an option would have no effect, or the fused loss cannot be used while ``padding_free=True`` or an
             adapter on the LM head needs it.
 
@@ -85,8 +84,6 @@ class FusedDPOTrainer(DPOTrainer):
     _work: Callable[..., Any] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if not hasattr(DPOTrainer, "_compute_loss"):
-            raise ImportError("FusedDPOTrainer needs trl >= 0.29: this one's DPOTrainer has no _compute_loss")
         given: Any = inspect.signature(DPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments.get("args")
         padding_free = bool(getattr(given, "padding_free", False))
         if padding_free:
@@ -131,12 +128,13 @@ class FusedDPOTrainer(DPOTrainer):
 
     # --- the loss ---
 
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def compute_ref_log_probs(self, *given: Any) -> tuple[Tensor, Tensor]:
         """Score a batch with the reference, as TRL's method of this name does.
 
         Args:
-            model: the reference model, or the policy where the reference is the policy with another adapter or none.
-            inputs: a batch of TRL's collator, ``(2B, T)`` each, all chosen sequences first.
+            *given: ``(model, inputs)``, or ``inputs`` alone as before TRL 1.9. ``model`` is the reference model, or the
+                policy where the reference is the policy with another adapter or none. ``inputs`` is a batch of TRL's
+                collator, ``(2B, T)`` each, all chosen sequences first.
 
         Returns:
             Log-probs ``(B,)`` of the chosen and ``(B,)`` of the rejected completions, in the dtype of the sums.
@@ -151,7 +149,8 @@ class FusedDPOTrainer(DPOTrainer):
 
         """
         if self.fallback_reason:
-            return super().compute_ref_log_probs(model, inputs)
+            return super().compute_ref_log_probs(*given)
+        model, inputs = given if len(given) == 2 else (self._reference_model, *given)
         chosen, rejected = self._reference(self._batch(inputs, model), model).chunk(2)
         return chosen, rejected
 
@@ -190,6 +189,9 @@ class FusedDPOTrainer(DPOTrainer):
 
     def _batch(self, inputs: dict[str, Any], model: Any) -> PairBatch:
         padding_free = bool(self.padding_free)
+        if hasattr(self, "_truncate_inputs") and set(COLLATED) <= set(inputs):
+            # TRL 0.29 cuts to max_length here, later versions when they collate.
+            inputs = inputs | dict(zip(COLLATED, self._truncate_inputs(*(inputs[k] for k in COLLATED)), strict=True))
         if padding_free and not self._packing_checked:
             few = {name: inputs[name][:: max(1, len(inputs[name]) - 1)] for name in ("input_ids", "attention_mask")}
 
