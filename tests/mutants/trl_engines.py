@@ -4,6 +4,7 @@ from tests.mutants.records import Mutant
 
 _ENGINES = "tests/integrations/test_trl_engines.py"
 _PATCH = "tests/integrations/test_trl_patch.py"
+_ONE_PASS = "tests/integrations/test_trl_one_pass.py"
 
 TRL_ENGINES = [
     Mutant(
@@ -89,5 +90,40 @@ TRL_ENGINES = [
         "if False and",
         "tests/integrations/test_trl.py::test_sequences_are_cut_where_trl_0_29_cuts_them",
         "on TRL 0.29 max_length is forgotten",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/orpo.py",
+        "_left_out = 1",
+        "_left_out = 0",
+        f"{_ONE_PASS}::test_logs_are_those_of_trl[orpo-llama]",
+        "the mean of ORPO's logits counts the last position too",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/orpo.py",
+        "    prompt = ~completion & (mask == 1) & ~rejected\n",
+        "    prompt = ~completion & (mask == 1)\n",
+        f"{_ONE_PASS}::test_every_scored_position_is_in_one_sequence",
+        "ORPO's NLL counts the prompts of the rejected rows too",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/one_pass.py",
+        "    loss.separable = True  # type: ignore[attr-defined]\n",
+        "",
+        f"{_ONE_PASS}::test_no_full_logits_are_made",
+        "the loss counts as coupled, and costs a pass more",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/cpo.py",
+        "torch.zeros_like(out.loss)",
+        "-out.chosen_logps.sum() / tokens",
+        f"{_ONE_PASS}::test_every_loss_of_cpo_is_that_of_trl[simpo]",
+        "an NLL is logged that cpo_alpha=0 leaves out",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/one_pass.py",
+        "            self._check_formula(loss.detach(), of_trl)\n",
+        "            pass\n",
+        f"{_ONE_PASS}::test_a_trl_that_adds_up_its_loss_otherwise_is_refused",
+        "another formula of a later TRL goes unnoticed",
     ),
 ]

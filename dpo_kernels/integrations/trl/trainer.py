@@ -7,9 +7,8 @@ support. This module is written for TRL 0.29 to 1.16.
 
 import inspect
 import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +19,8 @@ from trl.trainer import dpo_trainer as trl_module
 from dpo_kernels import fused_dpo_loss, fused_sequence_logps, wpo_pair_weights
 from dpo_kernels.integrations import lm_head
 from dpo_kernels.integrations.head_check import evaluating
-from dpo_kernels.integrations.head_forward import CALL
 from dpo_kernels.integrations.model_parts import innermost
 from dpo_kernels.integrations.routers import router_loss
-from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
 from dpo_kernels.integrations.trl.batch import COLLATED, REFERENCE, PairBatch, check_packing, pair_batch
 from dpo_kernels.integrations.trl.compatibility import (
     adapter_on_the_head_allowed,
@@ -31,15 +28,15 @@ from dpo_kernels.integrations.trl.compatibility import (
     settle_router_loss,
     told_before_sharding,
 )
+from dpo_kernels.integrations.trl.head_calls import HeadCalls
 from dpo_kernels.integrations.trl.metrics import STATS, record
 from dpo_kernels.integrations.trl.options import LossOptions
 from dpo_kernels.integrations.trl.reference_check import check_reference
-from dpo_kernels.integrations.trl.split_head import SplitHeads
 
 logger = logging.getLogger(__name__)
 
 
-class FusedDPOTrainer(DPOTrainer):
+class FusedDPOTrainer(HeadCalls, DPOTrainer):
     """``trl.DPOTrainer`` with the fused loss: the same constructor, configuration, logs, checkpoints and evaluation.
 
     It differs from TRL 1.16 in these points, all of them on purpose:
@@ -75,13 +72,11 @@ class FusedDPOTrainer(DPOTrainer):
     """
 
     check_reference = True
-    check_head = True
 
     # These are set at their first use: TRL's constructor already scores the reference where it precomputes log-probs.
     _loss_options: LossOptions | None = None
     _reason: str | None = None
     _packing_checked = False
-    _work: Callable[..., Any] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given: Any = inspect.signature(DPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments.get("args")
@@ -113,13 +108,6 @@ class FusedDPOTrainer(DPOTrainer):
         return self._reason
 
     not_fused = fallback_reason  # the older name
-
-    def _head(self, model: Any) -> FusedLMHead:
-        """Return the head that is attached to a model, or a new one where none is."""
-        # With keep_torch_compile accelerate would take DistributedDataParallel out of a compiled model for good.
-        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        attached = getattr(innermost(model).forward, CALL, None)
-        return attached.of(innermost(model)) if attached is not None else fused_lm_head(model, check=self.check_head)
 
     def _attach(self, model: Any) -> None:
         """Have the model's forward compute the fused loss. It must be done before an engine shards the weights."""
@@ -233,24 +221,6 @@ class FusedDPOTrainer(DPOTrainer):
         with torch.no_grad(), checkpointing_off, adapter, self.accelerator.autocast():
             logps: Tensor = self._within(model, {**batch.inputs, "use_cache": False}, work)
         return logps.to(batch.labels.device)
-
-    def _within(self, model: Any, inputs: dict[str, Any], work: Callable[..., Any]) -> Any:
-        """Call the model so that its forward returns what ``work(outputs, hidden, weight, options)`` returns."""
-        self._work = work
-        try:
-            return model(**inputs, **{CALL: self._do_work})
-        finally:
-            self._work = None
-
-    # The work runs eagerly in a compiled model too. It is one function for every batch, or each would compile anew.
-    @torch.compiler.disable
-    def _do_work(self, *given: Any) -> Any:
-        assert self._work is not None, "set around the call of the model"
-        return self._work(*given)
-
-    @cached_property
-    def _rows(self) -> SplitHeads:
-        return SplitHeads(self.accelerator)
 
     def _check_reference(self, inputs: dict[str, Any], precomputed: Tensor) -> bool:
         """Raise ``ValueError`` where precomputed log-probs ``(2B,)`` are clearly not those of a reference at hand.
