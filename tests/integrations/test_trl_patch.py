@@ -14,9 +14,9 @@ pytest.importorskip("peft", reason="peft is not installed")
 from datasets import Dataset  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
+from dpo_kernels.integrations.token_logps import token_logps  # noqa: E402
 from dpo_kernels.integrations.trl import patch, patch_trl, unpatch_trl  # noqa: E402
 from dpo_kernels.integrations.trl.gathered_logps import gathered_token_logps  # noqa: E402
-from dpo_kernels.integrations.trl.token_logps import token_logps  # noqa: E402
 from tests.trl_helpers import (  # noqa: E402
     LARGEST,
     NOT_LOGGED_TWICE,

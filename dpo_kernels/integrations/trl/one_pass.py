@@ -15,10 +15,10 @@ from torch import Tensor
 from dpo_kernels import LossInputs
 from dpo_kernels.integrations.model_parts import innermost
 from dpo_kernels.integrations.routers import router_loss
+from dpo_kernels.integrations.token_logps import token_logps
 from dpo_kernels.integrations.transformers import fused_lm_head
 from dpo_kernels.integrations.trl.compatibility import settle_router_loss
 from dpo_kernels.integrations.trl.head_calls import HeadCalls
-from dpo_kernels.integrations.trl.token_logps import token_logps
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.distributed.sharded_heads import ZERO3
+from dpo_kernels.integrations.token_logps import token_logps
 from dpo_kernels.integrations.trl.gathered_logps import gathered_token_logps
-from dpo_kernels.integrations.trl.token_logps import token_logps
 
 # The function's name in ``trl.trainer.utils``, and the arguments of its forward as TRL 1.15 and 1.16 have them.
 NAME = "_ChunkedLogProbFunction"
