@@ -85,17 +85,35 @@ def test_the_others_are_made_when_asked_for(axolotl, kind, stock):
         axolotl.FusedAxolotlKTOTrainer  # noqa: B018
 
 
-def test_a_run_logs_what_axolotls_own_trainer_logs(axolotl, tmp_path):
-    stock, _ = run(AxolotlDPOTrainer, tmp_path)
-    ours, trainer = run(axolotl.FusedAxolotlDPOTrainer, tmp_path)
+def assert_same_logs(stock_class, fused_class, tmp_path):
+    stock, _ = run(stock_class, tmp_path)
+    ours, trainer = run(fused_class, tmp_path)
     assert trainer.fallback_reason == ""
-    assert trainer.scheduled
-    assert trainer.parallel() == "axolotl"
+    assert len(ours) == len(stock) > 4
     for theirs, mine in zip(stock, ours, strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():
             if not any(word in key for word in NOT_LOGGED_TWICE):
                 assert mine[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+
+    return trainer
+
+
+def test_a_run_logs_what_axolotls_own_trainer_logs(axolotl, tmp_path):
+    trainer = assert_same_logs(AxolotlDPOTrainer, axolotl.FusedAxolotlDPOTrainer, tmp_path)
+    assert trainer.scheduled
+    assert trainer.parallel() == "axolotl"
+
+
+def test_a_run_of_the_real_axolotl(tmp_path, monkeypatch):
+    real = pytest.importorskip("axolotl.core.trainers", reason="axolotl is not installed", exc_type=ImportError)
+    ours = importlib.import_module("dpo_kernels.integrations.axolotl")
+    args = pytest.importorskip("axolotl.core.trainers.dpo.args", reason="axolotl is not whole", exc_type=ImportError)
+    monkeypatch.setattr(trl, "DPOConfig", args.AxolotlDPOConfig)
+    assert_same_logs(real.AxolotlDPOTrainer, ours.FusedAxolotlDPOTrainer, tmp_path)
+    for kind in ("ORPO", "CPO"):
+        names = [each.__name__ for each in getattr(ours, f"FusedAxolotl{kind}Trainer").__mro__]
+        assert names.index(f"Axolotl{kind}Trainer") < names.index(f"Fused{kind}Trainer") < names.index(f"{kind}Trainer")
 
 
 def test_the_example_names_a_class_that_is_there(axolotl):
