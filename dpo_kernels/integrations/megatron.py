@@ -50,7 +50,7 @@ class HeadContext:
     loss: dict[str, Any] | None = None
     main_grad_scale: float | None = None
     keep: Callable[[Any], None] | None = None
-    _parallel: dict[Any, VocabParallel] = field(default_factory=dict, repr=False, compare=False)
+    _parallel: dict[Any, VocabParallel] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 def output_processor(

@@ -65,7 +65,12 @@ def problem():
 
 
 def made(titan, head, **options):
-    loss = titan.FusedPreferenceLoss(titan.FusedPreferenceLoss.Config(**options), compile_config=None)
+    config = titan.FusedPreferenceLoss.Config(**options)
+    if hasattr(config, "build"):  # as torchtitan's trainer does it
+        loss = config.build(compile_config=None)
+        assert type(loss) is titan.FusedPreferenceLoss
+    else:
+        loss = titan.FusedPreferenceLoss(config, compile_config=None)
     assert isinstance(loss, sys.modules["torchtitan.components.loss"].ChunkedLossWrapper)  # how it is recognised
     loss.set_lm_head(head)
     return loss

@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from dpo_kernels.integrations.trl import FusedCPOTrainer, FusedORPOTrainer, orpo  # noqa: E402
+from tests.distributed import gloo  # noqa: E402
 from tests.gemm_counts import costs  # noqa: E402
 from tests.integration_helpers import SMALL  # noqa: E402
 from tests.trl_helpers import LARGEST, NOT_LOGGED_TWICE, OTHERS_WARNINGS, calm, ratings, tokenizer  # noqa: E402
@@ -69,7 +70,11 @@ def assert_same_logs(kind, tmp_path, **options):
             assert trainer.fallback_reason == ""
         trainer.train()
         logs.append(trainer.state.log_history)
-    stock, ours = logs
+    assert_same_entries(*logs)
+    return trainer
+
+
+def assert_same_entries(stock, ours):
     assert len(stock) == len(ours) == STEPS + 2
     for step, (theirs, mine) in enumerate(zip(stock, ours, strict=True)):
         assert mine.keys() == theirs.keys()
@@ -82,7 +87,17 @@ def assert_same_logs(kind, tmp_path, **options):
     assert {f"eval_{key}" for key in wanted - {"grad_norm"}} <= set(ours[STEPS])
     assert abs(ours[0]["grad_norm"]) > 0.05
     assert abs(ours[0]["logits/chosen"]) > 1e-4
-    return trainer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "engine"), [("orpo", "DDP"), ("cpo", "DDP"), ("orpo", "FSDP2"), ("cpo", "FSDP2")])
+def test_two_ranks_log_what_they_log_with_trl(kind, engine, tmp_path):
+    alone = make(kind, True, tmp_path / "alone")
+    alone.train()
+    found = gloo.run("logs", 2, tmp_path, kind, engine, tmp_path, module="one_pass")
+    for stock, ours in found:
+        assert_same_entries(stock, ours)
+        assert ours[0]["loss"] != alone.state.log_history[0]["loss"]  # of other pairs
 
 
 @pytest.mark.parametrize("model", ["llama", "gemma2", "cohere", "granite", "phi", "gpt2"])

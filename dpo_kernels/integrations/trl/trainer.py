@@ -116,13 +116,13 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
 
     # --- the loss ---
 
-    def compute_ref_log_probs(self, *given: Any) -> tuple[Tensor, Tensor]:
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any] | None = None) -> tuple[Tensor, Tensor]:
         """Score a batch with the reference, as TRL's method of this name does.
 
         Args:
-            *given: ``(model, inputs)``, or ``inputs`` alone as before TRL 1.9. ``model`` is the reference model, or the
-                policy where the reference is the policy with another adapter or none. ``inputs`` is a batch of TRL's
-                collator, ``(2B, T)`` each, all chosen sequences first.
+            model: the reference model, or the policy where the reference is the policy with another adapter or none.
+                Before TRL 1.9 the method takes ``inputs`` alone, in this place.
+            inputs: a batch of TRL's collator, ``(2B, T)`` each, all chosen sequences first.
 
         Returns:
             Log-probs ``(B,)`` of the chosen and ``(B,)`` of the rejected completions, in the dtype of the sums.
@@ -137,8 +137,9 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
 
         """
         if self.fallback_reason:
-            return super().compute_ref_log_probs(*given)
-        model, inputs = given if len(given) == 2 else (self._reference_model, *given)
+            return super().compute_ref_log_probs(*([model] if inputs is None else [model, inputs]))
+        if inputs is None:
+            model, inputs = self._reference_model, model
         chosen, rejected = self._reference(self._batch(inputs, model), model).chunk(2)
         return chosen, rejected
 
