@@ -46,3 +46,40 @@ def log_probs(sequence_parallel: bool) -> dict[str, Any]:
         values.append(logps.detach())
     grads = torch.autograd.grad((logps * made["upstream"]).sum(), (hidden, rows))
     return {"logps": values, "hidden": grads[0], "rows": grads[1]}
+
+
+def beside_megatrons_layer() -> list[tuple[torch.Tensor, ...]]:
+    """Log-probs and gradients by Megatron's own output layer and cross-entropy, and by ours on that layer."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.transformer import TransformerConfig
+
+    world = dist.get_world_size()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=H,
+        num_attention_heads=world,
+        kv_channels=4,
+        use_cpu_initialization=True,
+        params_dtype=torch.float32,
+        tensor_model_parallel_size=world,
+    )
+    layer = tensor_parallel.ColumnParallelLinear(
+        H, PADDED, config=config, init_method=torch.nn.init.normal_, bias=False, gather_output=False
+    )
+    made = tensors()
+    labels, upstream = made["labels"].clamp(min=0), made["upstream"].float()
+    context = HeadContext(group=parallel_state.get_tensor_model_parallel_group())
+    found = []
+    for ours in (False, True):
+        hidden = made["hidden"].float().requires_grad_()
+        if ours:
+            logps = output_processor(
+                hidden_states=hidden, output_layer=layer, output_weight=None, labels=labels, context=context,
+                config=config,
+            )  # fmt: skip
+        else:
+            losses = tensor_parallel.vocab_parallel_cross_entropy(layer(hidden)[0], labels.t().contiguous())
+            logps = -losses.t()
+        found.append((logps.detach(), *torch.autograd.grad((logps * upstream).sum(), (hidden, layer.weight))))
+    return found

@@ -217,3 +217,10 @@ def test_a_head_that_is_split_over_ranks(sequence_parallel, tmp_path):
             torch.testing.assert_close(values, logps.detach())
         torch.testing.assert_close(each["hidden"], grads[0].chunk(2)[rank] if sequence_parallel else grads[0])
         torch.testing.assert_close(each["rows"], rows[rank])
+
+
+def test_megatrons_own_layer_over_ranks(tmp_path):
+    pytest.importorskip("megatron.core.tensor_parallel", reason="Megatron Core is not installed", exc_type=ImportError)
+    for theirs, mine in gloo.run("beside_megatrons_layer", 2, tmp_path, module="megatron"):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        assert min(float(value.abs().max()) for value in mine) > 0.1
