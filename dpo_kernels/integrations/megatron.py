@@ -76,7 +76,8 @@ def output_processor(
         context: a ``HeadContext``.
         config: Megatron's configuration, of which ``sequence_parallel`` is read.
         loss_mask: ``(B, S)``. Positions where it is 0 are not scored. None scores every label but -100.
-        packed_seq_params: with ``loss``, ``cu_seqlens_q`` tells the sequences of a packed batch ``(1, S)``.
+        packed_seq_params: with ``loss``, ``cu_seqlens_q_padded`` or ``cu_seqlens_q`` tells the sequences of a packed
+            batch ``(1, S)``. ``loss_mask`` must be 0 at their last positions, whose labels are another sequence's.
         scale_logits: Megatron's factor of muP.
         **unused: Megatron's other arguments.
 
@@ -139,21 +140,19 @@ def _loss(
 ) -> Tensor:
     assert context.loss is not None, "asked for"
     options = {**head_options(context.temperature, None, scale), **context.loss}
-    batch, length = labels.shape
     if packed_seq_params is not None:
-        if batch != 1:
+        if labels.shape[0] != 1:
             raise ValueError(f"a packed batch has one row, got labels {tuple(labels.shape)}")
-        options["cu_seqlens"] = packed_seq_params.cu_seqlens_q
-    elif batch > 1:
-        # A sequence's tokens must lie together, and Megatron's lie B apart. This copies hidden states, no logits.
-        if parallel is not None and parallel.sequence_sharded_hidden:
-            raise ValueError("a loss with sequence parallelism needs a packed batch, or one sequence: use log-probs")
-        hidden = hidden.transpose(0, 1).contiguous()
-    if packed_seq_params is not None or batch == 1:
+        # Where sequences are padded within a packed batch, these say where they lie, and the others how long they are.
+        padded = getattr(packed_seq_params, "cu_seqlens_q_padded", None)
+        options["cu_seqlens"] = packed_seq_params.cu_seqlens_q if padded is None else padded
         hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-        options.setdefault("cu_seqlens", torch.tensor([0, length], device=labels.device))
-    main_grad = getattr(weight, "main_grad", None)
-    if context.main_grad_scale is not None and main_grad is not None and torch.is_grad_enabled():
+    elif parallel is not None and parallel.sequence_sharded_hidden:
+        raise ValueError("a loss with sequence parallelism needs a packed batch: use log-probs")
+    else:  # a sequence's tokens must lie together, and Megatron's lie B apart; this copies hidden states, no logits
+        hidden = hidden.transpose(0, 1).contiguous()
+    main_grad = getattr(weight, "main_grad", None) if weight.requires_grad and torch.is_grad_enabled() else None
+    if context.main_grad_scale is not None and main_grad is not None:
         weight = _InMainGrad.apply(weight)
         options |= {"main_grad": main_grad, "main_grad_scale": context.main_grad_scale}
     out = fused_dpo_loss(hidden, weight, labels, bias=bias, vocab_parallel=parallel, **options)

@@ -136,6 +136,28 @@ def test_a_packed_batch_has_its_own_sequences():
     assert_same(hooked(model, flat, row), model(flat, row), model, hidden)
 
 
+def test_padding_within_a_packed_batch_moves_the_boundaries():
+    model, (hidden, labels) = Model(), batch()
+    flat, row = hidden.transpose(0, 1).reshape(B * S, 1, H), labels.clone()
+    row[:, 5:] = -100  # every sequence has five tokens and two of padding
+    packed = SimpleNamespace(
+        cu_seqlens_q=torch.arange(0, B * 5 + 1, 5, dtype=torch.int32),
+        cu_seqlens_q_padded=torch.arange(0, B * S + 1, S, dtype=torch.int32),
+    )
+    got = hooked(model, flat, row.reshape(1, -1), packed_seq_params=packed, context=HeadContext(loss=LOSS))
+    torch.testing.assert_close(got, hooked(model, hidden, row, context=HeadContext(loss=LOSS)))
+
+
+def test_a_frozen_head_has_no_main_grad():
+    model, (hidden, labels) = Model(), batch()
+    plain = hooked(model, hidden, labels, context=HeadContext(loss=LOSS))
+    weight = model.output_layer.weight.requires_grad_(False)
+    weight.main_grad = torch.zeros_like(weight)
+    mine = hooked(model, hidden, labels, context=HeadContext(loss=LOSS, main_grad_scale=1.0))
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden) for loss in (mine, plain)))
+    assert weight.main_grad.abs().max() == 0
+
+
 def with_main_grad(model, hidden, labels, shared):
     """A step as Megatron does it: the hook after a parameter's gradient adds it to ``main_grad`` or drops it."""
     weight = model.output_layer.weight if model.embedding is None else model.embedding

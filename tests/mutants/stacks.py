@@ -50,6 +50,13 @@ STACKS = [
         "the loss of pairs has the padding of the vocabulary in it",
     ),
     Mutant(
+        "dpo_kernels/integrations/megatron.py",
+        "packed_seq_params.cu_seqlens_q if padded is None else padded",
+        "packed_seq_params.cu_seqlens_q",
+        f"{_MEGATRON}::test_padding_within_a_packed_batch_moves_the_boundaries",
+        "padding within a packed batch moves the boundaries of its sequences",
+    ),
+    Mutant(
         "dpo_kernels/integrations/openrlhf.py",
         '_ipo_of_sums if sums_in_ipo else "ipo"',
         "_ipo_of_sums",
