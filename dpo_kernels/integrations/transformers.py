@@ -21,6 +21,7 @@ from dpo_kernels.distributed import sharded_heads
 from dpo_kernels.integrations import head_check, head_forward, head_operands, lm_head, model_parts
 from dpo_kernels.integrations.head_forward import CALL
 from dpo_kernels.integrations.head_operands import HeadInputs
+from dpo_kernels.integrations.requirements import TRANSFORMERS, require
 
 FOR_PEFTS_FORWARD = ("adapter_names", "alora_offsets", "task_ids")  # inputs that only PEFT's own forward reads
 # Class names of wrappers that synchronise gradients in their own forward, which must therefore be called.
@@ -38,6 +39,7 @@ def fused_lm_head(model: nn.Module, *, check: bool = True) -> "FusedLMHead":
         A callable: ``head(**inputs)`` gives hidden states, the head's weight and its options.
 
     Raises:
+        ImportError: transformers is older than 4.55.
         TypeError: the model is not one of transformers, or is inside a wrapper whose ``forward`` must be called (see
             ``attach``).
         ValueError: the head is missing, quantised, or not linear in the hidden states; or an active adapter acts in
@@ -75,7 +77,7 @@ class FusedLMHead:
         checking: whether the self-check is wanted.
 
     Raises:
-        TypeError, ValueError: as in ``fused_lm_head``.
+        ImportError, TypeError, ValueError: as in ``fused_lm_head``.
 
     Example::
 
@@ -91,6 +93,7 @@ class FusedLMHead:
                 "synchronised: call fused_lm_head(model).attach() before wrapping, then "
                 f"wrapped(**inputs, {CALL}=...)"
             )
+        require("transformers", TRANSFORMERS, "fused_lm_head")
         inner = model_parts.innermost(model)
         if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "config"):
             raise TypeError(f"model must be a transformers model with an LM head, got {type(model).__name__}")

@@ -27,7 +27,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from dpo_kernels.integrations.trl import FusedDPOTrainer, patch, patch_trl
 from dpo_kernels.integrations.trl.batch import REFERENCE
-from dpo_kernels.integrations.trl.patch import FusedLogProbFunction
+from dpo_kernels.integrations.trl.patch import trl_token_logps
 from tests import trl_helpers
 from tests.distributed.engines import quiet_deepspeed, shard_before
 
@@ -275,7 +275,7 @@ def freed_head() -> dict[str, Any]:
     for name, head in (("whole", weight), ("freed", layer.weight)):
         hidden = torch.randn(5, 6, generator=torch.Generator().manual_seed(3)).requires_grad_()
         with maybe_gather_lm_head_ctx(*([head] if name == "freed" else [])):
-            logps, *_ = FusedLogProbFunction.apply(hidden, head, None, targets, 1.0, 256)
+            logps, *_ = trl_token_logps(hidden, head, None, targets, 1.0, 256)
         result[name] = (head.numel(), torch.autograd.grad(logps.square().sum(), hidden)[0])
     del kept
     return result

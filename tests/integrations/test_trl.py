@@ -517,3 +517,31 @@ def test_a_trainer_ends_with_its_last_name(tmp_path):
 def test_a_batch_of_another_collator_is_refused_in_words():
     with pytest.raises(ValueError, match="data collator gives no attention_mask, completion_mask"):
         pair_batch({"input_ids": torch.zeros(2, 3, dtype=torch.int64)}, None, False)
+
+
+def test_a_reference_is_scored_as_before_trl_1_9_too(tmp_path):
+    _, trainer = run(FusedDPOTrainer, tmp_path, steps=1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    now, before = trainer.compute_ref_log_probs(trainer.ref_model, batch), trainer.compute_ref_log_probs(batch)
+    for mine, theirs in zip(before, now, strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.abs().min() > 1
+
+
+@pytest.mark.skipif(hasattr(trl.DPOTrainer, "_truncate_inputs"), reason="this TRL cuts sequences itself")
+def test_sequences_are_cut_where_trl_0_29_cuts_them(tmp_path):
+    class Cutting(FusedDPOTrainer):
+        """TRL 0.29 has this method, and collates sequences whole."""
+
+        def _truncate_inputs(self, input_ids, attention_mask, completion_mask):
+            return tuple(tensor[:, : self.cut] for tensor in (input_ids, attention_mask, completion_mask))
+
+        cut = 8
+
+    cut, _ = run(Cutting, tmp_path, steps=2)
+    expected, _ = run(FusedDPOTrainer, tmp_path, steps=2, max_length=8)
+    whole, _ = run(FusedDPOTrainer, tmp_path, steps=2)
+    for entry in (0, 1):
+        for key in ("loss", "grad_norm", "logps/chosen", "rewards/rejected"):
+            assert cut[entry][key] == pytest.approx(expected[entry][key], rel=1e-5), key
+        assert abs(cut[entry]["logps/chosen"] - whole[entry]["logps/chosen"]) > 1

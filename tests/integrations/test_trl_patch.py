@@ -1,5 +1,8 @@
 """``patch_trl``: TRL's trainers on this package's head; and the function itself against plain torch."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,9 +14,9 @@ pytest.importorskip("peft", reason="peft is not installed")
 from datasets import Dataset  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
+from dpo_kernels.integrations.token_logps import token_logps  # noqa: E402
 from dpo_kernels.integrations.trl import patch, patch_trl, unpatch_trl  # noqa: E402
 from dpo_kernels.integrations.trl.gathered_logps import gathered_token_logps  # noqa: E402
-from dpo_kernels.integrations.trl.token_logps import token_logps  # noqa: E402
 from tests.trl_helpers import (  # noqa: E402
     LARGEST,
     NOT_LOGGED_TWICE,
@@ -150,12 +153,17 @@ needs_the_fused_head = pytest.mark.skipif(
 )
 
 
+def is_on():
+    function = utils._ChunkedLogProbFunction
+    return isinstance(function, patch.FusedLogProbFunction) and function.on
+
+
 @needs_the_fused_head
 def test_the_patch_is_put_on_and_taken_off():
     stock = utils._ChunkedLogProbFunction
     with patch_trl():
-        assert utils._ChunkedLogProbFunction is patch.FusedLogProbFunction
-        patch_trl()
+        assert is_on()
+        assert not patch_trl().patched
     assert utils._ChunkedLogProbFunction is stock
     unpatch_trl()
     assert utils._ChunkedLogProbFunction is stock
@@ -175,16 +183,173 @@ def test_a_with_leaves_a_patch_that_was_there():
     try:
         with patch_trl(), patch_trl():
             pass
-        assert utils._ChunkedLogProbFunction is patch.FusedLogProbFunction
+        assert is_on()
     finally:
         unpatch_trl()
     assert utils._ChunkedLogProbFunction is stock
 
 
-@pytest.mark.parametrize("other", [None, torch.autograd.Function])
-def test_another_trl_is_refused(other, monkeypatch):
+class TenArguments(torch.autograd.Function):
+    """The function of a TRL after 1.16, which scores a set of tokens too."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0,
+        outputs=(), support_ids=None,
+    ):  # fmt: skip
+        return hidden
+
+
+class EightArguments(torch.autograd.Function):
+    """The function of TRL 1.14."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0
+    ):
+        return hidden
+
+
+class AnotherOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, targets, bias, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0,
+        outputs=(),
+    ):  # fmt: skip
+        return hidden
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (None, "has none"),
+        (SimpleNamespace(forward=None), "has one whose arguments are not known;"),
+        (torch.autograd.Function, "has another one, with args, kwargs and without hidden, weight"),
+        (TenArguments, "has another one, with support_ids;"),
+        (EightArguments, "has another one, without outputs;"),
+        (AnotherOrder, "has another one, with its arguments in another order;"),
+    ],
+)
+def test_another_trl_is_refused(other, words, monkeypatch):
     monkeypatch.setattr(utils, patch.NAME, other, raising=False)
-    with pytest.raises(RuntimeError, match=r"knows the fused LM head of TRL 1\.15 and 1\.16"):
+    if isinstance(other, SimpleNamespace):
+        monkeypatch.delitem(sys.modules, "trl.kernels", raising=False)
+    with pytest.raises(RuntimeError, match=rf"knows the fused LM head of TRL 1\.15 and 1\.16, and trl .* {words}"):
+        patch_trl()
+    assert getattr(utils, patch.NAME) is other
+
+
+# --- beside another patch of the same place --------------------------------------------------------------------------
+
+
+class Theirs:
+    """What unsloth puts there: an object that marks itself, and shows what it wraps for all else."""
+
+    _theirs = True
+
+    def __init__(self, function):
+        self.function = function
+
+    def __getattr__(self, name):
+        if name == "function":
+            raise AttributeError(name)
+        return getattr(self.function, name)
+
+    def apply(self, *args):
+        return self.function.apply(*args)
+
+
+def their_patch():
+    """A pass of theirs, which runs at every model that is loaded."""
+    function = utils._ChunkedLogProbFunction
+    if not getattr(function, "_theirs", False):
+        utils._ChunkedLogProbFunction = Theirs(function)
+
+
+@pytest.fixture
+def stock(monkeypatch):
+    function = utils._ChunkedLogProbFunction
+    monkeypatch.setattr(utils, patch.NAME, function)  # puts it back whatever the test does
+    yield function
+    unpatch_trl()
+
+
+def computes(monkeypatch):
+    """Whether a call by TRL is computed here; its values are right either way."""
+    calls = []
+    monkeypatch.setattr(patch, "token_logps", lambda *args: calls.append(1) or token_logps(*args))
+    given, targets = tensors(torch.float32, with_bias=False)
+    got = utils._ChunkedLogProbFunction.apply(*given, targets, 0.7, 256, None, 1.0, OUTPUTS)
+    for mine, theirs in zip(got, plain(*given, targets, 0.7, None, 1.0), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    return bool(calls)
+
+
+@needs_the_fused_head
+def test_theirs_first(stock, monkeypatch):
+    their_patch()
+    theirs = utils._ChunkedLogProbFunction
+    with patch_trl():
+        assert computes(monkeypatch)
+        their_patch()  # they see that they were here already
+        assert utils._ChunkedLogProbFunction.replaced is theirs
+    assert utils._ChunkedLogProbFunction is theirs
+    assert theirs.function is stock
+
+
+@needs_the_fused_head
+def test_ours_first(stock, monkeypatch):
+    patch_trl()
+    their_patch()
+    theirs = utils._ChunkedLogProbFunction
+    assert computes(monkeypatch)
+    unpatch_trl()
+    assert utils._ChunkedLogProbFunction is theirs  # not taken off with ours
+    assert not computes(monkeypatch)
+    utils._ChunkedLogProbFunction = theirs.function  # now they put back what they found
+    assert not computes(monkeypatch)
+    with patch_trl():
+        assert computes(monkeypatch)
+        assert utils._ChunkedLogProbFunction.replaced is stock
+    assert utils._ChunkedLogProbFunction is stock
+
+
+@needs_the_fused_head
+def test_theirs_is_taken_off_under_ours(stock, monkeypatch):
+    their_patch()
+    patch_trl()
+    utils._ChunkedLogProbFunction = stock
+    unpatch_trl()
+    assert utils._ChunkedLogProbFunction is stock
+
+
+@needs_the_fused_head
+def test_theirs_between_two_of_ours(stock, monkeypatch):
+    patch_trl()
+    utils._ChunkedLogProbFunction = theirs = Theirs(utils._ChunkedLogProbFunction)
+    with patch_trl() as second:
+        assert second.patched
+        assert computes(monkeypatch)
+    assert utils._ChunkedLogProbFunction is theirs
+    assert computes(monkeypatch)  # by the first one
+    with patch_trl():
+        unpatch_trl()
+        assert utils._ChunkedLogProbFunction is theirs
+        assert not computes(monkeypatch)
+    assert utils._ChunkedLogProbFunction is theirs
+
+
+@needs_the_fused_head
+def test_a_function_of_theirs_that_shows_no_arguments_is_called_as_trl_calls_its_own(stock, monkeypatch):
+    class Dispatch:  # unsloth's on a CPU
+        apply = staticmethod(lambda hidden, *args, **kwargs: stock.apply(hidden, *args, **kwargs))
+
+    monkeypatch.setattr(utils, patch.NAME, Dispatch)
+    with patch_trl():
+        assert computes(monkeypatch)
+    assert utils._ChunkedLogProbFunction is Dispatch
+    monkeypatch.setattr("trl.kernels.ChunkedLogProbFunction", TenArguments)
+    with pytest.raises(RuntimeError, match="with support_ids"):
         patch_trl()
 
 

@@ -109,14 +109,14 @@ _INTEGRATIONS = [
         "a deep copy computes with the weights of its original",
     ),
     Mutant(
-        "dpo_kernels/integrations/trl/token_logps.py",
+        "dpo_kernels/integrations/token_logps.py",
         "scale / temperature,",
         "scale,",
         "tests/integrations/test_trl_patch.py::test_values_and_gradients_are_those_of_plain_torch",
         "the temperature is ignored",
     ),
     Mutant(
-        "dpo_kernels/integrations/trl/token_logps.py",
+        "dpo_kernels/integrations/token_logps.py",
         "logit_scale * (1 - squashed * squashed)",
         "logit_scale",
         "tests/integrations/test_trl_patch.py::test_values_and_gradients_are_those_of_plain_torch",

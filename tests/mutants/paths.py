@@ -55,14 +55,14 @@ PATHS: tuple[Mutant, ...] = (
         "autocast is left on inside a pass",
     ),
     Mutant(
-        "dpo_kernels/integrations/trl/token_logps.py",
+        "dpo_kernels/integrations/token_logps.py",
         "                    dw.addmm_(d.t(), x)",
         "                    torch.mm(d.t(), x, out=dw)",
         "tests/api/test_token_logps.py",
         "the entropy's gradient of the head is that of the last tile",
     ),
     Mutant(
-        "dpo_kernels/integrations/trl/token_logps.py",
+        "dpo_kernels/integrations/token_logps.py",
         "                    db += d.sum(dim=0)",
         "                    db = d.sum(dim=0)",
         "tests/api/test_token_logps.py",

@@ -4,6 +4,7 @@ from tests.mutants.records import Mutant
 
 _ENGINES = "tests/integrations/test_trl_engines.py"
 _PATCH = "tests/integrations/test_trl_patch.py"
+_ONE_PASS = "tests/integrations/test_trl_one_pass.py"
 
 TRL_ENGINES = [
     Mutant(
@@ -54,5 +55,75 @@ TRL_ENGINES = [
         "return token_logps(*given)",
         f"{_ENGINES}::test_the_backward_gathers_a_head_that_was_freed",
         "nothing gathers the head of ZeRO-3 for the backward",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/patch.py",
+        "    if getattr(utils, NAME, None) is function:\n        setattr",
+        "    if True:\n        setattr",
+        f"{_PATCH}::test_ours_first",
+        "taking the patch off takes off a later one of somebody else",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/patch.py",
+        "    function.on = False\n",
+        "",
+        f"{_PATCH}::test_ours_first",
+        "under a later patch ours goes on computing after it was taken off",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/patch.py",
+        "        return getattr(self.replaced, name)\n",
+        "        raise AttributeError(name)\n",
+        f"{_PATCH}::test_theirs_first",
+        "another patch does not see that it was there already, and comes again on top",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/patch.py",
+        "    if names == ARGUMENTS:",
+        "    if names is not None and names[:9] == ARGUMENTS:",
+        f"{_PATCH}::test_another_trl_is_refused",
+        "a tenth argument is taken for none, and every call of TRL's dies",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/trainer.py",
+        'if hasattr(self, "_truncate_inputs") and',
+        "if False and",
+        "tests/integrations/test_trl.py::test_sequences_are_cut_where_trl_0_29_cuts_them",
+        "on TRL 0.29 max_length is forgotten",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/orpo.py",
+        "_left_out = 1",
+        "_left_out = 0",
+        f"{_ONE_PASS}::test_logs_are_those_of_trl[orpo-llama]",
+        "the mean of ORPO's logits counts the last position too",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/orpo.py",
+        "    prompt = ~completion & (mask == 1) & ~rejected\n",
+        "    prompt = ~completion & (mask == 1)\n",
+        f"{_ONE_PASS}::test_every_scored_position_is_in_one_sequence",
+        "ORPO's NLL counts the prompts of the rejected rows too",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/one_pass.py",
+        "    loss.separable = True  # type: ignore[attr-defined]\n",
+        "",
+        f"{_ONE_PASS}::test_no_full_logits_are_made",
+        "the loss counts as coupled, and costs a pass more",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/cpo.py",
+        "torch.zeros_like(out.loss)",
+        "-out.chosen_logps.sum() / tokens",
+        f"{_ONE_PASS}::test_every_loss_of_cpo_is_that_of_trl[simpo]",
+        "an NLL is logged that cpo_alpha=0 leaves out",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/one_pass.py",
+        "            self._check_formula(loss.detach(), of_trl)\n",
+        "            pass\n",
+        f"{_ONE_PASS}::test_a_trl_that_adds_up_its_loss_otherwise_is_refused",
+        "another formula of a later TRL goes unnoticed",
     ),
 ]

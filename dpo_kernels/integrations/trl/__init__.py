@@ -1,11 +1,30 @@
-"""Drop-ins for TRL: the DPO trainer on the fused loss, and a patch that serves the LM head of TRL's other trainers.
+"""Drop-ins for TRL: trainers on the fused loss, and a patch that serves the LM head of TRL's other trainers.
 
     from dpo_kernels.integrations.trl import FusedDPOTrainer as DPOTrainer
 
-Importing this package imports TRL.
+Importing this package imports TRL. ``FusedORPOTrainer`` and ``FusedCPOTrainer`` are imported when they are asked for,
+because ``trl.experimental`` warns when it is imported.
 """
 
-from dpo_kernels.integrations.trl.patch import patch_trl, unpatch_trl
-from dpo_kernels.integrations.trl.trainer import FusedDPOTrainer
+from typing import Any
 
-__all__ = ["FusedDPOTrainer", "patch_trl", "unpatch_trl"]
+from dpo_kernels.integrations.requirements import TRL, require
+
+require("trl", TRL, "dpo_kernels.integrations.trl")
+
+from dpo_kernels.integrations.trl.patch import patch_trl, unpatch_trl  # noqa: E402
+from dpo_kernels.integrations.trl.trainer import FusedDPOTrainer  # noqa: E402
+
+__all__ = ["FusedCPOTrainer", "FusedDPOTrainer", "FusedORPOTrainer", "patch_trl", "unpatch_trl"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FusedORPOTrainer":
+        from dpo_kernels.integrations.trl.orpo import FusedORPOTrainer
+
+        return FusedORPOTrainer
+    if name == "FusedCPOTrainer":
+        from dpo_kernels.integrations.trl.cpo import FusedCPOTrainer
+
+        return FusedCPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -96,7 +96,7 @@ def settle_router_loss(trainer: Any, model: Any) -> None:
         )
     trainer.aux_loss_enabled = False
     if trainer.accelerator.is_main_process:
-        logger.warning("FusedDPOTrainer: there is no router loss: %s", reason)
+        logger.warning("%s: there is no router loss: %s", type(trainer).__name__, reason)
 
 
 @contextmanager

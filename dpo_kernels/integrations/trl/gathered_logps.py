@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.integrations.trl.token_logps import (
+from dpo_kernels.integrations.token_logps import (
     differentiable_entropy,
     head_options,
     same_dtype,

@@ -7,9 +7,8 @@ support. This module is written for TRL 0.29 to 1.16.
 
 import inspect
 import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,26 +19,24 @@ from trl.trainer import dpo_trainer as trl_module
 from dpo_kernels import fused_dpo_loss, fused_sequence_logps, wpo_pair_weights
 from dpo_kernels.integrations import lm_head
 from dpo_kernels.integrations.head_check import evaluating
-from dpo_kernels.integrations.head_forward import CALL
 from dpo_kernels.integrations.model_parts import innermost
 from dpo_kernels.integrations.routers import router_loss
-from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
-from dpo_kernels.integrations.trl.batch import REFERENCE, PairBatch, check_packing, pair_batch
+from dpo_kernels.integrations.trl.batch import COLLATED, REFERENCE, PairBatch, check_packing, pair_batch
 from dpo_kernels.integrations.trl.compatibility import (
     adapter_on_the_head_allowed,
     options_or_reason,
     settle_router_loss,
     told_before_sharding,
 )
+from dpo_kernels.integrations.trl.head_calls import HeadCalls
 from dpo_kernels.integrations.trl.metrics import STATS, record
 from dpo_kernels.integrations.trl.options import LossOptions
 from dpo_kernels.integrations.trl.reference_check import check_reference
-from dpo_kernels.integrations.trl.split_head import SplitHeads
 
 logger = logging.getLogger(__name__)
 
 
-class FusedDPOTrainer(DPOTrainer):
+class FusedDPOTrainer(HeadCalls, DPOTrainer):
     """``trl.DPOTrainer`` with the fused loss: the same constructor, configuration, logs, checkpoints and evaluation.
 
     It differs from TRL 1.16 in these points, all of them on purpose:
@@ -62,7 +59,6 @@ class FusedDPOTrainer(DPOTrainer):
             sets it to False leaves that out.
 
     Raises:
-        ImportError: TRL is older than 0.29.
         ValueError: an option would have no effect, or the fused loss cannot be used while ``padding_free=True`` or an
             adapter on the LM head needs it.
 
@@ -76,17 +72,13 @@ class FusedDPOTrainer(DPOTrainer):
     """
 
     check_reference = True
-    check_head = True
 
     # These are set at their first use: TRL's constructor already scores the reference where it precomputes log-probs.
     _loss_options: LossOptions | None = None
     _reason: str | None = None
     _packing_checked = False
-    _work: Callable[..., Any] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if not hasattr(DPOTrainer, "_compute_loss"):
-            raise ImportError("FusedDPOTrainer needs trl >= 0.29: this one's DPOTrainer has no _compute_loss")
         given: Any = inspect.signature(DPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments.get("args")
         padding_free = bool(getattr(given, "padding_free", False))
         if padding_free:
@@ -117,13 +109,6 @@ class FusedDPOTrainer(DPOTrainer):
 
     not_fused = fallback_reason  # the older name
 
-    def _head(self, model: Any) -> FusedLMHead:
-        """Return the head that is attached to a model, or a new one where none is."""
-        # With keep_torch_compile accelerate would take DistributedDataParallel out of a compiled model for good.
-        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        attached = getattr(innermost(model).forward, CALL, None)
-        return attached.of(innermost(model)) if attached is not None else fused_lm_head(model, check=self.check_head)
-
     def _attach(self, model: Any) -> None:
         """Have the model's forward compute the fused loss. It must be done before an engine shards the weights."""
         if not self.fallback_reason:
@@ -131,11 +116,12 @@ class FusedDPOTrainer(DPOTrainer):
 
     # --- the loss ---
 
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any] | None = None) -> tuple[Tensor, Tensor]:
         """Score a batch with the reference, as TRL's method of this name does.
 
         Args:
             model: the reference model, or the policy where the reference is the policy with another adapter or none.
+                Before TRL 1.9 the method takes ``inputs`` alone, in this place.
             inputs: a batch of TRL's collator, ``(2B, T)`` each, all chosen sequences first.
 
         Returns:
@@ -151,7 +137,9 @@ class FusedDPOTrainer(DPOTrainer):
 
         """
         if self.fallback_reason:
-            return super().compute_ref_log_probs(model, inputs)
+            return super().compute_ref_log_probs(*([model] if inputs is None else [model, inputs]))
+        if inputs is None:
+            model, inputs = self._reference_model, model
         chosen, rejected = self._reference(self._batch(inputs, model), model).chunk(2)
         return chosen, rejected
 
@@ -190,6 +178,9 @@ class FusedDPOTrainer(DPOTrainer):
 
     def _batch(self, inputs: dict[str, Any], model: Any) -> PairBatch:
         padding_free = bool(self.padding_free)
+        if hasattr(self, "_truncate_inputs") and set(COLLATED) <= set(inputs):
+            # TRL 0.29 cuts to max_length here, later versions when they collate.
+            inputs = inputs | dict(zip(COLLATED, self._truncate_inputs(*(inputs[k] for k in COLLATED)), strict=True))
         if padding_free and not self._packing_checked:
             few = {name: inputs[name][:: max(1, len(inputs[name]) - 1)] for name in ("input_ids", "attention_mask")}
 
@@ -231,24 +222,6 @@ class FusedDPOTrainer(DPOTrainer):
         with torch.no_grad(), checkpointing_off, adapter, self.accelerator.autocast():
             logps: Tensor = self._within(model, {**batch.inputs, "use_cache": False}, work)
         return logps.to(batch.labels.device)
-
-    def _within(self, model: Any, inputs: dict[str, Any], work: Callable[..., Any]) -> Any:
-        """Call the model so that its forward returns what ``work(outputs, hidden, weight, options)`` returns."""
-        self._work = work
-        try:
-            return model(**inputs, **{CALL: self._do_work})
-        finally:
-            self._work = None
-
-    # The work runs eagerly in a compiled model too. It is one function for every batch, or each would compile anew.
-    @torch.compiler.disable
-    def _do_work(self, *given: Any) -> Any:
-        assert self._work is not None, "set around the call of the model"
-        return self._work(*given)
-
-    @cached_property
-    def _rows(self) -> SplitHeads:
-        return SplitHeads(self.accelerator)
 
     def _check_reference(self, inputs: dict[str, Any], precomputed: Tensor) -> bool:
         """Raise ``ValueError`` where precomputed log-probs ``(2B,)`` are clearly not those of a reference at hand.

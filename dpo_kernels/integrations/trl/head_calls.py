@@ -1,0 +1,57 @@
+"""Calls of a trainer's model that return what a piece of work makes of hidden states and LM head."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from dpo_kernels.integrations.head_forward import CALL
+from dpo_kernels.integrations.model_parts import innermost
+from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
+from dpo_kernels.integrations.trl.split_head import SplitHeads
+
+
+class HeadCalls:
+    """What the fused trainers share. It stands before TRL's class among the bases of a trainer.
+
+    Attributes:
+        accelerator: accelerate's, which TRL's constructor makes.
+        check_head: whether the fused head is compared with the model's own logits at the first batch. A subclass that
+            sets it to False leaves that out.
+
+    Example:
+        >>> HeadCalls().check_head
+        True
+
+    """
+
+    accelerator: Any
+    check_head = True
+
+    _work: Callable[..., Any] | None = None
+
+    def _head(self, model: Any) -> FusedLMHead:
+        """Return the head that is attached to a model, or a new one where none is."""
+        # With keep_torch_compile accelerate would take DistributedDataParallel out of a compiled model for good.
+        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        attached = getattr(innermost(model).forward, CALL, None)
+        return attached.of(innermost(model)) if attached is not None else fused_lm_head(model, check=self.check_head)
+
+    def _within(self, model: Any, inputs: dict[str, Any], work: Callable[..., Any]) -> Any:
+        """Call the model so that its forward returns what ``work(outputs, hidden, weight, options)`` returns."""
+        self._work = work
+        try:
+            return model(**inputs, **{CALL: self._do_work})
+        finally:
+            self._work = None
+
+    # The work runs eagerly in a compiled model too. It is one function for every batch, or each would compile anew.
+    @torch.compiler.disable
+    def _do_work(self, *given: Any) -> Any:
+        assert self._work is not None, "set around the call of the model"
+        return self._work(*given)
+
+    @cached_property
+    def _rows(self) -> SplitHeads:
+        return SplitHeads(self.accelerator)

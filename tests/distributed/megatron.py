@@ -1,0 +1,85 @@
+"""Megatron's hook on several ranks: the head split by rows, with and without sequence parallelism."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dpo_kernels.integrations.megatron import HeadContext, output_processor
+
+S, B, H, V, PADDED = 6, 2, 5, 11, 16
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """The same on every rank."""
+    g = torch.Generator().manual_seed(7)
+    labels = torch.randint(0, V, (B, S), generator=g)
+    labels[0, :2] = -100
+    return {
+        "hidden": torch.randn(S, B, H, generator=g, dtype=torch.float64),
+        "weight": torch.randn(PADDED, H, generator=g, dtype=torch.float64),
+        "labels": labels,
+        "upstream": torch.randn(B, S, generator=g, dtype=torch.float64),
+    }
+
+
+def log_probs(sequence_parallel: bool) -> dict[str, Any]:
+    """Log-probs and gradients of this rank's part."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    made = tensors()
+    rows = made["weight"].chunk(world)[rank].clone().requires_grad_()
+    hidden = (made["hidden"].chunk(world)[rank] if sequence_parallel else made["hidden"]).clone().requires_grad_()
+    layer = SimpleNamespace(weight=rows, bias=None, tp_group=dist.group.WORLD)
+    context = HeadContext(vocab_size=V, temperature=0.8)
+    values = []
+    for _ in range(2):  # the second call knows the sizes
+        logps = output_processor(
+            hidden_states=hidden,
+            output_layer=layer,
+            output_weight=None,
+            labels=made["labels"],
+            context=context,
+            config=SimpleNamespace(sequence_parallel=sequence_parallel),
+            scale_logits=lambda logits: 0.5 * logits,
+        )
+        values.append(logps.detach())
+    grads = torch.autograd.grad((logps * made["upstream"]).sum(), (hidden, rows))
+    return {"logps": values, "hidden": grads[0], "rows": grads[1]}
+
+
+def beside_megatrons_layer() -> list[tuple[torch.Tensor, ...]]:
+    """Log-probs and gradients by Megatron's own output layer and cross-entropy, and by ours on that layer."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.transformer import TransformerConfig
+
+    world = dist.get_world_size()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=H,
+        num_attention_heads=world,
+        kv_channels=4,
+        use_cpu_initialization=True,
+        params_dtype=torch.float32,
+        tensor_model_parallel_size=world,
+    )
+    layer = tensor_parallel.ColumnParallelLinear(
+        H, PADDED, config=config, init_method=torch.nn.init.normal_, bias=False, gather_output=False
+    )
+    made = tensors()
+    labels, upstream = made["labels"].clamp(min=0), made["upstream"].float()
+    context = HeadContext(group=parallel_state.get_tensor_model_parallel_group())
+    found = []
+    for ours in (False, True):
+        hidden = made["hidden"].float().requires_grad_()
+        if ours:
+            logps = output_processor(
+                hidden_states=hidden, output_layer=layer, output_weight=None, labels=labels, context=context,
+                config=config,
+            )  # fmt: skip
+        else:
+            losses = tensor_parallel.vocab_parallel_cross_entropy(layer(hidden)[0], labels.t().contiguous())
+            logps = -losses.t()
+        found.append((logps.detach(), *torch.autograd.grad((logps * upstream).sum(), (hidden, layer.weight))))
+    return found

@@ -1,0 +1,80 @@
+"""Edits of what serves other training stacks."""
+
+from tests.mutants.records import Mutant
+
+_LOGPS = "tests/integrations/test_logps.py"
+_MEGATRON = "tests/integrations/test_megatron.py"
+_TITAN = "tests/integrations/test_torchtitan.py"
+
+STACKS = [
+    Mutant(
+        "dpo_kernels/integrations/logps.py",
+        "labels.t().reshape(-1), None",
+        "labels.reshape(-1), None",
+        f"{_LOGPS}::test_every_layout_gives_what_full_logits_give",
+        "with the sequence first, labels are read in the wrong order",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/logps.py",
+        "else slice(vocab_size)",
+        "else slice(None)",
+        f"{_LOGPS}::test_padded_rows_of_the_head_are_cut",
+        "padding of the vocabulary is in the sum",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/logps.py",
+        "        logps = torch.nn.functional.pad(logps[:, :-1], (1, 0))  # each at the place of its label\n",
+        "        pass\n",
+        f"{_LOGPS}::test_every_layout_gives_what_full_logits_give",
+        "with the sequence first, shifted log-probs stand one place too early",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/megatron.py",
+        "        ctx.weight.grad_added_to_main_grad = True\n",
+        "",
+        f"{_MEGATRON}::test_what_megatron_adds_later_is_not_added_twice",
+        "Megatron is not told that the gradient is in main_grad",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/megatron.py",
+        "sequence_sharded_hidden=sequence_parallel\n        )",
+        "sequence_sharded_hidden=False\n        )",
+        f"{_MEGATRON}::test_a_head_that_is_split_over_ranks",
+        "with sequence parallelism a rank's hidden states are taken for all",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/megatron.py",
+        "        weight = weight[: context.vocab_size]\n",
+        "",
+        f"{_MEGATRON}::test_the_loss_of_pairs_is_that_of_the_log_probs",
+        "the loss of pairs has the padding of the vocabulary in it",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/megatron.py",
+        "packed_seq_params.cu_seqlens_q if padded is None else padded",
+        "packed_seq_params.cu_seqlens_q",
+        f"{_MEGATRON}::test_padding_within_a_packed_batch_moves_the_boundaries",
+        "padding within a packed batch moves the boundaries of its sequences",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/openrlhf.py",
+        '_ipo_of_sums if sums_in_ipo else "ipo"',
+        "_ipo_of_sums",
+        f"{_LOGPS}::test_ipo_takes_averages_unless_asked",
+        "IPO takes sums without being asked",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/torchtitan.py",
+        "denominator=pairs",
+        "denominator=None",
+        f"{_TITAN}::test_micro_batches_add_up_with_the_pairs_of_all",
+        "each micro-batch is divided by its own pairs",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/verl.py",
+        "    if layer.forward is _forward:\n        layer.forward = _replaced",
+        "    if True:\n        layer.forward = _replaced",
+        f"{_LOGPS}::test_a_later_patch_of_verl_stays",
+        "taking the patch off takes off a later one",
+    ),
+]
