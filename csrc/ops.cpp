@@ -1,18 +1,21 @@
 // The operators' schemas. Implementations register themselves for their device: cpu/ops_cpu.cpp, cuda/ops_cuda.cpp.
 // The operators are row passes around GEMMs that torch does. dpo_kernels/kernel_interface.py explains the tensors.
 #include <Python.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-#include <torch/version.h>
 
-#ifndef DPO_WITH_CUDA
-#define DPO_WITH_CUDA 0
-#endif
-#if DPO_WITH_CUDA
-#include "cuda/launch.h"
-#endif
+#include <string>
 
-TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
+#include "torch_abi.h"
+
+namespace {
+
+// The oldest torch that the extension runs with.
+std::string extension_oldest_torch() {
+    return std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
     // Folds a (C, Vt) tile of final logits, columns start..start+Vt-1, into the running state (C,) of its rows. Sums of
     // exponentials leave the label's own out. Without keep_logits the tile may be left holding exp(z - max).
     m.def(
@@ -37,26 +40,12 @@ TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
         "float beta, float label_smoothing) -> (Tensor sums, Tensor losses, Tensor grad)");
     // Computes out (+)= a @ b from bfloat16 operands, which are contiguous along rows or columns, in float32.
     m.def("matmul_bfloat16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
-    // Returns the compute capabilities that the CUDA part has code for, as ten times the major number plus the minor.
-    // The list is empty in a build without CUDA.
-    m.def("cuda_architectures() -> int[]", [] {
-#if DPO_WITH_CUDA
-        return dpo_kernels::cuda::architectures();
-#else
-        return std::vector<int64_t>();
-#endif
-    });
-    m.def("extension_built_for() -> str", [] {
-        return std::string(TORCH_VERSION) + (DPO_WITH_CUDA ? " cpu+cuda" : " cpu");
-    });
+    // Returns the first of the versions of torch that this build runs with, as "2.11".
+    m.def("extension_oldest_torch() -> str");
 }
 
-// The operators run inside the package's own autograd functions. Differentiating through one by hand is an error.
-TORCH_LIBRARY_IMPL(dpo_kernels, Autograd, m) {
-    for (const char* name : {"reduce_rows_", "dlogits_rows_", "apply_bias_scale_cap_", "round_to_bfloat16_",
-                             "segment_sum", "sigmoid_sequence_loss", "matmul_bfloat16_"}) {
-        m.impl(name, torch::autograd::autogradNotImplementedFallback());
-    }
+STABLE_TORCH_LIBRARY_IMPL(dpo_kernels, CompositeImplicitAutograd, m) {
+    m.impl("extension_oldest_torch", TORCH_BOX(&extension_oldest_torch));
 }
 
 // `import dpo_kernels._C` only has to run the registrations above.

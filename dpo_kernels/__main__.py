@@ -106,7 +106,8 @@ def _extension() -> str:
     rows, product = operators.row_instruction_set(), operators.bfloat16_product()
     without = extension.why_not("cuda")
     gpu = "without CUDA" if without else f"CUDA for {', '.join(f'sm_{n}' for n in operators.cuda_architectures())}"
-    return f"built for torch {operators.extension_built_for()}; rows by {rows}, bfloat16 products by {product}; {gpu}"
+    torchs = f"for torch {operators.extension_oldest_torch()} and later"
+    return f"{torchs}; rows by {rows}, bfloat16 products by {product}; {gpu}"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,11 +1,7 @@
 // Products of bfloat16 matrices with a float32 result. A gradient needs them to be rounded once, and no public operator
 // of torch gives them on the CPU. torch's own block kernel (brgemm: AMX or AVX512_BF16) does the blocks. This file does
 // the blocking, the packing and the threads. No sum depends on the number of threads.
-#include <ATen/Context.h>
-#include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
-#include <c10/util/BFloat16.h>
-#include <torch/library.h>
+#include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -13,12 +9,16 @@
 #include <string>
 #include <vector>
 
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
+
 #include "../checks.h"
 
 namespace dpo_kernels {
 namespace {
 
-using at::BFloat16;
+using c10::BFloat16;
 
 constexpr int64_t kRows = 128;              // rows of a block of the result
 constexpr int64_t kCols = 256;              // columns of a block, the most that brgemm takes
@@ -53,17 +53,39 @@ void block_portable(int64_t rows, int64_t cols, int64_t depth, const BFloat16* a
     }
 }
 
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+// torch's block kernel and its switch are C++ functions of libtorch that no stable function reaches, so they are looked
+// up by the names that compilers give them. One that a torch does not have, or has with other arguments, is not found.
+struct Brgemm {
+    void (*multiply)(int64_t rows, int64_t cols, int64_t depth, int64_t a_stride, int64_t b_stride, int64_t c_stride,
+                     bool accumulate, const BFloat16* a, const BFloat16* b, float* c, bool packed);
+    void (*release)(bool packed);
+    const void* (*context)();
+    bool (*enabled)(const void* context);  // a member function of the context: torch.backends.mkldnn.enabled
+};
+
+const Brgemm& brgemm() {
+    static const Brgemm found = [] {
+        Brgemm names{};
+#ifdef __linux__
+        const auto look_up = [](auto& function, const char* name) {
+            function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(RTLD_DEFAULT, name));
+            return function != nullptr;
+        };
+        if (!look_up(names.multiply, "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb") ||
+            !look_up(names.release, "_ZN2at6native7cpublas14brgemm_releaseEb") ||
+            !look_up(names.context, "_ZN2at13globalContextEv") ||
+            !look_up(names.enabled, "_ZNK2at7Context17userEnabledMkldnnEv")) {
+            names = Brgemm{};
+        }
+#endif
+        return names;
+    }();
+    return found;
+}
+
 void block_brgemm(int64_t rows, int64_t cols, int64_t depth, const BFloat16* a, int64_t a_stride, const BFloat16* b,
                   float* c, int64_t c_stride, bool accumulate) {
-    at::native::cpublas::brgemm(rows, cols, depth, a_stride, kCols, c_stride, accumulate, a, b, c, true);
-}
-#endif
-
-void release() {
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
-    at::native::cpublas::brgemm_release(true);
-#endif
+    brgemm().multiply(rows, cols, depth, a_stride, kCols, c_stride, accumulate, a, b, c, true);
 }
 
 // Rows k0.. of b, columns of one panel: pairs of rows side by side, zeros beyond the edges, `reach` rows in all.
@@ -113,14 +135,14 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const 
             const int64_t length = std::min(deep, depth - k0);
             const bool packs = a.col_stride != 1 || length % 2 != 0;
             const int64_t reach = packs ? up(length, kDepthStep) : length;
-            at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+            parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
                 for (int64_t p = first; p < last; p++) {
                     pack_right(b, k0, length, reach, n0 + p * kCols, std::min(kCols, width - p * kCols),
                                right.data() + p * panel_size);
                 }
             });
             // Panels of one block of rows follow one another, so that a thread packs its rows once.
-            at::parallel_for(0, row_blocks * panels, 1, [&](int64_t first, int64_t last) {
+            parallel_for(0, row_blocks * panels, 1, [&](int64_t first, int64_t last) {
                 Left left;
                 for (int64_t task = first; task < last; task++) {
                     const int64_t m = task / panels, p = task % panels, m0 = m * kRows;
@@ -140,7 +162,7 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const 
                           right.data() + p * panel_size, c + m0 * c_stride + n0 + p * kCols, c_stride,
                           accumulate || k0 > 0);
                 }
-                if (block != block_portable) release();
+                if (block == block_brgemm) brgemm().release(true);
             });
         }
     }
@@ -176,8 +198,8 @@ const std::string& asked_for() {
     static const std::string asked = [] {
         const char* value = std::getenv("DPO_KERNELS_BF16");
         const std::string name(value == nullptr ? "" : value);
-        TORCH_CHECK(name.empty() || name == "0" || name == "1" || name == "portable",
-                    "dpo_kernels: DPO_KERNELS_BF16 must be 0, 1 or portable, got ", name);
+        DPO_CHECK(name.empty() || name == "0" || name == "1" || name == "portable",
+                  "DPO_KERNELS_BF16 must be 0, 1 or portable, got ", name);
         return name == "1" ? std::string() : name;
     }();
     return asked;
@@ -187,12 +209,9 @@ const std::string& asked_for() {
 Block block_of_this_machine() {
     const std::string& asked = asked_for();
     if (asked == "portable") return block_portable;
-    if (asked == "0" || !at::globalContext().userEnabledMkldnn()) return nullptr;
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+    if (asked == "0" || brgemm().multiply == nullptr || !brgemm().enabled(brgemm().context())) return nullptr;
     static const bool runs = probe(block_brgemm);
-    if (runs) return block_brgemm;
-#endif
-    return nullptr;
+    return runs ? block_brgemm : nullptr;
 }
 
 bool has_bfloat16_matmul() { return block_of_this_machine() != nullptr; }
@@ -203,38 +222,44 @@ std::string bfloat16_product() {
     return block == nullptr ? "float32" : block == block_portable ? "portable" : "brgemm";
 }
 
-Matrix operand(const char* name, const at::Tensor& tensor) {
-    TORCH_CHECK(tensor.dim() == 2 && tensor.scalar_type() == at::kBFloat16, "dpo_kernels: ", name,
-                " must be a bfloat16 matrix, got ", tensor.scalar_type(), " of the shape ", tensor.sizes());
+Matrix operand(const char* name, const Tensor& tensor) {
+    DPO_CHECK(tensor.dim() == 2 && tensor.scalar_type() == ScalarType::BFloat16, name,
+              " must be a bfloat16 matrix, got ", tensor.scalar_type(), " of the shape ", tensor.sizes());
     const auto contiguous = [&](int64_t dim) { return tensor.size(dim) <= 1 || tensor.stride(dim) == 1; };
-    TORCH_CHECK(contiguous(0) || contiguous(1), "dpo_kernels: ", name,
-                " must be contiguous along its rows or its columns, got strides ", tensor.strides());
+    DPO_CHECK(contiguous(0) || contiguous(1), name,
+              " must be contiguous along its rows or its columns, got strides ", tensor.strides());
     if (contiguous(1)) return {tensor.const_data_ptr<BFloat16>(), tensor.stride(0), 1};
     return {tensor.const_data_ptr<BFloat16>(), 1, tensor.stride(1)};
 }
 
-void matmul_bfloat16_(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool accumulate) {
+void matmul_bfloat16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate) {
     const Matrix left = operand("a", a), right = operand("b", b);
     const TileShape shape = check_matrix("out", out);
-    TORCH_CHECK(out.scalar_type() == at::kFloat, "dpo_kernels: out must be float32, got ", out.scalar_type());
-    TORCH_CHECK(a.size(0) == shape.rows && b.size(1) == shape.cols && a.size(1) == b.size(0), "dpo_kernels: out ",
-                out.sizes(), " cannot hold the product of a ", a.sizes(), " and b ", b.sizes());
+    DPO_CHECK(out.scalar_type() == ScalarType::Float, "out must be float32, got ", out.scalar_type());
+    DPO_CHECK(a.size(0) == shape.rows && b.size(1) == shape.cols && a.size(1) == b.size(0), "out ",
+              out.sizes(), " cannot hold the product of a ", a.sizes(), " and b ", b.sizes());
     const Block block = block_of_this_machine();
-    TORCH_CHECK(block != nullptr, "dpo_kernels: this machine has no fast product of bfloat16 matrices, or "
-                "torch.backends.mkldnn is switched off");
-    if (a.size(1) == 0 && !accumulate) out.zero_();
+    DPO_CHECK(block != nullptr, "this machine has no fast product of bfloat16 matrices, or "
+              "torch.backends.mkldnn is switched off");
+    float* data = out.mutable_data_ptr<float>();
+    if (a.size(1) == 0 && !accumulate) {
+        for (int64_t i = 0; i < shape.rows; i++) std::fill_n(data + i * shape.stride, shape.cols, 0.0f);
+    }
     if (out.numel() == 0 || a.size(1) == 0) return;
-    multiply(shape.rows, shape.cols, a.size(1), left, right, out.mutable_data_ptr<float>(), shape.stride, accumulate,
-             block);
+    multiply(shape.rows, shape.cols, a.size(1), left, right, data, shape.stride, accumulate, block);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) { m.impl("matmul_bfloat16_", &matmul_bfloat16_); }
+STABLE_TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
+    m.def("has_bfloat16_matmul() -> bool");
+    m.def("bfloat16_product() -> str");
+}
 
-TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
-    m.def("has_bfloat16_matmul() -> bool", &has_bfloat16_matmul);
-    m.def("bfloat16_product() -> str", &bfloat16_product);
+STABLE_TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) { m.impl("matmul_bfloat16_", TORCH_BOX(&matmul_bfloat16_)); }
+STABLE_TORCH_LIBRARY_IMPL(dpo_kernels, CompositeImplicitAutograd, m) {
+    m.impl("has_bfloat16_matmul", TORCH_BOX(&has_bfloat16_matmul));
+    m.impl("bfloat16_product", TORCH_BOX(&bfloat16_product));
 }
 
 }  // namespace dpo_kernels

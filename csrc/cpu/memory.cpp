@@ -2,10 +2,6 @@
 //
 // A tile or a gradient is allocated, written once and given back, which costs page faults: up to a fifth of a short
 // step. Huge pages have 512 times fewer faults, and memory of the step before has none.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
@@ -17,6 +13,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
+
+#include "../torch_abi.h"
 
 namespace dpo_kernels {
 namespace {
@@ -53,8 +51,8 @@ size_t limit_of_idle() {
     char* end = nullptr;
     errno = 0;
     const unsigned long long bytes = std::strtoull(asked, &end, 10);
-    TORCH_CHECK(errno == 0 && asked[0] >= '0' && asked[0] <= '9' && *end == '\0',
-                "dpo_kernels: DPO_KERNELS_CPU_CACHE_BYTES must be a number of bytes, got ", asked);
+    DPO_CHECK(errno == 0 && asked[0] >= '0' && asked[0] <= '9' && *end == '\0',
+              "DPO_KERNELS_CPU_CACHE_BYTES must be a number of bytes, got ", asked);
     return static_cast<size_t>(bytes);
 }
 
@@ -155,23 +153,31 @@ Pool& pool() {
 }
 #endif
 
-at::Tensor new_huge(const at::Tensor& like, at::IntArrayRef size) {
-#ifdef __linux__
+Tensor new_huge(const Tensor& like, Sizes size) {
+    std::vector<int64_t> strides(size.size());
     int64_t elements = 1;
-    for (int64_t length : size) {
-        TORCH_CHECK(length >= 0 && (length == 0 || elements <= INT64_MAX / 16 / length),
-                    "dpo_kernels: size must be of lengths >= 0 whose product fits the memory, got ", size);
-        elements *= length;
+    for (size_t i = size.size(); i-- > 0;) {
+        DPO_CHECK(size[i] >= 0 && (size[i] == 0 || elements <= INT64_MAX / 16 / size[i]),
+                  "size must be of lengths >= 0 whose product fits the memory, got ", size);
+        strides[i] = elements;
+        elements *= std::max<int64_t>(1, size[i]);
     }
+    for (const int64_t length : size) {
+        if (length == 0) elements = 0;
+    }
+#ifdef __linux__
     const size_t bytes = static_cast<size_t>(elements) * like.element_size();
     if (bytes >= 2 * kHugePage) {
         const Block block = pool().take((bytes + kHugePage - 1) / kHugePage * kHugePage);
         if (block.memory != nullptr) {
-            return at::from_blob(block.memory, size, [block](void*) { pool().give(block); }, like.options());
+            return torch::stable::from_blob(block.memory, size, strides, like.device(), like.scalar_type(),
+                                            [block](void*) { pool().give(block); });
         }
     }
 #endif
-    return at::empty(size, like.options());
+    int32_t dtype = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    return new_tensor(size, strides, dtype, like);
 }
 
 int64_t empty_cache() {
@@ -184,13 +190,14 @@ int64_t empty_cache() {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
     // Returns uninitialised memory of a tensor's dtype, in huge pages if the system has them. It is kept when freed.
     m.def("new_huge(Tensor like, SymInt[] size) -> Tensor");
     // Gives the kept memory back to the system; returns the number of bytes.
-    m.def("empty_cache() -> int", &empty_cache);
+    m.def("empty_cache() -> int");
 }
 
-TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) { m.impl("new_huge", &new_huge); }
+STABLE_TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) { m.impl("new_huge", TORCH_BOX(&new_huge)); }
+STABLE_TORCH_LIBRARY_IMPL(dpo_kernels, CompositeImplicitAutograd, m) { m.impl("empty_cache", TORCH_BOX(&empty_cache)); }
 
 }  // namespace dpo_kernels

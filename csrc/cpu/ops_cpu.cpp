@@ -1,10 +1,5 @@
 // CPU implementations of the operators: checks, the choice of an instruction set, and threads over rows. A row belongs
 // to one thread, so that the result does not depend on how many there are.
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -32,8 +27,8 @@ Isa isa() {
         const char* asked = std::getenv("DPO_KERNELS_ISA");
         if (asked == nullptr || *asked == '\0') return best;
         const std::string name(asked);
-        TORCH_CHECK(name == "base" || name == "avx2" || name == "avx512",
-                    "dpo_kernels: DPO_KERNELS_ISA must be base, avx2 or avx512, got ", name);
+        DPO_CHECK(name == "base" || name == "avx2" || name == "avx512",
+                  "DPO_KERNELS_ISA must be base, avx2 or avx512, got ", name);
         return std::min(best, name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::base);
     }();
     return chosen;
@@ -64,28 +59,35 @@ constexpr int64_t kElementsByTask = 32768;
 
 template <typename Body>
 void over_rows(const TileShape& shape, const Body& body) {
-    at::parallel_for(0, shape.rows, std::max<int64_t>(1, kElementsByTask / std::max<int64_t>(1, shape.cols)), body);
+    parallel_for(0, shape.rows, std::max<int64_t>(1, kElementsByTask / std::max<int64_t>(1, shape.cols)), body);
+}
+
+// Calls body(T) with a tensor's element type, which the checks have found to be one of two.
+template <typename Body>
+void with_type(const Tensor& tensor, const Body& body) {
+    if (tensor.scalar_type() == ScalarType::Float) body(0.0f);
+    else body(0.0);
 }
 
 template <typename T>
-Tile<T> tile_of(const at::Tensor& tile, const TileShape& shape, int64_t start) {
+Tile<T> tile_of(const Tensor& tile, const TileShape& shape, int64_t start) {
     return {tile.mutable_data_ptr<T>(), shape.stride, shape.cols, start};
 }
 
 template <typename T>
-T* data_or_null(const std::optional<at::Tensor>& tensor) {
+T* data_or_null(const std::optional<Tensor>& tensor) {
     return tensor.has_value() ? tensor->mutable_data_ptr<T>() : nullptr;
 }
 
-void reduce_rows_(const at::Tensor& tile, const at::Tensor& labels, int64_t start, bool keep_logits,
-                  const at::Tensor& max, const at::Tensor& others, const at::Tensor& target,
-                  const std::optional<at::Tensor>& entropy, const std::optional<at::Tensor>& logit_sum,
-                  const std::optional<at::Tensor>& argmax, const std::optional<at::Tensor>& square_sum) {
+void reduce_rows_(const Tensor& tile, const Tensor& labels, int64_t start, bool keep_logits,
+                  const Tensor& max, const Tensor& others, const Tensor& target,
+                  const std::optional<Tensor>& entropy, const std::optional<Tensor>& logit_sum,
+                  const std::optional<Tensor>& argmax, const std::optional<Tensor>& square_sum) {
     const TileShape shape = check_reduce_rows(tile, labels, start, max, others, target, entropy, logit_sum, argmax,
                                               square_sum);
     if (shape.cols == 0) return;
-    AT_DISPATCH_FLOATING_TYPES(tile.scalar_type(), "reduce_rows_", [&] {
-        using T = scalar_t;
+    with_type(tile, [&](auto zero) {
+        using T = decltype(zero);
         const RowState<T> state{max.mutable_data_ptr<T>(), others.mutable_data_ptr<T>(), target.mutable_data_ptr<T>(),
                                 data_or_null<T>(entropy),  data_or_null<T>(logit_sum),   data_or_null<int64_t>(argmax),
                                 data_or_null<T>(square_sum)};
@@ -97,17 +99,17 @@ void reduce_rows_(const at::Tensor& tile, const at::Tensor& labels, int64_t star
     });
 }
 
-void dlogits_rows_(const at::Tensor& tile, const std::optional<at::Tensor>& out, const at::Tensor& labels,
-                   int64_t start, const at::Tensor& max, const at::Tensor& others,
-                   const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& residual,
+void dlogits_rows_(const Tensor& tile, const std::optional<Tensor>& out, const Tensor& labels,
+                   int64_t start, const Tensor& max, const Tensor& others,
+                   const std::optional<Tensor>& scale, const std::optional<Tensor>& residual,
                    std::optional<double> softcap, bool exponentiated) {
     const TileShape shape =
         check_dlogits_rows(tile, out, labels, start, max, others, scale, residual, softcap, exponentiated);
-    TORCH_CHECK(!out.has_value() || out->scalar_type() == at::kBFloat16,
-                "dpo_kernels: out must be absent or bfloat16 on the CPU, got ", out->scalar_type());
-    TORCH_CHECK(out.has_value() || !residual.has_value(), "dpo_kernels: residual needs an out of 16 bits");
-    AT_DISPATCH_FLOATING_TYPES(tile.scalar_type(), "dlogits_rows_", [&] {
-        using T = scalar_t;
+    DPO_CHECK(!out.has_value() || out->scalar_type() == ScalarType::BFloat16,
+              "out must be absent or bfloat16 on the CPU, got ", out->scalar_type());
+    DPO_CHECK(out.has_value() || !residual.has_value(), "residual needs an out of 16 bits");
+    with_type(tile, [&](auto zero) {
+        using T = decltype(zero);
         Gradient<T> how{};
         how.labels = labels.const_data_ptr<int64_t>();
         how.max = max.const_data_ptr<T>();
@@ -117,7 +119,7 @@ void dlogits_rows_(const at::Tensor& tile, const std::optional<at::Tensor>& out,
         how.softcap = static_cast<T>(softcap.value_or(0.0));
         how.exponentiated = exponentiated;
         if (out.has_value()) {
-            how.bfloat16 = reinterpret_cast<uint16_t*>(out->mutable_data_ptr<at::BFloat16>());
+            how.bfloat16 = reinterpret_cast<uint16_t*>(out->mutable_data_ptr());
             how.bfloat16_stride = out->stride(0);
         }
         const Tile<T> logits = tile_of<T>(tile, shape, start);
@@ -125,11 +127,11 @@ void dlogits_rows_(const at::Tensor& tile, const std::optional<at::Tensor>& out,
     });
 }
 
-void apply_bias_scale_cap_(const at::Tensor& tile, const std::optional<at::Tensor>& bias, double scale,
+void apply_bias_scale_cap_(const Tensor& tile, const std::optional<Tensor>& bias, double scale,
                            std::optional<double> softcap) {
     const TileShape shape = check_apply_bias_scale_cap(tile, bias, softcap);
-    AT_DISPATCH_FLOATING_TYPES(tile.scalar_type(), "apply_bias_scale_cap_", [&] {
-        using T = scalar_t;
+    with_type(tile, [&](auto zero) {
+        using T = decltype(zero);
         const Tile<T> logits = tile_of<T>(tile, shape, 0);
         const T* bias_data = bias.has_value() ? bias->const_data_ptr<T>() : nullptr;
         over_rows(shape, [&](int64_t first, int64_t last) {
@@ -141,10 +143,10 @@ void apply_bias_scale_cap_(const at::Tensor& tile, const std::optional<at::Tenso
 
 // The bfloat16 of element i ends where its float begins, or before. So elements a..2a-1 are written over memory that
 // elements a/2..a-1 no longer need, and threads may share each doubling. The first few elements go through a copy.
-void round_to_bfloat16_(const at::Tensor& values, double factor) {
-    TORCH_CHECK(values.scalar_type() == at::kFloat && values.is_contiguous(),
-                "dpo_kernels: values must be contiguous float32, got ", values.scalar_type(), " with strides ",
-                values.strides());
+void round_to_bfloat16_(const Tensor& values, double factor) {
+    DPO_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous(),
+              "values must be contiguous float32, got ", values.scalar_type(), " with strides ",
+              values.strides());
     constexpr int64_t kCopied = 1024;
     const float scale = static_cast<float>(factor);
     const float* in = values.const_data_ptr<float>();
@@ -154,19 +156,19 @@ void round_to_bfloat16_(const at::Tensor& values, double factor) {
     std::copy(in, in + std::min(kCopied, count), copied);
     passes<float>().to_bfloat16(copied, out, std::min(kCopied, count), scale);
     for (int64_t first = kCopied; first < count; first *= 2) {
-        at::parallel_for(first, std::min(2 * first, count), kElementsByTask, [&](int64_t begin, int64_t end) {
+        parallel_for(first, std::min(2 * first, count), kElementsByTask, [&](int64_t begin, int64_t end) {
             passes<float>().to_bfloat16(in + begin, out + begin, end - begin, scale);
         });
     }
 }
 
 // Offsets are checked here because this file reads the values that they point at.
-void check_offsets(const at::Tensor& offsets, const SegmentShape& shape) {
+void check_offsets(const Tensor& offsets, const SegmentShape& shape) {
     const int64_t* at = offsets.const_data_ptr<int64_t>();
-    TORCH_CHECK(at[0] >= 0 && at[shape.segments] <= shape.values, "dpo_kernels: offsets must lie within the ",
-                shape.values, " values, got ", at[0], " to ", at[shape.segments]);
+    DPO_CHECK(at[0] >= 0 && at[shape.segments] <= shape.values, "offsets must lie within the ",
+              shape.values, " values, got ", at[0], " to ", at[shape.segments]);
     for (int64_t s = 0; s < shape.segments; s++) {
-        TORCH_CHECK(at[s] <= at[s + 1], "dpo_kernels: offsets must not fall, got ", at[s], " before ", at[s + 1]);
+        DPO_CHECK(at[s] <= at[s + 1], "offsets must not fall, got ", at[s], " before ", at[s + 1]);
     }
 }
 
@@ -176,10 +178,10 @@ struct Weighted {
     const float* weights_float;
     const double* weights_double;
 
-    Weighted(const at::Tensor& values_N, const std::optional<at::Tensor>& weights_N)
+    Weighted(const Tensor& values_N, const std::optional<Tensor>& weights_N)
         : values(values_N.const_data_ptr<T>()), weights_float(nullptr), weights_double(nullptr) {
         if (!weights_N.has_value()) return;
-        if (weights_N->scalar_type() == at::kFloat) weights_float = weights_N->const_data_ptr<float>();
+        if (weights_N->scalar_type() == ScalarType::Float) weights_float = weights_N->const_data_ptr<float>();
         else weights_double = weights_N->const_data_ptr<double>();
     }
 
@@ -193,12 +195,13 @@ struct Weighted {
     }
 };
 
-at::Tensor segment_sum(const at::Tensor& values, const std::optional<at::Tensor>& weights, const at::Tensor& offsets) {
+Tensor segment_sum(const Tensor& values, const std::optional<Tensor>& weights, const Tensor& offsets) {
     const SegmentShape shape = check_segments("values", values, weights, offsets);
     check_offsets(offsets, shape);
-    at::Tensor sums = at::empty({shape.segments}, values.options().dtype(at::kDouble));
-    AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "segment_sum", [&] {
-        const Weighted<scalar_t> tokens(values, weights);
+    const Tensor sums = new_doubles(shape.segments, values);
+    with_type(values, [&](auto zero) {
+        using T = decltype(zero);
+        const Weighted<T> tokens(values, weights);
         const int64_t* at = offsets.const_data_ptr<int64_t>();
         double* out = sums.mutable_data_ptr<double>();
         for (int64_t s = 0; s < shape.segments; s++) out[s] = tokens.sum(at[s], at[s + 1]);
@@ -214,18 +217,18 @@ double sigmoid(double u) {
     return u < 0 ? decay / (1.0 + decay) : 1.0 / (1.0 + decay);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_sequence_loss(
-    const at::Tensor& logp, const std::optional<at::Tensor>& weights, const at::Tensor& offsets, const at::Tensor& ref,
-    const at::Tensor& nan_if_invalid, double beta, double label_smoothing) {
+std::tuple<Tensor, Tensor, Tensor> sigmoid_sequence_loss(
+    const Tensor& logp, const std::optional<Tensor>& weights, const Tensor& offsets, const Tensor& ref,
+    const Tensor& nan_if_invalid, double beta, double label_smoothing) {
     const SegmentShape shape =
         check_sigmoid_sequence_loss(logp, weights, offsets, ref, nan_if_invalid, beta, label_smoothing);
     check_offsets(offsets, shape);
     const int64_t pairs = shape.segments / 2;
-    const auto wide = logp.options().dtype(at::kDouble);
-    at::Tensor sums = at::empty({shape.segments}, wide), grad = at::empty({shape.segments}, wide);
-    at::Tensor losses = at::empty({pairs}, wide);
-    AT_DISPATCH_FLOATING_TYPES(logp.scalar_type(), "sigmoid_sequence_loss", [&] {
-        const Weighted<scalar_t> tokens(logp, weights);
+    const Tensor sums = new_doubles(shape.segments, logp), grad = new_doubles(shape.segments, logp);
+    const Tensor losses = new_doubles(pairs, logp);
+    with_type(logp, [&](auto zero) {
+        using T = decltype(zero);
+        const Weighted<T> tokens(logp, weights);
         const int64_t* at = offsets.const_data_ptr<int64_t>();
         const double* ref_data = ref.const_data_ptr<double>();
         const double extra = *nan_if_invalid.const_data_ptr<double>();
@@ -248,23 +251,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_sequence_loss(
     return {sums, losses, grad};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) {
-    m.impl("reduce_rows_", &reduce_rows_);
-    m.impl("dlogits_rows_", &dlogits_rows_);
-    m.impl("apply_bias_scale_cap_", &apply_bias_scale_cap_);
-    m.impl("round_to_bfloat16_", &round_to_bfloat16_);
-    m.impl("segment_sum", &segment_sum);
-    m.impl("sigmoid_sequence_loss", &sigmoid_sequence_loss);
+// The instruction set of the row passes in this process.
+std::string row_instruction_set() {
+    const Isa chosen = isa();
+    return chosen == Isa::avx512 ? "avx512" : chosen == Isa::avx2 ? "avx2" : "base";
 }
 
-// The instruction set of the row passes in this process.
-TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
-    m.def("row_instruction_set() -> str", [] {
-        const Isa chosen = isa();
-        return std::string(chosen == Isa::avx512 ? "avx512" : chosen == Isa::avx2 ? "avx2" : "base");
-    });
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) {
+    m.impl("reduce_rows_", TORCH_BOX(&reduce_rows_));
+    m.impl("dlogits_rows_", TORCH_BOX(&dlogits_rows_));
+    m.impl("apply_bias_scale_cap_", TORCH_BOX(&apply_bias_scale_cap_));
+    m.impl("round_to_bfloat16_", TORCH_BOX(&round_to_bfloat16_));
+    m.impl("segment_sum", TORCH_BOX(&segment_sum));
+    m.impl("sigmoid_sequence_loss", TORCH_BOX(&sigmoid_sequence_loss));
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) { m.def("row_instruction_set() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(dpo_kernels, CompositeImplicitAutograd, m) {
+    m.impl("row_instruction_set", TORCH_BOX(&row_instruction_set));
 }
 
 }  // namespace dpo_kernels

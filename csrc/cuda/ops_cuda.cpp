@@ -1,66 +1,45 @@
 // The operators on CUDA: checks, the current stream, and a launch.
 //
 // No CUDA header is included here, so that the file compiles against a torch without CUDA as well.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
-#include <torch/library.h>
-
 #include <optional>
 #include <tuple>
 
 #include "../checks.h"
 #include "launch.h"
+#include "on_device.h"
 
 namespace dpo_kernels {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-// Makes a tensor's device current for as long as it lives, and knows the stream that torch works on there.
-class OnDevice {
-public:
-    explicit OnDevice(const at::Tensor& tensor)
-        : guard_(tensor.device()),
-          stream_(c10::impl::VirtualGuardImpl(tensor.device().type()).getStream(tensor.device()).native_handle()) {}
-
-    void* stream() const { return stream_; }
-
-private:
-    c10::DeviceGuard guard_;
-    void* stream_;
-};
+using OptionalTensor = std::optional<Tensor>;
 
 void check_launch(int error, const char* kernel) {
-    TORCH_CHECK(error == 0, "CUDA error: dpo_kernels: launching ", kernel, " failed: ",
-                cuda::error_string(error));
+    if (error != 0) refuse("CUDA error: dpo_kernels: launching ", kernel, " failed: ", cuda::error_string(error));
 }
 
-cuda::DType code(const at::Tensor& tensor) {
+cuda::DType code(const Tensor& tensor) {
     switch (tensor.scalar_type()) {
-        case at::kFloat:
+        case ScalarType::Float:
             return cuda::DType::float32;
-        case at::kDouble:
+        case ScalarType::Double:
             return cuda::DType::float64;
-        case at::kBFloat16:
+        case ScalarType::BFloat16:
             return cuda::DType::bfloat16;
-        case at::kHalf:
+        case ScalarType::Half:
             return cuda::DType::float16;
         default:
-            TORCH_CHECK(false, "dpo_kernels: no kernel for ", tensor.scalar_type());
+            DPO_CHECK(false, "no kernel for ", tensor.scalar_type());
     }
 }
 
-// What is written is written through a `const Tensor&`, as torch's operators have it.
-void* pointer(const at::Tensor& tensor) { return tensor.mutable_data_ptr(); }
+void* pointer(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
 void* pointer(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->mutable_data_ptr() : nullptr; }
 const void* const_pointer(const OptionalTensor& tensor) {
     return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
-cuda::SegmentPointers segment_pointers(const at::Tensor& values, const OptionalTensor& weights,
-                                       const at::Tensor& offsets) {
+cuda::SegmentPointers segment_pointers(const Tensor& values, const OptionalTensor& weights,
+                                       const Tensor& offsets) {
     return {code(values),
             values.const_data_ptr(),
             code(weights.has_value() ? *weights : values),
@@ -69,7 +48,7 @@ cuda::SegmentPointers segment_pointers(const at::Tensor& values, const OptionalT
             offsets.const_data_ptr<int64_t>()};
 }
 
-void apply_bias_scale_cap_(const at::Tensor& tile, const OptionalTensor& bias, double scale,
+void apply_bias_scale_cap_(const Tensor& tile, const OptionalTensor& bias, double scale,
                            std::optional<double> softcap) {
     const TileShape shape = check_apply_bias_scale_cap(tile, bias, softcap);
     const OnDevice device(tile);
@@ -78,11 +57,11 @@ void apply_bias_scale_cap_(const at::Tensor& tile, const OptionalTensor& bias, d
                  "apply_bias_scale_cap");
 }
 
-void reduce_rows_(const at::Tensor& tile, const at::Tensor& labels, int64_t start, bool keep_logits,
-                  const at::Tensor& max, const at::Tensor& others, const at::Tensor& target,
+void reduce_rows_(const Tensor& tile, const Tensor& labels, int64_t start, bool keep_logits,
+                  const Tensor& max, const Tensor& others, const Tensor& target,
                   const OptionalTensor& entropy, const OptionalTensor& logit_sum, const OptionalTensor& argmax,
                   const OptionalTensor& square_sum) {
-    TORCH_CHECK(keep_logits, "dpo_kernels: keep_logits must be True on CUDA, whose kernels leave the tile as it is");
+    DPO_CHECK(keep_logits, "keep_logits must be True on CUDA, whose kernels leave the tile as it is");
     const TileShape shape =
         check_reduce_rows(tile, labels, start, max, others, target, entropy, logit_sum, argmax, square_sum);
     const cuda::RowStatePointers state{
@@ -96,13 +75,13 @@ void reduce_rows_(const at::Tensor& tile, const at::Tensor& labels, int64_t star
                  "reduce_rows");
 }
 
-void dlogits_rows_(const at::Tensor& tile, const OptionalTensor& out, const at::Tensor& labels, int64_t start,
-                   const at::Tensor& max, const at::Tensor& others, const OptionalTensor& scale,
+void dlogits_rows_(const Tensor& tile, const OptionalTensor& out, const Tensor& labels, int64_t start,
+                   const Tensor& max, const Tensor& others, const OptionalTensor& scale,
                    const OptionalTensor& residual, std::optional<double> softcap, bool exponentiated) {
-    TORCH_CHECK(!exponentiated, "dpo_kernels: exponentiated must be False on CUDA, whose tiles hold logits");
+    DPO_CHECK(!exponentiated, "exponentiated must be False on CUDA, whose tiles hold logits");
     const TileShape shape =
         check_dlogits_rows(tile, out, labels, start, max, others, scale, residual, softcap, exponentiated);
-    const at::Tensor& to = out.has_value() ? *out : tile;
+    const Tensor& to = out.has_value() ? *out : tile;
     const OnDevice device(tile);
     check_launch(cuda::dlogits_rows(code(tile), tile.const_data_ptr(), shape.stride, code(to), pointer(to),
                                     to.stride(0), shape.rows, shape.cols, start, labels.const_data_ptr<int64_t>(),
@@ -111,24 +90,24 @@ void dlogits_rows_(const at::Tensor& tile, const OptionalTensor& out, const at::
                  "dlogits_rows");
 }
 
-at::Tensor segment_sum(const at::Tensor& values, const OptionalTensor& weights, const at::Tensor& offsets) {
+Tensor segment_sum(const Tensor& values, const OptionalTensor& weights, const Tensor& offsets) {
     const SegmentShape shape = check_segments("values", values, weights, offsets);
     const OnDevice device(values);
-    const at::Tensor sums = at::empty({shape.segments}, values.options().dtype(at::kDouble));
+    const Tensor sums = new_doubles(shape.segments, values);
     check_launch(cuda::segment_sum(segment_pointers(values, weights, offsets), shape.segments,
                                    sums.mutable_data_ptr<double>(), device.stream()),
                  "segment_sum");
     return sums;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_sequence_loss(
-    const at::Tensor& logp, const OptionalTensor& weights, const at::Tensor& offsets, const at::Tensor& ref,
-    const at::Tensor& nan_if_invalid, double beta, double label_smoothing) {
+std::tuple<Tensor, Tensor, Tensor> sigmoid_sequence_loss(
+    const Tensor& logp, const OptionalTensor& weights, const Tensor& offsets, const Tensor& ref,
+    const Tensor& nan_if_invalid, double beta, double label_smoothing) {
     const SegmentShape shape =
         check_sigmoid_sequence_loss(logp, weights, offsets, ref, nan_if_invalid, beta, label_smoothing);
     const OnDevice device(logp);
-    const at::Tensor sums = at::empty_like(ref), grad = at::empty_like(ref);
-    const at::Tensor losses = at::empty({shape.segments / 2}, ref.options());
+    const Tensor sums = new_doubles(shape.segments, ref), grad = new_doubles(shape.segments, ref);
+    const Tensor losses = new_doubles(shape.segments / 2, ref);
     check_launch(cuda::sigmoid_sequence_loss(segment_pointers(logp, weights, offsets), shape.segments / 2,
                                              ref.const_data_ptr<double>(), nan_if_invalid.const_data_ptr<double>(),
                                              beta, label_smoothing, sums.mutable_data_ptr<double>(),
@@ -141,10 +120,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sigmoid_sequence_loss(
 }  // namespace
 }  // namespace dpo_kernels
 
-TORCH_LIBRARY_IMPL(dpo_kernels, CUDA, m) {
-    m.impl("apply_bias_scale_cap_", &dpo_kernels::apply_bias_scale_cap_);
-    m.impl("reduce_rows_", &dpo_kernels::reduce_rows_);
-    m.impl("dlogits_rows_", &dpo_kernels::dlogits_rows_);
-    m.impl("segment_sum", &dpo_kernels::segment_sum);
-    m.impl("sigmoid_sequence_loss", &dpo_kernels::sigmoid_sequence_loss);
+STABLE_TORCH_LIBRARY_IMPL(dpo_kernels, CUDA, m) {
+    m.impl("apply_bias_scale_cap_", TORCH_BOX(&dpo_kernels::apply_bias_scale_cap_));
+    m.impl("reduce_rows_", TORCH_BOX(&dpo_kernels::reduce_rows_));
+    m.impl("dlogits_rows_", TORCH_BOX(&dpo_kernels::dlogits_rows_));
+    m.impl("segment_sum", TORCH_BOX(&dpo_kernels::segment_sum));
+    m.impl("sigmoid_sequence_loss", TORCH_BOX(&dpo_kernels::sigmoid_sequence_loss));
 }

@@ -31,24 +31,16 @@ OPERATORS = (
     "has_bfloat16_matmul",
     "bfloat16_product",
     "row_instruction_set",
-    "cuda_architectures",
-    "extension_built_for",
+    "extension_oldest_torch",
 )
-HOW = (
-    "in a checkout of dpo_kernels: pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps ., with "
-    "torch and ninja installed"
-)
+HOW = "pip install --no-cache-dir --force-reinstall --no-deps dpo-kernels, or . in a checkout, with a C++ compiler"
 
 
 @constant_in_graphs
 def why_not(device_type: str) -> str | None:
     """Why the extension cannot work on tensors of a device; None if it can."""
-    built_for = _load()
-    if not built_for.startswith("built for "):
-        return built_for
-    if device_type == "cuda" and not built_for.endswith("cpu+cuda"):
-        return f"the extension was built without CUDA ({HOW}, a CUDA build of torch, and nvcc)"
-    return None
+    reason = _load()
+    return _load_cuda() if reason is None and device_type == "cuda" else reason
 
 
 @constant_in_graphs
@@ -92,26 +84,41 @@ def empty_cache() -> int:
 
 
 @functools.cache
-def _load() -> str:
-    """Register the operators; returns "built for ..." or the reason why that is impossible."""
-    # Importing a submodule that does not exist would say that the package is only half imported, so we look first.
-    if importlib.util.find_spec("dpo_kernels._C") is None:
-        return f"the C++/CUDA extension was not built ({HOW})"
-    running = torch.__version__
-    try:
-        importlib.import_module("dpo_kernels._C")
-    except (ImportError, OSError) as error:
-        return f"the C++/CUDA extension does not load with torch {running} ({error}); build it again: {HOW}"
-    built_for: str = torch.ops.dpo_kernels.extension_built_for()
-    if built_for.split(".")[:2] != running.split(".")[:2]:
-        return f"the C++/CUDA extension was built for torch {built_for}, not {running}; build it again: {HOW}"
+def _load() -> str | None:
+    """Register the operators; returns the reason why that is impossible."""
+    if (reason := _imported("_C", "the C++ extension")) is not None:
+        return reason
+    if not all(hasattr(torch.ops.dpo_kernels, name) for name in OPERATORS):
+        return f"the C++ extension is from other sources than the package; install it again: {HOW}"
     _register()
-    return f"built for {built_for}"
+    return None
+
+
+@functools.cache
+def _load_cuda() -> str | None:
+    """Register the operators of CUDA; returns the reason why that is impossible."""
+    return _imported("_C_cuda", "the extension's CUDA part")
+
+
+def _imported(module: str, what: str) -> str | None:
+    """Import a compiled module; returns the reason why that is impossible."""
+    # Importing a submodule that does not exist would say that the package is only half imported, so we look first.
+    if importlib.util.find_spec(f"dpo_kernels.{module}") is None:
+        more = "; it is built where torch has CUDA and nvcc is found" if module == "_C_cuda" else ""
+        return f"{what} was not built ({HOW}{more})"
+    try:
+        importlib.import_module(f"dpo_kernels.{module}")
+    except (ImportError, OSError) as error:
+        return f"{what} does not load with torch {torch.__version__} ({error}); install it again: {HOW}"
+    return None
 
 
 @functools.cache
 def _register() -> None:
-    """Register fakes and FLOP counts, once a process because torch 2.11 refuses a second registration."""
+    """Register fakes, FLOP counts and the lack of derivatives.
+
+    It is done once a process, because torch 2.11 refuses a second registration.
+    """
     from torch.utils.flop_counter import register_flop_formula
 
     @register_flop_formula(torch.ops.dpo_kernels.matmul_bfloat16_)
@@ -143,6 +150,13 @@ def _register() -> None:
         label_smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty_like(ref), ref.new_empty(ref.shape[0] // 2), torch.empty_like(ref)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("dpo_kernels: the derivative of this operator is not implemented")
+
+    # The operators run inside the package's own autograd functions. Differentiating through one by hand is an error.
+    for name in ("segment_sum", "sigmoid_sequence_loss"):
+        torch.library.register_autograd(f"dpo_kernels::{name}", refuse)
 
 
 class ExtensionKernels(TorchKernels):

@@ -1,5 +1,6 @@
 """The compiled extension: its operators against plain torch, for every instruction set, and the reasons it gives."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -261,11 +262,10 @@ def operator_arguments():
         "has_bfloat16_matmul": [],
         "bfloat16_product": [],
         "row_instruction_set": [],
-        "cuda_architectures": [],
         "round_to_bfloat16_": [(torch.randn(3, 500), 0.3), (torch.randn(0), 1.0)],
         "new_huge": [],  # uninitialised: nothing to compare
         "empty_cache": [],
-        "extension_built_for": [],
+        "extension_oldest_torch": [],
     }
 
 
@@ -318,6 +318,33 @@ def test_bad_arguments_are_named(words):
     arguments[place] = value
     with pytest.raises(RuntimeError, match=f"dpo_kernels: .*{words}|dpo_kernels: {words}"):
         getattr(torch.ops.dpo_kernels, name)(*arguments)
+
+
+@built
+def test_an_error_shows_sizes_types_and_devices_as_torch_does():
+    arguments = list(operator_arguments()["segment_sum"][1])
+    for place, value, words in [
+        (0, torch.randn(5, 1), "values must have one dimension, got the shape [5, 1]"),
+        (0, torch.randn(5).half(), "values must be float32 or float64, got Half"),
+        (1, torch.rand(10)[::2], "weights must be contiguous, got strides [2]"),
+        (2, torch.tensor([0, 6]), "offsets must lie within the 5 values, got 0 to 6"),
+    ]:
+        with pytest.raises(RuntimeError) as caught:
+            torch.ops.dpo_kernels.segment_sum(*arguments[:place], value, *arguments[place + 1 :])
+        assert str(caught.value) == f"dpo_kernels: {words}"
+
+
+@built
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3, 5), (1500, 1, 1000)], ids=str)
+def test_new_memory_is_laid_out_as_torch_would(shape):
+    """Small, empty, and so large that it comes from the kept blocks."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        got = torch.ops.dpo_kernels.new_huge(torch.empty(0, dtype=dtype), shape)
+        wanted = torch.empty(shape, dtype=dtype)
+        assert (got.shape, got.stride(), got.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+        assert got.fill_(3.0).eq(3.0).all()
+    with pytest.raises(RuntimeError, match="size must be of lengths >= 0 whose product fits the memory"):
+        torch.ops.dpo_kernels.new_huge(torch.empty(0), [2**40, 2**40])
 
 
 # --- threads, sizes, instruction sets ---------------------------------------------------------------------------------
@@ -510,8 +537,10 @@ def test_products_go_back_to_float32_where_mkldnn_is_switched_off():
 @pytest.fixture
 def clear_cache():
     extension._load.cache_clear()
+    extension._load_cuda.cache_clear()
     yield
     extension._load.cache_clear()
+    extension._load_cuda.cache_clear()
 
 
 @pytest.mark.usefixtures("clear_cache")
@@ -519,16 +548,28 @@ def test_without_the_extension_torch_is_taken_and_the_reason_given(monkeypatch):
     monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: None)
     plan = dk.explain(**problem())
     assert plan.backend == "torch"
-    assert "was not built (in a checkout of dpo_kernels: pip install --no-build-isolation" in plan.against["cpp"]
-    with pytest.raises(ValueError, match="backend='cpp' cannot run this: the C\\+\\+/CUDA extension was not built"):
+    assert "was not built (pip install --no-cache-dir --force-reinstall" in plan.against["cpp"]
+    with pytest.raises(ValueError, match="backend='cpp' cannot run this: the C\\+\\+ extension was not built"):
         dk.fused_dpo_loss(**problem(), backend="cpp")
 
 
 @built
 @pytest.mark.usefixtures("clear_cache")
-def test_an_extension_for_another_torch_is_refused(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert "not 2.99.0; build it again: in a checkout of dpo_kernels: pip install" in str(extension.why_not("cpu"))
+def test_an_extension_from_other_sources_is_refused(monkeypatch):
+    monkeypatch.setattr(extension, "OPERATORS", (*extension.OPERATORS, "of_a_later_version"))
+    assert "is from other sources than the package; install it again: pip install" in str(extension.why_not("cpu"))
+
+
+@built
+def test_the_oldest_torch_is_the_one_that_the_package_asks_for():
+    assert f'"torch>={torch.ops.dpo_kernels.extension_oldest_torch()}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@built
+@pytest.mark.skipif(importlib.util.find_spec("dpo_kernels._C_cuda") is not None, reason="the CUDA part is here")
+def test_without_the_cuda_part_only_cuda_is_refused():
+    assert "the extension's CUDA part was not built" in extension.why_not("cuda")
+    assert "it is built where torch has CUDA and nvcc is found" in extension.why_not("cuda")
 
 
 @built
@@ -536,7 +577,7 @@ def test_an_extension_for_another_torch_is_refused(monkeypatch):
 def test_a_gpu_that_there_is_no_code_for_is_refused(monkeypatch, architectures, taken):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.ops.dpo_kernels, "cuda_architectures", lambda: architectures)
+    monkeypatch.setattr(torch.ops.dpo_kernels, "cuda_architectures", lambda: architectures, raising=False)
     reason = extension.why_not_on(torch.device("cuda"))
     assert extension.why_not_on(torch.device("cpu")) is None
     if taken:

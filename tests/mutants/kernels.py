@@ -175,10 +175,24 @@ _TORCH = [
     ),
     Mutant(
         "dpo_kernels/kernels/extension.py",
-        'built_for.split(".")[:2] != running.split(".")[:2]',
-        'built_for.split(".")[:1] != running.split(".")[:1]',
-        "tests/kernels/test_extension.py::test_an_extension_for_another_torch_is_refused",
-        "an extension for another torch is loaded",
+        "if not all(hasattr(torch.ops.dpo_kernels, name) for name in OPERATORS):",
+        "if not any(hasattr(torch.ops.dpo_kernels, name) for name in OPERATORS):",
+        "tests/kernels/test_extension.py::test_an_extension_from_other_sources_is_refused",
+        "an extension from other sources is loaded",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/extension.py",
+        'for name in ("segment_sum", "sigmoid_sequence_loss"):',
+        'for name in ("sigmoid_sequence_loss",):',
+        "tests/kernels/test_extension.py::test_no_silent_derivative",
+        "a derivative by hand is silently none",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/extension.py",
+        'return _load_cuda() if reason is None and device_type == "cuda" else reason',
+        "return reason",
+        "tests/kernels/test_extension.py::test_without_the_cuda_part_only_cuda_is_refused",
+        "GPUs are said to run code that was not built",
     ),
     Mutant(
         "dpo_kernels/kernels/cpp.py",
@@ -391,6 +405,27 @@ _CPP = [
         "size >= bytes",
         "tests/strategies/test_memory.py::test_a_block_is_not_wasted_on_a_much_smaller_one",
         "a small gradient holds the memory of a large one",
+    ),
+    Mutant(
+        "csrc/cpu/memory.cpp",
+        "strides[i] = elements;",
+        "strides[i] = 1;",
+        "tests/kernels/test_extension.py::test_new_memory_is_laid_out_as_torch_would",
+        "rows of new memory lie upon one another",
+    ),
+    Mutant(
+        "csrc/cpu/matmul.cpp",
+        "!brgemm().enabled(brgemm().context())",
+        "!brgemm().context()",
+        "tests/kernels/test_extension.py::test_products_go_back_to_float32_where_mkldnn_is_switched_off",
+        "torch's block kernel is called where it was switched off",
+    ),
+    Mutant(
+        "csrc/torch_abi.h",
+        'for (size_t i = 0; i < sizes.size(); i++) out << (i == 0 ? "" : ", ") << sizes[i];',
+        'for (size_t i = 1; i < sizes.size(); i++) out << (i == 0 ? "" : ", ") << sizes[i];',
+        "tests/kernels/test_extension.py::test_an_error_shows_sizes_types_and_devices_as_torch_does",
+        "an error shows a shape without its first length",
     ),
 ]
 
