@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 from dpo_kernels.device_specs import ChunkCosts, gpu_at
+from dpo_kernels.kernels.sampling import BLOCK
 from dpo_kernels.planning.chunks import oversized_buffers, plan_chunks, with_counts
 from dpo_kernels.planning.memory_budget import Budget, tile_of_examples, tile_of_logps, tile_of_streaming
 from dpo_kernels.problem import Workload
@@ -20,7 +21,7 @@ def tile_with_gradients(workload: Workload, budget: Budget) -> Tile:
     """Return the tile of a pass that forms gradients with the loss."""
     # A tracer must not look at the number of tokens. The operator makes its own schedule.
     aliases = workload.loss is not None and workload.scalar and workload.needs_grad.weight
-    aliases = aliases and not workload.fills_main_grad and not workload.tracing
+    aliases = aliases and not workload.fills_main_grad and not workload.tracing and not workload.samples
     return tile_of_examples(budget, workload.shared_tokens, workload.vocab, workload.width if aliases else 0)
 
 
@@ -60,6 +61,9 @@ def schedule_streaming(workload: Workload, budget: Budget) -> Schedule:
 
 
 def _of_tokens(workload: Workload, tile: Tile) -> Schedule:
+    if workload.samples and tile.cols < workload.vocab:  # a block of a sample lies in one tile
+        cols = max(BLOCK, tile.cols // BLOCK * BLOCK)
+        tile = Tile(max(1, tile.rows * tile.cols // cols), cols)
     chunks = tuple(Chunk.of_tokens(start, stop) for start, stop in spans(workload.num_tokens, tile.rows))
     return Schedule(tile, chunks, recompute_in_library=_library_recomputes_faster(workload))
 
