@@ -7,7 +7,6 @@ import torch
 
 import dpo_kernels as dk
 from dpo_kernels.kernels import extension, sampling
-from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.shapes import Sampling
 from tests.tolerance import relative_l2
 
@@ -253,7 +252,9 @@ def test_sequences_groups_and_the_module(backend):
         exact, found = call({"backend": backend, "reference_free": True}), call(sparse)
         assert torch.equal(exact.loss, found.loss), name
         for grad, true in zip(
-            torch.autograd.grad(found.loss, leaves(inputs)), torch.autograd.grad(exact.loss, leaves(inputs)), strict=True
+            torch.autograd.grad(found.loss, leaves(inputs)),
+            torch.autograd.grad(exact.loss, leaves(inputs)),
+            strict=True,
         ):
             assert 1e-3 < relative_l2(grad, true) < 1.0, name
 
@@ -324,7 +325,7 @@ def test_the_plan_says_so():
 def test_compiled_calls_are_refused_by_name():
     inputs = batch()
     torch.compiler.reset()
-    with pytest.raises(Exception, match="gradient='sparse' is not supported inside torch.compile"):
+    with pytest.raises(Exception, match=r"gradient='sparse' is not supported inside torch\.compile"):
         torch.compile(lambda: dk.fused_dpo_loss(**inputs, gradient="sparse").loss, fullgraph=True, backend="eager")()
     torch.compiler.reset()
 
@@ -334,7 +335,6 @@ def test_blocks_of_the_sampler_change_nothing(monkeypatch):
     _, one = step(inputs, gradient="sparse", tau=TAU, backend="torch", strategy="chunked")
     monkeypatch.setattr("dpo_kernels.kernels.torch_kernels.SAMPLING_BYTES", 2**19)
     monkeypatch.setattr("dpo_kernels.kernels.torch_kernels.TYPICAL_ENTRIES", 2**14)
-    assert TorchKernels.name == "torch"
     _, other = step(inputs, gradient="sparse", tau=TAU, backend="torch", strategy="chunked")
     for mine, theirs in zip(one, other, strict=True):
         assert relative_l2(mine, theirs) <= 1e-6
