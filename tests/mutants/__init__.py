@@ -10,6 +10,7 @@ from tests.mutants.gpu import GPU
 from tests.mutants.kernels import KERNELS
 from tests.mutants.paths import PATHS
 from tests.mutants.records import Mutant
+from tests.mutants.sampled import SAMPLED
 from tests.mutants.sharded import SHARDED
 from tests.mutants.tensor_parallel import TENSOR_PARALLEL
 from tests.mutants.trl_engines import TRL_ENGINES

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import dpo_kernels as dk
+from dpo_kernels.kernel_interface import SampledRows
 from dpo_kernels.kernels import extension, sampling
-from dpo_kernels.shapes import Sampling
+from dpo_kernels.kernels.cpp import CppKernels
+from dpo_kernels.kernels.torch_kernels import TorchKernels
+from dpo_kernels.shapes import Head, Sampling
 from tests.tolerance import relative_l2
 
 PAIRS, LENGTH, WIDTH, VOCAB = 2, 5, 8, 700  # three blocks of columns, the last one in part
@@ -95,6 +98,46 @@ def test_no_entry_of_a_tail_is_beyond_reach():
     assert kept[3] == 0
     assert kept[1] > 0
     assert abs(float(mean[1]) - 1e-9) < 4 * math.sqrt(1e-9 * tau / (64 * tries))
+
+
+def test_small_entries_add_up_to_their_mass():
+    """Systematic sampling hardly varies in the number that it keeps, so that a hundredth would show."""
+    e = exponentials("gaussian", rows=1)
+    label = torch.zeros_like(e, dtype=torch.bool).index_fill_(1, torch.tensor([0]), True)
+    p, tries = e / e.sum(), 2000
+    many, labels = e.expand(tries, VOCAB), label.expand(tries, VOCAB)
+    chosen, values = sampling.sample(many, labels, many.sum(1), torch.arange(tries), 0, Sampling(TAU, 11))
+    small = ((p <= TAU) & ~label).expand(tries, VOCAB)
+    mass = torch.where(chosen & small, values, 0.0).sum() / tries
+    assert abs(float(mass / e[small[:1]].sum()) - 1) < 3e-3
+
+
+def test_rows_and_blocks_have_random_numbers_of_their_own():
+    starts = sampling.grid_starts(7, torch.tensor([0, 1, 2, 2**33]), 0, 40 * sampling.BLOCK)
+    assert starts.unique().numel() == starts.numel()
+    assert torch.equal(sampling.grid_starts(7, torch.tensor([2]), 0, 256 * 40)[0], starts[2])
+    assert torch.equal(sampling.grid_starts(7, torch.tensor([2]), 256 * 3, 256 * 5)[0], starts[2, 3:8])
+    assert (starts != sampling.grid_starts(8, torch.tensor([0, 1, 2, 2**33]), 0, 40 * sampling.BLOCK)).all()
+    assert (starts != sampling.grid_starts(7 + 2**40, torch.tensor([0, 1, 2, 2**33]), 0, 40 * 256)).all()
+    assert ((starts >= 0) & (starts < sampling.UNITS)).all()
+
+
+@pytest.mark.skipif(extension.why_not("cpu") is not None, reason="no extension")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_cpp_sample_is_that_of_torch(dtype):
+    """Entry for entry, where exponentials are in the tile already. Rounding may move a boundary by a unit."""
+    e = exponentials("gaussian", rows=40).to(dtype)
+    labels = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(2))
+    labels[0], labels[1] = VOCAB - 1, 0
+    others, ones = torch.rand(40, dtype=dtype) + 0.5, torch.ones(40, dtype=dtype)
+    rows = SampledRows(labels, torch.zeros(40, dtype=dtype), others, e.sum(1), ones, torch.arange(40) * 3)
+    head, how = Head(torch.zeros(VOCAB, 1, dtype=dtype)), Sampling(TAU, 2**62 + 12345)
+    one, other = (
+        kernels(dtype, 2**20).sample_dlogits(e, 0, rows, head, how, True) for kernels in (CppKernels, TorchKernels)
+    )
+    assert torch.equal(one.offsets, other.offsets)
+    assert torch.equal(one.columns.long(), other.columns)
+    torch.testing.assert_close(one.values, other.values, rtol=1e-5, atol=0)
 
 
 def test_not_a_number_is_kept():
