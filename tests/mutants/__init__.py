@@ -16,6 +16,6 @@ from tests.mutants.tensor_parallel import TENSOR_PARALLEL
 from tests.mutants.trl_engines import TRL_ENGINES
 
 MUTANTS: tuple[Mutant, ...] = (
-    *(*CORE, *KERNELS, *AROUND, *PATHS),
+    *(*CORE, *KERNELS, *AROUND, *PATHS, *SAMPLED),
     *(*TENSOR_PARALLEL, *SHARDED, *TRL_ENGINES, *GPU),
 )
