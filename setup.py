@@ -221,7 +221,7 @@ def extension():
                 return (str(error).strip() or type(error).__name__).splitlines()[0]
             return None
 
-    sources = ["ops.cpp", "old_system.cpp", "cpu/ops_cpu.cpp", "cpu/matmul.cpp", "cpu/memory.cpp"]
+    sources = ["ops.cpp", "old_system.cpp", "cpu/ops_cpu.cpp", "cpu/matmul.cpp", "cpu/memory.cpp", "cpu/sparse.cpp"]
     sources += ["cpu/rows_base.cpp", "cpu/rows_avx2.cpp", "cpu/rows_avx512.cpp"]
     cuda = cuda_part(torch)
     modules = [part("_C", sources), *([] if cuda is None else [cuda])]

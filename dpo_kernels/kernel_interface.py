@@ -8,14 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.segments import segment_sum, sequence_to_token
-from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head, accumulation_dtype, padded
+from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head, Sampling, accumulation_dtype, padded
 
 
 @dataclass
@@ -55,6 +55,27 @@ class LogitsGradient:
     labels: Tensor  # (C,) int64
     residual: Tensor | None = None  # (C,) rounding residual: what rounding took from the label's value
     x_exponent: int = 0  # k: for the head's gradient rows of X are multiplied by 2^k as well, and the product by 2^-k
+
+
+class SampledRows(NamedTuple):
+    """What the sample of the logits' gradient needs of each row of a tile."""
+
+    labels: Tensor  # (C,) int64
+    max: Tensor  # (C,) largest logit, in the dtype of accumulation as all that follow
+    others: Tensor  # (C,) sum of exponentials without the label's own
+    sumexp: Tensor  # (C,) sum of exponentials
+    scale: Tensor  # (C,) factor of each row, which the sample's values do not contain
+    tokens: Tensor  # (C,) int64, row of each token in the flattened input
+
+
+@dataclass(frozen=True)
+class SparseGradient:
+    """A sample of the gradient of a tile of logits, row after row, and the factors of its rows."""
+
+    offsets: Tensor  # (C + 1,) int64, where the entries of each row begin
+    columns: Tensor  # (K,) int64, columns of the tile, ascending in each row
+    values: Tensor  # (K,), in the dtype of accumulation
+    scale: Tensor  # (C,) factor of each row, which its products apply
 
 
 @dataclass(frozen=True)
@@ -247,6 +268,42 @@ class RowKernels(ABC):
     def stream_logps(self, x_CH: Tensor, head: Head, labels_C: Tensor, stats: Sequence[str]) -> RowState:
         """Return the state of at least one row after every column. No tile lies in memory (``streams_logps``)."""
         raise NotImplementedError(f"{self.name} has no kernel that keeps logits in registers")
+
+    # --- optional: a sample of the logits' gradient ---
+
+    def sample_dlogits(
+        self,
+        tile: Tensor,
+        start: int,
+        of_rows: SampledRows,
+        head: Head,
+        sampling: Sampling,
+        exponentiated: bool = False,
+    ) -> SparseGradient | None:
+        """Return an unbiased sample of what ``dlogits_`` returns, or None where it has too many entries to pay.
+
+        Args:
+            tile: ``(C, Vt)`` logits, or ``exp(z - max)`` if ``exponentiated``. It is not changed.
+            start: the vocabulary's column that comes first in the tile, a multiple of ``sampling.BLOCK``.
+            of_rows: what is known of the rows.
+            head: the head that made the logits. Its softcap is differentiated.
+            sampling: threshold and seed.
+            exponentiated: whether ``reduce`` has left ``exp(z - max)`` in the tile.
+
+        """
+        raise NotImplementedError(f"{self.name} samples no gradients")
+
+    def sparse_grad_hidden(self, d: SparseGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
+        """Do ``grad_hidden`` with a sample, times its scale."""
+        raise NotImplementedError(f"{self.name} samples no gradients")
+
+    def sparse_grad_weight(self, d: SparseGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
+        """Do ``grad_weight`` with a sample. Rows without an entry become 0 where products are not added."""
+        raise NotImplementedError(f"{self.name} samples no gradients")
+
+    def sparse_grad_bias(self, d: SparseGradient, out_Vt: Tensor, accumulate: bool) -> None:
+        """Do ``grad_bias`` with a sample."""
+        raise NotImplementedError(f"{self.name} samples no gradients")
 
     # --- optional: more than one launch ---
 

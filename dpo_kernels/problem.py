@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_kernels.checks import traced
 from dpo_kernels.loss_interface import SequenceLoss
-from dpo_kernels.shapes import Head, NeedsGrad, PackedTokens, Schedule
+from dpo_kernels.shapes import Head, NeedsGrad, PackedTokens, Sampling, Schedule
 
 # A reference gets no gradients.
 NO_GRADIENTS = NeedsGrad(hidden=False, weight=False, bias=False)
@@ -84,6 +84,7 @@ class Problem:
     denominator: float | Tensor | None = None  # replaces the number of examples under "mean"
     token_denominator: float | Tensor | None = None  # replaces the number of chosen tokens in means over tokens
     main_grad: MainGrad | None = None
+    sampling: Sampling | None = None  # gradients are those of a sample; None means the exact ones
     per_token: bool = False  # the log-probs are wanted by token and not by sequence
     shift: bool = False  # labels[t + 1] is predicted by hidden[t]
     stacked: bool = False  # all chosen sequences come first in the input; packed ones alternate
@@ -132,6 +133,7 @@ class Problem:
             static=self.static,
             tracing=tracing,
             fills_main_grad=self.main_grad is not None,
+            samples=self.sampling is not None,
             shard_ranks=0 if self.shard is None else self.shard.ranks,
             context_ranks=0 if self.context is None else self.context.ranks,
             most_counts=None if self.context is None else self.context.most,
@@ -175,6 +177,7 @@ class Workload:
     static: bool = False  # the host never learns the counts
     tracing: bool = False  # the call is inside torch.compile or torch.export
     fills_main_grad: bool = False  # the head's gradient is added to the caller's buffer
+    samples: bool = False  # gradients are those of a sample of the logits' gradient
     shard_ranks: int = (
         0  # ranks that the vocabulary is split over, 0 for a whole one; ``vocab`` is then the largest shard
     )

@@ -39,6 +39,14 @@ WRAPPERS_THAT_UNWRAP = ("AsyncCollectiveTensor",)
 GPU_ROW_ALIGNMENT = 16
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a sparse gradient is sampled, see ``kernels/sampling.py``."""
+
+    tau: float  # probabilities above it are kept as they are
+    seed: int | Tensor  # an int, or a 0-d int64 tensor
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of logits tiles, of reductions and of gradients that are still added up."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,73 +1,15 @@
-// CPU implementations of the operators: checks, the choice of an instruction set, and threads over rows. A row belongs
-// to one thread, so that the result does not depend on how many there are.
+// CPU implementations of the operators: checks, and threads over rows. A row belongs to one thread, so that the result does
+// not depend on how many there are.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <string>
 
 #include "../checks.h"
-#include "rows.h"
+#include "passes.h"
 
 namespace dpo_kernels {
 namespace {
-
-enum class Isa { base, avx2, avx512 };
-
-// The best that the machine has, or a lesser one that DPO_KERNELS_ISA asks for: base, avx2 or avx512.
-Isa isa() {
-    static const Isa chosen = [] {
-        Isa best = Isa::base;
-#ifdef DPO_X86
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
-        if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-            best = Isa::avx512;
-        }
-#endif
-        const char* asked = std::getenv("DPO_KERNELS_ISA");
-        if (asked == nullptr || *asked == '\0') return best;
-        const std::string name(asked);
-        DPO_CHECK(name == "base" || name == "avx2" || name == "avx512",
-                  "DPO_KERNELS_ISA must be base, avx2 or avx512, got ", name);
-        return std::min(best, name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::base);
-    }();
-    return chosen;
-}
-
-template <typename T>
-const Passes<T>& passes();
-
-template <>
-const Passes<float>& passes<float>() {
-#ifdef DPO_X86
-    if (isa() == Isa::avx512) return avx512::passes_float;
-    if (isa() == Isa::avx2) return avx2::passes_float;
-#endif
-    return base::passes_float;
-}
-
-template <>
-const Passes<double>& passes<double>() {
-#ifdef DPO_X86
-    if (isa() == Isa::avx512) return avx512::passes_double;
-    if (isa() == Isa::avx2) return avx2::passes_double;
-#endif
-    return base::passes_double;
-}
-
-constexpr int64_t kElementsByTask = 32768;
-
-template <typename Body>
-void over_rows(const TileShape& shape, const Body& body) {
-    parallel_for(0, shape.rows, std::max<int64_t>(1, kElementsByTask / std::max<int64_t>(1, shape.cols)), body);
-}
-
-// Calls body(T) with a tensor's element type, which the checks have found to be one of two.
-template <typename Body>
-void with_type(const Tensor& tensor, const Body& body) {
-    if (tensor.scalar_type() == ScalarType::Float) body(0.0f);
-    else body(0.0);
-}
 
 template <typename T>
 Tile<T> tile_of(const Tensor& tile, const TileShape& shape, int64_t start) {

@@ -41,6 +41,20 @@ struct Gradient {
     bool exponentiated;  // the tile holds exp(z - max) already
 };
 
+// What the sample of a tile's gradient needs of each row; dpo_kernels/kernels/sampling.py explains it.
+template <typename T>
+struct SampledRows {
+    const int64_t* labels;
+    const T* max;
+    const T* others;
+    const T* sumexp;
+    const int64_t* tokens;  // row of each token in the flattened input
+    uint64_t seed;
+    T tau;
+    T softcap;           // 0 for none
+    bool exponentiated;  // the tile holds exp(z - max) already
+};
+
 // The passes, for rows first..last-1.
 template <typename T>
 struct Passes {
@@ -52,6 +66,13 @@ struct Passes {
     void (*apply_bias_scale_cap)(Tile<T>, const T* bias, T scale, T softcap, int64_t first, int64_t last);
     // out[i] = factor * in[i], rounded to nearest; the two do not overlap.
     void (*to_bfloat16)(const T* in, uint16_t* out, int64_t count, T factor);
+    // Writes the entries of one row's gradient that the sample keeps, at most all; returns how many.
+    int64_t (*sample)(Tile<T>, const SampledRows<T>&, int64_t row, int32_t* columns, T* values);
+    // out (+)= the sum of factors[k] times row indices[k] of a matrix, in that order.
+    void (*add_rows)(T* out, int64_t width, const T* matrix, int64_t stride, const int32_t* indices, const T* factors,
+                     int64_t count, bool accumulate);
+    void (*add_bfloat16_rows)(T* out, int64_t width, const uint16_t* matrix, int64_t stride, const int32_t* indices,
+                              const T* factors, int64_t count, bool accumulate);
 };
 
 namespace base {

@@ -328,9 +328,14 @@ static void scaled_to_bfloat16(const float* in, uint16_t* out, int64_t count, fl
     for (int64_t i = 0; i < count; i++) out[i] = to_bfloat16(factor * in[i]);
 }
 
-extern const Passes<float> passes_float = {reduce<float>, dlogits<float>, apply_bias_scale_cap<float>,
-                                           scaled_to_bfloat16};
-extern const Passes<double> passes_double = {reduce<double>, dlogits<double>, apply_bias_scale_cap<double>, nullptr};
+#include "sparse_impl.h"
+
+extern const Passes<float> passes_float = {reduce<float>,      dlogits<float>, apply_bias_scale_cap<float>,
+                                           scaled_to_bfloat16, sample<float>,  add_rows<float, float>,
+                                           add_rows<float, uint16_t>};
+extern const Passes<double> passes_double = {reduce<double>, dlogits<double>, apply_bias_scale_cap<double>,
+                                             nullptr,        sample<double>,  add_rows<double, double>,
+                                             nullptr};
 
 }  // namespace DPO_NAMESPACE
 }  // namespace dpo_kernels

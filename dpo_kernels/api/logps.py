@@ -8,6 +8,7 @@ from dpo_kernels.engine.run import run_logps
 from dpo_kernels.inputs.make_problem import logps_problem
 from dpo_kernels.inputs.options import (
     Arguments,
+    GradientOptions,
     HeadOptions,
     Layout,
     MainGradOptions,
@@ -34,6 +35,9 @@ def fused_sequence_logps(
     strategy: str = "auto",
     scratch_bytes: int | None = None,
     max_scored_tokens: int | None = None,
+    gradient: str = "dense",
+    tau: float = 2.0**-12,
+    seed: int | Tensor = 0,
     vocab_parallel: VocabParallel | None = None,
     context_parallel: ContextParallel | None = None,
 ) -> Tensor:
@@ -66,6 +70,12 @@ def fused_sequence_logps(
             gets less.
         max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
             sync. The log-probs are NaN if there are more.
+        gradient: "dense", or "sparse" for gradients of a sample: an unbiased estimate that computes a small part of the
+            products. The loss and the log-probs are exact. See docs/sparse-gradient.md.
+        tau: Threshold of the sample, a number in (0, 1]. Probabilities above it are kept as they are. A token keeps
+            about ``1 / tau`` entries at the most.
+        seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
+            Take another one at each step.
         vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             Labels stay ids of the whole vocabulary.
         context_parallel: a ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
@@ -96,7 +106,8 @@ def fused_sequence_logps(
     policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel, context_parallel)
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)
     head = HeadOptions(logit_scale, softcap)
-    arguments = Arguments(policy, head, ReferenceTensors(), layout, Reduction(), MainGradOptions())
+    how = GradientOptions(gradient, tau, seed)
+    arguments = Arguments(policy, head, ReferenceTensors(), layout, Reduction(), MainGradOptions(), how)
     execution = Execution(backend, strategy, scratch_bytes)
     return run_logps(*planned(lambda given: logps_problem(given, per_token=False), arguments, execution))
 
@@ -116,6 +127,9 @@ def fused_token_logps(
     strategy: str = "auto",
     scratch_bytes: int | None = None,
     max_scored_tokens: int | None = None,
+    gradient: str = "dense",
+    tau: float = 2.0**-12,
+    seed: int | Tensor = 0,
     vocab_parallel: VocabParallel | None = None,
 ) -> Tensor:
     """Compute the log-prob of each token from hidden states, differentiably and without vocabulary-sized logits.
@@ -145,6 +159,12 @@ def fused_token_logps(
             gets less.
         max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
             sync. The log-probs are NaN if there are more.
+        gradient: "dense", or "sparse" for gradients of a sample: an unbiased estimate that computes a small part of the
+            products. The loss and the log-probs are exact. See docs/sparse-gradient.md.
+        tau: Threshold of the sample, a number in (0, 1]. Probabilities above it are kept as they are. A token keeps
+            about ``1 / tau`` entries at the most.
+        seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
+            Take another one at each step.
         vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             Labels stay ids of the whole vocabulary.
 
@@ -174,6 +194,7 @@ def fused_token_logps(
     policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, None, vocab_parallel)
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)
     head = HeadOptions(logit_scale, softcap)
-    arguments = Arguments(policy, head, ReferenceTensors(), layout, Reduction(), MainGradOptions())
+    how = GradientOptions(gradient, tau, seed)
+    arguments = Arguments(policy, head, ReferenceTensors(), layout, Reduction(), MainGradOptions(), how)
     execution = Execution(backend, strategy, scratch_bytes)
     return run_logps(*planned(lambda given: logps_problem(given, per_token=True), arguments, execution))

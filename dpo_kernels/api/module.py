@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dpo_kernels import losses
 from dpo_kernels.api.pairs import Loss, fused_dpo_loss
 from dpo_kernels.distributed import ContextParallel, VocabParallel
-from dpo_kernels.inputs.options import HeadOptions, Layout, Reduction, ReferenceTensors, check_stats
+from dpo_kernels.inputs.options import GradientOptions, HeadOptions, Layout, Reduction, ReferenceTensors, check_stats
 from dpo_kernels.outputs import DPOLossOutput
 from dpo_kernels.planning.plan import Execution
 
@@ -42,6 +42,10 @@ class FusedDPOLoss(nn.Module):
             gets less.
         max_scored_tokens: Static number of scored tokens to reserve, an integer >= 1. With it the call needs no host
             sync. The loss is NaN if there are more.
+        gradient: "dense", or "sparse" for gradients of a sample: an unbiased estimate that computes a small part of the
+            products. The loss and the log-probs are exact. See docs/sparse-gradient.md.
+        tau: Threshold of the sample, a number in (0, 1]. Probabilities above it are kept as they are. A token keeps
+            about ``1 / tau`` entries at the most.
         **loss_options: Options of the loss by name; ``dpo_kernels.LOSSES[name].options`` lists those of one loss.
             "odpo" has ``margin``, "rebel" ``reward_gap``, "bco_pair" ``delta``, and these three may be ``(P,)``
             tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, and "alphapo" ``alpha``
@@ -90,6 +94,8 @@ class FusedDPOLoss(nn.Module):
         strategy: str = "auto",
         scratch_bytes: int | None = None,
         max_scored_tokens: int | None = None,
+        gradient: str = "dense",
+        tau: float = 2.0**-12,
         **loss_options: Any,
     ) -> None:
         super().__init__()
@@ -99,6 +105,7 @@ class FusedDPOLoss(nn.Module):
         HeadOptions(logit_scale, softcap)
         Layout(pairs, shift, ignore_index, max_scored_tokens)
         Execution(backend, strategy, scratch_bytes)
+        GradientOptions(gradient, tau)
         self.options = {
             "loss_type": loss_type,
             "beta": beta,
@@ -115,6 +122,8 @@ class FusedDPOLoss(nn.Module):
             "strategy": strategy,
             "scratch_bytes": scratch_bytes,
             "max_scored_tokens": max_scored_tokens,
+            "gradient": gradient,
+            "tau": tau,
             **loss_options,
         }
 
@@ -133,6 +142,7 @@ class FusedDPOLoss(nn.Module):
         token_weights: Tensor | None = None,
         denominator: float | Tensor | None = None,
         token_denominator: float | Tensor | None = None,
+        seed: int | Tensor = 0,
         vocab_parallel: VocabParallel | None = None,
         context_parallel: ContextParallel | None = None,
         **loss_options: Tensor,
@@ -163,6 +173,8 @@ class FusedDPOLoss(nn.Module):
                 accumulation and data parallel training need it.
             token_denominator: Number > 0, or a 0-d tensor, that replaces the number of chosen tokens in the means over
                 tokens (``sft``, ``nll_weight``).
+            seed: Seed of the sample of sparse gradients, an int or a 0-d int64 tensor on the device of ``hidden``.
+                Equal seeds give equal bits. Take another one at each step.
             vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the
                 head.
             context_parallel: a ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens
@@ -194,6 +206,7 @@ class FusedDPOLoss(nn.Module):
             token_weights=token_weights,
             denominator=denominator,
             token_denominator=token_denominator,
+            seed=seed,
             vocab_parallel=vocab_parallel,
             context_parallel=context_parallel,
             **self.options | loss_options,

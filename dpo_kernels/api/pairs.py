@@ -17,6 +17,7 @@ from dpo_kernels.engine.run import run_pairs
 from dpo_kernels.inputs.make_problem import pair_problem
 from dpo_kernels.inputs.options import (
     Arguments,
+    GradientOptions,
     HeadOptions,
     Layout,
     MainGradOptions,
@@ -62,6 +63,9 @@ def fused_dpo_loss(
     max_scored_tokens: int | None = None,
     main_grad: Tensor | None = None,
     main_grad_scale: float = 1.0,
+    gradient: str = "dense",
+    tau: float = 2.0**-12,
+    seed: int | Tensor = 0,
     vocab_parallel: VocabParallel | None = None,
     context_parallel: ContextParallel | None = None,
     **loss_options: Any,
@@ -133,6 +137,12 @@ def fused_dpo_loss(
         main_grad_scale: Upstream gradient that ``loss`` will get, a number other than 0. It is 1 / accumulation steps,
             or a GradScaler's scale. If another one arrives, the backward pass raises on the CPU and gives NaN
             elsewhere. A second backward pass raises.
+        gradient: "dense", or "sparse" for gradients of a sample: an unbiased estimate that computes a small part of the
+            products. The loss and the log-probs are exact. See docs/sparse-gradient.md.
+        tau: Threshold of the sample, a number in (0, 1]. Probabilities above it are kept as they are. A token keeps
+            about ``1 / tau`` entries at the most.
+        seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
+            Take another one at each step.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
         context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
@@ -184,6 +194,7 @@ def fused_dpo_loss(
         Layout(pairs, shift, ignore_index, max_scored_tokens),
         Reduction(reduction, denominator, token_denominator),
         MainGradOptions(main_grad, main_grad_scale),
+        GradientOptions(gradient, tau, seed),
         stats,
     )
     execution = Execution(backend, strategy, scratch_bytes)
@@ -254,6 +265,12 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
         main_grad_scale: Upstream gradient that ``loss`` will get, a number other than 0. It is 1 / accumulation steps,
             or a GradScaler's scale. If another one arrives, the backward pass raises on the CPU and gives NaN
             elsewhere. A second backward pass raises.
+        gradient: "dense", or "sparse" for gradients of a sample: an unbiased estimate that computes a small part of the
+            products. The loss and the log-probs are exact. See docs/sparse-gradient.md.
+        tau: Threshold of the sample, a number in (0, 1]. Probabilities above it are kept as they are. A token keeps
+            about ``1 / tau`` entries at the most.
+        seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
+            Take another one at each step.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
         context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of

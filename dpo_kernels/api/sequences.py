@@ -41,6 +41,9 @@ OPTIONS = (
     "max_scored_tokens",
     "main_grad",
     "main_grad_scale",
+    "gradient",
+    "tau",
+    "seed",
     "vocab_parallel",
     "context_parallel",
 )
@@ -122,6 +125,12 @@ def fused_kto_loss(
         main_grad_scale: Upstream gradient that ``loss`` will get, a number other than 0. It is 1 / accumulation steps,
             or a GradScaler's scale. If another one arrives, the backward pass raises on the CPU and gives NaN
             elsewhere. A second backward pass raises.
+        gradient: "dense", or "sparse" for gradients of a sample: an unbiased estimate that computes a small part of the
+            products. The loss and the log-probs are exact. See docs/sparse-gradient.md.
+        tau: Threshold of the sample, a number in (0, 1]. Probabilities above it are kept as they are. A token keeps
+            about ``1 / tau`` entries at the most.
+        seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
+            Take another one at each step.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
         context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
@@ -247,6 +256,12 @@ def fused_group_loss(
         main_grad_scale: Upstream gradient that ``loss`` will get, a number other than 0. It is 1 / accumulation steps,
             or a GradScaler's scale. If another one arrives, the backward pass raises on the CPU and gives NaN
             elsewhere. A second backward pass raises.
+        gradient: "dense", or "sparse" for gradients of a sample: an unbiased estimate that computes a small part of the
+            products. The loss and the log-probs are exact. See docs/sparse-gradient.md.
+        tau: Threshold of the sample, a number in (0, 1]. Probabilities above it are kept as they are. A token keeps
+            about ``1 / tau`` entries at the most.
+        seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
+            Take another one at each step.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
         context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of

@@ -217,6 +217,7 @@ class _Logps(_Function):
         hidden, weight, bias, _, problem, plan = inputs
         _keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
         ctx.frozen, ctx.shard = passes.saves_dlogp_dhidden(plan.strategy, problem.needs_grad), problem.shard
+        ctx.sampling = problem.sampling
         ctx.grad_scale = 1.0 if problem.context is None else problem.context.grad_scale
         model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
         ctx.numbers, ctx.spec, ctx.plan = *operators.encode_options(problem, plan), plan
@@ -262,7 +263,7 @@ def _logps_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, T
         else:
             _refuse_freed(weight)
             problem = operators.decode_problem(hidden, weight, bias, packed, ctx.numbers, ctx.spec)
-            problem = replace(problem, shard=ctx.shard)
+            problem = replace(problem, shard=ctx.shard, sampling=ctx.sampling)
             plan = ctx.plan or operators.plan_of(problem, ctx.numbers, ctx.spec)
             grads = saying_what_fits(plan, lambda: passes.logps_gradients(grad_out, problem, plan, saved, ctx.dtypes))
     return _wrap_gradients(ctx, grads)
@@ -384,7 +385,7 @@ def _logps_operator_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.frozen = passes.saves_dlogp_dhidden(options.strategy, options.needs_grad)
     model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
     ctx.numbers, ctx.spec, ctx.plan = numbers, spec, None
-    ctx.shard = None
+    ctx.shard = ctx.sampling = None
     _keep_logps(ctx, model, packed, output)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import losses
-from dpo_kernels.checks import refuse_batched, refuse_forward_mode
+from dpo_kernels.checks import check_device, refuse_batched, refuse_forward_mode, traced
 from dpo_kernels.inputs.divisors import check_main_grad, check_reduction
 from dpo_kernels.inputs.options import Arguments, check_stats
 from dpo_kernels.inputs.pair_order import STACKED, to_alternating
@@ -15,7 +15,7 @@ from dpo_kernels.inputs.shards import pack_labels_of, split_main_grad, split_ref
 from dpo_kernels.inputs.tensors import Batch, check_batch
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.problem import CachedReference, Problem, ScoredReference
-from dpo_kernels.shapes import NeedsGrad, sum_dtype
+from dpo_kernels.shapes import NeedsGrad, Sampling, sum_dtype
 
 # The loss is made once the batch is known, because options with one value for each pair must fit it.
 LossOfBatch = Callable[[Batch], SequenceLoss]
@@ -57,6 +57,7 @@ def logps_problem(arguments: Arguments, *, per_token: bool) -> Problem:
         shard=shard,
         compute_dtype=batch.compute_dtype,
         needs_grad=gradients_wanted(batch),
+        sampling=_sampling(arguments, batch),
         per_token=per_token,
         shift=layout.shift,
         static=layout.max_scored_tokens is not None,
@@ -107,12 +108,29 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
         denominator=reduction.denominator,
         token_denominator=reduction.token_denominator,
         main_grad=buffer if needs_grad.head else None,
+        sampling=_sampling(arguments, batch),
         shift=layout.shift,
         stacked=stacked,
         static=layout.max_scored_tokens is not None,
         labels_shape=arguments.policy.labels.shape,
         result_dtype=batch.result_dtype,
     )
+
+
+def _sampling(arguments: Arguments, batch: Batch) -> Sampling | None:
+    """Return how gradients are sampled. Raise where that cannot be done yet."""
+    sampling = arguments.gradient.sampling
+    if sampling is None:
+        return None
+    policy = arguments.policy
+    for name, given in (("vocab_parallel", policy.vocab_parallel), ("context_parallel", policy.context_parallel)):
+        if given is not None:
+            raise ValueError(f"gradient='sparse' does not go with {name} yet: the samples of ranks would be the same")
+    if traced(batch.hidden):
+        raise ValueError("gradient='sparse' is not supported inside torch.compile yet: leave the call out of the graph")
+    if isinstance(sampling.seed, Tensor):
+        check_device("seed", sampling.seed, "hidden", batch.hidden)
+    return sampling
 
 
 def _in_packed_order(

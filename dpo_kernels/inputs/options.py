@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from dpo_kernels import checks
 from dpo_kernels.inputs.pair_order import PAIR_ORDERS, STACKED
-from dpo_kernels.shapes import STATS, TOKEN_LOGPS
+from dpo_kernels.shapes import STATS, TOKEN_LOGPS, Sampling
 
 REDUCTIONS = ("mean", "sum", "none")
+GRADIENTS = ("dense", "sparse")
 T = TypeVar("T")
 
 
@@ -101,6 +103,33 @@ class MainGradOptions:
 
 
 @dataclass(frozen=True)
+class GradientOptions:
+    """Whether gradients are exact, or those of a sample of the logits' gradient."""
+
+    gradient: str = "dense"
+    tau: float = 2.0**-12  # probabilities above it are kept as they are
+    seed: int | Tensor = 0  # an int, or a 0-d int64 tensor
+
+    def __post_init__(self) -> None:
+        checks.check_choice("gradient", self.gradient, GRADIENTS)
+        if not 0 < checks.check_number("tau", self.tau) <= 1:
+            raise ValueError(f"tau must be in (0, 1], got {self.tau}")
+        if not isinstance(self.seed, Tensor):
+            checks.check_integer("seed", self.seed)
+            if not -(2**63) <= self.seed < 2**63:
+                raise ValueError(f"seed must fit 64 bits, got {self.seed}")
+        elif self.seed.dim() != 0 or self.seed.dtype != torch.int64:
+            raise ValueError(
+                f"seed must be an int or a 0-d int64 tensor, got {self.seed.dtype} of {self.seed.dim()} dims"
+            )
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """The threshold and the seed of a sparse gradient, or None for an exact one."""
+        return None if self.gradient == "dense" else Sampling(float(self.tau), self.seed)
+
+
+@dataclass(frozen=True)
 class Arguments:
     """All arguments that say what a call computes, except for its loss."""
 
@@ -110,6 +139,7 @@ class Arguments:
     layout: Layout = field(default_factory=Layout)
     reduction: Reduction = field(default_factory=Reduction)
     main_grad: MainGradOptions = field(default_factory=MainGradOptions)
+    gradient: GradientOptions = field(default_factory=GradientOptions)
     stats: tuple[str, ...] = ()
 
     @staticmethod
@@ -122,6 +152,7 @@ class Arguments:
             layout=group(Layout, named),
             reduction=group(Reduction, named),
             main_grad=group(MainGradOptions, named),
+            gradient=group(GradientOptions, named),
             stats=named.get("stats", ()),
         )
 
@@ -134,7 +165,10 @@ def group(kind: type[T], named: Mapping[str, Any]) -> T:
 # These are the fields of each group. torch.compile cannot read them from a class.
 FIELDS: dict[type, tuple[str, ...]] = {
     kind: tuple(each.name for each in fields(kind))
-    for kind in (PolicyTensors, ReferenceTensors, HeadOptions, Layout, Reduction, MainGradOptions)
+    for kind in (
+        *(PolicyTensors, ReferenceTensors, HeadOptions, Layout, Reduction, MainGradOptions),
+        GradientOptions,
+    )
 }
 
 

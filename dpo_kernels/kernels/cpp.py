@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernel_interface import LogitsGradient, RowState
+from dpo_kernels.kernel_interface import LogitsGradient, RowState, SampledRows, SparseGradient
+from dpo_kernels.kernels import torch_kernels
 from dpo_kernels.kernels.extension import ExtensionKernels
 from dpo_kernels.kernels.installed import constant_in_graphs
 from dpo_kernels.kernels.torch_kernels import TorchKernels
-from dpo_kernels.shapes import Head, accumulation_dtype
+from dpo_kernels.shapes import Head, Sampling, accumulation_dtype
 
 
 class CppKernels(ExtensionKernels):
@@ -65,6 +66,48 @@ class CppKernels(ExtensionKernels):
             return super().grad_weight(d, x_CH, out_VtH, accumulate)
         torch.ops.dpo_kernels.matmul_bfloat16_(d.values.t(), x_CH, out_VtH, accumulate)
         # torch does not count what our operators write, and out_VtH may be the caller's main_grad.
+        torch.autograd.graph.increment_version(out_VtH)
+
+    def sample_dlogits(
+        self,
+        tile: Tensor,
+        start: int,
+        of_rows: SampledRows,
+        head: Head,
+        sampling: Sampling,
+        exponentiated: bool = False,
+    ) -> SparseGradient | None:
+        """See ``RowKernels``; one pass over the tile."""
+        offsets, columns, values = torch.ops.dpo_kernels.sample_rows(
+            tile,
+            of_rows.labels,
+            start,
+            of_rows.max,
+            of_rows.others,
+            of_rows.sumexp,
+            of_rows.tokens,
+            int(sampling.seed),
+            sampling.tau,
+            head.softcap,
+            exponentiated,
+            int(torch_kernels.MOST_SAMPLED * tile.numel()),
+        )
+        return SparseGradient(offsets, columns, values, of_rows.scale) if offsets.shape[0] else None
+
+    def sparse_grad_hidden(self, d: SparseGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
+        """See ``RowKernels``."""
+        weight_VtH = head.weight[start:]
+        if weight_VtH.dtype not in (out_CH.dtype, torch.bfloat16) or weight_VtH.stride(1) != 1:
+            return super().sparse_grad_hidden(d, head, start, out_CH, accumulate)
+        torch.ops.dpo_kernels.sparse_times_head_(
+            d.offsets, d.columns, d.values, d.scale, weight_VtH, out_CH, accumulate
+        )
+
+    def sparse_grad_weight(self, d: SparseGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
+        """See ``RowKernels``."""
+        torch.ops.dpo_kernels.sparse_transposed_times_hidden_(
+            d.offsets, d.columns, d.values, d.scale, x_CH.to(out_VtH.dtype).contiguous(), out_VtH, accumulate
+        )
         torch.autograd.graph.increment_version(out_VtH)
 
 

@@ -11,9 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowResult, RowState, rescale
+from dpo_kernels.kernel_interface import (
+    LogitsGradient,
+    RowKernels,
+    RowResult,
+    RowState,
+    SampledRows,
+    SparseGradient,
+    rescale,
+)
 from dpo_kernels.kernels import float16_range
-from dpo_kernels.shapes import Head, accumulation_dtype, spans
+from dpo_kernels.kernels.sampling import sample
+from dpo_kernels.shapes import Head, Sampling, accumulation_dtype, spans
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 # A row operation on the CPU works on blocks whose temporaries take at most this many bytes. That much usually fits the
@@ -21,6 +30,11 @@ SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 CACHED_BYTES = 2 * 2**20
 # A row operation holds so many temporaries of a block at once: its exponentials, and a product of them.
 BLOCK_TEMPORARIES = 2
+# A sample with more entries than this part of the tile is given up for the products of the whole tile. The number is a
+# choice: an entry costs several times its part of a product.
+MOST_SAMPLED = 1 / 16
+SAMPLING_BYTES = 64  # of temporaries for each logit while a sample is drawn
+TYPICAL_ENTRIES = 512  # of a row, by which the temporaries of sparse products are planned
 
 
 class TorchKernels(RowKernels):
@@ -227,15 +241,85 @@ class TorchKernels(RowKernels):
         else:
             product = torch.empty_like(out_Vt)
             self.grad_weight(d, d.values.new_ones(d.values.shape[0], 1), product[:, None], accumulate=False)
-        if accumulate:
-            out_Vt.add_(product)
-        else:
-            out_Vt.copy_(product)
+        _put(out_Vt, product, accumulate)
         if d.residual is not None:
             # The residual is 0 where the label is not among these columns. index_put_ adds in a fixed order.
             column = (d.labels - start).clamp(0, out_Vt.shape[0] - 1)
             residual_C = d.residual if d.scale is None else d.residual * d.scale
             out_Vt.index_put_((column,), residual_C.to(out_Vt.dtype), accumulate=True)
+
+    def sample_dlogits(
+        self,
+        tile: Tensor,
+        start: int,
+        of_rows: SampledRows,
+        head: Head,
+        sampling: Sampling,
+        exponentiated: bool = False,
+    ) -> SparseGradient | None:
+        """See ``RowKernels``. On a GPU each block of rows costs a sync."""
+        rows, cols = tile.shape
+        most, kept = int(MOST_SAMPLED * rows * cols), 0
+        counts: list[Tensor] = []
+        columns: list[Tensor] = []
+        values: list[Tensor] = []
+        for top, bottom in spans(rows, max(1, self.workspace_bytes // (SAMPLING_BYTES * max(1, cols)))):
+            z, part = tile[top:bottom], slice(top, bottom)
+            e = z if exponentiated else (z - of_rows.max[part, None]).exp_()
+            label = (of_rows.labels[part] - start)[:, None] == torch.arange(cols, device=tile.device)
+            chosen, value = sample(e, label, of_rows.sumexp[part], of_rows.tokens[part], start, sampling)
+            value = torch.where(label, -of_rows.others[part, None], value)
+            if head.softcap is not None:
+                value = value * (z / head.softcap).square_().neg_().add_(1.0)
+            counts.append(chosen.sum(dim=1))
+            columns.append(chosen.nonzero()[:, 1])
+            values.append(value[chosen])
+            kept += columns[-1].shape[0]
+            if kept > most:
+                return None
+        offsets = torch.cat([of_rows.labels.new_zeros(1), torch.cat(counts).cumsum(0)])
+        return SparseGradient(offsets, torch.cat(columns), torch.cat(values), of_rows.scale)
+
+    def sparse_grad_hidden(self, d: SparseGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
+        """See ``RowKernels``."""
+        width = max(1, head.weight.shape[1]) * out_CH.dtype.itemsize
+        _, value_K = self._scaled_entries(d)
+        for top, bottom in spans(out_CH.shape[0], max(1, self.workspace_bytes // (width * TYPICAL_ENTRIES))):
+            offsets = d.offsets[top : bottom + 1]
+            entries = slice(int(offsets[0]), int(offsets[-1]))
+            rows_KH = head.weight.index_select(0, d.columns[entries] + start).to(self.dtype).to(out_CH.dtype)
+            rows_KH.mul_(value_K[entries, None])
+            _put(out_CH[top:bottom], torch.segment_reduce(rows_KH, "sum", offsets=offsets - offsets[0]), accumulate)
+
+    def sparse_grad_weight(self, d: SparseGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
+        """See ``RowKernels``. The entries are sorted by column, so that the order of the additions is fixed."""
+        if not accumulate:
+            out_VtH.zero_()
+        order = d.columns.argsort(stable=True)
+        by_column, counts = d.columns[order].unique_consecutive(return_counts=True)
+        row_K, value_K = self._scaled_entries(d)
+        x_CH, offsets = x_CH.to(out_VtH.dtype), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        width = max(1, x_CH.shape[1]) * x_CH.dtype.itemsize
+        for left, right in spans(by_column.shape[0], max(1, self.workspace_bytes // (width * TYPICAL_ENTRIES))):
+            part = offsets[left : right + 1]
+            entries = order[int(part[0]) : int(part[-1])]
+            rows_KH = x_CH.index_select(0, row_K[entries]).mul_(value_K[entries, None])
+            sums = torch.segment_reduce(rows_KH, "sum", offsets=part - part[0])
+            out_VtH.index_add_(0, by_column[left:right], sums)  # every row at most once
+
+    def sparse_grad_bias(self, d: SparseGradient, out_Vt: Tensor, accumulate: bool) -> None:
+        """See ``RowKernels``."""
+        if not accumulate:
+            out_Vt.zero_()
+        _, value_K = self._scaled_entries(d)
+        out_Vt.index_put_((d.columns,), value_K, accumulate=True)  # which adds in a fixed order
+
+    @staticmethod
+    def _scaled_entries(d: SparseGradient) -> tuple[Tensor, Tensor]:
+        """Return the row of each entry, and its value times the row's factor."""
+        counts = d.offsets.diff()
+        row_K = torch.arange(counts.shape[0], device=counts.device).repeat_interleave(counts)
+        return row_K, d.values * d.scale[row_K]
 
     def _weights(self, head: Head, start: int, stop: int, tile: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yield rows ``start..stop-1`` of the head as GEMM operands, each with its first and last column of the tile.
@@ -259,6 +343,14 @@ class TorchKernels(RowKernels):
         for top, bottom in spans(tile.shape[0], max(1, elements // width)):
             for left, right in spans(tile.shape[1], width):
                 yield slice(top, bottom), slice(left, right)
+
+
+def _put(out: Tensor, value: Tensor, accumulate: bool) -> None:
+    """Add a value to ``out``, or replace it."""
+    if accumulate:
+        out.add_(value)
+    else:
+        out.copy_(value)
 
 
 def _matmul_into(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, alpha: float = 1.0) -> None:

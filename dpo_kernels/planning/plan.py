@@ -178,6 +178,7 @@ class Plan:
             f"  N={workload.num_tokens} scored tokens{most}, H={workload.width}, V={workload.vocab}, "
             + str(workload.dtype).removeprefix("torch."),
             f"  GEMM passes (2 N H V FLOP each): {self.gemms} policy + {self.reference_gemms} reference",
+            *(["  gradients are those of a sample of the logits' gradient"] if workload.samples else []),
             f"  logits tile {tile.rows} x {tile.cols} ({_size(used)}{limit}){self._number_of_chunks()}",
         ]
         if self.logits_in_weight_grad:

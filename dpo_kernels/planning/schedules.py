@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 from dpo_kernels.device_specs import ChunkCosts, gpu_at
+from dpo_kernels.kernels.sampling import BLOCK
 from dpo_kernels.planning.chunks import oversized_buffers, plan_chunks, with_counts
 from dpo_kernels.planning.memory_budget import Budget, tile_of_examples, tile_of_logps, tile_of_streaming
 from dpo_kernels.problem import Workload
@@ -20,7 +21,7 @@ def tile_with_gradients(workload: Workload, budget: Budget) -> Tile:
     """Return the tile of a pass that forms gradients with the loss."""
     # A tracer must not look at the number of tokens. The operator makes its own schedule.
     aliases = workload.loss is not None and workload.scalar and workload.needs_grad.weight
-    aliases = aliases and not workload.fills_main_grad and not workload.tracing
+    aliases = aliases and not workload.fills_main_grad and not workload.tracing and not workload.samples
     return tile_of_examples(budget, workload.shared_tokens, workload.vocab, workload.width if aliases else 0)
 
 
@@ -52,14 +53,22 @@ def schedule_examples(workload: Workload, budget: Budget) -> Schedule:
 
 def schedule_logps(workload: Workload, budget: Budget) -> Schedule:
     """Return the schedule of log-probs with as large a tile as the scratch allows."""
-    tile = tile_of_logps(budget, workload.num_tokens, workload.vocab)
+    tile = _of_whole_blocks(workload, tile_of_logps(budget, workload.num_tokens, workload.vocab))
     return _of_tokens(workload, tile, budget.scratch_logits(tile, budget.tile_bytes))
 
 
 def schedule_streaming(workload: Workload, budget: Budget) -> Schedule:
     """Return the schedule of log-probs with a tile of fixed size."""
-    tile = tile_of_streaming(budget, workload.num_tokens, workload.vocab)
+    tile = _of_whole_blocks(workload, tile_of_streaming(budget, workload.num_tokens, workload.vocab))
     return _of_tokens(workload, tile, budget.scratch_logits(tile, min(budget.streaming_bytes, budget.tile_bytes)))
+
+
+def _of_whole_blocks(workload: Workload, tile: Tile) -> Tile:
+    """Return a tile that cuts no block of a sample, of about as many logits."""
+    if not workload.samples or tile.cols >= workload.vocab:
+        return tile
+    cols = max(BLOCK, tile.cols // BLOCK * BLOCK)
+    return Tile(max(1, tile.rows * tile.cols // cols), cols)
 
 
 def _of_tokens(workload: Workload, tile: Tile, scratch_logits: int) -> Schedule:

@@ -44,9 +44,15 @@ def _forward_and_backward(recomputed: int) -> Callable[[Workload], int]:
     """Return a function that counts the GEMM passes of a strategy.
 
     One pass is forward. If a gradient is wanted, ``recomputed`` passes compute logits again, and each gradient takes
-    one.
+    one, except for gradients of a sample.
     """
-    return lambda workload: 1 + (recomputed + workload.backward_gemms if any(workload.needs_grad) else 0)
+
+    def gemms(workload: Workload) -> int:
+        if not any(workload.needs_grad):
+            return 1
+        return 1 + recomputed + (0 if workload.samples else workload.backward_gemms)
+
+    return gemms
 
 
 def _streams_faster(workload: Workload, backend: str) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowScale, RowState
+from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowScale, RowState, SampledRows, SparseGradient
 from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import Chunk, Schedule
 from dpo_kernels.strategies.row_results import RowResults
+from dpo_kernels.strategies.sampled import add_products
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,27 @@ class Buffers:
             self.rows.put(start, stop, state)
         return x_CH, labels_C, tile, state
 
+    def gradient_of_logits(
+        self, tile: Tensor, labels_C: Tensor, start: int, state: RowState, scale_C: Tensor, expected: float
+    ) -> LogitsGradient | SparseGradient:
+        """Return the gradient of whole rows of logits, or a sample of it. The tile may be overwritten.
+
+        ``start`` is the packed token of the first row. ``expected`` is that of ``RowKernels.dlogits_``.
+        """
+        kernels, head, sampling = self.kernels, self.problem.head, self.problem.sampling
+        if sampling is not None:
+            tokens_C = self.problem.packed.index[start : start + labels_C.shape[0]]
+            of_rows = SampledRows(labels_C, state.max, state.others, state.sumexp, scale_C, tokens_C)
+            sampled = kernels.sample_dlogits(tile, 0, of_rows, head, sampling, state.exponentiated)
+            if sampled is not None:
+                return sampled
+        return kernels.dlogits_(
+            tile, labels_C, 0, state.max, state.others, head, scale_C, state.exponentiated, expected
+        )
+
     def backward(
         self,
-        d: LogitsGradient,
+        d: LogitsGradient | SparseGradient,
         x_CH: Tensor,
         start: int,
         dw: Tensor | None,
@@ -192,6 +211,11 @@ class Buffers:
 
         """
         kernels, stop = self.kernels, start + x_CH.shape[0]
+        if isinstance(d, SparseGradient):
+            dx_CH = None if self.dx is None else self.dx[start:stop]
+            given = (kernels, d, self.problem.head, 0, x_CH, (dx_CH, dw, db))
+            add_products(*given, first_columns=True, first_rows=not accumulate)
+            return
         if self.dx is not None:
             kernels.grad_hidden(d, self.problem.head, 0, self.dx[start:stop], accumulate=False)
             if d.scale is not None:

@@ -43,13 +43,11 @@ def loss_and_gradients(
 
 def _run(buffers: Buffers, chunk: Chunk) -> None:
     """Compute a chunk that fits the tile. Its coefficients are known before its gradient is formed and rounded."""
-    kernels, head = buffers.kernels, buffers.problem.head
     x_CH, labels_C, tile, state = buffers.forward(chunk.start, chunk.stop)
     scale_C = buffers.close_chunk(chunk, state)
-    if chunk.stop == chunk.start or not head.vocab:
+    if chunk.stop == chunk.start or not buffers.problem.head.vocab:
         return
-    of_rows = (state.max, state.others, head, scale_C, state.exponentiated, buffers.expected)
-    d = kernels.dlogits_(tile, labels_C, 0, *of_rows)
+    d = buffers.gradient_of_logits(tile, labels_C, chunk.start, state, scale_C, buffers.expected)
     # Where sequences are split too, ranks may see their last rows in other chunks.
     last = chunk.stop == buffers.schedule.chunks[-1].stop and buffers.problem.context is None
     buffers.backward(d, x_CH, chunk.start, buffers.dw, buffers.db, buffers.written, last)

@@ -7,7 +7,7 @@ and the backward pass multiplies its rows. That makes two GEMM passes.
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernel_interface import RowKernels, RowResult, RowState, rescale
+from dpo_kernels.kernel_interface import RowKernels, RowResult, RowState, SampledRows, rescale
 from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import Head, Schedule, spans
 from dpo_kernels.strategies import recompute
@@ -31,7 +31,7 @@ def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[Ro
         labels_C, out_CH = packed.labels[chunk.start : chunk.stop], dlogp_dhidden[chunk.start : chunk.stop]
         state = kernels.new_state(labels_C.shape[0], x_CH.device, problem.stats)
         if tile.cols >= head.vocab and problem.shard is None:
-            _whole_rows(kernels, state, x_CH, head, labels_C, scratch, out_CH)
+            _whole_rows(kernels, problem, state, x_CH, labels_C, scratch, out_CH, chunk.start)
         else:
             _cut_rows(kernels, problem, state, x_CH, labels_C, scratch, out_CH, tile.cols)
         rows.put(chunk.start, chunk.stop, state, completed=True)
@@ -39,11 +39,35 @@ def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[Ro
 
 
 def _whole_rows(
-    kernels: RowKernels, state: RowState, x_CH: Tensor, head: Head, labels_C: Tensor, scratch: Tensor, out_CH: Tensor
+    kernels: RowKernels,
+    problem: Problem,
+    state: RowState,
+    x_CH: Tensor,
+    labels_C: Tensor,
+    scratch: Tensor,
+    out_CH: Tensor,
+    start: int,
 ) -> None:
-    """Write ``-d logp / d hidden`` of a tile of whole rows into ``out_CH``, and fold its logits into the state."""
+    """Write ``-d logp / d hidden`` of a tile of whole rows into ``out_CH``, and fold its logits into the state.
+
+    ``start`` is the packed token of the first row.
+    """
+    head, sampling = problem.head, problem.sampling
     z = kernels.tile_in(scratch, x_CH.shape[0], head.vocab)
     kernels.project(x_CH, head, 0, z)
+    if sampling is not None:
+        kernels.reduce(state, z, labels_C, 0, keep_logits=head.softcap is not None)
+        tokens_C = problem.packed.index[start : start + labels_C.shape[0]]
+        scale_C = head.logit_scale / state.sumexp
+        of_rows = SampledRows(labels_C, state.max, state.others, state.sumexp, scale_C, tokens_C)
+        sampled = kernels.sample_dlogits(z, 0, of_rows, head, sampling, state.exponentiated)
+        if sampled is not None:
+            kernels.sparse_grad_hidden(sampled, head, 0, out_CH, accumulate=False)
+            return
+        d = kernels.dlogits_(z, labels_C, 0, state.max, state.others, head, None, state.exponentiated)
+        kernels.grad_hidden(d, head, 0, out_CH, accumulate=False)
+        out_CH.mul_((scale_C if d.scale is None else scale_C * d.scale)[:, None])
+        return
     d = kernels.reduce_and_dlogits(state, z, labels_C, head)
     kernels.grad_hidden(d, head, 0, out_CH, accumulate=False)
     scale_C = head.logit_scale / state.sumexp

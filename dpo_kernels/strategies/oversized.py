@@ -13,7 +13,7 @@ from dpo_kernels.strategies.buffers import Buffers
 
 def run(buffers: Buffers, chunk: Chunk) -> None:
     """Process one example: accumulate its gradient with coefficient 1, then scale it once the loss is known."""
-    kernels, packed, head = buffers.kernels, buffers.problem.packed, buffers.problem.head
+    packed, head = buffers.problem.packed, buffers.problem.head
     one_S = _derivative_by_difference(buffers, chunk)
     unscaled: dict[int, tuple[Tensor | None, Tensor | None]] = {}
     for start, stop, side in _tiles(buffers, chunk):
@@ -24,8 +24,7 @@ def run(buffers: Buffers, chunk: Chunk) -> None:
         if stop == start or not head.vocab:
             continue
         scale_C = buffers.row_scale(one_S, chunk, start, stop, state)
-        of_rows = (state.max, state.others, head, scale_C, state.exponentiated, head.logit_scale)
-        d = kernels.dlogits_(tile, labels_C, 0, *of_rows)
+        d = buffers.gradient_of_logits(tile, labels_C, start, state, scale_C, head.logit_scale)
         buffers.backward(d, x_CH, start, *unscaled[side], accumulate=not first_of_side)
     factor_S = (buffers.close_examples(chunk) / one_S).to(buffers.scratch.dtype)
     if buffers.dx is not None:

@@ -10,10 +10,9 @@ from torch import Tensor
 from dpo_kernels.kernel_interface import RowKernels, RowResult
 from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import Schedule, spans
+from dpo_kernels.strategies import sampled
 from dpo_kernels.strategies.row_results import RowResults
-
-# These are gradients of the hidden states, the weight and the bias, each None where not wanted.
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+from dpo_kernels.strategies.sampled import Gradients
 
 
 def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[RowResult, Tensor | None]:
@@ -57,9 +56,12 @@ def gradients(kernels: RowKernels, problem: Problem, schedule: Schedule, saved: 
 
     """
     head, packed, tile = problem.head, problem.packed, schedule.tile
-    scratch = kernels.scratch(problem.hidden.device, schedule.scratch_logits)
     dx, dw, db = _allocate(kernels, problem)
-    scale_N = (-grad_N * head.logit_scale / saved.sumexp).to(scratch.dtype)
+    scale_N = (-grad_N * head.logit_scale / saved.sumexp).to(saved.sumexp.dtype)
+    if problem.sampling is not None:
+        sampled.gradients(kernels, problem, schedule, saved, scale_N, (dx, dw, db))
+        return dx, dw, db
+    scratch = kernels.scratch(problem.hidden.device, schedule.scratch_logits)
     for chunk in schedule.chunks:
         start, stop = chunk.start, chunk.stop
         x_CH = packed.gather(problem.hidden, start, stop, kernels.dtype)

@@ -11,12 +11,13 @@ from tests.mutants.kernels import KERNELS
 from tests.mutants.memory import MEMORY
 from tests.mutants.paths import PATHS
 from tests.mutants.records import Mutant
+from tests.mutants.sampled import SAMPLED
 from tests.mutants.sharded import SHARDED
 from tests.mutants.stacks import STACKS
 from tests.mutants.tensor_parallel import TENSOR_PARALLEL
 from tests.mutants.trl_engines import TRL_ENGINES
 
 MUTANTS: tuple[Mutant, ...] = (
-    *(*CORE, *KERNELS, *AROUND, *PATHS),
+    *(*CORE, *KERNELS, *AROUND, *PATHS, *SAMPLED),
     *(*TENSOR_PARALLEL, *SHARDED, *TRL_ENGINES, *STACKS, *GPU, *MEMORY),
 )

@@ -105,8 +105,10 @@ PATHS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "dpo_kernels/strategies/recompute.py",
-        "    scratch = kernels.scratch(problem.hidden.device, schedule.scratch_logits)\n    dx, dw, db =",
-        "    scratch = logps.kept = kernels.scratch(problem.hidden.device, schedule.scratch_logits)\n    dx, dw, db =",
+        "    scratch = kernels.scratch(problem.hidden.device, schedule.scratch_logits)\n"
+        "    for chunk in schedule.chunks:\n        start, stop",
+        "    scratch = logps.kept = kernels.scratch(problem.hidden.device, schedule.scratch_logits)\n"
+        "    for chunk in schedule.chunks:\n        start, stop",
         "tests/strategies/test_memory.py::test_no_scratch_outlives_its_call",
         "the scratch of a backward pass outlives it",
     ),
