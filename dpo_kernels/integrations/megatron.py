@@ -96,7 +96,7 @@ def output_processor(
         ...     config=SimpleNamespace(sequence_parallel=False),
         ... )
         tensor([[-1.3863, -1.3863, -1.3863],
-                [-1.3863, -1.3863, 0.0000]])
+                [-1.3863, -1.3863,  0.0000]])
 
     """
     if labels is None:

@@ -45,7 +45,7 @@ def get_per_token_logps(
         >>> import torch
         >>> labels = torch.tensor([[1, -100]])
         >>> get_per_token_logps(torch.ones(1, 2, 8), torch.zeros(4, 8), labels)
-        (tensor([[-1.3863, 0.0000]]), tensor([[0., 0.]]), tensor([[ True, False]]))
+        (tensor([[-1.3863,  0.0000]]), tensor([[0., 0.]]), tensor([[ True, False]]))
 
     """
     if labels.shape != hidden.shape[:-1]:

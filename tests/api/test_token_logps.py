@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("trl", reason="trl is not installed")
 
-from dpo_kernels.integrations.trl import token_logps
+from dpo_kernels.integrations import token_logps
 
 ROWS, H, V = 11, 5, 13
 F64 = torch.float64
