@@ -104,6 +104,7 @@ class Errors:
         return hashed.astype(np.float64) * 2.0**-63 - 1
 
 
+@np.errstate(all="ignore")  # operands may be memory that nobody has written
 def truncating_product(x: np.ndarray, w: np.ndarray, sums: np.ndarray, group: int) -> np.ndarray:
     """Float32 ``sums + x @ w``, where every ``group`` of exact products is added to the sums and cut towards zero."""
     x, w = x.astype(np.float64), w.astype(np.float64)
