@@ -55,6 +55,7 @@ class LogitsGradient:
     labels: Tensor  # (C,) int64
     residual: Tensor | None = None  # (C,) rounding residual: what rounding took from the label's value
     x_exponent: int = 0  # k: for the head's gradient rows of X are multiplied by 2^k as well, and the product by 2^-k
+    x_scale: Tensor | None = None  # (C,) factor of the rows of X where it is not that of dX
 
 
 class SampledRows(NamedTuple):
@@ -66,6 +67,14 @@ class SampledRows(NamedTuple):
     sumexp: Tensor  # (C,) sum of exponentials
     scale: Tensor  # (C,) factor of each row, which the sample's values do not contain
     tokens: Tensor  # (C,) int64, row of each token in the flattened input
+
+    @staticmethod
+    def of(
+        labels: Tensor, highest: Tensor, others: Tensor, sumexp: Tensor, scale: Tensor, tokens: Tensor
+    ) -> "SampledRows":
+        """Return the rows. Those without a coefficient count as if no entry of theirs were worth keeping."""
+        unused = (scale == 0) & sumexp.isfinite()
+        return SampledRows(labels, highest, others, sumexp.masked_fill(unused, torch.inf), scale, tokens)
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,9 @@ struct Passes {
     void (*apply_bias_scale_cap)(Tile<T>, const T* bias, T scale, T softcap, int64_t first, int64_t last);
     // out[i] = factor * in[i], rounded to nearest; the two do not overlap.
     void (*to_bfloat16)(const T* in, uint16_t* out, int64_t count, T factor);
-    // Writes the entries of one row's gradient that the sample keeps, at most all; returns how many.
-    int64_t (*sample)(Tile<T>, const SampledRows<T>&, int64_t row, int32_t* columns, T* values);
+    // Writes the entries of one row's gradient that the sample keeps, at most all; returns how many. Adds the number that
+    // is expected, whatever the seed.
+    int64_t (*sample)(Tile<T>, const SampledRows<T>&, int64_t row, int32_t* columns, T* values, int64_t* expected);
     // out (+)= the sum of factors[k] times row indices[k] of a matrix, in that order.
     void (*add_rows)(T* out, int64_t width, const T* matrix, int64_t stride, const int32_t* indices, const T* factors,
                      int64_t count, bool accumulate);

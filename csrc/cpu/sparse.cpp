@@ -32,7 +32,7 @@ std::vector<float>& values_of<float>(Found& found) { return found.values; }
 template <>
 std::vector<double>& values_of<double>(Found& found) { return found.wide; }
 
-// Returns offsets (C + 1,) int64, columns (K,) int32 and values (K,). All are empty if more than `most` are kept.
+// Returns offsets (C + 1,) int64, columns (K,) int32 and values (K,). All are empty if more than `most` are expected.
 std::tuple<Tensor, Tensor, Tensor> sample_rows(const Tensor& tile, const Tensor& labels, int64_t start,
                                                const Tensor& max, const Tensor& others, const Tensor& sumexp,
                                                const Tensor& tokens, int64_t seed, double tau,
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_rows(const Tensor& tile, const Tensor&
     check_vector("sumexp", sumexp, shape.rows, tile.scalar_type(), tile.device());
     std::vector<Found> parts;
     std::mutex mutex;
-    std::atomic<int64_t> kept{0};
+    std::atomic<int64_t> kept{0}, expected{0};  // the second does not depend on the seed, and decides
     with_type(tile, [&](auto zero) {
         using T = decltype(zero);
         const Tile<T> logits{tile.mutable_data_ptr<T>(), shape.stride, shape.cols, start};
@@ -63,12 +63,14 @@ std::tuple<Tensor, Tensor, Tensor> sample_rows(const Tensor& tile, const Tensor&
             Found found{first, {}, {}, {}, {}};
             std::vector<int32_t> columns(shape.cols);
             std::vector<T> values(shape.cols);
-            for (int64_t row = first; row < last && kept.load() <= most; row++) {
-                const int64_t count = passes<T>().sample(logits, rows, row, columns.data(), values.data());
+            for (int64_t row = first; row < last && expected.load() <= most; row++) {
+                int64_t of_row = 0;
+                const int64_t count = passes<T>().sample(logits, rows, row, columns.data(), values.data(), &of_row);
                 found.counts.push_back(count);
                 found.columns.insert(found.columns.end(), columns.begin(), columns.begin() + count);
                 values_of<T>(found).insert(values_of<T>(found).end(), values.begin(), values.begin() + count);
                 kept += count;
+                expected += of_row;
             }
             const std::lock_guard<std::mutex> lock(mutex);
             parts.push_back(std::move(found));
@@ -77,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_rows(const Tensor& tile, const Tensor&
     const int32_t longs = aoti_torch_dtype_int64(), ints = aoti_torch_dtype_int32();
     const bool wide = tile.scalar_type() == ScalarType::Double;
     const int32_t dtype = wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    const bool fits = kept.load() <= most;
+    const bool fits = expected.load() <= most;
     const int64_t total = fits ? kept.load() : 0;
     const Tensor offsets = new_tensor({fits ? shape.rows + 1 : 0}, {1}, longs, tile);
     const Tensor columns = new_tensor({total}, {1}, ints, tile), values = new_tensor({total}, {1}, dtype, tile);
@@ -107,8 +109,11 @@ struct Entries {
 
 void check_entries(const Tensor& offsets, const Tensor& columns, const Tensor& values, const Tensor& scale,
                    int64_t bound) {
+    DPO_CHECK(scale.dim() == 1, "scale must have one dimension, got the shape ", scale.sizes());
+    DPO_CHECK(columns.dim() == 1, "columns must have one dimension, got the shape ", columns.sizes());
     const int64_t rows = scale.size(0), total = columns.size(0);
     check_wide("values", values);
+    check_vector("scale", scale, rows, values.scalar_type(), values.device());
     check_vector("offsets", offsets, rows + 1, ScalarType::Long, scale.device());
     check_vector("columns", columns, total, ScalarType::Int, scale.device());
     check_vector("values", values, total, scale.scalar_type(), scale.device());

@@ -20,15 +20,16 @@ static int32_t grid_start(uint64_t seed, uint64_t token, uint32_t block) {
     return static_cast<int32_t>(c0 >> 12);
 }
 
-// Writes the kept entries of a row, which may be all of them; returns how many there are.
+// Writes the kept entries of a row, which may be all of them; returns how many there are. Adds how many are expected.
 template <typename T>
-static int64_t sample(Tile<T> tile, const SampledRows<T>& rows, int64_t row, int32_t* columns, T* values) {
+static int64_t sample(Tile<T> tile, const SampledRows<T>& rows, int64_t row, int32_t* columns, T* values,
+                      int64_t* expected) {
     const T* z = tile.data + row * tile.stride;
     const T max = rows.max[row], threshold = rows.tau * rows.sumexp[row], per = T(kUnits) / threshold;
     const int64_t label = rows.labels[row] - tile.start;
     T e[kSampleBlock];
     int32_t length[kSampleBlock];
-    int64_t count = 0;
+    int64_t count = 0, units = 0;
     for (int64_t left = 0; left < tile.cols; left += kSampleBlock) {
         const int64_t size = tile.cols - left < kSampleBlock ? tile.cols - left : kSampleBlock;
         if (rows.exponentiated) {
@@ -38,20 +39,26 @@ static int64_t sample(Tile<T> tile, const SampledRows<T>& rows, int64_t row, int
             for (int64_t i = 0; i < size; i++) e[i] = exponential(z[left + i] - max);
         }
         int32_t total = 0, large = 0;
-        DPO_SIMD(reduction(+ : total) reduction(| : large))
+        DPO_SIMD(reduction(+ : total, large))
         for (int64_t i = 0; i < size; i++) {
             const bool small = e[i] > T(0) && e[i] <= threshold;
-            const T units = small ? e[i] * per + T(0.5) : T(0);
-            const int32_t whole = static_cast<int32_t>(units);
+            const T rounded = small ? e[i] * per + T(0.5) : T(0);
+            const int32_t whole = static_cast<int32_t>(rounded);
             length[i] = small && whole < 1 ? 1 : whole;
             total += length[i];
-            large |= e[i] <= threshold ? 0 : 1;  // NaN is kept
+            large += e[i] <= threshold ? 0 : 1;  // NaN is kept
         }
         int64_t at = grid_start(rows.seed, static_cast<uint64_t>(rows.tokens[row]),
                                 static_cast<uint32_t>((tile.start + left) / kSampleBlock));
         const bool with_label = label >= left && label < left + size;
+        if (with_label && e[label - left] <= threshold) {
+            total -= length[label - left];
+            length[label - left] = 0;
+            large++;
+        }
+        units += total;
+        *expected += large;
         if (!with_label && large == 0 && at + total < kUnits) continue;
-        if (with_label) length[label - left] = 0;
         for (int64_t i = 0; i < size; i++) {
             T value = e[i];
             if (with_label && left + i == label) {
@@ -73,6 +80,7 @@ static int64_t sample(Tile<T> tile, const SampledRows<T>& rows, int64_t row, int
             values[count++] = value;
         }
     }
+    *expected += units / kUnits;
     return count;
 }
 

@@ -90,11 +90,8 @@ def encode_options(
         loss_code,
     )
     softcap = 0.0 if head.softcap is None else head.softcap
-    # Of a mean over all examples the operator knows the divisor. The graph must not depend on their number.
-    over_all = problem.loss is None or (problem.reduction == "mean" and problem.denominator is None)
-    divisor = 0.0 if over_all else problem.known_divisor
     # A scratch that changes from call to call must not make another graph: it is a number, not a part of the string.
-    return [head.logit_scale, softcap, float(plan.scratch_bytes), divisor, *loss_numbers], "|".join(words)
+    return [head.logit_scale, softcap, float(plan.scratch_bytes), *loss_numbers], "|".join(words)
 
 
 def encode(problem: Problem, plan: Plan, loss_code: str = "", loss_numbers: Sequence[float] = ()) -> Encoded:
@@ -142,12 +139,9 @@ def decode_problem(
     spec: str,
     loss: losses.BoundLoss | None = None,
 ) -> Problem:
-    """Return the problem without its reference. ``packed`` is a list of ``NUM_PACKED`` tensors.
-
-    Whatever the reduction was, ``known_divisor`` is the same.
-    """
+    """Return the problem without its reference and its reduction. ``packed`` is a list of ``NUM_PACKED`` tensors."""
     said = decode_spec(spec)
-    logit_scale, softcap, _, divisor, *_ = numbers
+    logit_scale, softcap, *_ = numbers
     return Problem(
         hidden=hidden,
         head=Head(weight, bias, logit_scale, softcap if said.has_softcap else None),
@@ -156,7 +150,6 @@ def decode_problem(
         needs_grad=said.needs_grad,
         stats=said.stats,
         loss=loss,
-        denominator=divisor or None,
         per_token=said.per_token,
         shift=said.shift,
         static=said.static,
@@ -200,7 +193,7 @@ def _loss(
     total, losses, log-probs, means, gradients (hidden, weight, bias) and log-probs of tokens.
     """
     ref_S, denominator, by_pair = loss_tensors
-    _, _, _, _, beta, *loss_numbers = numbers
+    _, _, _, beta, *loss_numbers = numbers
     loss = losses.decode(decode_spec(spec).loss, beta, loss_numbers, by_pair)
     problem = decode_problem(hidden, weight, bias, packed, numbers, spec, loss)
     result = passes.loss_and_gradients(problem, plan_of(problem, numbers, spec), ref_S, denominator)

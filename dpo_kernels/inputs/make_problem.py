@@ -128,9 +128,11 @@ def _sampling(arguments: Arguments, batch: Batch) -> Sampling | None:
             raise ValueError(f"gradient='sparse' does not go with {name} yet: the samples of ranks would be the same")
     if traced(batch.hidden):
         raise ValueError("gradient='sparse' is not supported inside torch.compile yet: leave the call out of the graph")
-    if isinstance(sampling.seed, Tensor):
-        check_device("seed", sampling.seed, "hidden", batch.hidden)
-    return sampling
+    if not isinstance(sampling.seed, Tensor):
+        return sampling
+    refuse_batched("seed", sampling.seed)
+    check_device("seed", sampling.seed, "hidden", batch.hidden)
+    return Sampling(sampling.tau, sampling.seed.clone())  # which the caller may change before the backward pass
 
 
 def _in_packed_order(

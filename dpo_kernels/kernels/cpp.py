@@ -97,7 +97,8 @@ class CppKernels(ExtensionKernels):
     def sparse_grad_hidden(self, d: SparseGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """See ``RowKernels``."""
         weight_VtH = head.weight[start:]
-        if weight_VtH.dtype not in (out_CH.dtype, torch.bfloat16) or weight_VtH.stride(1) != 1:
+        overlaps = weight_VtH.stride(0) < weight_VtH.shape[1] or weight_VtH.stride(1) != 1
+        if weight_VtH.dtype not in (out_CH.dtype, torch.bfloat16) or overlaps:
             return super().sparse_grad_hidden(d, head, start, out_CH, accumulate)
         torch.ops.dpo_kernels.sparse_times_head_(
             d.offsets, d.columns, d.values, d.scale, weight_VtH, out_CH, accumulate

@@ -13,6 +13,9 @@ rounded length, so that rounding adds no bias.
 The random number of a block is a function of the seed, the token's row and the block (Philox-4x32-10: Salmon et al.,
 Parallel random numbers: as easy as 1, 2, 3, SC 2011). So chunks, threads and backends do not change the sample, as far
 as they agree on the probabilities.
+
+Whether a sample is worth it must not depend on the sample. A small one would be taken and a large one given up, and
+the mean over seeds would be too small. So the expected number of entries decides, which no random number changes.
 """
 
 import torch
@@ -66,7 +69,7 @@ def grid_starts(seed: int | Tensor, tokens_C: Tensor, start: int, cols: int) -> 
 
 def sample(
     e: Tensor, label: Tensor, sumexp_C: Tensor, tokens_C: Tensor, start: int, sampling: Sampling
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Choose entries of rows of ``exp(z - max)``, and return which, and what they count as.
 
     Args:
@@ -78,7 +81,8 @@ def sample(
         sampling: threshold and seed.
 
     Returns:
-        ``(C, Vt)`` bool, and ``(C, Vt)`` values of the kept entries in the dtype of ``e``.
+        ``(C, Vt)`` bool, ``(C, Vt)`` values of the kept entries in the dtype of ``e``, and ``(C,)`` int64 numbers that
+        are expected to be kept, whatever the seed.
 
     """
     rows, cols = e.shape
@@ -89,4 +93,6 @@ def sample(
     ends = lengths.cumsum(2) + grid_starts(sampling.seed, tokens_C, start, cols)[:, :, None]
     hit = (ends // UNITS != (ends - lengths) // UNITS).view(rows, -1)[:, :cols]
     values = torch.where(small, e * (UNITS / length.clamp(min=1.0)), e)
-    return torch.where(small, hit, label | ~(e <= threshold)), values
+    large = label | ~(e <= threshold)
+    expected = large.sum(dim=1) + lengths.sum(dim=(1, 2)) // UNITS
+    return torch.where(small, hit, large), values, expected

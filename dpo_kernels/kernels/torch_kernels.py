@@ -34,7 +34,6 @@ BLOCK_TEMPORARIES = 2
 # choice: an entry costs several times its part of a product.
 MOST_SAMPLED = 1 / 16
 SAMPLING_BYTES = 64  # of temporaries for each logit while a sample is drawn
-TYPICAL_ENTRIES = 512  # of a row, by which the temporaries of sparse products are planned
 
 
 class TorchKernels(RowKernels):
@@ -225,10 +224,11 @@ class TorchKernels(RowKernels):
 
     def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
         """See ``RowKernels``."""
-        if d.scale is None:
+        scale_C = d.scale if d.x_scale is None else d.x_scale
+        if scale_C is None:
             x_CH = x_CH.to(d.values.dtype)
         else:
-            scale_C = d.scale * 2.0**d.x_exponent if d.x_exponent else d.scale
+            scale_C = scale_C * 2.0**d.x_exponent if d.x_exponent else scale_C
             x_CH = torch.mul(x_CH, scale_C[:, None], out=torch.empty_like(x_CH, dtype=d.values.dtype))
         _matmul_into(d.values.t(), x_CH, out_VtH, accumulate, alpha=2.0**-d.x_exponent)
 
@@ -245,7 +245,8 @@ class TorchKernels(RowKernels):
         if d.residual is not None:
             # The residual is 0 where the label is not among these columns. index_put_ adds in a fixed order.
             column = (d.labels - start).clamp(0, out_Vt.shape[0] - 1)
-            residual_C = d.residual if d.scale is None else d.residual * d.scale
+            scale_C = d.scale if d.x_scale is None else d.x_scale
+            residual_C = d.residual if scale_C is None else d.residual * scale_C
             out_Vt.index_put_((column,), residual_C.to(out_Vt.dtype), accumulate=True)
 
     def sample_dlogits(
@@ -267,14 +268,14 @@ class TorchKernels(RowKernels):
             z, part = tile[top:bottom], slice(top, bottom)
             e = z if exponentiated else (z - of_rows.max[part, None]).exp_()
             label = (of_rows.labels[part] - start)[:, None] == torch.arange(cols, device=tile.device)
-            chosen, value = sample(e, label, of_rows.sumexp[part], of_rows.tokens[part], start, sampling)
+            chosen, value, expected = sample(e, label, of_rows.sumexp[part], of_rows.tokens[part], start, sampling)
             value = torch.where(label, -of_rows.others[part, None], value)
             if head.softcap is not None:
                 value = value * (z / head.softcap).square_().neg_().add_(1.0)
             counts.append(chosen.sum(dim=1))
             columns.append(chosen.nonzero()[:, 1])
             values.append(value[chosen])
-            kept += columns[-1].shape[0]
+            kept += int(expected.sum())
             if kept > most:
                 return None
         offsets = torch.cat([of_rows.labels.new_zeros(1), torch.cat(counts).cumsum(0)])
@@ -284,7 +285,8 @@ class TorchKernels(RowKernels):
         """See ``RowKernels``."""
         width = max(1, head.weight.shape[1]) * out_CH.dtype.itemsize
         _, value_K = self._scaled_entries(d)
-        for top, bottom in spans(out_CH.shape[0], max(1, self.workspace_bytes // (width * TYPICAL_ENTRIES))):
+        most = int(d.offsets.diff().amax().clamp(min=1))
+        for top, bottom in spans(out_CH.shape[0], max(1, self.workspace_bytes // (width * most))):
             offsets = d.offsets[top : bottom + 1]
             entries = slice(int(offsets[0]), int(offsets[-1]))
             rows_KH = head.weight.index_select(0, d.columns[entries] + start).to(self.dtype).to(out_CH.dtype)
@@ -300,7 +302,8 @@ class TorchKernels(RowKernels):
         row_K, value_K = self._scaled_entries(d)
         x_CH, offsets = x_CH.to(out_VtH.dtype), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         width = max(1, x_CH.shape[1]) * x_CH.dtype.itemsize
-        for left, right in spans(by_column.shape[0], max(1, self.workspace_bytes // (width * TYPICAL_ENTRIES))):
+        most = int(counts.amax()) if counts.shape[0] else 1
+        for left, right in spans(by_column.shape[0], max(1, self.workspace_bytes // (width * most))):
             part = offsets[left : right + 1]
             entries = order[int(part[0]) : int(part[-1])]
             rows_KH = x_CH.index_select(0, row_K[entries]).mul_(value_K[entries, None])

@@ -244,7 +244,8 @@ def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
         "strategy",
         lambda name: STRATEGIES[name].refuse(workload, budget, scratch_bytes),
     )
-    if not workload.needs_grad.head:
+    samples_cut_rows = workload.samples and budget.whole_rows(workload.vocab) < 1
+    if not workload.needs_grad.head and not samples_cut_rows:
         strategy = STRATEGIES[strategy].with_frozen_head or strategy
     if workload.fills_main_grad and workload.needs_grad.head:
         _check_main_grad(workload, strategy, budget, scratch_bytes)

@@ -62,6 +62,8 @@ def refuse_frozen_head(workload: Workload, budget: Budget, scratch_bytes: int) -
     """``frozen_head`` needs a head that wants no gradient, and a tile."""
     if workload.needs_grad.head:
         return "the head wants a gradient"
+    if workload.samples and budget.whole_rows(workload.vocab) < 1:
+        return "a sample needs the sums of whole rows, which do not fit the scratch"
     return _refuse_small_tile(workload, budget, scratch_bytes)
 
 

@@ -1,7 +1,7 @@
 """The memory of a pass that forms gradients with the loss, and the steps that its strategies share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowScale, RowState, SampledRows, SparseGradient
+from dpo_kernels.kernels.float16_range import MOST
 from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import Chunk, Schedule
 from dpo_kernels.strategies.row_results import RowResults
@@ -62,12 +63,36 @@ class Buffers:
     def expected(self) -> float:
         """About the largest coefficient of a token times the logit scale, as far as the host knows.
 
-        A loss changes by about beta for each nat of a log-prob, or by about 1 if beta is smaller.
+        For each nat of a log-prob a loss changes by about 1 or beta, and one that needs beta > 0 by about 1 / beta.
+        What the device knows of coefficients is in ``powers``, except with ``main_grad``.
         """
         problem = self.problem
         assert problem.loss is not None, "a pass that forms gradients has a loss"
-        grad_scale = 1.0 if problem.main_grad is None else problem.main_grad.scale
-        return max(1.0, problem.loss.beta) * problem.head.logit_scale * grad_scale / problem.known_divisor
+        parts = getattr(problem.loss, "parts", ())
+        least = 0.0 if problem.loss.sigmoid is not None else 1.0
+        slope = max([least, problem.loss.beta, *(1.0 / problem.loss.beta for part in parts if part.spec.beta_positive)])
+        host = 1.0 if problem.main_grad is None else problem.main_grad.scale / problem.known_divisor
+        return slope * problem.head.logit_scale * host
+
+    @cached_property
+    def powers(self) -> tuple[Tensor, Tensor] | None:
+        """Powers of two, 0-d, that token weights bring into every coefficient, and that all the device knows brings.
+
+        The gradients of weight and bias are added up without the second where they are products of float16 operands.
+        None where nobody needs them.
+        """
+        kernels, problem = self.kernels, self.problem
+        rounds = kernels.dtype == torch.float16 and kernels.rounds_operands(self.scratch)
+        if not rounds or problem.main_grad is not None or problem.sampling is not None:
+            return None
+        of_tokens, of_pairs = problem.packed.weights, getattr(problem.loss, "tensors", {}).get("pair_weights")
+        one = self.scratch.new_ones(())
+        tokens = one if of_tokens is None or not of_tokens.numel() else of_tokens.abs().amax().to(one.dtype)
+        pairs = one if of_pairs is None or not of_pairs.numel() else of_pairs.abs().amax().to(one.dtype)
+        sizes = torch.stack([tokens, tokens * pairs / self.denominator.to(one.dtype)])
+        exponents = sizes.clamp(2.0**-MOST, 2.0**MOST).frexp().exponent
+        of_weights, of_all = torch.ldexp(torch.ones_like(sizes), exponents).unbind()
+        return of_weights, of_all
 
     @cached_property
     def dx(self) -> Tensor | None:
@@ -171,22 +196,33 @@ class Buffers:
         return x_CH, labels_C, tile, state
 
     def gradient_of_logits(
-        self, tile: Tensor, labels_C: Tensor, start: int, state: RowState, scale_C: Tensor, expected: float
+        self,
+        tile: Tensor,
+        labels_C: Tensor,
+        start: int,
+        state: RowState,
+        scale_C: Tensor,
+        expected: float,
+        power: Tensor | None = None,
     ) -> LogitsGradient | SparseGradient:
         """Return the gradient of whole rows of logits, or a sample of it. The tile may be overwritten.
 
-        ``start`` is the packed token of the first row. ``expected`` is that of ``RowKernels.dlogits_``.
+        ``start`` is the packed token of the first row. ``expected`` is that of ``RowKernels.dlogits_``. With ``power``
+        the products for weight and bias are without it.
         """
         kernels, head, sampling = self.kernels, self.problem.head, self.problem.sampling
         if sampling is not None:
             tokens_C = self.problem.packed.index[start : start + labels_C.shape[0]]
-            of_rows = SampledRows(labels_C, state.max, state.others, state.sumexp, scale_C, tokens_C)
+            of_rows = SampledRows.of(labels_C, state.max, state.others, state.sumexp, scale_C, tokens_C)
             sampled = kernels.sample_dlogits(tile, 0, of_rows, head, sampling, state.exponentiated)
             if sampled is not None:
                 return sampled
-        return kernels.dlogits_(
-            tile, labels_C, 0, state.max, state.others, head, scale_C, state.exponentiated, expected
-        )
+        if power is not None:
+            scale_C = scale_C / power
+        d = kernels.dlogits_(tile, labels_C, 0, state.max, state.others, head, scale_C, state.exponentiated, expected)
+        if power is None or d.scale is None:
+            return d
+        return replace(d, scale=d.scale * power, x_scale=d.scale)
 
     def backward(
         self,
@@ -238,10 +274,11 @@ class Buffers:
         self._begin_reducing()
         if self.reducing is not None:
             self.reducing()
-        if not self.written:
-            for grad in (self.dw, self.db):
-                if grad is not None:
-                    grad.zero_()
+        for grad in (self.dw, self.db):
+            if grad is not None and not self.written:
+                grad.zero_()
+            elif grad is not None and self.powers is not None:
+                grad.mul_(self.powers[1])
         losses = _joined(self.losses) if self.losses else self.ref[:0]
         logps = _joined(self.logps) if self.logps else self.ref
         total = losses.sum() / self.denominator

@@ -47,7 +47,8 @@ def _run(buffers: Buffers, chunk: Chunk) -> None:
     scale_C = buffers.close_chunk(chunk, state)
     if chunk.stop == chunk.start or not buffers.problem.head.vocab:
         return
-    d = buffers.gradient_of_logits(tile, labels_C, chunk.start, state, scale_C, buffers.expected)
+    power = None if buffers.powers is None else buffers.powers[1]
+    d = buffers.gradient_of_logits(tile, labels_C, chunk.start, state, scale_C, buffers.expected, power)
     # Where sequences are split too, ranks may see their last rows in other chunks.
     last = chunk.stop == buffers.schedule.chunks[-1].stop and buffers.problem.context is None
     buffers.backward(d, x_CH, chunk.start, buffers.dw, buffers.db, buffers.written, last)

@@ -15,6 +15,7 @@ def run(buffers: Buffers, chunk: Chunk) -> None:
     """Process one example: accumulate its gradient with coefficient 1, then scale it once the loss is known."""
     packed, head = buffers.problem.packed, buffers.problem.head
     one_S = _derivative_by_difference(buffers, chunk)
+    power = None if buffers.powers is None else buffers.powers[0]
     unscaled: dict[int, tuple[Tensor | None, Tensor | None]] = {}
     for start, stop, side in _tiles(buffers, chunk):
         x_CH, labels_C, tile, state = buffers.forward(start, stop)
@@ -24,13 +25,15 @@ def run(buffers: Buffers, chunk: Chunk) -> None:
         if stop == start or not head.vocab:
             continue
         scale_C = buffers.row_scale(one_S, chunk, start, stop, state)
-        d = buffers.gradient_of_logits(tile, labels_C, start, state, scale_C, head.logit_scale)
+        d = buffers.gradient_of_logits(tile, labels_C, start, state, scale_C, head.logit_scale, power)
         buffers.backward(d, x_CH, start, *unscaled[side], accumulate=not first_of_side)
     factor_S = (buffers.close_examples(chunk) / one_S).to(buffers.scratch.dtype)
     if buffers.dx is not None:
         tokens = slice(chunk.start, chunk.stop)
         factor_C = factor_S.index_select(0, packed.segments[tokens] - chunk.sequences[0])
         buffers.dx[tokens].mul_(factor_C[:, None])
+    if buffers.powers is not None:  # gradients are added up without one power, and these accumulators without the other
+        factor_S = factor_S * (buffers.powers[0] / buffers.powers[1])
     for side in sorted(unscaled):
         _add_scaled(buffers, unscaled[side], factor_S[side])
 

@@ -80,7 +80,7 @@ def gradients(
         rows = slice(chunk.start, chunk.stop)
         x_CH, labels_C = packed.gather(problem.hidden, chunk.start, chunk.stop, kernels.dtype), packed.labels[rows]
         sums, scale_C = (saved.max[rows], saved.others[rows]), scale_N[rows]
-        of_rows = SampledRows(labels_C, *sums, saved.sumexp[rows], scale_C, packed.index[rows])
+        of_rows = SampledRows.of(labels_C, *sums, saved.sumexp[rows], scale_C, packed.index[rows])
         for left, right in spans(head.vocab, schedule.tile.cols):
             z = kernels.tile_in(scratch, chunk.stop - chunk.start, right - left)
             kernels.project(x_CH, head, left, z)

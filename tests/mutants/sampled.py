@@ -8,8 +8,8 @@ _MEAN = f"{_TEST}test_the_mean_over_seeds_is_the_exact_gradient"
 SAMPLED = (
     Mutant(
         "dpo_kernels/kernels/sampling.py",
-        "return torch.where(small, hit, label | ~(e <= threshold)), values",
-        "return label | ~(e <= threshold), values",
+        "return torch.where(small, hit, large), values, expected",
+        "return large, values, expected",
         f"{_MEAN}[gaussian-chunked-200-torch]",
         "small entries are dropped: truncation",
     ),
@@ -64,7 +64,7 @@ SAMPLED = (
     ),
     Mutant(
         "csrc/cpu/sparse_impl.h",
-        "if (with_label) length[label - left] = 0;",
+        "            length[label - left] = 0;\n",
         "",
         f"{_TEST}test_the_cpp_sample_is_that_of_torch",
         "the label takes a place on the grid's line",

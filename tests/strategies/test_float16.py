@@ -76,6 +76,11 @@ WAYS = pytest.mark.parametrize(("strategy", "scratch"), STRATEGIES)
         {"loss_type": "hinge", "reduction": "sum"},
         {"denominator": 1e6},
         {"denominator": torch.tensor(1e6)},
+        {"denominator": torch.tensor(1e9)},
+        {"loss_type": "ipo", "beta": 1e-4},
+        {"loss_type": "sppo_hard", "beta": 1e-3},
+        {"pair_weights": torch.full((PAIRS,), 2.0**-27)},
+        {"token_weights": torch.full((2 * PAIRS, LENGTH), 2.0**-20), "denominator": torch.tensor(1e4)},
         {"denominator": 1e-3},
         {"denominator": torch.tensor(1e-2)},
         {"logit_scale": 2.0**-6},
@@ -109,6 +114,19 @@ def test_pairs_whose_coefficients_differ_by_a_million(strategy, scratch):
 @pytest.mark.parametrize("spread", [2.0**-6, 1.0, 2.0**8], ids=str)
 def test_hidden_states_of_any_size(spread, strategy, scratch):
     check(batch(spread=spread), strategy=strategy, scratch_bytes=SCRATCH[scratch])
+
+
+@WAYS
+@pytest.mark.parametrize(
+    "options", [{"loss_type": "sppo_hard", "beta": 1e-3}, {"loss_type": "ipo", "beta": 1e-3}, {}], ids=str
+)
+def test_a_channel_of_outliers(options, strategy, scratch):
+    """float16 ends at 65504, and X is multiplied by what coefficients exceed their expectation by."""
+    inputs = batch()
+    with torch.no_grad():
+        inputs["hidden"][..., 3] = 400.0
+        inputs["weight"][:, 3] *= 1e-3
+    check(inputs, strategy=strategy, scratch_bytes=SCRATCH[scratch], **options)
 
 
 @WAYS

@@ -66,7 +66,7 @@ def test_a_row_keeps_few_entries_and_the_label(kind):
     e = exponentials(kind)
     label = torch.zeros_like(e, dtype=torch.bool).index_fill_(1, torch.tensor([VOCAB - 1]), True)
     for seed in range(20):
-        kept, values = sampling.sample(e, label, e.sum(1), torch.arange(3), 0, Sampling(TAU, seed))
+        kept, values, _ = sampling.sample(e, label, e.sum(1), torch.arange(3), 0, Sampling(TAU, seed))
         p = e / e.sum(1, keepdim=True)
         assert kept[label].all()
         assert torch.equal(kept | (p <= TAU) | label, kept | (p <= TAU)), "large ones are kept"
@@ -91,7 +91,7 @@ def test_no_entry_of_a_tail_is_beyond_reach():
     for seed in range(64):
         tokens = torch.arange(seed * tries, (seed + 1) * tries)
         many = e.expand(tries, 4)
-        chosen, values = sampling.sample(many, label.expand(tries, 4), many.sum(1), tokens, 0, Sampling(tau, 5))
+        chosen, values, _ = sampling.sample(many, label.expand(tries, 4), many.sum(1), tokens, 0, Sampling(tau, 5))
         kept += chosen.sum(0)
         total += torch.where(chosen, values, 0.0).sum(0)
     mean = total / (64 * tries)
@@ -106,7 +106,7 @@ def test_small_entries_add_up_to_their_mass():
     label = torch.zeros_like(e, dtype=torch.bool).index_fill_(1, torch.tensor([0]), True)
     p, tries = e / e.sum(), 2000
     many, labels = e.expand(tries, VOCAB), label.expand(tries, VOCAB)
-    chosen, values = sampling.sample(many, labels, many.sum(1), torch.arange(tries), 0, Sampling(TAU, 11))
+    chosen, values, _ = sampling.sample(many, labels, many.sum(1), torch.arange(tries), 0, Sampling(TAU, 11))
     small = ((p <= TAU) & ~label).expand(tries, VOCAB)
     mass = torch.where(chosen & small, values, 0.0).sum() / tries
     assert abs(float(mass / e[small[:1]].sum()) - 1) < 3e-3
@@ -130,7 +130,7 @@ def test_the_cpp_sample_is_that_of_torch(dtype):
     labels = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(2))
     labels[0], labels[1] = VOCAB - 1, 0
     others, ones = torch.rand(40, dtype=dtype) + 0.5, torch.ones(40, dtype=dtype)
-    rows = SampledRows(labels, torch.zeros(40, dtype=dtype), others, e.sum(1), ones, torch.arange(40) * 3)
+    rows = SampledRows.of(labels, torch.zeros(40, dtype=dtype), others, e.sum(1), ones, torch.arange(40) * 3)
     head, how = Head(torch.zeros(VOCAB, 1, dtype=dtype)), Sampling(TAU, 2**62 + 12345)
     one, other = (
         kernels(dtype, 2**20).sample_dlogits(e, 0, rows, head, how, True) for kernels in (CppKernels, TorchKernels)
@@ -142,7 +142,9 @@ def test_the_cpp_sample_is_that_of_torch(dtype):
 
 def test_not_a_number_is_kept():
     e = torch.full((1, 300), torch.nan)
-    kept, _ = sampling.sample(e, torch.zeros(1, 300, dtype=torch.bool), e.sum(1), torch.arange(1), 0, Sampling(TAU, 0))
+    kept, _, _ = sampling.sample(
+        e, torch.zeros(1, 300, dtype=torch.bool), e.sum(1), torch.arange(1), 0, Sampling(TAU, 0)
+    )
     assert kept.all()
 
 
@@ -377,7 +379,97 @@ def test_blocks_of_the_sampler_change_nothing(monkeypatch):
     inputs = batch()
     _, one = step(inputs, gradient="sparse", tau=TAU, backend="torch", strategy="chunked")
     monkeypatch.setattr("dpo_kernels.kernels.torch_kernels.SAMPLING_BYTES", 2**19)
-    monkeypatch.setattr("dpo_kernels.kernels.torch_kernels.TYPICAL_ENTRIES", 2**14)
     _, other = step(inputs, gradient="sparse", tau=TAU, backend="torch", strategy="chunked")
     for mine, theirs in zip(one, other, strict=True):
         assert relative_l2(mine, theirs) <= 1e-6
+
+
+# --- when a sample is taken ----------------------------------------------------------------------------------------------
+
+
+@BY_BACKEND
+@pytest.mark.parametrize("most", [1 / 8, 1 / 16, 1 / 20])
+def test_what_the_sample_keeps_does_not_decide_whether_it_is_taken(monkeypatch, backend, most):
+    """Or large samples would be given up and small ones taken, and their mean would be too small."""
+    monkeypatch.setattr("dpo_kernels.kernels.torch_kernels.MOST_SAMPLED", most)
+    vocab, tau, large = 256, 2.0**-6, 16
+    p = torch.full((vocab,), tau / 2 / (vocab - large))
+    p[:large] = (1 - tau / 2) / large
+    weight = p.log()[:, None].double()
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+    hidden = torch.ones(1, 2, 1, dtype=torch.float64)
+    tail = []
+    for seed in range(2000):
+        leaf = weight.clone().requires_grad_()
+        how = {"gradient": "sparse", "tau": tau, "seed": seed, "backend": backend}
+        logps = dk.fused_sequence_logps(hidden, leaf, tokens, **how)
+        tail.append(float(torch.autograd.grad(logps.sum(), leaf)[0][large:].sum()))
+    tail = torch.tensor(tail)
+    exact = -2 * tau / 2
+    assert abs(float(tail.mean()) - exact) <= 5 * float(tail.std()) / math.sqrt(len(tail)) + 1e-9
+
+
+@BY_BACKEND
+def test_rows_without_a_coefficient_keep_nothing(monkeypatch, backend):
+    """A static capacity has such rows, whose logits are all equal. They would take every sample."""
+    monkeypatch.setattr("dpo_kernels.kernels.torch_kernels.MOST_SAMPLED", 1 / 16)
+    inputs = batch()
+    scored = int((inputs["labels"] >= 0).sum())
+    found = {}
+    for capacity in (scored, 8 * scored):
+        how = {"gradient": "sparse", "tau": 2.0**-5, "backend": backend, "max_scored_tokens": capacity}
+        found[capacity] = step(inputs, **how, strategy="chunked")[1]
+    _, exact = step(inputs, backend=backend)
+    for small, large, true in zip(found[scored], found[8 * scored], exact, strict=True):
+        assert relative_l2(large, small) <= 1e-6, "the same sample"
+        assert relative_l2(large, true) > 1e-3, "and no exact gradient"
+
+
+@BY_BACKEND
+def test_a_head_whose_rows_overlap(backend):
+    inputs = batch()
+    inputs["weight"] = torch.linspace(-1, 1, WIDTH).expand(VOCAB, WIDTH).requires_grad_()
+    _, exact = step(inputs, backend=backend)
+    _, found = step(inputs, gradient="sparse", tau=TAU, backend=backend)
+    assert relative_l2(found[0], exact[0]) <= 1.0
+    inputs["weight"] = torch.randn(WIDTH, VOCAB).t().requires_grad_()
+    for grad, true in zip(*(step(inputs, **how)[1] for how in ({"gradient": "sparse", "tau": 1e-12}, {})), strict=True):
+        assert relative_l2(grad, true) <= 1e-5
+
+
+@BY_BACKEND
+def test_a_frozen_head_with_cut_rows_samples(backend):
+    inputs = batch()
+    inputs["weight"].requires_grad_(False)
+    small = {"scratch_bytes": 4 * 300, "backend": backend}
+    plan = dk.explain(**inputs, gradient="sparse", **small)
+    assert (plan.strategy, plan.gemms) == ("recompute", 2)
+    _, (exact,) = step(inputs, **small)
+    _, (found,) = step(inputs, gradient="sparse", tau=TAU, **small)
+    assert 1e-3 < relative_l2(found, exact) < 1
+
+
+def test_a_seed_that_changes_before_the_backward_pass():
+    inputs, seed = batch(), torch.tensor(3)
+    logps = dk.fused_sequence_logps(
+        **{k: v for k, v in inputs.items() if k != "ref_logps"}, gradient="sparse", seed=seed
+    )
+    seed += 1
+    one = torch.autograd.grad(logps.sum(), inputs["weight"], retain_graph=True)[0]
+    seed += 1
+    assert torch.equal(torch.autograd.grad(logps.sum(), inputs["weight"])[0], one)
+
+
+def test_a_batch_of_seeds_is_refused_by_name():
+    inputs = {name: value.detach() for name, value in batch().items()}
+    with pytest.raises(RuntimeError, match="seed"):
+        torch.vmap(lambda seed: dk.fused_dpo_loss(**inputs, gradient="sparse", seed=seed).loss)(torch.arange(3))
+
+
+@pytest.mark.skipif(extension.why_not("cpu") is not None, reason="no extension")
+@pytest.mark.parametrize("scale", [torch.ones(1).expand(3), torch.ones(6)[::2], torch.ones(()), torch.ones(3).double()])
+def test_operators_check_their_scale(scale):
+    offsets, columns = torch.tensor([0, 1, 2, 3]), torch.zeros(3, dtype=torch.int32)
+    head, out = torch.ones(4, 2), torch.zeros(3, 2)
+    with pytest.raises(RuntimeError, match="scale must"):
+        torch.ops.dpo_kernels.sparse_times_head_(offsets, columns, torch.ones(3), scale, head, out, False)
