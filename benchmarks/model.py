@@ -127,7 +127,7 @@ def launches_of_ours(chunks: int, *, trainable: bool, scores_reference: bool, dt
     further = chunks - 1
     number = 27 + 8 * further + 2 * (further > 0) if trainable else 79 + 27 * further
     if dtype == "float16":  # powers of two, which rows of X and of dX are multiplied by
-        number += (4 if trainable else 2) * chunks
+        number += 10 + 6 * chunks if trainable else 2 * chunks
     return number + (13 + 3 * further if scores_reference else 0)
 
 

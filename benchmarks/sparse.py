@@ -22,6 +22,7 @@ import dpo_kernels as dk
 from benchmarks import environment
 from demo.data import build_pairs, fetch_ratings, read_ratings
 from demo.model import load_smollm2
+from demo.options import at_least
 
 TAUS = tuple(2.0**-k for k in (8, 10, 12, 14))
 SEEDS = 4  # samples over which errors are averaged
@@ -48,7 +49,7 @@ class Material:
     def widened(self, width: int) -> "Material":
         """Return the same logits from hidden states of more elements, by a matrix with orthonormal rows."""
         g = torch.Generator().manual_seed(0)
-        basis = torch.linalg.qr(torch.randn(width, self.hidden.shape[-1], generator=g)).Q.T
+        basis = torch.linalg.qr(torch.randn(width, self.hidden.shape[-1], generator=g, device="cpu")).Q.T
         return Material(self.hidden @ basis, self.weight @ basis, self.labels)
 
     def flat(self) -> "Material":
@@ -83,7 +84,7 @@ def gradients(material: Material, **options: Any) -> tuple[Tensor, Tensor]:
 def step(material: Material, **options: Any) -> None:
     """Do a step of DPO, forward and backward, with a cached reference."""
     hidden, weight = material.hidden.requires_grad_(), material.weight.requires_grad_()
-    reference = torch.zeros(hidden.shape[0])
+    reference = torch.zeros(hidden.shape[0], device=hidden.device)
     out = dk.fused_dpo_loss(hidden, weight, material.labels, ref_logps=reference, shift=True, **options)
     torch.autograd.grad(out.loss, (hidden, weight))
 
@@ -157,9 +158,9 @@ def seconds(material: Material, tries: int, taus: tuple[float, ...]) -> dict[str
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--tries", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tokens", type=at_least(1), default=2048)
+    parser.add_argument("--tries", type=at_least(1), default=5)
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
     parser.add_argument("--cache", type=Path, default=Path(".demo_cache"))
     parser.add_argument("--out", type=Path, default=Path("build/sparse.json"))
     options = parser.parse_args()

@@ -198,7 +198,7 @@ def _factor(scale_logits: Callable[[Tensor], Tensor] | None) -> float:
     """Return the factor by which muP scales logits; raise ``ValueError`` where it does something else."""
     if scale_logits is None:
         return 1.0
-    one, three = scale_logits(torch.tensor([1.0, 3.0])).tolist()
+    one, three = scale_logits(torch.tensor([1.0, 3.0], device="cpu")).tolist()
     if abs(three - 3 * one) > 1e-6 * abs(three):
         raise ValueError("scale_logits does not multiply logits by a number: the head is not linear")
     return float(one)

@@ -135,7 +135,7 @@ def _register() -> None:
     def nothing(*_: object) -> None:
         return None
 
-    for name in OPERATORS[:5]:
+    for name in (*OPERATORS[:5], "sparse_times_head_", "sparse_transposed_times_hidden_"):
         torch.library.register_fake(f"dpo_kernels::{name}", nothing)
 
     @torch.library.register_fake("dpo_kernels::new_huge")

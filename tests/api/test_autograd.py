@@ -614,3 +614,23 @@ def test_a_compiled_call_takes_another_scratch(function):
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     for scratch_bytes in (10_000, 11_000, 12_000):
         torch.testing.assert_close(compiled(scratch_bytes), step(scratch_bytes))
+
+
+def test_a_divisor_that_changes_needs_no_graph_of_its_own():
+    """The number of pairs on all ranks differs by step, and torch gives up after eight graphs."""
+    inputs, graphs = Case(torch.float32).tensors(), []
+
+    def loss(denominator):
+        given = (inputs["hidden"], inputs["weight"], inputs["labels"])
+        return dk.fused_dpo_loss(*given, ref_logps=inputs["ref_logps"], backend="torch", denominator=denominator).loss
+
+    def counted(graph, examples):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend=counted, fullgraph=True)
+    for number in (2.0, 3.0, 4.0, 5.0, 6.0):
+        torch.testing.assert_close(compiled(number), loss(number))
+    torch._dynamo.reset()
+    assert len(graphs) <= 2

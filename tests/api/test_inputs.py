@@ -175,8 +175,8 @@ VALUE_ERRORS = {
         "label_smoothing is not an option of the loss 'a_callable'"),
     "no such option": ({"temperature": 1.0},
         "temperature is not an option of the loss 'sigmoid' ... it has: label_smoothing"),
-    "no such option for ipo": ({"tau": 1.0, "loss_type": "ipo"},
-        "tau is not an option of the loss 'ipo' ... it has: none"),
+    "no such option for ipo": ({"gamma": 1.0, "loss_type": "ipo"},
+        "gamma is not an option of the loss 'ipo' ... it has: none"),
     # reduction
     "reduction unknown": ({"reduction": "avg"}, "unknown reduction 'avg' ... known: mean, sum, none"),
     "reduction None": ({"reduction": None}, "unknown reduction None ... known: mean, sum, none"),

@@ -244,7 +244,7 @@ def test_the_table_of_backends_says_what_there_is():
 
 
 def test_every_environment_variable_is_described():
-    sources = [ROOT / "setup.py", *(ROOT / "dpo_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp")]
+    sources = [ROOT / "setup.py", *(ROOT / "dpo_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.[ch]*")]
     read = {name for path in sources for name in re.findall(r'"(DPO_KERNELS_[A-Z0-9_]+)"', path.read_text("utf-8"))}
     assert {row[0] for row in table(PERFORMANCE, "variable")} == read
 

@@ -81,7 +81,7 @@ MUTATIONS = {
     "entropy without the moved shift": ("row_kernels", "(entropy + drop) * kept", "entropy * kept"),
     "last maximum wins ties": ("row_kernels", "block_max > running", "block_max >= running"),
     "onehot with the wrong sign": ("row_kernels", "-tl.load(others_ptr + row)", "tl.load(others_ptr + row)"),
-    "no derivative of the softcap": ("row_kernels", "d = d * (1.0 - capped * capped)", "d = d"),
+    "no derivative of the softcap": ("row_kernels", "d = d * _cap_slope(z, softcap)", "d = d"),
     "the scale of another row": ("row_kernels", "tl.load(scale_ptr + row)", "tl.load(scale_ptr)"),
     "a row far from its first block is not done again": ("row_kernels", "shift = highest\n", "shift = shift\n"),
     "the sum stays under the first block's shift": ("row_kernels", "total * factor", "total"),

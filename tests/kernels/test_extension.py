@@ -244,6 +244,7 @@ def operator_arguments():
     tile, labels = torch.randn(3, 7), torch.tensor([0, 6, 9])
     state = [torch.full((3,), -INF), torch.zeros(3), torch.full((3,), -INF)]
     offsets = torch.tensor([0, 2, 5])
+    sample = (torch.tensor([0, 2]), torch.tensor([0, 6], dtype=torch.int32), torch.randn(2), torch.ones(1))
     return {
         "reduce_rows_": [
             (tile, labels, 0, True, *state, None, None, None, None),
@@ -259,6 +260,13 @@ def operator_arguments():
             (torch.randn(5), None, offsets, torch.randn(2).double(), torch.zeros((), dtype=torch.float64), 0.1, 0.0)
         ],
         "matmul_bfloat16_": [(torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16(), torch.zeros(3, 5), True)],
+        "sample_rows": [],  # how many entries it returns depends on the values
+        "sparse_times_head_": [
+            (*sample, torch.randn(7, 4), torch.zeros(1, 4), True),
+        ],
+        "sparse_transposed_times_hidden_": [
+            (*sample, torch.randn(1, 4), torch.zeros(7, 4), True),
+        ],
         "has_bfloat16_matmul": [],
         "bfloat16_product": [],
         "row_instruction_set": [],

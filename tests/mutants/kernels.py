@@ -56,7 +56,7 @@ _TORCH = [
     ),
     Mutant(
         "dpo_kernels/kernels/torch_kernels.py",
-        "residual_C = d.residual if d.scale is None else d.residual * d.scale",
+        "residual_C = d.residual if scale_C is None else d.residual * scale_C",
         "residual_C = d.residual",
         "tests/strategies/test_float16.py::test_the_bias_gets_its_gradient",
         "the bias gets rounding residuals under powers of two",
@@ -77,7 +77,7 @@ _TORCH = [
     ),
     Mutant(
         "dpo_kernels/strategies/buffers.py",
-        "return max(1.0, problem.loss.beta) * problem.head.logit_scale * grad_scale / problem.known_divisor",
+        "return slope * problem.head.logit_scale * host",
         "return 1.0",
         "tests/strategies/test_float16.py::test_main_grad[whole-1099511627776.0]",
         "the range of the operands forgets what multiplies every coefficient",

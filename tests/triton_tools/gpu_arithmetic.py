@@ -115,14 +115,17 @@ def truncating_product(x: np.ndarray, w: np.ndarray, sums: np.ndarray, group: in
     return sums
 
 
-def truncating_matmul_into(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """``out (+)= a @ b`` as the library's GEMM of 16-bit operands sums it; torch multiplies float32 operands."""
+def truncating_matmul_into(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, alpha: float = 1.0) -> None:
+    """``out (+)= alpha * a @ b`` as the library's GEMM of 16-bit operands sums it; torch multiplies float32 operands.
+
+    ``alpha`` is a power of two.
+    """
     if a.dtype in SIXTEEN_BIT:
-        sums = out.numpy() if accumulate else np.zeros(out.shape, np.float32)
+        sums = out.numpy() / np.float32(alpha) if accumulate else np.zeros(out.shape, np.float32)
         product = truncating_product(a.float().numpy(), b.float().numpy(), sums, GROUP_BITS // 16)
-        out.copy_(torch.from_numpy(product))
-    elif accumulate:
-        torch.addmm(out, a, b, out=out)
+        out.copy_(torch.from_numpy(product)).mul_(alpha)
+    elif accumulate or alpha != 1.0:
+        torch.addmm(out, a, b, beta=float(accumulate), alpha=alpha, out=out)
     else:
         torch.mm(a, b, out=out)
 
