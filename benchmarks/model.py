@@ -213,6 +213,8 @@ def _chunks(case: Case, gpu: Gpu, chunk: int, passes: int) -> Work:
             if case.dtype != "bfloat16":
                 work.sweep("scale X", c * h, 2 * work.item)
             work.gemm("dW", v, h, c, out=4, add=at > 0)
+    if case.trainable and case.dtype == "float16":
+        work.sweep("scale dW", v * h, 8)
     if case.trainable:
         work.sweep("round dW", v * h, 4 + work.item)
     work.sweep("pack rows", case.tokens * h, 4 * work.item)
