@@ -182,15 +182,17 @@ class _InMainGrad(torch.autograd.Function):
 
 
 def _parallel(output_layer: Any, context: HeadContext, sequence_parallel: bool) -> VocabParallel | None:
-    """Give the ``VocabParallel`` of the head, always the same one for a context; None where one rank holds the head."""
+    """Give the ``VocabParallel`` of the head, always the same one for a context and a group.
+
+    Heads that share a context may be split differently, as a policy's and a reference's. None means that one rank holds
+    the head.
+    """
     group = context.group if context.group is not None else getattr(output_layer, "tp_group", None)
     if group is None:
         return None
-    if sequence_parallel not in context._parallel:
-        context._parallel[sequence_parallel] = VocabParallel(
-            group, vocab_size=context.vocab_size, sequence_sharded_hidden=sequence_parallel
-        )
-    parallel = context._parallel[sequence_parallel]
+    made = VocabParallel(group, vocab_size=context.vocab_size, sequence_sharded_hidden=sequence_parallel)
+    # By its id: a deep copy of a context shares its groups, which cannot be copied. The value holds the group.
+    parallel = context._parallel.setdefault((id(made.group), sequence_parallel), made)
     return parallel if parallel.ranks > 1 else None
 
 

@@ -48,6 +48,27 @@ def log_probs(sequence_parallel: bool) -> dict[str, Any]:
     return {"logps": values, "hidden": grads[0], "rows": grads[1]}
 
 
+def two_heads(split_first: bool) -> list[torch.Tensor]:
+    """Log-probs of one context for two heads with the same rows: one is split over the ranks, one is whole on each."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    alone = [dist.new_group([each]) for each in range(world)][rank]
+    made = tensors()
+    context = HeadContext()
+    split = SimpleNamespace(weight=made["weight"].chunk(world)[rank], bias=None, tp_group=dist.group.WORLD)
+    whole = SimpleNamespace(weight=made["weight"], bias=None, tp_group=alone)
+    return [
+        output_processor(
+            hidden_states=made["hidden"],
+            output_layer=layer,
+            output_weight=None,
+            labels=made["labels"],
+            context=context,
+            config=SimpleNamespace(sequence_parallel=False),
+        )
+        for layer in ((split, whole) if split_first else (whole, split))
+    ]
+
+
 def beside_megatrons_layer() -> list[tuple[torch.Tensor, ...]]:
     """Log-probs and gradients by Megatron's own output layer and cross-entropy, and by ours on that layer."""
     from megatron.core import parallel_state, tensor_parallel

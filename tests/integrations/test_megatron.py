@@ -241,6 +241,17 @@ def test_a_head_that_is_split_over_ranks(sequence_parallel, tmp_path):
         torch.testing.assert_close(each["rows"], rows[rank])
 
 
+@pytest.mark.parametrize("split_first", [True, False])
+def test_heads_that_share_a_context_have_their_own_groups(split_first, tmp_path):
+    made = megatron.tensors()
+    logits = made["hidden"] @ made["weight"].t()
+    logps = logits.transpose(0, 1).log_softmax(-1).gather(-1, made["labels"].clamp(min=0)[..., None])[..., 0]
+    logps = logps * (made["labels"] != -100)
+    for found in gloo.run("two_heads", 2, tmp_path, split_first, module="megatron"):
+        for values in found:
+            torch.testing.assert_close(values, logps)
+
+
 def test_megatrons_own_layer_over_ranks(tmp_path):
     pytest.importorskip("megatron.core.tensor_parallel", reason="Megatron Core is not installed", exc_type=ImportError)
     for theirs, mine in gloo.run("beside_megatrons_layer", 2, tmp_path, module="megatron"):

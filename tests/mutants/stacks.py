@@ -37,8 +37,15 @@ STACKS = [
     ),
     Mutant(
         "dpo_kernels/integrations/megatron.py",
-        "sequence_sharded_hidden=sequence_parallel\n        )",
-        "sequence_sharded_hidden=False\n        )",
+        "setdefault((id(made.group), sequence_parallel), made)",
+        "setdefault(sequence_parallel, made)",
+        f"{_MEGATRON}::test_heads_that_share_a_context_have_their_own_groups",
+        "a head takes the group of another one that was called before it",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/megatron.py",
+        "sequence_sharded_hidden=sequence_parallel)",
+        "sequence_sharded_hidden=False)",
         f"{_MEGATRON}::test_a_head_that_is_split_over_ranks",
         "with sequence parallelism a rank's hidden states are taken for all",
     ),
