@@ -74,7 +74,7 @@ def output_processor(
         output_weight: the weight of the embedding where it is shared, else None.
         labels: int64 ``(B, S)``, the token after each position.
         context: a ``HeadContext``.
-        config: Megatron's configuration, of which ``sequence_parallel`` is read.
+        config: Megatron's configuration, of which ``sequence_parallel`` and ``context_parallel_size`` are read.
         loss_mask: ``(B, S)``. Positions where it is 0 are not scored. None scores every label but -100.
         packed_seq_params: with ``loss``, ``cu_seqlens_q_padded`` or ``cu_seqlens_q`` tells the sequences of a packed
             batch ``(1, S)``. ``loss_mask`` must be 0 at their last positions, whose labels are another sequence's.
@@ -85,7 +85,8 @@ def output_processor(
         Log-probs ``(B, S)``, float32, 0 where not scored; or the loss ``()``.
 
     Raises:
-        ValueError: there are no labels, or a shape is wrong.
+        ValueError: there are no labels, or a shape is wrong. With ``loss``, sequences are split by context parallelism
+            and ``context_parallel`` is not among the arguments.
 
     Example:
         >>> from types import SimpleNamespace
@@ -119,6 +120,12 @@ def output_processor(
             vocab_size=context.vocab_size if parallel is None else None,
             group=parallel,
             sequence_sharded_hidden=parallel is not None and parallel.sequence_sharded_hidden,
+        )
+    ranks = getattr(config, "context_parallel_size", 1)
+    if ranks > 1 and packed_seq_params is None and context.loss.get("context_parallel") is None:
+        raise ValueError(
+            f"context_parallel_size is {ranks}: this rank has a part of each sequence, and a loss needs all of it. Put "
+            '"context_parallel": ContextParallel(group) into loss, or take log-probs'
         )
     if parallel is None and context.vocab_size is not None and context.vocab_size < weight.shape[0]:
         if context.main_grad_scale is not None:

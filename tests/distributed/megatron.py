@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dpo_kernels.distributed import ContextParallel
 from dpo_kernels.integrations.megatron import HeadContext, output_processor
 
 S, B, H, V, PADDED = 6, 2, 5, 11, 16
@@ -67,6 +68,22 @@ def two_heads(split_first: bool) -> list[torch.Tensor]:
         )
         for layer in ((split, whole) if split_first else (whole, split))
     ]
+
+
+def split_sequences(loss: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a pair whose sequences are split over the ranks, and the gradient of this rank's hidden states."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    made = tensors()
+    hidden = made["hidden"].chunk(world)[rank].clone().requires_grad_()
+    value = output_processor(
+        hidden_states=hidden,
+        output_layer=SimpleNamespace(weight=made["weight"], bias=None),
+        output_weight=None,
+        labels=made["labels"].chunk(world, dim=1)[rank],
+        context=HeadContext(vocab_size=V, loss=loss | {"context_parallel": ContextParallel(dist.group.WORLD)}),
+        config=SimpleNamespace(sequence_parallel=False, context_parallel_size=world),
+    )
+    return value.detach(), torch.autograd.grad(value, hidden)[0]
 
 
 def beside_megatrons_layer() -> list[tuple[torch.Tensor, ...]]:

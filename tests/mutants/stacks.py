@@ -51,6 +51,13 @@ STACKS = [
     ),
     Mutant(
         "dpo_kernels/integrations/megatron.py",
+        "ranks > 1 and packed_seq_params",
+        "ranks > 2 and packed_seq_params",
+        f"{_MEGATRON}::test_what_does_not_fit_is_named",
+        "the loss of a part of each sequence is taken for the whole loss",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/megatron.py",
         "        weight = weight[: context.vocab_size]\n",
         "",
         f"{_MEGATRON}::test_the_loss_of_pairs_is_that_of_the_log_probs",
