@@ -120,18 +120,41 @@ def _tokens(
     return fused_token_logps(hidden, weight, labels, shift=shift, cu_seqlens=cu_seqlens, **options)
 
 
+def token_rows(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> tuple[Tensor, Tensor | None]:
+    """Cut the padding of a vocabulary off a head that is whole.
+
+    Args:
+        weight: ``(V, H)``.
+        bias: ``(V,)``, or None.
+        vocab_size: the number of tokens, from 1 to V. None means V.
+
+    Returns:
+        Views of the first ``vocab_size`` rows.
+
+    Raises:
+        ValueError: ``vocab_size`` is not from 1 to V.
+        TypeError: ``vocab_size`` is no integer.
+
+    Example:
+        >>> token_rows(torch.zeros(4, 8), None, 3)[0].shape
+        torch.Size([3, 8])
+
+    """
+    check_count("vocab_size", vocab_size, least=1)
+    if vocab_size is not None and vocab_size > weight.shape[0]:
+        raise ValueError(f"vocab_size is {vocab_size}, but weight has {weight.shape[0]} rows")
+    rows = slice(None) if vocab_size is None or vocab_size == weight.shape[0] else slice(vocab_size)
+    return weight[rows], None if bias is None else bias[rows]
+
+
 def _rows(
     weight: Tensor, bias: Tensor | None, vocab_size: int | None, group: Any, sequence_sharded_hidden: bool
 ) -> tuple[Tensor, Tensor | None, VocabParallel | None]:
     """Give the rows of the head that are tokens, and how they are split."""
-    check_count("vocab_size", vocab_size, least=1)
     if group is None:
         if sequence_sharded_hidden:
             raise ValueError("sequence_sharded_hidden=True needs the group that the hidden states are split over")
-        if vocab_size is not None and vocab_size > weight.shape[0]:
-            raise ValueError(f"vocab_size is {vocab_size}, but weight has {weight.shape[0]} rows")
-        rows = slice(None) if vocab_size is None or vocab_size == weight.shape[0] else slice(vocab_size)
-        return weight[rows], None if bias is None else bias[rows], None
+        return *token_rows(weight, bias, vocab_size), None
     if isinstance(group, VocabParallel):
         if vocab_size not in (None, group.vocab_size) or sequence_sharded_hidden != group.sequence_sharded_hidden:
             raise ValueError("vocab_size and sequence_sharded_hidden are those of the VocabParallel that is given")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpo_kernels import fused_dpo_loss
 from dpo_kernels.distributed import VocabParallel
-from dpo_kernels.integrations.logps import head_logps
+from dpo_kernels.integrations.logps import head_logps, token_rows
 from dpo_kernels.integrations.token_logps import head_options
 
 IGNORED = -100
@@ -85,8 +85,8 @@ def output_processor(
         Log-probs ``(B, S)``, float32, 0 where not scored; or the loss ``()``.
 
     Raises:
-        ValueError: there are no labels, or a shape is wrong. With ``loss``, sequences are split by context parallelism
-            and ``context_parallel`` is not among the arguments.
+        ValueError: there are no labels, a shape is wrong, or ``vocab_size`` is more than the head's rows. With
+            ``loss``, sequences are split by context parallelism and ``context_parallel`` is not among the arguments.
 
     Example:
         >>> from types import SimpleNamespace
@@ -127,11 +127,10 @@ def output_processor(
             f"context_parallel_size is {ranks}: this rank has a part of each sequence, and a loss needs all of it. Put "
             '"context_parallel": ContextParallel(group) into loss, or take log-probs'
         )
-    if parallel is None and context.vocab_size is not None and context.vocab_size < weight.shape[0]:
+    if parallel is None and context.vocab_size not in (None, weight.shape[0]):
+        weight, bias = token_rows(weight, bias, context.vocab_size)
         if context.main_grad_scale is not None:
             raise ValueError("main_grad_scale needs a head without padding, or one that is split over ranks")
-        weight = weight[: context.vocab_size]
-        bias = None if bias is None else bias[: context.vocab_size]
     return _loss(hidden_states, weight, bias, labels, packed_seq_params, scale, parallel, context)
 
 

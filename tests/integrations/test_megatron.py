@@ -218,6 +218,9 @@ def test_without_a_main_grad_autograd_has_the_gradient():
             },
             "context_parallel_size is 2: this rank has a part of each sequence",
         ),
+        ({"context": HeadContext(vocab_size=14)}, "vocab_size is 14, but weight has 13 rows"),
+        ({"context": HeadContext(loss=LOSS, vocab_size=14)}, "vocab_size is 14, but weight has 13 rows"),
+        ({"context": HeadContext(loss=LOSS, vocab_size=0)}, "vocab_size must be at least 1"),
         ({"packed_seq_params": SimpleNamespace(), "context": HeadContext(loss=LOSS)}, "a packed batch has one row"),
     ],
 )

@@ -58,7 +58,7 @@ STACKS = [
     ),
     Mutant(
         "dpo_kernels/integrations/megatron.py",
-        "        weight = weight[: context.vocab_size]\n",
+        "        weight, bias = token_rows(weight, bias, context.vocab_size)\n",
         "",
         f"{_MEGATRON}::test_the_loss_of_pairs_is_that_of_the_log_probs",
         "the loss of pairs has the padding of the vocabulary in it",
