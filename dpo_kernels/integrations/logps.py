@@ -15,6 +15,8 @@ from dpo_kernels.distributed import VocabParallel
 from dpo_kernels.integrations.token_logps import head_options
 
 LAYOUTS = ("batch_first", "sequence_first", "packed")
+EXECUTION = ("backend", "strategy", "scratch_bytes")  # of ``fused_token_logps``
+INSTEAD = {"vocab_parallel": "group= takes a VocabParallel or its group"}
 
 
 def head_logps(
@@ -59,7 +61,7 @@ def head_logps(
         group: the ranks that hold the head, as for ``VocabParallel``, or one of these. ``weight`` and ``bias`` are then
             this rank's rows. None means that the head is whole.
         sequence_sharded_hidden: whether hidden states arrive split over the group along the tokens.
-        **execution: ``backend``, ``strategy`` and ``scratch_bytes`` of ``fused_token_logps``.
+        **execution: ``backend``, ``strategy`` and ``scratch_bytes`` of ``fused_token_logps``, and nothing else.
 
     Returns:
         In the shape of ``labels`` for tokens, 0 where not scored; ``(B,)`` or ``(S,)`` for sequences, sums over the
@@ -68,7 +70,7 @@ def head_logps(
 
     Raises:
         ValueError: a shape, a value or a combination is wrong. The message names the argument.
-        TypeError: a dtype or a type is wrong.
+        TypeError: a dtype or a type is wrong, or an argument is unknown.
 
     Example:
         >>> hidden, weight = torch.ones(3, 2, 8), torch.zeros(4, 8)  # three positions of two sequences
@@ -77,6 +79,9 @@ def head_logps(
         tensor([-2.7726, -1.3863])
 
     """
+    if unknown := [name for name in execution if name not in EXECUTION]:
+        hints = "".join(f"; {INSTEAD[name]}" for name in unknown if name in INSTEAD)
+        raise TypeError(f"head_logps takes no {', '.join(unknown)}{hints}")
     check_choice("layout", layout, LAYOUTS)
     check_choice("per", per, ("token", "sequence"))
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):

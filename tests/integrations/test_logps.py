@@ -137,6 +137,31 @@ def test_what_does_not_fit_is_named(options, words):
         head_logps(*problem(), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"vocab_parallel": None, "static": True},
+            "head_logps takes no vocab_parallel, static; group= takes a VocabParallel or its group",
+        ),
+        ({"loss_type": "ipo"}, "head_logps takes no loss_type"),
+        ({"cu_seqlen": torch.tensor([0, 21])}, "head_logps takes no cu_seqlen"),
+    ],
+)
+@pytest.mark.parametrize("function", [head_logps, openrlhf.log_probs_from_hidden])
+def test_what_is_unknown_is_refused(function, options, words):
+    with pytest.raises(TypeError, match=f"^{words}$"):
+        function(*problem(), **options)
+
+
+def test_how_it_is_run_can_be_told():
+    hidden, weight, labels = problem()
+    logps = head_logps(hidden, weight, labels, backend="torch", strategy="recompute", scratch_bytes=1 << 16)
+    assert_same(logps, plain(hidden, weight, labels), (hidden, weight))
+    with pytest.raises(ValueError, match="unknown strategy 'none'"):
+        head_logps(hidden, weight, labels, strategy="none")
+
+
 # --- verl -------------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,13 @@ STACKS = [
     ),
     Mutant(
         "dpo_kernels/integrations/logps.py",
+        "if name not in EXECUTION]",
+        "if name not in (*EXECUTION, *INSTEAD)]",
+        f"{_LOGPS}::test_what_is_unknown_is_refused",
+        "vocab_parallel is overwritten in silence",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/logps.py",
         "else slice(vocab_size)",
         "else slice(None)",
         f"{_LOGPS}::test_padded_rows_of_the_head_are_cut",
