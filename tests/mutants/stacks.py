@@ -4,9 +4,24 @@ from tests.mutants.records import Mutant
 
 _LOGPS = "tests/integrations/test_logps.py"
 _MEGATRON = "tests/integrations/test_megatron.py"
+_REQUIREMENTS = "tests/integrations/test_requirements.py"
 _TITAN = "tests/integrations/test_torchtitan.py"
 
 STACKS = [
+    Mutant(
+        "dpo_kernels/integrations/requirements.py",
+        "Version(Version(found).base_version)",
+        "Version(found)",
+        f"{_REQUIREMENTS}::test_a_release_that_is_new_enough_is_taken",
+        "a stack from its main branch is refused",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/requirements.py",
+        " and spec.origin is not None",
+        "",
+        f"{_REQUIREMENTS}::test_a_folder_with_the_name_of_a_package_is_none",
+        "any folder with a stack's name is taken for the stack",
+    ),
     Mutant(
         "dpo_kernels/integrations/logps.py",
         "labels.t().reshape(-1), None",
