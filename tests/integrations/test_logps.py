@@ -1,5 +1,6 @@
 """``head_logps`` against full logits in every layout, and the stacks' own functions that stand on it."""
 
+import functools
 import importlib
 import itertools
 import sys
@@ -225,6 +226,70 @@ def test_a_later_patch_of_verl_stays(monkeypatch):
     verl.patch_verl()
     verl.unpatch_verl()
     assert layer.forward is own
+
+
+def over(forward):
+    """Another patch of verl's forward, which calls what it found; it keeps the attributes of that, as most do."""
+
+    @functools.wraps(forward)
+    def later(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+        return "later", forward(self, hidden_states, vocab_weights, input_ids, temperature)
+
+    return later
+
+
+def what_computes(layer):
+    """The names of those that compute, from the outside in."""
+    hidden, weight, labels = problem()
+    found = layer()(hidden, weight, labels.clamp(min=0))
+    names = []
+    while isinstance(found, tuple) and found[0] == "later":
+        names, found = [*names, "later"], found[1]
+    return [*names, found if isinstance(found, str) else "ours"]
+
+
+def test_what_a_later_patch_keeps_of_ours_computes_as_verl_does(monkeypatch):
+    layer = layer_of_verl(monkeypatch)
+    own = layer.forward
+    verl.patch_verl()
+    ours = layer.forward
+    layer.forward = later = over(ours)
+    assert what_computes(layer) == ["later", "ours"]
+    verl.unpatch_verl()
+    assert layer.forward is later
+    assert what_computes(layer) == ["later", "verl"]
+    layer.forward = ours  # now they put back what they found
+    assert what_computes(layer) == ["verl"]
+    verl.patch_verl()
+    assert what_computes(layer) == ["ours"]
+    verl.unpatch_verl()
+    assert layer.forward is own
+
+
+def test_two_of_ours_with_a_later_patch_between_them(monkeypatch):
+    layer = layer_of_verl(monkeypatch)
+    own = layer.forward
+    verl.patch_verl()
+    ours = layer.forward
+    layer.forward = later = over(ours)
+    verl.patch_verl()
+    assert what_computes(layer) == ["ours"]
+    verl.unpatch_verl()
+    assert layer.forward is later
+    assert what_computes(layer) == ["later", "verl"]
+    layer.forward = ours
+    verl.unpatch_verl()
+    assert layer.forward is own
+
+
+def test_a_patch_under_ours_stays(monkeypatch):
+    layer = layer_of_verl(monkeypatch)
+    layer.forward = earlier = over(layer.forward)
+    verl.patch_verl()
+    verl.patch_verl()
+    assert what_computes(layer) == ["ours"]
+    verl.unpatch_verl()
+    assert layer.forward is earlier
 
 
 @pytest.mark.parametrize(

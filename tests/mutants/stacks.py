@@ -108,9 +108,16 @@ STACKS = [
     ),
     Mutant(
         "dpo_kernels/integrations/verl.py",
-        "    if layer.forward is _forward:\n        layer.forward = _replaced",
-        "    if True:\n        layer.forward = _replaced",
-        f"{_LOGPS}::test_a_later_patch_of_verl_stays",
+        "return patch if patch is not None and patch.function is function else None",
+        "return patch",
+        f"{_LOGPS}::test_what_a_later_patch_keeps_of_ours_computes_as_verl_does",
         "taking the patch off takes off a later one",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/verl.py",
+        "_patches.pop().on = False",
+        "_patches.pop()",
+        f"{_LOGPS}::test_what_a_later_patch_keeps_of_ours_computes_as_verl_does",
+        "what a later patch keeps of ours still computes here",
     ),
 ]
