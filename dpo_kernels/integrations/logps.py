@@ -15,6 +15,8 @@ from dpo_kernels.distributed import VocabParallel
 from dpo_kernels.integrations.token_logps import head_options
 
 LAYOUTS = ("batch_first", "sequence_first", "packed")
+EXECUTION = ("backend", "strategy", "scratch_bytes")  # of ``fused_token_logps``
+INSTEAD = {"vocab_parallel": "group= takes a VocabParallel or its group"}
 
 
 def head_logps(
@@ -59,7 +61,7 @@ def head_logps(
         group: the ranks that hold the head, as for ``VocabParallel``, or one of these. ``weight`` and ``bias`` are then
             this rank's rows. None means that the head is whole.
         sequence_sharded_hidden: whether hidden states arrive split over the group along the tokens.
-        **execution: ``backend``, ``strategy`` and ``scratch_bytes`` of ``fused_token_logps``.
+        **execution: ``backend``, ``strategy`` and ``scratch_bytes`` of ``fused_token_logps``, and nothing else.
 
     Returns:
         In the shape of ``labels`` for tokens, 0 where not scored; ``(B,)`` or ``(S,)`` for sequences, sums over the
@@ -68,7 +70,7 @@ def head_logps(
 
     Raises:
         ValueError: a shape, a value or a combination is wrong. The message names the argument.
-        TypeError: a dtype or a type is wrong.
+        TypeError: a dtype or a type is wrong, or an argument is unknown.
 
     Example:
         >>> hidden, weight = torch.ones(3, 2, 8), torch.zeros(4, 8)  # three positions of two sequences
@@ -77,6 +79,9 @@ def head_logps(
         tensor([-2.7726, -1.3863])
 
     """
+    if unknown := [name for name in execution if name not in EXECUTION]:
+        hints = "".join(f"; {INSTEAD[name]}" for name in unknown if name in INSTEAD)
+        raise TypeError(f"head_logps takes no {', '.join(unknown)}{hints}")
     check_choice("layout", layout, LAYOUTS)
     check_choice("per", per, ("token", "sequence"))
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
@@ -120,18 +125,41 @@ def _tokens(
     return fused_token_logps(hidden, weight, labels, shift=shift, cu_seqlens=cu_seqlens, **options)
 
 
+def token_rows(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> tuple[Tensor, Tensor | None]:
+    """Cut the padding of a vocabulary off a head that is whole.
+
+    Args:
+        weight: ``(V, H)``.
+        bias: ``(V,)``, or None.
+        vocab_size: the number of tokens, from 1 to V. None means V.
+
+    Returns:
+        Views of the first ``vocab_size`` rows.
+
+    Raises:
+        ValueError: ``vocab_size`` is not from 1 to V.
+        TypeError: ``vocab_size`` is no integer.
+
+    Example:
+        >>> token_rows(torch.zeros(4, 8), None, 3)[0].shape
+        torch.Size([3, 8])
+
+    """
+    check_count("vocab_size", vocab_size, least=1)
+    if vocab_size is not None and vocab_size > weight.shape[0]:
+        raise ValueError(f"vocab_size is {vocab_size}, but weight has {weight.shape[0]} rows")
+    rows = slice(None) if vocab_size is None or vocab_size == weight.shape[0] else slice(vocab_size)
+    return weight[rows], None if bias is None else bias[rows]
+
+
 def _rows(
     weight: Tensor, bias: Tensor | None, vocab_size: int | None, group: Any, sequence_sharded_hidden: bool
 ) -> tuple[Tensor, Tensor | None, VocabParallel | None]:
     """Give the rows of the head that are tokens, and how they are split."""
-    check_count("vocab_size", vocab_size, least=1)
     if group is None:
         if sequence_sharded_hidden:
             raise ValueError("sequence_sharded_hidden=True needs the group that the hidden states are split over")
-        if vocab_size is not None and vocab_size > weight.shape[0]:
-            raise ValueError(f"vocab_size is {vocab_size}, but weight has {weight.shape[0]} rows")
-        rows = slice(None) if vocab_size is None or vocab_size == weight.shape[0] else slice(vocab_size)
-        return weight[rows], None if bias is None else bias[rows], None
+        return *token_rows(weight, bias, vocab_size), None
     if isinstance(group, VocabParallel):
         if vocab_size not in (None, group.vocab_size) or sequence_sharded_hidden != group.sequence_sharded_hidden:
             raise ValueError("vocab_size and sequence_sharded_hidden are those of the VocabParallel that is given")

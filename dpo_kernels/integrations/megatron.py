@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpo_kernels import fused_dpo_loss
 from dpo_kernels.distributed import VocabParallel
-from dpo_kernels.integrations.logps import head_logps
+from dpo_kernels.integrations.logps import head_logps, token_rows
 from dpo_kernels.integrations.token_logps import head_options
 
 IGNORED = -100
@@ -74,7 +74,7 @@ def output_processor(
         output_weight: the weight of the embedding where it is shared, else None.
         labels: int64 ``(B, S)``, the token after each position.
         context: a ``HeadContext``.
-        config: Megatron's configuration, of which ``sequence_parallel`` is read.
+        config: Megatron's configuration, of which ``sequence_parallel`` and ``context_parallel_size`` are read.
         loss_mask: ``(B, S)``. Positions where it is 0 are not scored. None scores every label but -100.
         packed_seq_params: with ``loss``, ``cu_seqlens_q_padded`` or ``cu_seqlens_q`` tells the sequences of a packed
             batch ``(1, S)``. ``loss_mask`` must be 0 at their last positions, whose labels are another sequence's.
@@ -85,7 +85,8 @@ def output_processor(
         Log-probs ``(B, S)``, float32, 0 where not scored; or the loss ``()``.
 
     Raises:
-        ValueError: there are no labels, or a shape is wrong.
+        ValueError: there are no labels, a shape is wrong, or ``vocab_size`` is more than the head's rows. With
+            ``loss``, sequences are split by context parallelism and ``context_parallel`` is not among the arguments.
 
     Example:
         >>> from types import SimpleNamespace
@@ -120,11 +121,16 @@ def output_processor(
             group=parallel,
             sequence_sharded_hidden=parallel is not None and parallel.sequence_sharded_hidden,
         )
-    if parallel is None and context.vocab_size is not None and context.vocab_size < weight.shape[0]:
+    ranks = getattr(config, "context_parallel_size", 1)
+    if ranks > 1 and packed_seq_params is None and context.loss.get("context_parallel") is None:
+        raise ValueError(
+            f"context_parallel_size is {ranks}: this rank has a part of each sequence, and a loss needs all of it. Put "
+            '"context_parallel": ContextParallel(group) into loss, or take log-probs'
+        )
+    if parallel is None and context.vocab_size not in (None, weight.shape[0]):
+        weight, bias = token_rows(weight, bias, context.vocab_size)
         if context.main_grad_scale is not None:
             raise ValueError("main_grad_scale needs a head without padding, or one that is split over ranks")
-        weight = weight[: context.vocab_size]
-        bias = None if bias is None else bias[: context.vocab_size]
     return _loss(hidden_states, weight, bias, labels, packed_seq_params, scale, parallel, context)
 
 
@@ -182,15 +188,17 @@ class _InMainGrad(torch.autograd.Function):
 
 
 def _parallel(output_layer: Any, context: HeadContext, sequence_parallel: bool) -> VocabParallel | None:
-    """Give the ``VocabParallel`` of the head, always the same one for a context; None where one rank holds the head."""
+    """Give the ``VocabParallel`` of the head, always the same one for a context and a group.
+
+    Heads that share a context may be split differently, as a policy's and a reference's. None means that one rank holds
+    the head.
+    """
     group = context.group if context.group is not None else getattr(output_layer, "tp_group", None)
     if group is None:
         return None
-    if sequence_parallel not in context._parallel:
-        context._parallel[sequence_parallel] = VocabParallel(
-            group, vocab_size=context.vocab_size, sequence_sharded_hidden=sequence_parallel
-        )
-    parallel = context._parallel[sequence_parallel]
+    made = VocabParallel(group, vocab_size=context.vocab_size, sequence_sharded_hidden=sequence_parallel)
+    # By its id: a deep copy of a context shares its groups, which cannot be copied. The value holds the group.
+    parallel = context._parallel.setdefault((id(made.group), sequence_parallel), made)
     return parallel if parallel.ranks > 1 else None
 
 

@@ -9,6 +9,7 @@ no DPO trainer; the layer serves its PPO-like losses.
 """
 
 import inspect
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,51 @@ from dpo_kernels.integrations.token_logps import token_logps
 
 MODULE, LAYER = "verl.utils.experimental.torch_functional", "FusedLinearForPPO"
 ARGUMENTS = ("self", "hidden_states", "vocab_weights", "input_ids", "temperature")  # of its forward, as in verl 0.9.1
-_replaced: list[Any] = []  # verl's own forward while the patch is on
+OURS = "dpo_kernels_patch"  # the attribute of a forward of ours that holds its patch
+_patches: list["FusedForward"] = []  # those that are on, the oldest first
+
+
+class FusedForward:
+    """A forward that stands in the place of that of verl's layer.
+
+    Args:
+        replaced: verl's forward, or what another patch had put in its place.
+
+    Attributes:
+        replaced: the same.
+        on: whether ``function`` computes here. If false, ``replaced`` does.
+        function: the forward itself, with the arguments of verl's.
+
+    Example:
+        >>> import torch
+        >>> forward = FusedForward(replaced=None)
+        >>> forward.function(None, torch.ones(2, 8), torch.zeros(4, 8), torch.tensor([1, 3]))[0]
+        tensor([-1.3863, -1.3863])
+
+    """
+
+    def __init__(self, replaced: Any) -> None:
+        self.replaced = replaced
+        self.on = True
+        self.function = _function_of(self)
+
+
+def _function_of(patch: FusedForward) -> Any:
+    def forward(
+        self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> Any:
+        if patch.on:
+            return fused_linear_for_ppo(hidden_states, vocab_weights, input_ids, temperature)
+        return patch.replaced(self, hidden_states, vocab_weights, input_ids, temperature)
+
+    setattr(forward, OURS, patch)
+    return forward
+
+
+def _patch_of(function: Any) -> FusedForward | None:
+    """Return the patch whose forward this is, or None. A wrapper may have copied the attributes of ours."""
+    patch: FusedForward | None = getattr(function, OURS, None)
+    return patch if patch is not None and patch.function is function else None
 
 
 def fused_linear_for_ppo(
@@ -60,7 +105,9 @@ def fused_linear_for_ppo(
 
 
 def patch_verl() -> None:
-    """Let verl's ``FusedLinearForPPO`` compute here. A second call changes nothing.
+    """Let verl's ``FusedLinearForPPO`` compute here.
+
+    A second call changes nothing, unless another patch was put on meanwhile: the last one that is put on computes.
 
     Raises:
         ImportError: verl is not installed.
@@ -76,32 +123,30 @@ def patch_verl() -> None:
     layer: Any = getattr(torch_functional, LAYER, None)
     if layer is None:
         raise RuntimeError(f"patch_verl() knows {MODULE}.{LAYER} of verl 0.9, and this verl has none")
-    if layer.forward is _forward:
-        return
-    found = tuple(inspect.signature(layer.forward).parameters)
+    current = layer.forward
+    while (ours := _patch_of(current)) is not None:
+        if ours.on:
+            return
+        current = ours.replaced  # another patch has put back what it found, and meanwhile that was taken off
+    found = tuple(inspect.signature(current).parameters)
     if found != ARGUMENTS:
         raise RuntimeError(f"patch_verl() knows {LAYER}.forward{ARGUMENTS}, and this verl has {found}")
-    _replaced[:] = [layer.forward]
-    layer.forward = _forward
+    _patches.append(FusedForward(current))
+    layer.forward = _patches[-1].function
 
 
 def unpatch_verl() -> None:
-    """Remove the patch. Without one, and where another patch has come on top, this does nothing.
+    """Remove the patch of ``patch_verl()``. Without a patch this does nothing.
+
+    What was there before is there again. If another patch was put on since, it stays, and what it has kept of this
+    one computes as verl does.
 
     Example:
         >>> unpatch_verl()
 
     """
-    if not _replaced:
-        return
-    from verl.utils.experimental import torch_functional
-
-    layer: Any = getattr(torch_functional, LAYER)
-    if layer.forward is _forward:
-        layer.forward = _replaced.pop()
-
-
-def _forward(
-    self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    return fused_linear_for_ppo(hidden_states, vocab_weights, input_ids, temperature)
+    while _patches:
+        _patches.pop().on = False
+    layer: Any = getattr(sys.modules.get(MODULE), LAYER, None)
+    while layer is not None and (ours := _patch_of(layer.forward)) is not None:
+        layer.forward = ours.replaced

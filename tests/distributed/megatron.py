@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dpo_kernels.distributed import ContextParallel
 from dpo_kernels.integrations.megatron import HeadContext, output_processor
 
 S, B, H, V, PADDED = 6, 2, 5, 11, 16
@@ -46,6 +47,43 @@ def log_probs(sequence_parallel: bool) -> dict[str, Any]:
         values.append(logps.detach())
     grads = torch.autograd.grad((logps * made["upstream"]).sum(), (hidden, rows))
     return {"logps": values, "hidden": grads[0], "rows": grads[1]}
+
+
+def two_heads(split_first: bool) -> list[torch.Tensor]:
+    """Log-probs of one context for two heads with the same rows: one is split over the ranks, one is whole on each."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    alone = [dist.new_group([each]) for each in range(world)][rank]
+    made = tensors()
+    context = HeadContext()
+    split = SimpleNamespace(weight=made["weight"].chunk(world)[rank], bias=None, tp_group=dist.group.WORLD)
+    whole = SimpleNamespace(weight=made["weight"], bias=None, tp_group=alone)
+    return [
+        output_processor(
+            hidden_states=made["hidden"],
+            output_layer=layer,
+            output_weight=None,
+            labels=made["labels"],
+            context=context,
+            config=SimpleNamespace(sequence_parallel=False),
+        )
+        for layer in ((split, whole) if split_first else (whole, split))
+    ]
+
+
+def split_sequences(loss: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a pair whose sequences are split over the ranks, and the gradient of this rank's hidden states."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    made = tensors()
+    hidden = made["hidden"].chunk(world)[rank].clone().requires_grad_()
+    value = output_processor(
+        hidden_states=hidden,
+        output_layer=SimpleNamespace(weight=made["weight"], bias=None),
+        output_weight=None,
+        labels=made["labels"].chunk(world, dim=1)[rank],
+        context=HeadContext(vocab_size=V, loss=loss | {"context_parallel": ContextParallel(dist.group.WORLD)}),
+        config=SimpleNamespace(sequence_parallel=False, context_parallel_size=world),
+    )
+    return value.detach(), torch.autograd.grad(value, hidden)[0]
 
 
 def beside_megatrons_layer() -> list[tuple[torch.Tensor, ...]]:

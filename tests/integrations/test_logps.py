@@ -1,5 +1,6 @@
 """``head_logps`` against full logits in every layout, and the stacks' own functions that stand on it."""
 
+import functools
 import importlib
 import itertools
 import sys
@@ -137,6 +138,31 @@ def test_what_does_not_fit_is_named(options, words):
         head_logps(*problem(), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"vocab_parallel": None, "static": True},
+            "head_logps takes no vocab_parallel, static; group= takes a VocabParallel or its group",
+        ),
+        ({"loss_type": "ipo"}, "head_logps takes no loss_type"),
+        ({"cu_seqlen": torch.tensor([0, 21])}, "head_logps takes no cu_seqlen"),
+    ],
+)
+@pytest.mark.parametrize("function", [head_logps, openrlhf.log_probs_from_hidden])
+def test_what_is_unknown_is_refused(function, options, words):
+    with pytest.raises(TypeError, match=f"^{words}$"):
+        function(*problem(), **options)
+
+
+def test_how_it_is_run_can_be_told():
+    hidden, weight, labels = problem()
+    logps = head_logps(hidden, weight, labels, backend="torch", strategy="recompute", scratch_bytes=1 << 16)
+    assert_same(logps, plain(hidden, weight, labels), (hidden, weight))
+    with pytest.raises(ValueError, match="unknown strategy 'none'"):
+        head_logps(hidden, weight, labels, strategy="none")
+
+
 # --- verl -------------------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +226,70 @@ def test_a_later_patch_of_verl_stays(monkeypatch):
     verl.patch_verl()
     verl.unpatch_verl()
     assert layer.forward is own
+
+
+def over(forward):
+    """Another patch of verl's forward, which calls what it found; it keeps the attributes of that, as most do."""
+
+    @functools.wraps(forward)
+    def later(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+        return "later", forward(self, hidden_states, vocab_weights, input_ids, temperature)
+
+    return later
+
+
+def what_computes(layer):
+    """The names of those that compute, from the outside in."""
+    hidden, weight, labels = problem()
+    found = layer()(hidden, weight, labels.clamp(min=0))
+    names = []
+    while isinstance(found, tuple) and found[0] == "later":
+        names, found = [*names, "later"], found[1]
+    return [*names, found if isinstance(found, str) else "ours"]
+
+
+def test_what_a_later_patch_keeps_of_ours_computes_as_verl_does(monkeypatch):
+    layer = layer_of_verl(monkeypatch)
+    own = layer.forward
+    verl.patch_verl()
+    ours = layer.forward
+    layer.forward = later = over(ours)
+    assert what_computes(layer) == ["later", "ours"]
+    verl.unpatch_verl()
+    assert layer.forward is later
+    assert what_computes(layer) == ["later", "verl"]
+    layer.forward = ours  # now they put back what they found
+    assert what_computes(layer) == ["verl"]
+    verl.patch_verl()
+    assert what_computes(layer) == ["ours"]
+    verl.unpatch_verl()
+    assert layer.forward is own
+
+
+def test_two_of_ours_with_a_later_patch_between_them(monkeypatch):
+    layer = layer_of_verl(monkeypatch)
+    own = layer.forward
+    verl.patch_verl()
+    ours = layer.forward
+    layer.forward = later = over(ours)
+    verl.patch_verl()
+    assert what_computes(layer) == ["ours"]
+    verl.unpatch_verl()
+    assert layer.forward is later
+    assert what_computes(layer) == ["later", "verl"]
+    layer.forward = ours
+    verl.unpatch_verl()
+    assert layer.forward is own
+
+
+def test_a_patch_under_ours_stays(monkeypatch):
+    layer = layer_of_verl(monkeypatch)
+    layer.forward = earlier = over(layer.forward)
+    verl.patch_verl()
+    verl.patch_verl()
+    assert what_computes(layer) == ["ours"]
+    verl.unpatch_verl()
+    assert layer.forward is earlier
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,16 @@ def test_without_a_main_grad_autograd_has_the_gradient():
         ({"labels": None}, "needs labels"),
         ({"context": HeadContext(loss=LOSS, vocab_size=9, main_grad_scale=1.0)}, "a head without padding"),
         ({"scale_logits": torch.tanh}, "does not multiply logits by a number"),
+        (
+            {
+                "config": SimpleNamespace(sequence_parallel=False, context_parallel_size=2),
+                "context": HeadContext(loss=LOSS),
+            },
+            "context_parallel_size is 2: this rank has a part of each sequence",
+        ),
+        ({"context": HeadContext(vocab_size=14)}, "vocab_size is 14, but weight has 13 rows"),
+        ({"context": HeadContext(loss=LOSS, vocab_size=14)}, "vocab_size is 14, but weight has 13 rows"),
+        ({"context": HeadContext(loss=LOSS, vocab_size=0)}, "vocab_size must be at least 1"),
         ({"packed_seq_params": SimpleNamespace(), "context": HeadContext(loss=LOSS)}, "a packed batch has one row"),
     ],
 )
@@ -239,6 +249,37 @@ def test_a_head_that_is_split_over_ranks(sequence_parallel, tmp_path):
             torch.testing.assert_close(values, logps.detach())
         torch.testing.assert_close(each["hidden"], grads[0].chunk(2)[rank] if sequence_parallel else grads[0])
         torch.testing.assert_close(each["rows"], rows[rank])
+
+
+@pytest.mark.parametrize("split_first", [True, False])
+def test_heads_that_share_a_context_have_their_own_groups(split_first, tmp_path):
+    made = megatron.tensors()
+    logits = made["hidden"] @ made["weight"].t()
+    logps = logits.transpose(0, 1).log_softmax(-1).gather(-1, made["labels"].clamp(min=0)[..., None])[..., 0]
+    logps = logps * (made["labels"] != -100)
+    for found in gloo.run("two_heads", 2, tmp_path, split_first, module="megatron"):
+        for values in found:
+            torch.testing.assert_close(values, logps)
+
+
+def test_log_probs_need_no_whole_sequence():
+    model, (hidden, labels) = Model(), batch()
+    model.config.context_parallel_size = 2
+    assert_same(hooked(model, hidden, labels), model(hidden, labels), model, hidden)
+
+
+def test_the_loss_of_sequences_that_are_split_over_ranks(tmp_path):
+    made = megatron.tensors()
+    hidden, loss = made["hidden"].requires_grad_(), {"beta": 0.4, "reference_free": True}
+    logits = hidden @ made["weight"][: megatron.V].t()
+    logps = logits.transpose(0, 1).log_softmax(-1).gather(-1, made["labels"].clamp(min=0)[..., None])[..., 0]
+    chosen, rejected = (logps * (made["labels"] != -100)).sum(1)
+    expected = -F.logsigmoid(0.4 * (chosen - rejected))
+    grads = torch.autograd.grad(expected, hidden)[0].chunk(2)
+    found = gloo.run("split_sequences", 2, tmp_path, loss, module="megatron")
+    for (value, grad), theirs in zip(found, grads, strict=True):
+        torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(grad, theirs)
 
 
 def test_megatrons_own_layer_over_ranks(tmp_path):

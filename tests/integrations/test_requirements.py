@@ -1,7 +1,9 @@
 """What an integration needs is said where it is used, and nothing else of the package needs it."""
 
 import importlib
+import re
 import sys
+import types
 from importlib import metadata
 from pathlib import Path
 
@@ -23,7 +25,9 @@ def installed(monkeypatch):
     """Tell that releases are installed, or none, whatever is."""
 
     def set_versions(**versions):
-        def version(name):
+        def version(name, real=metadata.version):
+            if name not in versions:
+                return real(name)
             if versions[name] is None:
                 raise metadata.PackageNotFoundError(name)
             return versions[name]
@@ -35,23 +39,46 @@ def installed(monkeypatch):
     require.cache_clear()
 
 
-@pytest.mark.parametrize("version", ["0.29.0", "0.29", "0.30.1.dev0", "1.16.0", "0.29.1+cpu", "0.100"])
+# Installed from its main branch a package says that it comes before the next release, and may have what that will have.
+BEFORE = ["0.29.0.dev0", "0.29.0.dev20261101+git1234", "0.29.0rc1", "0.29a1"]
+
+
+@pytest.mark.parametrize("version", ["0.29.0", "0.29", "0.30.1.dev0", "1.16.0", "0.29.1+cpu", "0.100", *BEFORE])
 def test_a_release_that_is_new_enough_is_taken(installed, version):
     installed(trl=version)
     require("trl", "0.29", "A test")
 
 
-@pytest.mark.parametrize("version", ["0.28.9", "0.3.0", "0.29.0rc1"])
+@pytest.mark.parametrize("version", ["0.28.9", "0.3.0", "0.28.9rc1", "0.28.9.dev7+cpu", "0.28.9.post1"])
 def test_a_release_that_is_too_old_is_named(installed, version):
     installed(trl=version)
-    with pytest.raises(ImportError, match=rf"^A test needs trl >= 0\.29, and trl {version} is installed$"):
+    with pytest.raises(ImportError, match=rf"^A test needs trl >= 0\.29, and trl {re.escape(version)} is installed$"):
         require("trl", "0.29", "A test")
 
 
-def test_a_package_that_is_not_there_is_named(installed):
+def test_a_package_that_is_not_there_is_named(installed, monkeypatch):
     installed(trl=None)
+    monkeypatch.setattr(requirements, "_importable", lambda package: False)
     with pytest.raises(ImportError, match=r"^A test needs trl >= 0\.29, which is not installed$"):
         require("trl", "0.29", "A test")
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_clone_that_is_not_installed_is_taken(loaded, tmp_path, monkeypatch):
+    (tmp_path / "a_stack").mkdir()
+    (tmp_path / "a_stack" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    if loaded:
+        monkeypatch.setitem(sys.modules, "a_stack", types.ModuleType("a_stack"))
+    require("a_stack", "0.29", "A test")
+    require.cache_clear()
+
+
+def test_a_folder_with_the_name_of_a_package_is_none(tmp_path, monkeypatch):
+    (tmp_path / "a_stack").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"^A test needs a_stack >= 0\.29, which is not installed$"):
+        require("a_stack", "0.29", "A test")
 
 
 @pytest.mark.parametrize(("version", "words"), [("0.24.0", "and trl 0.24.0 is installed"), (None, "not installed")])
@@ -59,6 +86,8 @@ def test_the_package_for_trl_says_what_it_needs(installed, monkeypatch, version,
     for name in [name for name in sys.modules if name.startswith("dpo_kernels.integrations.trl")]:
         monkeypatch.delitem(sys.modules, name)
     installed(trl=version)
+    if version is None:
+        monkeypatch.setattr(requirements, "_importable", lambda package: False)
     with pytest.raises(ImportError, match=rf"dpo_kernels\.integrations\.trl needs trl >= 0\.29, .*{words}"):
         importlib.import_module("dpo_kernels.integrations.trl")
 

@@ -4,15 +4,37 @@ from tests.mutants.records import Mutant
 
 _LOGPS = "tests/integrations/test_logps.py"
 _MEGATRON = "tests/integrations/test_megatron.py"
+_REQUIREMENTS = "tests/integrations/test_requirements.py"
 _TITAN = "tests/integrations/test_torchtitan.py"
 
 STACKS = [
+    Mutant(
+        "dpo_kernels/integrations/requirements.py",
+        "Version(Version(found).base_version)",
+        "Version(found)",
+        f"{_REQUIREMENTS}::test_a_release_that_is_new_enough_is_taken",
+        "a stack from its main branch is refused",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/requirements.py",
+        " and spec.origin is not None",
+        "",
+        f"{_REQUIREMENTS}::test_a_folder_with_the_name_of_a_package_is_none",
+        "any folder with a stack's name is taken for the stack",
+    ),
     Mutant(
         "dpo_kernels/integrations/logps.py",
         "labels.t().reshape(-1), None",
         "labels.reshape(-1), None",
         f"{_LOGPS}::test_every_layout_gives_what_full_logits_give",
         "with the sequence first, labels are read in the wrong order",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/logps.py",
+        "if name not in EXECUTION]",
+        "if name not in (*EXECUTION, *INSTEAD)]",
+        f"{_LOGPS}::test_what_is_unknown_is_refused",
+        "vocab_parallel is overwritten in silence",
     ),
     Mutant(
         "dpo_kernels/integrations/logps.py",
@@ -37,14 +59,28 @@ STACKS = [
     ),
     Mutant(
         "dpo_kernels/integrations/megatron.py",
-        "sequence_sharded_hidden=sequence_parallel\n        )",
-        "sequence_sharded_hidden=False\n        )",
+        "setdefault((id(made.group), sequence_parallel), made)",
+        "setdefault(sequence_parallel, made)",
+        f"{_MEGATRON}::test_heads_that_share_a_context_have_their_own_groups",
+        "a head takes the group of another one that was called before it",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/megatron.py",
+        "sequence_sharded_hidden=sequence_parallel)",
+        "sequence_sharded_hidden=False)",
         f"{_MEGATRON}::test_a_head_that_is_split_over_ranks",
         "with sequence parallelism a rank's hidden states are taken for all",
     ),
     Mutant(
         "dpo_kernels/integrations/megatron.py",
-        "        weight = weight[: context.vocab_size]\n",
+        "ranks > 1 and packed_seq_params",
+        "ranks > 2 and packed_seq_params",
+        f"{_MEGATRON}::test_what_does_not_fit_is_named",
+        "the loss of a part of each sequence is taken for the whole loss",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/megatron.py",
+        "        weight, bias = token_rows(weight, bias, context.vocab_size)\n",
         "",
         f"{_MEGATRON}::test_the_loss_of_pairs_is_that_of_the_log_probs",
         "the loss of pairs has the padding of the vocabulary in it",
@@ -72,9 +108,16 @@ STACKS = [
     ),
     Mutant(
         "dpo_kernels/integrations/verl.py",
-        "    if layer.forward is _forward:\n        layer.forward = _replaced",
-        "    if True:\n        layer.forward = _replaced",
-        f"{_LOGPS}::test_a_later_patch_of_verl_stays",
+        "return patch if patch is not None and patch.function is function else None",
+        "return patch",
+        f"{_LOGPS}::test_what_a_later_patch_keeps_of_ours_computes_as_verl_does",
         "taking the patch off takes off a later one",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/verl.py",
+        "_patches.pop().on = False",
+        "_patches.pop()",
+        f"{_LOGPS}::test_what_a_later_patch_keeps_of_ours_computes_as_verl_does",
+        "what a later patch keeps of ours still computes here",
     ),
 ]
