@@ -64,6 +64,20 @@ MEMORY = [
     ),
     Mutant(
         "dpo_kernels/planning/free_memory.py",
+        "    if fitting is None:\n        return next(",
+        "    if fitting is None:\n        _chosen[model] = sizes[-1]\n        return next(",
+        f"{_FREE}::test_a_moment_without_memory_decides_about_one_call",
+        "a moment without memory decides about all calls",
+    ),
+    Mutant(
+        "dpo_kernels/planning/free_memory.py",
+        "if peak_of(size) is not None), most)",
+        "if peak_of(size) is not None), sizes[-1])",
+        f"{_FREE}::test_a_call_that_is_refused_chooses_nothing",
+        "a call that will be refused is planned with the least scratch",
+    ),
+    Mutant(
+        "dpo_kernels/planning/free_memory.py",
         "        if torch.cuda.is_current_stream_capturing():",
         "        if False:",
         f"{_FREE}::test_a_capture_does_not_look_and_keeps_nothing",
