@@ -37,7 +37,8 @@ def warm_up(
             gradient. Whether it requires one decides what is run. Of a split head pass this rank's rows. Of a head that
             an engine shards pass an empty tensor with the shape of the whole.
         rows: Scored tokens of the call, an integer >= 1, rounded up to whole pairs of 256. The launches are timed at
-            this size, for calls of any size.
+            this size, for calls of any size. What an earlier call has timed with fewer than 512 rows is timed again. So
+            give 512 or more, or the first call with as many times again.
         dtype: dtype of the hidden states. None means that of ``weight``. Under autocast they may differ.
         ref_weight: Weight of the reference's head, ``(V, H_ref)``, if the reference is scored in the call. None leaves
             that out.
@@ -73,7 +74,9 @@ def warm_up(
         choices = None
         try:
             plan = _step(weight, rows, dtype, ref_weight, options)
-            choices = (plan.backend, BACKENDS[plan.backend].load().chosen_launches())
+            kernels = BACKENDS[plan.backend].load()
+            choices = (plan.backend, kernels.chosen_launches())
+            kernels.take_launches(choices[1])  # as the others do: whatever comes later, all keep them
         finally:
             ranks.from_first(choices, weight.device)
         return plan

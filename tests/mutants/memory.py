@@ -120,10 +120,31 @@ MEMORY = [
     ),
     Mutant(
         "dpo_kernels/kernels/triton/autotune.py",
-        "unless=lambda first: _launch_of(first, family) is not None",
+        "unless=stays",
         "unless=lambda first: False",
         f"{_AUTOTUNE}::test_processes_that_time_at_once_take_one_choice",
         "processes that time at once take different launches",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/triton/autotune.py",
+        "return FULL_ROWS if rows >= FULL_ROWS else 0",
+        "return 0",
+        f"{_AUTOTUNE}::test_what_few_rows_have_chosen_is_timed_again_once",
+        "a trial of 8 rows decides about a training",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/triton/autotune.py",
+        "return FULL_ROWS if rows >= FULL_ROWS else 0",
+        "return rows",
+        f"{_AUTOTUNE}::test_what_few_rows_have_chosen_is_timed_again_once",
+        "each larger batch is timed again",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/triton/autotune.py",
+        "    if known is None or known.rows < enough:\n        known = _remembered(gpu, kind, family) or known",
+        "    if known is None:\n        known = _remembered(gpu, kind, family)",
+        f"{_AUTOTUNE}::test_what_another_process_has_timed_with_many_rows_stays",
+        "what another process has timed is timed again",
     ),
     Mutant(
         "dpo_kernels/kernels/triton/launch_matmul.py",
@@ -138,6 +159,13 @@ MEMORY = [
         "",
         f"{_AUTOTUNE}::test_the_gate_compiles_with_the_options_of_the_launches",
         "what is launched was compiled otherwise than what the gate has judged",
+    ),
+    Mutant(
+        "dpo_kernels/api/warm_up.py",
+        "            kernels.take_launches(choices[1])",
+        "            pass",
+        f"{_WARM_UP}::test_ranks_take_the_first_ones_choices",
+        "the first rank times again what the others keep",
     ),
     Mutant(
         "dpo_kernels/api/warm_up.py",
