@@ -113,6 +113,13 @@ MEMORY = [
     ),
     Mutant(
         "dpo_kernels/engine/out_of_memory.py",
+        "    except Exception as error:",
+        "    except KeyError as error:",
+        f"{_FREE}::test_an_error_of_the_recommendation_hides_nothing",
+        "an error of the recommendation hides that memory has ended",
+    ),
+    Mutant(
+        "dpo_kernels/engine/out_of_memory.py",
         "    free_memory.forget()",
         "    pass",
         f"{_FREE}::test_after_an_error_the_default_is_chosen_again",

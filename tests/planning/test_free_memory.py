@@ -250,6 +250,19 @@ def test_the_calls_memory_is_free_when_the_error_is_made(memory):
         gc.enable()
 
 
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: stream is capturing"), torch.OutOfMemoryError("again")])
+def test_an_error_of_the_recommendation_hides_nothing(memory, monkeypatch, error):
+    """A trainer that halves its batch looks for an out-of-memory error."""
+    plan = default(workload(FROZEN))
+
+    def fails(device):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
+    text = said(plan)
+    assert text == f"dpo_kernels: a smaller scratch_bytes takes less memory; which would run is unknown: {error}"
+
+
 def test_after_an_error_the_default_is_chosen_again(memory):
     plan = default(workload(FROZEN))
     assert plan.scratch_bytes == GPU_SCRATCH_BYTES
