@@ -169,6 +169,20 @@ MEMORY = [
     ),
     Mutant(
         "dpo_kernels/api/warm_up.py",
+        "        if name not in BIASES:\n            check_weight(name, value)",
+        "        pass",
+        f"{_WARM_UP}::test_a_weight_that_is_none_is_named",
+        "a head without rows ends in an error of torch",
+    ),
+    Mutant(
+        "dpo_kernels/api/warm_up.py",
+        "@torch.inference_mode(mode=False)\n",
+        "",
+        f"{_WARM_UP}::test_inference_mode_does_not_reach_a_warm_up",
+        "no warm-up under inference_mode",
+    ),
+    Mutant(
+        "dpo_kernels/api/warm_up.py",
         "            kernels.take_launches(choices[1])",
         "            pass",
         f"{_WARM_UP}::test_ranks_take_the_first_ones_choices",
