@@ -8,13 +8,16 @@ from torch import Tensor
 from dpo_kernels import checks
 from dpo_kernels.api.pairs import explain, fused_dpo_loss
 from dpo_kernels.distributed.group import Ranks, all_ranks
+from dpo_kernels.inputs.tensors import check_float_tensor, check_weight
 from dpo_kernels.planning.plan import Plan
 from dpo_kernels.planning.tables import BACKENDS
 
 LENGTH = 128  # tokens of each sequence of the call: short, so that no pair is longer than a chunk
 # A warm-up runs on each rank by itself, and leaves nothing behind.
 NOT_FOR_WARM_UP = ("vocab_parallel", "context_parallel", "main_grad", "main_grad_scale")
-OF_A_HEAD = ("bias", "ref_bias", "ref_weight")  # tensors that every batch has in common
+MADE_HERE = ("hidden", "labels")
+TRAINED = ("weight", "bias")
+BIASES = ("bias", "ref_bias")  # tensors that every batch has in common
 
 
 def warm_up(
@@ -37,7 +40,8 @@ def warm_up(
             gradient. Whether it requires one decides what is run. Of a split head pass this rank's rows. Of a head that
             an engine shards pass an empty tensor with the shape of the whole.
         rows: Scored tokens of the call, an integer >= 1, rounded up to whole pairs of 256. The launches are timed at
-            this size, for calls of any size.
+            this size, for calls of any size. What an earlier call has timed with fewer than 512 rows is timed again. So
+            give 512 or more, or the first call with as many times again.
         dtype: dtype of the hidden states. None means that of ``weight``. Under autocast they may differ.
         ref_weight: Weight of the reference's head, ``(V, H_ref)``, if the reference is scored in the call. None leaves
             that out.
@@ -52,9 +56,11 @@ def warm_up(
         The plan of the call, as ``explain`` returns it.
 
     Raises:
-        ValueError: An option is wrong, or is none for a warm-up.
-        TypeError: A dtype or a type is wrong.
-        RuntimeError: The first rank has raised an error.
+        ValueError: An option is wrong, or is none for a warm-up. A weight has another shape, or no values, as on the
+            meta device, or requires a gradient but was made under ``torch.inference_mode``.
+        TypeError: A dtype or a type is wrong. A module is no weight.
+        RuntimeError: The first rank has raised an error. Or a frozen head was made under ``torch.inference_mode``, and
+            the strategy that was asked for keeps it until the backward pass.
 
     Example:
         >>> import torch
@@ -63,21 +69,29 @@ def warm_up(
         >>> warm_up(head.weight, rows=300).strategy, head.weight.grad
         ('chunked', None)
     """
+    if rows is None:
+        raise TypeError("rows must be an integer, got None")
     checks.check_count("rows", rows, least=1)
     if refused := sorted(set(options) & set(NOT_FOR_WARM_UP)):
         raise ValueError(f"{', '.join(refused)}: not for a warm-up, which each rank runs by itself")
+    if refused := sorted(set(options) & set(MADE_HERE)):
+        raise ValueError(f"{', '.join(refused)}: not for a warm-up, which makes its own")
     ranks = all_ranks() if group is None else Ranks(group)
     if ranks is None:
         return _step(weight, rows, dtype, ref_weight, options)
+    # What is wrong with a weight is said in the step, so that a first rank that raises still answers the others.
+    device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else None
     if ranks.first:
         choices = None
         try:
             plan = _step(weight, rows, dtype, ref_weight, options)
-            choices = (plan.backend, BACKENDS[plan.backend].load().chosen_launches())
+            kernels = BACKENDS[plan.backend].load()
+            choices = (plan.backend, kernels.chosen_launches())
+            kernels.take_launches(choices[1])  # as the others do: whatever comes later, all keep them
         finally:
-            ranks.from_first(choices, weight.device)
+            ranks.from_first(choices, device)
         return plan
-    choices = ranks.from_first(None, weight.device)
+    choices = ranks.from_first(None, device)
     if choices is None:
         raise RuntimeError("the first rank has raised an error in its warm-up")
     name, launches = choices
@@ -85,10 +99,16 @@ def warm_up(
     return _step(weight, rows, dtype, ref_weight, options)
 
 
+@torch.inference_mode(mode=False)
 def _step(
     weight: Tensor, rows: int, dtype: torch.dtype | None, ref_weight: Tensor | None, options: dict[str, Any]
 ) -> Plan:
     """Run a step with pairs of two sequences of ``LENGTH`` tokens, and return its plan."""
+    _check_heads({"weight": weight, "ref_weight": ref_weight} | {name: options.get(name) for name in BIASES})
+    if options.get("ref_hidden") is not None:
+        check_float_tensor("ref_hidden", options["ref_hidden"])
+    if dtype is not None and dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
     pairs, device = -(-rows // (2 * LENGTH)), weight.device
     tokens = (2 * pairs, LENGTH)
     generator = torch.Generator(device).manual_seed(0)  # of its own: that of the training stays as it is
@@ -100,7 +120,7 @@ def _step(
         """The call's own tensor in the place of one of a batch."""
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
-        if name in OF_A_HEAD:
+        if name in BIASES:
             return value.detach().requires_grad_(value.requires_grad and name == "bias")
         if name == "ref_hidden":
             return states(value.shape[-1], value.dtype)
@@ -126,3 +146,17 @@ def _step(
         plan = explain(hidden.requires_grad_(), head, labels, **given)
         fused_dpo_loss(hidden, head, labels, **given).loss.sum().backward()
     return plan
+
+
+def _check_heads(tensors: dict[str, Any]) -> None:
+    """Raise unless the tensors of the heads have values for a backward pass. All but ``weight`` may be None."""
+    for name, value in tensors.items():
+        if value is None and name != "weight":
+            continue
+        check_float_tensor(name, value)
+        if not checks.has_values(value):
+            raise ValueError(f"{name} has no values, as on the meta device or in a tracer: load the head first")
+        if name in TRAINED and value.requires_grad and value.is_inference():
+            raise ValueError(f"{name} requires a gradient but was made under torch.inference_mode(): give its clone()")
+        if name not in BIASES:
+            check_weight(name, value)

@@ -52,8 +52,11 @@ class Ranks:
         """Whether this process is the first rank of the group."""
         return dist.get_rank(self.group) == 0
 
-    def from_first(self, value: Any, device: torch.device) -> Any:
-        """Return the first rank's value, which can be pickled. The others' values are not looked at."""
+    def from_first(self, value: Any, device: torch.device | None) -> Any:
+        """Return the first rank's value, which can be pickled. The others' values are not looked at.
+
+        It goes by way of ``device``. None stands for the one that the group's backend prefers.
+        """
         values = [value]
         dist.broadcast_object_list(values, group=self.group, device=device, group_src=0)
         return values[0]

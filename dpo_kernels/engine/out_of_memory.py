@@ -27,5 +27,13 @@ def saying_what_fits(plan: Plan, call: Callable[[], Result]) -> Result:
         kind, text, notes = type(error), str(error), getattr(error, "__notes__", [])
     # Here the first error is gone, and what is free is what the call found.
     free_memory.forget()
-    again = kind("\n".join([text, *notes, plan.out_of_memory()]))
+    again = kind("\n".join([text, *notes, _recommended(plan)]))
     raise again
+
+
+def _recommended(plan: Plan) -> str:
+    """Return what the plan recommends. Where that fails, as while a CUDA graph is captured, the error is only named."""
+    try:
+        return plan.out_of_memory()
+    except Exception as error:  # noqa: BLE001 -- whatever it is, the caller must see that memory has ended
+        return f"dpo_kernels: a smaller scratch_bytes takes less memory; which would run is unknown: {error}"

@@ -103,13 +103,7 @@ def check_head(
     A ``shard`` of the vocabulary may be empty.
     """
     hidden_name, weight_name, bias_name = names
-    check_float_tensor(weight_name, weight)
-    if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and not shard):
-        hint = f": DeepSpeed ZeRO-3 has partitioned it: {GATHERED_BY}"
-        raise ValueError(
-            f"{weight_name} must have shape (V, H) with V >= 1 and H >= 1, got {shape(weight)}"
-            f"{hint if hasattr(weight, 'ds_id') else ''}"
-        )
+    check_weight(weight_name, weight, shard=shard)
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{weight_name} has H = {weight.shape[1]} (shape {shape(weight)}) but {hidden_name} has "
@@ -165,6 +159,17 @@ def check_floating(name: str, tensor: Any) -> None:
     """Raise unless ``tensor`` is a plain tensor of floating-point numbers."""
     check_tensor(name, tensor)
     checks.check_floating(name, tensor)
+
+
+def check_weight(name: str, weight: Any, *, shard: bool = False) -> None:
+    """Raise unless ``weight`` is a floating-point matrix ``(V, H)``. Only a ``shard`` of it may be empty."""
+    check_float_tensor(name, weight)
+    if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and not shard):
+        hint = f": DeepSpeed ZeRO-3 has partitioned it: {GATHERED_BY}"
+        raise ValueError(
+            f"{name} must have shape (V, H) with V >= 1 and H >= 1, got {shape(weight)}"
+            f"{hint if hasattr(weight, 'ds_id') else ''}"
+        )
 
 
 def check_float_tensor(name: str, tensor: Any) -> None:

@@ -74,7 +74,7 @@ def empty_cache() -> int:
         The number of bytes that were given back, 0 without the C++ extension.
 
     Raises:
-        Nothing: a process without the extension keeps no memory.
+        RuntimeError: ``DPO_KERNELS_CPU_CACHE_BYTES`` is not a number of bytes. Without the extension nobody reads it.
 
     Example:
         >>> from dpo_kernels import empty_cache

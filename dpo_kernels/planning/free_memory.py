@@ -38,6 +38,9 @@ def free_bytes(device: torch.device) -> int | None:
 def scratch_by_default(workload: Workload, peak_of: Peak) -> int:
     """Return the default scratch in bytes: the device's, halved until the call fits the free memory.
 
+    Only a size that fits is kept for the model. Where none does, the call takes the least with which it can be planned,
+    and the next one looks again. A call that will be refused chooses nothing.
+
     Ranks that share work must have the same chunks, so they do not look at their own memory. Neither does a tracer, nor
     a capture of a CUDA graph.
     """
@@ -53,13 +56,15 @@ def scratch_by_default(workload: Workload, peak_of: Peak) -> int:
     with torch.cuda.device(workload.device):
         if torch.cuda.is_current_stream_capturing():
             return most
-    free, size = free_bytes(workload.device), most
-    if free is not None:
-        sizes = [most >> halvings for halvings in range(MOST_HALVINGS + 1)]
-        fitting = _largest_that_fits(iter(sizes), peak_of, free)
-        size = sizes[-1] if fitting is None else fitting[0]
-    _chosen[model] = size
-    return size
+    free = free_bytes(workload.device)
+    if free is None:
+        return most
+    sizes = [most >> halvings for halvings in range(MOST_HALVINGS + 1)]
+    fitting = _largest_that_fits(iter(sizes), peak_of, free)
+    if fitting is None:
+        return next((size for size in reversed(sizes) if peak_of(size) is not None), most)
+    _chosen[model] = fitting[0]
+    return fitting[0]
 
 
 def forget() -> None:

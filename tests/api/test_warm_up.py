@@ -113,6 +113,66 @@ def test_rows_are_at_least_one(rows):
         dk.warm_up(head(), rows=rows)
 
 
+def inference(*size, trainable=True):
+    with torch.inference_mode():
+        return torch.ones(size, requires_grad=trainable)
+
+
+WRONG = {
+    "a module": (torch.nn.Linear(H, V), TypeError, "must be a tensor, got Linear"),
+    "a string": ("lm_head", TypeError, "must be a tensor, got str"),
+    "one dimension": (torch.zeros(4), ValueError, r"must have shape \(V, H\)"),
+    "no rows": (torch.empty(0, H), ValueError, r"must have shape \(V, H\)"),
+    "no columns": (torch.empty(V, 0), ValueError, r"must have shape \(V, H\)"),
+    "integers": (torch.zeros(V, H, dtype=torch.int32), TypeError, "must be float32"),
+    "meta": (torch.empty(V, H, device="meta"), ValueError, "has no values"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("name", ["weight", "ref_weight"])
+def test_a_weight_that_is_none_is_named(kind, name):
+    value, error, text = WRONG[kind]
+    with pytest.raises(error, match=f"^{name} {text}"):
+        dk.warm_up(**{"weight": head(), name: value}, rows=1)
+
+
+OPTIONS = [
+    ({"labels": torch.zeros(2)}, ValueError, "labels: not for a warm-up, which makes its own"),
+    ({"hidden": None, "labels": None}, ValueError, "hidden, labels: not for a warm-up, which makes its own"),
+    ({"bias": "x"}, TypeError, "bias must be a tensor, got str"),
+    ({"bias": inference(V)}, ValueError, "bias requires a gradient but was made under torch.inference_mode"),
+    ({"weight": inference(V, H)}, ValueError, "weight requires a gradient but was made under torch.inference_mode"),
+    ({"ref_bias": torch.empty(V, device="meta")}, ValueError, "ref_bias has no values"),
+    ({"ref_hidden": torch.zeros(2, 3, H, dtype=torch.int64)}, TypeError, "ref_hidden must be float32"),
+    ({"dtype": torch.int32}, TypeError, "dtype must be torch.float32"),
+    ({"dtype": "bfloat16"}, TypeError, "dtype must be torch.float32"),
+    ({"rows": None}, TypeError, "rows must be an integer"),
+    ({"rows": 2.0}, TypeError, "rows must be an integer"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), OPTIONS, ids=[text for *_, text in OPTIONS])
+def test_an_option_that_is_wrong_is_named(options, error, text):
+    with pytest.raises(error, match=f"^{text}"):
+        dk.warm_up(**{"weight": head(), "rows": 1} | options)
+
+
+def test_inference_mode_does_not_reach_a_warm_up():
+    weight, bias, weights = head(), torch.zeros(V, requires_grad=True), torch.ones(2, 3)
+    with torch.inference_mode():
+        assert dk.warm_up(weight, rows=256, bias=bias, token_weights=weights).strategy == "chunked"
+        assert torch.is_inference_mode_enabled()
+    assert weight.grad is None
+
+
+def test_a_head_that_needs_no_gradient_may_be_made_under_inference_mode():
+    frozen = {"weight": inference(V, H, trainable=False), "bias": inference(V, trainable=False)}
+    assert dk.warm_up(**frozen, rows=256).strategy == "frozen_head"
+    reference = {"ref_weight": inference(V, H), "ref_bias": inference(V)}
+    assert dk.warm_up(head(), rows=256, **reference).strategy == "chunked"
+
+
 def test_a_backend_without_launches_has_no_choices():
     assert RowKernels.chosen_launches() is None
     RowKernels.take_launches(None)
@@ -138,6 +198,8 @@ def test_ranks_take_the_first_ones_choices(ranks):
     assert first["together"] == second["together"] == first["alone"]
     assert first["timed"] > 0
     assert second["timed"] == 0
+    assert first["stay"]  # or a rank with a large batch would choose by itself
+    assert second["stay"]
     assert first["bits"] == second["bits"]
 
 

@@ -43,7 +43,8 @@ def warmed(folder: str) -> dict[str, Any]:
         timed.clear()
         os.environ["DPO_KERNELS_CACHE_DIR"] = f"{folder}/together{rank}"
         dk.warm_up(weight, **options)
-        found |= {"together": launches(autotune), "timed": len(timed)}
+        rows = min(choice.rows for choice in autotune._chosen.values())
+        found |= {"together": launches(autotune), "timed": len(timed), "stay": rows >= autotune.FULL_ROWS}
         hidden = torch.randn(2, 8, H, generator=torch.Generator().manual_seed(1)).bfloat16()
         labels = torch.arange(16).view(2, 8)
         how = {"backend": "triton", "strategy": "streaming"}

@@ -31,6 +31,7 @@ from dpo_kernels.kernels.triton import (
     row_kernels,
     sequence_loss,
 )
+from dpo_kernels.kernels.triton.autotune import FULL_ROWS, Choice
 from dpo_kernels.kernels.triton.configs import MatrixLaunch
 from dpo_kernels.shapes import Head
 from tests.triton_tools.configurations import CONFIGURATIONS
@@ -71,7 +72,55 @@ def test_the_fastest_is_taken_and_kept(clock, tmp_path):
     assert clock.seen == [SLOW, FAST, MIDDLE] * autotune.ROUNDS
     entry = json.loads(kept(tmp_path).read_text())["kernel H=8"]
     assert entry["launch"] == asdict(FAST)
+    assert entry["rows"] == 0
     assert entry["milliseconds"] == {str(SLOW): 3.0, str(FAST): 1.0, str(MIDDLE): 2.0}
+
+
+@pytest.mark.parametrize("new_process", [True, False])
+def test_what_few_rows_have_chosen_is_timed_again_once(clock, tmp_path, new_process):
+    """A trial of 8 rows, before the training or in another process, does not decide about all of its calls."""
+    few, many = torch.empty(8, 4), torch.empty(FULL_ROWS, 4)
+    assert best("H=8", like=few) == FAST
+    if new_process:
+        autotune.clear_cache()
+    clock.times[FAST] = 9.0
+    assert best("H=8", like=torch.empty(FULL_ROWS - 1, 4)) == FAST
+    assert len(clock.seen) == 3 * autotune.ROUNDS
+    assert best("H=8", like=many) == MIDDLE
+    assert len(clock.seen) == 6 * autotune.ROUNDS
+    assert json.loads(kept(tmp_path).read_text())["kernel H=8"]["rows"] == FULL_ROWS
+    clock.times[SLOW] = 0.5
+    for rows in (8, FULL_ROWS, 64 * FULL_ROWS):  # a training does not stop again
+        assert best("H=8", like=torch.empty(rows, 4)) == MIDDLE
+        autotune.clear_cache()
+    assert len(clock.seen) == 6 * autotune.ROUNDS
+
+
+def test_few_rows_are_not_timed_again_where_nothing_may_be_timed(clock, monkeypatch):
+    assert best("H=8", like=torch.empty(8, 4)) == FAST
+    clock.times[FAST] = 9.0
+    many = SimpleNamespace(is_cuda=True, shape=(FULL_ROWS, 4))
+    monkeypatch.setattr(autotune, "device_name", lambda like: "interpreter")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert best("H=8", like=many) == FAST
+    monkeypatch.setenv(autotune.MODE, "cached")
+    assert best("H=8", like=torch.empty(FULL_ROWS, 4)) == FAST
+    assert len(clock.seen) == 3 * autotune.ROUNDS
+
+
+def test_what_another_process_has_timed_with_many_rows_stays(clock):
+    """A process that has only seen few rows neither replaces it nor times again."""
+    few, many = torch.empty(8, 4), torch.empty(FULL_ROWS, 4)
+    best("H=8", like=few)
+    mine = dict(autotune._chosen)
+    autotune.clear_cache()
+    clock.times[FAST] = 9.0
+    assert best("H=8", like=many) == MIDDLE
+    gpu, times = "interpreter", dict.fromkeys(FAMILY, 1.0)
+    assert autotune._remember(gpu, "kernel H=8", FAMILY, Choice(SLOW, 8), times) == (MIDDLE, FULL_ROWS)
+    autotune._chosen.update(mine)
+    assert best("H=8", like=many) == MIDDLE
+    assert len(clock.seen) == 6 * autotune.ROUNDS
 
 
 def test_once_for_each_kind_of_call_and_process(clock):
@@ -178,7 +227,7 @@ def test_a_process_that_was_first_decides(clock, tmp_path):
 
     def run(launch):
         path = kept(tmp_path)
-        others = json.loads(path.read_text()) | {"kernel H=8": {"launch": asdict(MIDDLE)}}
+        others = json.loads(path.read_text()) | {"kernel H=8": {"launch": asdict(MIDDLE), "rows": 1}}
         path.write_text(json.dumps(others))
         return launch
 
@@ -204,7 +253,7 @@ def test_a_folder_that_cannot_be_made_costs_a_warning(monkeypatch, tmp_path):
 def test_nothing_is_timed_inside_a_graph_and_what_was_taken_there_is_not_kept(clock, monkeypatch):
     monkeypatch.setattr(autotune, "device_name", lambda like: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    gpu = SimpleNamespace(is_cuda=True)
+    gpu = SimpleNamespace(is_cuda=True, shape=(8, 8))
     assert best("H=8", like=gpu) == SLOW
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert not clock.seen
@@ -219,12 +268,13 @@ def test_processes_that_time_at_once_take_one_choice(clock, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         kept = list(
             pool.map(
-                lambda number: autotune._remember("a GPU", "kernel H=8", FAMILY, FAMILY[number % 3], times), range(24)
+                lambda number: autotune._remember("a GPU", "kernel H=8", FAMILY, Choice(FAMILY[number % 3], 9), times),
+                range(24),
             )
         )
     assert len(set(kept)) == 1
     entries = kept_files.entries_of(autotune.path_of("a GPU"))
-    assert entries["kernel H=8"]["launch"] == asdict(kept[0])
+    assert entries["kernel H=8"]["launch"] == asdict(kept[0].launch)
 
 
 def test_the_choices_of_another_process_replace_ones_own(clock, tmp_path):

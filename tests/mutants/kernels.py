@@ -356,7 +356,7 @@ _TRITON = [
     ),
     Mutant(
         "dpo_kernels/kernels/triton/autotune.py",
-        "if known is None and like.is_cuda and torch.cuda.is_current_stream_capturing():",
+        "if like.is_cuda and torch.cuda.is_current_stream_capturing():",
         "if False:",
         f"{_AUTOTUNE}::test_nothing_is_timed_inside_a_graph_and_what_was_taken_there_is_not_kept",
         "launches are timed while a graph is captured",

@@ -124,6 +124,36 @@ def test_a_model_keeps_its_scratch_until_memory_has_ended(memory):
     assert default(other).scratch_bytes == GPU_SCRATCH_BYTES
 
 
+@pytest.mark.parametrize("free", [100 * MIB, 1024 * MIB])
+def test_a_moment_without_memory_decides_about_one_call(memory, free):
+    memory.free = free
+    assert default(workload()).scratch_bytes == GPU_SCRATCH_BYTES >> free_memory.MOST_HALVINGS
+    memory.free = 70 * 2**30
+    assert default(workload()).scratch_bytes == GPU_SCRATCH_BYTES
+
+
+@pytest.mark.parametrize(
+    ("facts", "strategy"), [({"scalar": False}, "chunked"), ({"fills_main_grad": True}, "recompute")]
+)
+def test_a_call_that_is_refused_chooses_nothing(memory, facts, strategy):
+    """No size fits such a call, however much is free. Its error speaks of the whole default."""
+    with pytest.raises(ValueError, match=r"reduction|main_grad"):
+        default(workload(**facts), strategy=strategy)
+    given = workload(**facts)
+    assert free_memory.scratch_by_default(given, lambda size: None) == GPU_SCRATCH_BYTES
+    assert default(workload()).scratch_bytes == GPU_SCRATCH_BYTES
+
+
+def test_where_nothing_fits_the_call_can_still_be_planned(memory):
+    """``chunked`` with a static capacity needs one chunk, for which the least default is too small."""
+    given = workload(num_tokens=2000, counts=None, static=True)
+    memory.free = 100 * MIB
+    plan = default(given, strategy="chunked")
+    assert plan.scratch_bytes > GPU_SCRATCH_BYTES >> free_memory.MOST_HALVINGS
+    with pytest.raises(ValueError, match=r"static|max_scored_tokens"):
+        make_plan(given, Execution("torch", "chunked", plan.scratch_bytes // 2))
+
+
 @pytest.mark.parametrize(
     "facts",
     [{"shard_ranks": 2}, {"context_ranks": 4}, {"tracing": True, "counts": None}, {"device": torch.device("cpu")}],
@@ -218,6 +248,19 @@ def test_the_calls_memory_is_free_when_the_error_is_made(memory):
             saying_what_fits(plan, call)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: stream is capturing"), torch.OutOfMemoryError("again")])
+def test_an_error_of_the_recommendation_hides_nothing(memory, monkeypatch, error):
+    """A trainer that halves its batch looks for an out-of-memory error."""
+    plan = default(workload(FROZEN))
+
+    def fails(device):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
+    text = said(plan)
+    assert text == f"dpo_kernels: a smaller scratch_bytes takes less memory; which would run is unknown: {error}"
 
 
 def test_after_an_error_the_default_is_chosen_again(memory):

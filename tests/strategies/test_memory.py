@@ -89,15 +89,24 @@ def test_what_is_of_no_use_goes_back(emptied):
     assert dk.empty_cache() == 4 * MIB
 
 
-def said_by_a_process_of_its_own(**environment):
-    code = """if True:
-        import torch, dpo_kernels as dk
-        from dpo_kernels.kernels import extension
-        extension.why_not("cpu")
-        for mib in (8, 20, 6):
-            torch.ops.dpo_kernels.new_huge(torch.empty(0), [mib * 2**18])
-        print(dk.empty_cache() // 2**20)
-    """
+USES_AND_EMPTIES = """if True:
+    import torch, dpo_kernels as dk
+    from dpo_kernels.kernels import extension
+    extension.why_not("cpu")
+    for mib in (8, 20, 6):
+        torch.ops.dpo_kernels.new_huge(torch.empty(0), [mib * 2**18])
+    print(dk.empty_cache() // 2**20)
+"""
+EMPTIES = """if True:
+    import dpo_kernels as dk
+    try:
+        dk.empty_cache()
+    except Exception as error:
+        print(type(error).__name__)
+"""
+
+
+def said_by_a_process_of_its_own(code=USES_AND_EMPTIES, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | environment,
@@ -127,6 +136,14 @@ def test_processes_of_a_machine_share_what_may_lie_idle(monkeypatch, processes, 
 def test_a_limit_that_is_no_number_is_named(limit):
     done = said_by_a_process_of_its_own(DPO_KERNELS_CPU_CACHE_BYTES=limit)
     assert f"DPO_KERNELS_CPU_CACHE_BYTES must be a number of bytes, got {limit}" in done.stderr
+
+
+@pooled
+def test_the_error_of_a_process_that_only_empties_is_a_documented_one():
+    done = said_by_a_process_of_its_own(EMPTIES, DPO_KERNELS_CPU_CACHE_BYTES="1e9")
+    raised = done.stdout.strip()
+    assert raised, done.stderr
+    assert f"{raised}: ``DPO_KERNELS_CPU_CACHE_BYTES``" in dk.empty_cache.__doc__
 
 
 def test_without_the_extension_there_is_nothing_to_empty(monkeypatch):
