@@ -561,6 +561,31 @@ def test_an_extension_from_other_sources_is_refused(monkeypatch):
 
 
 @built
+def test_threads_that_come_at_once_load_it_once():
+    """As where a server's workers make their first calls."""
+    code = """if True:
+        import sys, threading
+        from dpo_kernels.kernels import extension
+        sys.setswitchinterval(1e-5)
+        start, said = threading.Barrier(8), []
+        def work():
+            start.wait()
+            try:
+                said.append(extension.why_not("cpu"))
+            except Exception as error:
+                said.append(f"{type(error).__name__}: {error}")
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(said)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str([None] * 8)
+
+
+@built
 def test_the_oldest_torch_is_the_one_that_the_package_asks_for():
     assert f'"torch>={torch.ops.dpo_kernels.extension_oldest_torch()}"' in (ROOT / "pyproject.toml").read_text()
 
