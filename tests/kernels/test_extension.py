@@ -347,6 +347,16 @@ def test_new_memory_is_laid_out_as_torch_would(shape):
         torch.ops.dpo_kernels.new_huge(torch.empty(0), [2**40, 2**40])
 
 
+@built
+def test_too_little_memory_is_said_in_words():
+    """By the operator in its own, and where a buffer is asked for in torch's, which callers look for."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.ops.dpo_kernels.new_huge(torch.empty(0), [2**20, 2**28])
+    assert str(caught.value) == f"dpo_kernels: no memory for {2**50} bytes on cpu"
+    with pytest.raises(RuntimeError, match=rf"you tried to allocate {2**50} bytes"):
+        CppKernels(torch.float32, 2**20).buffer(torch.device("cpu"), 2**20, 2**28)
+
+
 # --- threads, sizes, instruction sets ---------------------------------------------------------------------------------
 
 

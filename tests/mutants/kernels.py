@@ -470,6 +470,20 @@ _CPP = [
         "a small gradient holds the memory of a large one",
     ),
     Mutant(
+        "csrc/torch_abi.h",
+        "for (size_t i = 0; i < sizes.size(); i++) bytes *= sizes[i];",
+        "for (size_t i = 1; i < sizes.size(); i++) bytes *= sizes[i];",
+        "tests/kernels/test_extension.py::test_too_little_memory_is_said_in_words",
+        "an error counts one row's bytes",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/cpp.py",
+        "except RuntimeError:  # there is not",
+        "except TypeError:  # there is not",
+        "tests/kernels/test_extension.py::test_too_little_memory_is_said_in_words",
+        "a buffer that finds no memory hides torch's own error",
+    ),
+    Mutant(
         "csrc/cpu/memory.cpp",
         "strides[i] = elements;",
         "strides[i] = 1;",
