@@ -25,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 MODES = ("auto", "cpu", "cuda", "none")
 CSRC = Path("csrc")
+OLDEST_SETUPTOOLS = 77  # as pyproject.toml says, which a build without isolation does not enforce
 OLDEST_TORCH = (2, 11)
 OLDEST_PYTHON = "cp310"
 KNOWS_SM_100 = (12, 8)  # the first CUDA whose nvcc does
@@ -230,6 +231,9 @@ def extension():
 
 def arguments():
     """Arguments of ``setup``."""
+    if version_of(setuptools.__version__)[0] < OLDEST_SETUPTOOLS:
+        how = f"pip install 'setuptools>={OLDEST_SETUPTOOLS}', or leave out --no-build-isolation"
+        raise SystemExit(f"dpo_kernels: setuptools {setuptools.__version__} is older than {OLDEST_SETUPTOOLS}: {how}")
     from setuptools.command.build import build
 
     class Afresh(build):

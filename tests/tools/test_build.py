@@ -179,6 +179,17 @@ def script(monkeypatch):
     return module
 
 
+@pytest.mark.parametrize("version", ["65.5.0", "70.0.0", "76.1.0"])
+@pytest.mark.parametrize("mode", ["cpu", "none"])
+def test_an_old_setuptools_is_named(script, monkeypatch, version, mode):
+    monkeypatch.setenv("DPO_KERNELS_BUILD", mode)
+    monkeypatch.setattr("setuptools.__version__", version)
+    for later in ("bdist_wheel", "build"):
+        monkeypatch.setitem(sys.modules, f"setuptools.command.{later}", None)
+    with pytest.raises(SystemExit, match=rf"^dpo_kernels: setuptools {version} is older than 77: pip install"):
+        script.__spec__.loader.exec_module(script)
+
+
 def test_versions_are_numbers(script):
     assert script.version_of("2.13.0+cpu") == (2, 13, 0)
     assert script.version_of("12.10") > script.KNOWS_SM_100 > script.version_of("12.6")
