@@ -38,7 +38,7 @@ OPERATORS = (
     "row_instruction_set",
     "extension_oldest_torch",
 )
-HOW = "pip install --no-cache-dir --force-reinstall --no-deps dpo-kernels, or . in a checkout, with a C++ compiler"
+HOW = "pip install --no-cache-dir --force-reinstall --no-deps . in a checkout, with a C++ compiler"
 
 _LOADING = threading.RLock()  # functools.cache lets threads that come at once all run the function
 
