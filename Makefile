@@ -83,7 +83,7 @@ sanitize: $(VENV)/.test ## build the C++ extension with address and undefined sa
 	    build_ext --inplace --force
 	nm -D $(COPY)/dpo_kernels/_C*.so | grep -q __asan_report_load4
 	cd $(COPY) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DPO_KERNELS_BUILD=cpu \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 DPO_KERNELS_BUILD=cpu \
 	    $(CURDIR)/$(PY) -P -m pytest -q -p no:cacheprovider tests/kernels/test_extension.py tests/strategies/test_memory.py \
 	    tests/strategies/test_logits_in_weight_grad.py tests/strategies/test_equivalence.py -k '(extension or memory or logits_in or cpp) and not family'
 

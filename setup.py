@@ -20,12 +20,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+import setuptools
 from setuptools.command.build_ext import build_ext
 
 MODES = ("auto", "cpu", "cuda", "none")
 CSRC = Path("csrc")
+OLDEST_SETUPTOOLS = 77  # as pyproject.toml says, which a build without isolation does not enforce
 OLDEST_TORCH = (2, 11)
 OLDEST_PYTHON = "cp310"
 KNOWS_SM_100 = (12, 8)  # the first CUDA whose nvcc does
@@ -160,15 +160,6 @@ def add_kernels(module, folder):
     module.library_dirs += libraries_of(nvcc)
 
 
-class Wheel(bdist_wheel):
-    """A wheel for every Python from the oldest one on."""
-
-    def finalize_options(self):
-        if self.distribution.has_ext_modules():
-            self.py_limited_api = OLDEST_PYTHON
-        super().finalize_options()
-
-
 def without(reason):
     """Arguments of ``setup`` for an environment that cannot build: metadata can be had, and building says why not."""
 
@@ -176,7 +167,7 @@ def without(reason):
         def run(self):
             raise SystemExit(f"dpo_kernels: the C++ extension cannot be built: {reason}. {PURE}.")
 
-    return {"ext_modules": [Extension("dpo_kernels._C", [])], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [setuptools.Extension("dpo_kernels._C", [])], "cmdclass": {"build_ext": Build}}
 
 
 def extension():
@@ -184,6 +175,8 @@ def extension():
     if mode() == "none":
         note("building without the C++/CUDA extension: DPO_KERNELS_BUILD=none")
         return {}
+    from setuptools.command.bdist_wheel import bdist_wheel
+
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension
@@ -221,6 +214,14 @@ def extension():
                 return (str(error).strip() or type(error).__name__).splitlines()[0]
             return None
 
+    class Wheel(bdist_wheel):
+        """A wheel for every Python from the oldest one on."""
+
+        def finalize_options(self):
+            if self.distribution.has_ext_modules():
+                self.py_limited_api = OLDEST_PYTHON
+            super().finalize_options()
+
     sources = ["ops.cpp", "old_system.cpp", "cpu/ops_cpu.cpp", "cpu/matmul.cpp", "cpu/memory.cpp", "cpu/sparse.cpp"]
     sources += ["cpu/rows_base.cpp", "cpu/rows_avx2.cpp", "cpu/rows_avx512.cpp"]
     cuda = cuda_part(torch)
@@ -228,4 +229,22 @@ def extension():
     return {"ext_modules": modules, "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel}}
 
 
-setup(**extension())
+def arguments():
+    """Arguments of ``setup``."""
+    if version_of(setuptools.__version__)[0] < OLDEST_SETUPTOOLS:
+        how = f"pip install 'setuptools>={OLDEST_SETUPTOOLS}', or leave out --no-build-isolation"
+        raise SystemExit(f"dpo_kernels: setuptools {setuptools.__version__} is older than {OLDEST_SETUPTOOLS}: {how}")
+    from setuptools.command.build import build
+
+    class Afresh(build):
+        """pip packs the whole folder: what was built from other sources, or for another Python, must not be there."""
+
+        def run(self):
+            shutil.rmtree(Path(self.build_lib) / "dpo_kernels", ignore_errors=True)
+            super().run()
+
+    chosen = extension()
+    return chosen | {"cmdclass": chosen.get("cmdclass", {}) | {"build": Afresh}}
+
+
+setuptools.setup(**arguments())

@@ -59,9 +59,14 @@ inline Tensor new_tensor(const Sizes& sizes, const Sizes& strides, int32_t dtype
     int32_t kind = 0;
     AtenTensorHandle made = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &kind));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                           strides.data(), dtype, kind, like.get_device_index(),
-                                                           &made));
+    const AOTITorchError status =
+        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, kind,
+                                 like.get_device_index(), &made);
+    if (status != AOTI_TORCH_SUCCESS) {  // the text of torch's own error does not come through its C functions
+        auto bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+        for (size_t i = 0; i < sizes.size(); i++) bytes *= sizes[i];
+        refuse("dpo_kernels: no memory for ", bytes, " bytes on ", like.device());
+    }
     return Tensor(made);
 }
 

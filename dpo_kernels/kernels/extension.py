@@ -7,6 +7,7 @@ The extension is optional and is loaded at its first use. ``why_not`` says what 
 import functools
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable
 
 import torch
@@ -37,7 +38,9 @@ OPERATORS = (
     "row_instruction_set",
     "extension_oldest_torch",
 )
-HOW = "pip install --no-cache-dir --force-reinstall --no-deps dpo-kernels, or . in a checkout, with a C++ compiler"
+HOW = "pip install --no-cache-dir --force-reinstall --no-deps . in a checkout, with a C++ compiler"
+
+_LOADING = threading.RLock()  # functools.cache lets threads that come at once all run the function
 
 
 @constant_in_graphs
@@ -90,21 +93,23 @@ def empty_cache() -> int:
 @functools.cache
 def _load() -> str | None:
     """Register the operators; returns the reason why that is impossible."""
-    reason = _why_not_imported("the C++ extension", "_C", lambda: importlib.import_module("dpo_kernels._C"))
-    if reason is not None:
-        return reason
-    if not all(hasattr(torch.ops.dpo_kernels, name) for name in OPERATORS):
-        return f"the C++ extension is from other sources than the package; install it again: {HOW}"
-    _register()
-    return None
+    with _LOADING:
+        reason = _why_not_imported("the C++ extension", "_C", lambda: importlib.import_module("dpo_kernels._C"))
+        if reason is not None:
+            return reason
+        if not all(hasattr(torch.ops.dpo_kernels, name) for name in OPERATORS):
+            return f"the C++ extension is from other sources than the package; install it again: {HOW}"
+        _register()
+        return None
 
 
 @functools.cache
 def _load_cuda() -> str | None:
     """Register the operators of CUDA; returns the reason why that is impossible."""
-    return _why_not_imported(
-        "the extension's CUDA part", "_C_cuda", lambda: importlib.import_module("dpo_kernels._C_cuda")
-    )
+    with _LOADING:
+        return _why_not_imported(
+            "the extension's CUDA part", "_C_cuda", lambda: importlib.import_module("dpo_kernels._C_cuda")
+        )
 
 
 def _why_not_imported(what: str, module: str, load: Callable[[], object]) -> str | None:

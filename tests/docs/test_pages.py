@@ -363,6 +363,14 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(name.removeprefix("docs/") for name in PAGES if name.startswith("docs/"))
 
 
+def test_the_readme_and_the_quickstart_install_alike():
+    def commands(page):
+        return re.findall(r"^(.*pip install .*?) +#", PAGES[page], re.MULTILINE)
+
+    assert len(commands("README.md")) == 3
+    assert set(commands("README.md")) <= set(commands("docs/quickstart.md"))
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
     assert len(PAGES["docs/design.md"].split()) <= 1500

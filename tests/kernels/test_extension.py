@@ -355,6 +355,16 @@ def test_new_memory_is_laid_out_as_torch_would(shape):
         torch.ops.dpo_kernels.new_huge(torch.empty(0), [2**40, 2**40])
 
 
+@built
+def test_too_little_memory_is_said_in_words():
+    """By the operator in its own, and where a buffer is asked for in torch's, which callers look for."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.ops.dpo_kernels.new_huge(torch.empty(0), [2**20, 2**28])
+    assert str(caught.value) == f"dpo_kernels: no memory for {2**50} bytes on cpu"
+    with pytest.raises(RuntimeError, match=rf"you tried to allocate {2**50} bytes"):
+        CppKernels(torch.float32, 2**20).buffer(torch.device("cpu"), 2**20, 2**28)
+
+
 # --- threads, sizes, instruction sets ---------------------------------------------------------------------------------
 
 
@@ -556,7 +566,10 @@ def test_without_the_extension_torch_is_taken_and_the_reason_given(monkeypatch):
     monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: None)
     plan = dk.explain(**problem())
     assert plan.backend == "torch"
-    assert "was not built (pip install --no-cache-dir --force-reinstall" in plan.against["cpp"]
+    assert (
+        "was not built (pip install --no-cache-dir --force-reinstall --no-deps . in a checkout, with"
+        in plan.against["cpp"]
+    )
     with pytest.raises(ValueError, match="backend='cpp' cannot run this: the C\\+\\+ extension was not built"):
         dk.fused_dpo_loss(**problem(), backend="cpp")
 
@@ -566,6 +579,31 @@ def test_without_the_extension_torch_is_taken_and_the_reason_given(monkeypatch):
 def test_an_extension_from_other_sources_is_refused(monkeypatch):
     monkeypatch.setattr(extension, "OPERATORS", (*extension.OPERATORS, "of_a_later_version"))
     assert "is from other sources than the package; install it again: pip install" in str(extension.why_not("cpu"))
+
+
+@built
+def test_threads_that_come_at_once_load_it_once():
+    """As where a server's workers make their first calls."""
+    code = """if True:
+        import sys, threading
+        from dpo_kernels.kernels import extension
+        sys.setswitchinterval(1e-5)
+        start, said = threading.Barrier(8), []
+        def work():
+            start.wait()
+            try:
+                said.append(extension.why_not("cpu"))
+            except Exception as error:
+                said.append(f"{type(error).__name__}: {error}")
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(said)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str([None] * 8)
 
 
 @built

@@ -182,6 +182,13 @@ _TORCH = [
     ),
     Mutant(
         "dpo_kernels/kernels/extension.py",
+        '    with _LOADING:\n        reason = _why_not_imported("the C++',
+        '    if True:\n        reason = _why_not_imported("the C++',
+        "tests/kernels/test_extension.py::test_threads_that_come_at_once_load_it_once",
+        "threads that come at once register the operators twice",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/extension.py",
         'for name in ("segment_sum", "sigmoid_sequence_loss"):',
         'for name in ("sigmoid_sequence_loss",):',
         "tests/kernels/test_extension.py::test_no_silent_derivative",
@@ -461,6 +468,20 @@ _CPP = [
         "size >= bytes",
         "tests/strategies/test_memory.py::test_a_block_is_not_wasted_on_a_much_smaller_one",
         "a small gradient holds the memory of a large one",
+    ),
+    Mutant(
+        "csrc/torch_abi.h",
+        "for (size_t i = 0; i < sizes.size(); i++) bytes *= sizes[i];",
+        "for (size_t i = 1; i < sizes.size(); i++) bytes *= sizes[i];",
+        "tests/kernels/test_extension.py::test_too_little_memory_is_said_in_words",
+        "an error counts one row's bytes",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/cpp.py",
+        "except RuntimeError:  # there is not",
+        "except TypeError:  # there is not",
+        "tests/kernels/test_extension.py::test_too_little_memory_is_said_in_words",
+        "a buffer that finds no memory hides torch's own error",
     ),
     Mutant(
         "csrc/cpu/memory.cpp",

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import types
 from pathlib import Path
 
@@ -128,6 +129,22 @@ def test_a_cuda_part_that_fails_leaves_the_cpp_part(quick):
     assert len(extensions_in(wheel)) == 1
 
 
+@needs_compiler
+@pytest.mark.parametrize("mode", ["cpu", "none"])
+def test_a_wheel_holds_nothing_of_an_earlier_build(quick, mode):
+    """As in the checkout that is installed a second time, after a module was renamed and another Python came."""
+    own = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    earlier = quick / "build" / ("lib" if mode == "none" else own) / "dpo_kernels"
+    earlier.mkdir(parents=True)
+    for name in ("_C.cpython-39-x86_64-linux-gnu.so", "_C_cuda.abi3.so", "renamed.py"):
+        (earlier / name).write_text("old")
+    status, said, wheel = build(quick, DPO_KERNELS_BUILD=mode)
+    assert status == 0, said
+    assert (earlier / "__init__.py").exists()  # the build went there
+    assert extensions_in(wheel) == ([] if mode == "none" else ["dpo_kernels/_C.abi3.so"])
+    assert "dpo_kernels/renamed.py" not in files_of(wheel)
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_a_wheel_with_the_extension_works_from_another_folder(quick, tmp_path):
@@ -160,6 +177,17 @@ def script(monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setenv("DPO_KERNELS_BUILD", "auto")
     return module
+
+
+@pytest.mark.parametrize("version", ["65.5.0", "70.0.0", "76.1.0"])
+@pytest.mark.parametrize("mode", ["cpu", "none"])
+def test_an_old_setuptools_is_named(script, monkeypatch, version, mode):
+    monkeypatch.setenv("DPO_KERNELS_BUILD", mode)
+    monkeypatch.setattr("setuptools.__version__", version)
+    for later in ("bdist_wheel", "build"):
+        monkeypatch.setitem(sys.modules, f"setuptools.command.{later}", None)
+    with pytest.raises(SystemExit, match=rf"^dpo_kernels: setuptools {version} is older than 77: pip install"):
+        script.__spec__.loader.exec_module(script)
 
 
 def test_versions_are_numbers(script):
