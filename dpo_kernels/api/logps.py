@@ -75,7 +75,7 @@ def fused_sequence_logps(
         tau: Threshold of the sample, a number in (0, 1]. Probabilities above it are kept as they are. A token keeps
             about ``1 / tau`` entries at the most.
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
-            Take another one at each step.
+            Take another one at each step, for each micro-batch and on each rank.
         vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             Labels stay ids of the whole vocabulary.
         context_parallel: a ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
@@ -164,7 +164,7 @@ def fused_token_logps(
         tau: Threshold of the sample, a number in (0, 1]. Probabilities above it are kept as they are. A token keeps
             about ``1 / tau`` entries at the most.
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
-            Take another one at each step.
+            Take another one at each step, for each micro-batch and on each rank.
         vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             Labels stay ids of the whole vocabulary.
 

@@ -174,7 +174,7 @@ class FusedDPOLoss(nn.Module):
             token_denominator: Number > 0, or a 0-d tensor, that replaces the number of chosen tokens in the means over
                 tokens (``sft``, ``nll_weight``).
             seed: Seed of the sample of sparse gradients, an int or a 0-d int64 tensor on the device of ``hidden``.
-                Equal seeds give equal bits. Take another one at each step.
+                Equal seeds give equal bits. Take another one at each step, for each micro-batch and on each rank.
             vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the
                 head.
             context_parallel: a ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens

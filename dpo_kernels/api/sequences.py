@@ -130,7 +130,7 @@ def fused_kto_loss(
         tau: Threshold of the sample, a number in (0, 1]. Probabilities above it are kept as they are. A token keeps
             about ``1 / tau`` entries at the most.
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
-            Take another one at each step.
+            Take another one at each step, for each micro-batch and on each rank.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
         context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
@@ -261,7 +261,7 @@ def fused_group_loss(
         tau: Threshold of the sample, a number in (0, 1]. Probabilities above it are kept as they are. A token keeps
             about ``1 / tau`` entries at the most.
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
-            Take another one at each step.
+            Take another one at each step, for each micro-batch and on each rank.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
         context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
