@@ -244,7 +244,7 @@ def test_the_calls_memory_is_free_when_the_error_is_made(memory):
 
     gc.disable()
     try:
-        with patch.object(torch.cuda, "mem_get_info", free), pytest.raises(torch.OutOfMemoryError, match="would run"):
+        with patch.object(torch.cuda, "mem_get_info", free), pytest.raises(torch.OutOfMemoryError, match="would run: "):
             saying_what_fits(plan, call)
     finally:
         gc.enable()
