@@ -41,6 +41,7 @@ OPERATORS = (
 HOW = "pip install --no-cache-dir --force-reinstall --no-deps . in a checkout, with a C++ compiler"
 
 _LOADING = threading.RLock()  # functools.cache lets threads that come at once all run the function
+_AUTOGRAD = torch.library.Library("dpo_kernels", "IMPL")  # its registrations live as long as it does
 
 
 @constant_in_graphs
@@ -163,12 +164,24 @@ def _register() -> None:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty_like(ref), ref.new_empty(ref.shape[0] // 2), torch.empty_like(ref)
 
-    def refuse(*_: object) -> None:
-        raise RuntimeError("dpo_kernels: the derivative of this operator is not implemented")
+    for name in OPERATORS:
+        if "Tensor" in str(getattr(torch.ops.dpo_kernels, name).default._schema):
+            _refuse_derivatives(name)
 
-    # The operators run inside the package's own autograd functions. Differentiating through one by hand is an error.
-    for name in ("segment_sum", "sigmoid_sequence_loss"):
-        torch.library.register_autograd(f"dpo_kernels::{name}", refuse)
+
+def _refuse_derivatives(name: str) -> None:
+    """Make differentiating through an operator an error; it runs inside the package's own autograd functions.
+
+    torch would pass a derivative over an operator that writes in place, as if nothing had been written.
+    """
+    operator = getattr(torch.ops.dpo_kernels, name).default
+
+    def refuse_or_run(keys: torch._C.DispatchKeySet, *args: object) -> object:  # arguments come by position
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            raise RuntimeError("dpo_kernels: the derivative of this operator is not implemented")
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    _AUTOGRAD.impl(name, refuse_or_run, "Autograd", with_keyset=True)
 
 
 class ExtensionKernels(TorchKernels):

@@ -288,12 +288,33 @@ def test_opcheck(name):
         torch.library.opcheck(getattr(torch.ops.dpo_kernels, name).default, arguments)
 
 
+def arguments_with_a_gradient(operator):
+    """Arguments of an operator of whose tensors one asks for a gradient; for each tensor."""
+    plain = {"int": 0, "float": 1.0, "bool": False, "Optional[float]": None, "List[int]": [1]}
+    types = [str(argument.type) for argument in operator._schema.arguments]
+    tensors = [place for place, kind in enumerate(types) if "Tensor" in kind]
+    for place in tensors:
+        given = [torch.ones(2, 2) if "Tensor" in kind else plain[kind] for kind in types]
+        given[place] = torch.ones(2, 2, requires_grad=True) * 1
+        yield given
+
+
 @built
-def test_no_silent_derivative():
-    values = torch.randn(3, requires_grad=True)
-    sums = torch.ops.dpo_kernels.segment_sum(values, None, torch.tensor([0, 3]))
-    with pytest.raises(RuntimeError, match="not implemented"):
-        sums.sum().backward()
+@pytest.mark.parametrize("name", extension.OPERATORS)
+def test_no_silent_derivative(name):
+    """Whichever tensor the gradient is asked for, and also where the operator writes in place."""
+    operator = getattr(torch.ops.dpo_kernels, name).default
+    for arguments in arguments_with_a_gradient(operator):
+        with pytest.raises(RuntimeError, match=r"^dpo_kernels: the derivative of this operator is not implemented$"):
+            operator(*arguments)
+
+
+@built
+def test_where_no_gradient_is_recorded_operators_run_on_parameters():
+    tile, bias = torch.ones(2, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+    with torch.no_grad():
+        torch.ops.dpo_kernels.apply_bias_scale_cap_(tile, bias=bias, scale=10.0, softcap=None)
+    assert tile.eq(20.0).all()
 
 
 REFUSED = {
