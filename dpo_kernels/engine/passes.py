@@ -225,8 +225,11 @@ def logps_gradients(
         in_float16 = kernels.dtype == torch.float16 and kernels.rounds_operands(grad_out)
         power = _power_of_largest(grad_N) if in_float16 else None
         dx, dw, db = algorithm(kernels, operands, schedule, rows, grad_N if power is None else grad_N / power)
+        one = saved.max.new_ones(())
+        factor = of_hidden = one if power is None else power.to(one.dtype)
+        if dx is not None and power is not None and problem.shard is not None:  # another rank may have another power
+            dx, of_hidden = dx.mul_(factor), one
         _reduce_hidden_grad(problem, dx)
-        factor = saved.max.new_ones(()) if power is None else power.to(saved.max.dtype)
         if power is not None and dw is not None:
             finalized = kernels.finalize_weight_grad(dw, factor, dtypes.weight)
             dw = _scaled_copy(dw, factor, dtypes.weight) if finalized is None else finalized
@@ -234,7 +237,7 @@ def logps_gradients(
             db = db * factor
         nothing = saved.dlogp_dhidden.new_zeros(0)
         return (
-            nothing if dx is None else _to_input_rows(dx, slot, factor, dtypes.hidden),
+            nothing if dx is None else _to_input_rows(dx, slot, of_hidden, dtypes.hidden),
             nothing.clone() if dw is None else dw.to(dtypes.weight),
             nothing.clone() if db is None else db.to(dtypes.bias),
         )
