@@ -47,6 +47,10 @@ class Sampling:
     seed: int | Tensor  # an int, or a 0-d int64 tensor
 
 
+# Powers of two that bring numbers near 1 have at most this exponent, so that they are float32 numbers.
+MOST_EXPONENT = 100
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of logits tiles, of reductions and of gradients that are still added up."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -17,6 +17,7 @@ from dpo_kernels.planning.tables import BACKENDS, STRATEGIES
 from dpo_kernels.problem import Problem
 from dpo_kernels.segments import sequence_to_token
 from dpo_kernels.shapes import (
+    MOST_EXPONENT,
     STATS,
     TOKEN_LOGPS,
     WRAPPERS_THAT_UNWRAP,
@@ -31,8 +32,6 @@ from dpo_kernels.shapes import (
 # so that a few launches are enough for any batch. Both numbers are choices and not measured.
 CPU_COPY_BYTES = 16 * 2**20
 GPU_COPY_BYTES = 256 * 2**20
-# Upstream gradients that are brought near 1 have at most this exponent, so that the power of two is a float32 number.
-MOST_EXPONENT = 100
 
 
 class KeptGradients(NamedTuple):

@@ -26,6 +26,8 @@ class CppKernels(ExtensionKernels):
         like = torch.empty(0, dtype=accumulation_dtype(self.dtype), device=device)
         try:
             memory: Tensor = torch.ops.dpo_kernels.new_huge(like, shape)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # there is not so much; torch's own error is the one that callers know
             return like.new_empty(shape)
         return memory

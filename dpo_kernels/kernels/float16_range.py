@@ -24,9 +24,13 @@ import math
 import torch
 from torch import Tensor
 
+from dpo_kernels.shapes import MOST_EXPONENT
+
 TOP = 15  # exponent of the largest value that a row of the tile may end at; 2^16 is too large for float16
 SLACK = 16  # by how many powers of two a row of the tile may end lower, before X gives way
-MOST = 100  # coefficients count as at least 2^-MOST and at most 2^MOST, so that their powers are float32 numbers
+MOST = (
+    MOST_EXPONENT  # coefficients count as at least 2^-MOST and at most 2^MOST, so that their powers are float32 numbers
+)
 
 
 def x_exponent(expected: float) -> int:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowScale, RowState, SampledRows, SparseGradient
-from dpo_kernels.kernels.float16_range import MOST
 from dpo_kernels.problem import Problem
-from dpo_kernels.shapes import Chunk, Schedule
+from dpo_kernels.shapes import MOST_EXPONENT, Chunk, Schedule
 from dpo_kernels.strategies.row_results import RowResults
 from dpo_kernels.strategies.sampled import add_products
 
@@ -90,7 +89,7 @@ class Buffers:
         tokens = one if of_tokens is None or not of_tokens.numel() else of_tokens.abs().amax().to(one.dtype)
         pairs = one if of_pairs is None or not of_pairs.numel() else of_pairs.abs().amax().to(one.dtype)
         sizes = torch.stack([tokens, tokens * pairs / self.denominator.to(one.dtype)])
-        exponents = sizes.clamp(2.0**-MOST, 2.0**MOST).frexp().exponent
+        exponents = sizes.clamp(2.0**-MOST_EXPONENT, 2.0**MOST_EXPONENT).frexp().exponent
         of_weights, of_all = torch.ldexp(torch.ones_like(sizes), exponents).unbind()
         return of_weights, of_all
 
