@@ -82,7 +82,7 @@ class SparseGradient:
     """A sample of the gradient of a tile of logits, row after row, and the factors of its rows."""
 
     offsets: Tensor  # (C + 1,) int64, where the entries of each row begin
-    columns: Tensor  # (K,) int64, columns of the tile, ascending in each row
+    columns: Tensor  # (K,) int32 or int64, columns of the tile, ascending in each row
     values: Tensor  # (K,), in the dtype of accumulation
     scale: Tensor  # (C,) factor of each row, which its products apply
 

@@ -245,22 +245,12 @@ class Buffers:
             last: whether no later rows change the gradient of the hidden states.
 
         """
-        kernels, stop = self.kernels, start + x_CH.shape[0]
-        if isinstance(d, SparseGradient):
-            dx_CH = None if self.dx is None else self.dx[start:stop]
-            given = (kernels, d, self.problem.head, 0, x_CH, (dx_CH, dw, db))
-            add_products(*given, first_columns=True, first_rows=not accumulate)
-            return
-        if self.dx is not None:
-            kernels.grad_hidden(d, self.problem.head, 0, self.dx[start:stop], accumulate=False)
-            if d.scale is not None:
-                self.dx[start:stop].mul_(d.scale[:, None])
+        dx_CH = None if self.dx is None else self.dx[start : start + x_CH.shape[0]]
+        of_tile = (self.kernels, d, self.problem.head, 0, x_CH)
+        add_products(*of_tile, (dx_CH, None, None), first_columns=True, first_rows=not accumulate)
         if last:
             self._begin_reducing()
-        if dw is not None:
-            kernels.grad_weight(d, x_CH, dw, accumulate)
-        if db is not None:
-            kernels.grad_bias(d, 0, db, accumulate)
+        add_products(*of_tile, (None, dw, db), first_columns=True, first_rows=not accumulate)
 
     def _begin_reducing(self) -> None:
         """Begin to add up the shards' parts of the hidden states' gradient. The product for dW hides it on a GPU."""

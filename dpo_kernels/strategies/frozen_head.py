@@ -55,7 +55,10 @@ def _whole_rows(
     head, sampling = problem.head, problem.sampling
     z = kernels.tile_in(scratch, x_CH.shape[0], head.vocab)
     kernels.project(x_CH, head, 0, z)
-    if sampling is not None:
+    if sampling is None:
+        d = kernels.reduce_and_dlogits(state, z, labels_C, head)
+        scale_C = head.logit_scale / state.sumexp
+    else:
         kernels.reduce(state, z, labels_C, 0, keep_logits=head.softcap is not None)
         tokens_C = problem.packed.index[start : start + labels_C.shape[0]]
         scale_C = head.logit_scale / state.sumexp
@@ -65,12 +68,7 @@ def _whole_rows(
             kernels.sparse_grad_hidden(sampled, head, 0, out_CH, accumulate=False)
             return
         d = kernels.dlogits_(z, labels_C, 0, state.max, state.others, head, None, state.exponentiated)
-        kernels.grad_hidden(d, head, 0, out_CH, accumulate=False)
-        out_CH.mul_((scale_C if d.scale is None else scale_C * d.scale)[:, None])
-        return
-    d = kernels.reduce_and_dlogits(state, z, labels_C, head)
     kernels.grad_hidden(d, head, 0, out_CH, accumulate=False)
-    scale_C = head.logit_scale / state.sumexp
     out_CH.mul_((scale_C if d.scale is None else scale_C * d.scale)[:, None])
 
 

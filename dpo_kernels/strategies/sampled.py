@@ -1,4 +1,4 @@
-"""Gradients of a sample of the logits' gradient, where the tile's products would be mostly with next to nothing.
+"""The products of a tile's gradient, exact or a sample of it, and log-probs' gradients from samples.
 
 A tile whose sample would not pay takes its exact gradient, so that the expectation is exact in any case.
 """
