@@ -90,6 +90,21 @@ inline TileShape check_apply_bias_scale_cap(const Tensor& tile, const std::optio
     return shape;
 }
 
+// The state of rows that logits of a dtype are folded into.
+inline void check_state(int64_t rows, ScalarType dtype, Device device, const Tensor& labels, const Tensor& max,
+                        const Tensor& others, const Tensor& target, const std::optional<Tensor>& entropy,
+                        const std::optional<Tensor>& logit_sum, const std::optional<Tensor>& argmax,
+                        const std::optional<Tensor>& square_sum) {
+    check_vector("labels", labels, rows, ScalarType::Long, device);
+    check_vector("max", max, rows, dtype, device);
+    check_vector("others", others, rows, dtype, device);
+    check_vector("target", target, rows, dtype, device);
+    check_vector("entropy", entropy, rows, dtype, device);
+    check_vector("logit_sum", logit_sum, rows, dtype, device);
+    check_vector("argmax", argmax, rows, ScalarType::Long, device);
+    check_vector("square_sum", square_sum, rows, dtype, device);
+}
+
 inline TileShape check_reduce_rows(const Tensor& tile, const Tensor& labels, int64_t start,
                                    const Tensor& max, const Tensor& others, const Tensor& target,
                                    const std::optional<Tensor>& entropy,
@@ -97,13 +112,8 @@ inline TileShape check_reduce_rows(const Tensor& tile, const Tensor& labels, int
                                    const std::optional<Tensor>& argmax,
                                    const std::optional<Tensor>& square_sum) {
     const TileShape shape = check_rows(tile, labels, start, max, others);
-    const ScalarType dtype = tile.scalar_type();
-    const Device device = tile.device();
-    check_vector("target", target, shape.rows, dtype, device);
-    check_vector("entropy", entropy, shape.rows, dtype, device);
-    check_vector("logit_sum", logit_sum, shape.rows, dtype, device);
-    check_vector("argmax", argmax, shape.rows, ScalarType::Long, device);
-    check_vector("square_sum", square_sum, shape.rows, dtype, device);
+    check_state(shape.rows, tile.scalar_type(), tile.device(), labels, max, others, target, entropy, logit_sum, argmax,
+                square_sum);
     return shape;
 }
 

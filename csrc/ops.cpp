@@ -40,6 +40,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
         "float beta, float label_smoothing) -> (Tensor sums, Tensor losses, Tensor grad)");
     // Computes out (+)= a @ b from bfloat16 operands, which are contiguous along rows or columns, in float32.
     m.def("matmul_bfloat16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
+    // Fold the logits of bfloat16 x (C, H) and weight (Vt, H), columns start..start+Vt-1, into the running state (C,) of
+    // their rows, as reduce_rows_ does. No logit lies in memory, but for codes (C, Vt) in 16 bits if they are asked for,
+    // and the largest logits (ceil(Vt / 256), C) of blocks of columns.
+    m.def(
+        "linear_reduce_(Tensor x, Tensor weight, Tensor? bias, float scale, float? softcap, Tensor labels, int start, "
+        "Tensor(a!)? codes, Tensor(b!)? highest, Tensor(c!) max, Tensor(d!) others, Tensor(e!) target, "
+        "Tensor(f!)? entropy, Tensor(g!)? logit_sum, Tensor(h!)? argmax, Tensor(i!)? square_sum) -> ()");
+    // Writes what dlogits_rows_ writes for these logits, in bfloat16.
+    m.def(
+        "linear_dlogits_(Tensor x, Tensor weight, Tensor? bias, float logit_scale, float? softcap, Tensor(a!) out, "
+        "Tensor labels, int start, Tensor max, Tensor others, Tensor? scale, Tensor(b!)? residual) -> ()");
+    // Does the same for codes. `out` has their memory or other memory. `target` is the labels' logits.
+    m.def(
+        "dlogits_of_codes_(Tensor(a!) codes, Tensor highest, Tensor(b!) out, Tensor labels, int start, Tensor max, "
+        "Tensor others, Tensor target, Tensor? scale, Tensor(c!)? residual, float? softcap) -> ()");
     // Returns the first of the versions of torch that this build runs with, as "2.11".
     m.def("extension_oldest_torch() -> str");
 }

@@ -34,6 +34,7 @@ class RowState:
     argmax: Tensor | None = None  # (C,) int64, first column of the largest logit
     square_sum: Tensor | None = None  # (C,) sum of exp(z - max)^2 over the tokens that are not the label
     exponentiated: bool = False  # the tile that was reduced last now holds exp(z - max)
+    block_max: Tensor | None = None  # (B, C) largest logits of blocks of its columns, if it holds codes; else None
 
     @property
     def sumexp(self) -> Tensor:
@@ -137,9 +138,10 @@ class RowKernels(ABC):
     streams_logps = False  # whether ``stream_logps`` exists
     launch_errors: tuple[type[Exception], ...] = ()  # raised where a compiler or a GPU cannot take a launch
 
-    def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
+    def __init__(self, dtype: torch.dtype, workspace_bytes: int, narrow: bool = False) -> None:
         self.dtype = dtype  # dtype of the GEMM operands
         self.workspace_bytes = workspace_bytes  # limit of the temporaries beside the caller's tile
+        self.codes_logits = narrow and self.can_code_logits(dtype)  # tiles hold codes of 16 bits, see below
         self._scratch_logits = 0  # logits that the scratch of the call holds
         self._operands: Tensor | None = None  # memory for a tile of the gradient as the GEMMs read it
 
@@ -148,7 +150,10 @@ class RowKernels(ABC):
     @staticmethod
     @abstractmethod
     def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
-        """Return the bytes that one logit takes: its place in the tile and the copies that are made of it."""
+        """Return the bytes that one logit takes: its place in the tile and the copies that are made of it.
+
+        It is 2 instead where a call ``codes_logits``.
+        """
 
     @abstractmethod
     def new_state(self, rows: int, device: torch.device, stats: Sequence[str]) -> RowState:
@@ -225,6 +230,88 @@ class RowKernels(ABC):
     @abstractmethod
     def grad_bias(self, d: LogitsGradient, start: int, out_Vt: Tensor, accumulate: bool) -> None:
         """Compute ``out (+)= d^T @ d.scale`` for the columns from ``start``."""
+
+    # --- optional: logits in 16 bits ---
+
+    @staticmethod
+    def can_code_logits(dtype: torch.dtype) -> bool:
+        """Return whether tiles can hold codes of 16 bits instead of logits, for operands of a dtype on this machine.
+
+        A code says how far a logit lies below the largest one of its block of columns. Calls whose tiles are read by
+        something else than the next four operations never ask for it (``narrow`` is False). In a call with
+        ``codes_logits`` a tile is int16, and no other operation may read it.
+        """
+        return False
+
+    def project_and_reduce(
+        self,
+        state: RowState,
+        x_CH: Tensor,
+        head: Head,
+        start: int,
+        tile: Tensor,
+        labels_C: Tensor,
+        *,
+        keep_logits: bool = True,
+        gradient_follows: bool = True,
+    ) -> None:
+        """Do ``project`` and ``reduce`` at once: the arguments are those of both.
+
+        Without ``gradient_follows`` nobody reads the tile afterwards, and nothing needs to be written there.
+        """
+        self.project(x_CH, head, start, tile)
+        self.reduce(state, tile, labels_C, start, keep_logits)
+
+    def dlogits_of_state(
+        self,
+        tile: Tensor,
+        labels_C: Tensor,
+        start: int,
+        state: RowState,
+        head: Head,
+        scale_C: Tensor | None,
+        expected: float = 1.0,
+    ) -> LogitsGradient:
+        """Do ``dlogits_`` with the tile that was reduced last into a state, whatever it holds."""
+        sums = (state.max, state.others)
+        return self.dlogits_(tile, labels_C, start, *sums, head, scale_C, state.exponentiated, expected)
+
+    def dlogits_elsewhere(
+        self,
+        kept: Tensor,
+        then: RowState,
+        tile: Tensor,
+        labels_C: Tensor,
+        start: int,
+        state: RowState,
+        head: Head,
+        scale_C: Tensor | None,
+    ) -> LogitsGradient:
+        """Do ``dlogits_of_state`` with logits that ``project_and_reduce`` left in other memory.
+
+        Args:
+            kept: ``(C, Vt)`` what it left.
+            then: the state after it, with the maxima of that time.
+            tile: ``(C, Vt)`` scratch, which takes the gradient.
+            labels_C: ``(C,)`` int64 labels.
+            start: the vocabulary's column that comes first in the tile.
+            state: the state after all columns.
+            head: see ``dlogits_``.
+            scale_C: see ``dlogits_``.
+
+        """
+        if then.exponentiated:
+            torch.mul(kept, rescale(then.max, state.max)[:, None], out=tile)
+        else:
+            tile.copy_(kept)
+        return self.dlogits_(tile, labels_C, start, state.max, state.others, head, scale_C, then.exponentiated)
+
+    def project_and_dlogits(
+        self, state: RowState, x_CH: Tensor, head: Head, tile: Tensor, labels_C: Tensor
+    ) -> LogitsGradient:
+        """Do ``project`` and ``reduce_and_dlogits`` of whole rows at once."""
+        self.project(x_CH, head, 0, tile)
+        return self.reduce_and_dlogits(state, tile, labels_C, head)
 
     # --- optional: gradients of logits in 16 bits ---
 

@@ -192,6 +192,11 @@ class Workload:
     reference: "Workload | None" = None  # the workload of a reference that is scored in the call
 
     @property
+    def narrow(self) -> bool:
+        """Whether tiles may hold logits in 16 bits. Samples, and the maxima of other shards, need the logits."""
+        return not self.samples and not self.shard_ranks
+
+    @property
     def shared_counts(self) -> Sequence[int] | None:
         """The counts that chunks are made from, the same on every rank that sequences are split over."""
         return self.counts if self.most_counts is None else self.most_counts

@@ -39,7 +39,19 @@ struct Gradient {
     T* residual;         // what rounding took from the label's own value; only with bfloat16
     T softcap;           // 0 for none
     bool exponentiated;  // the tile holds exp(z - max) already
+    const T* target;     // the label's logit; only for codes
 };
+
+// Logits in 16 bits. A block of kCodedCols columns of a row has the largest of its logits apart, and of each logit how
+// far it lies below, in steps of ln 2 / 1024. The last code stands for everything beyond, which is 2^-64 of the largest
+// exponential or less, and counts as 0.
+struct Codes {
+    uint16_t* data;
+    int64_t stride;
+    float* highest;          // of row r in block b: highest[b * highest_stride + r]
+    int64_t highest_stride;
+};
+constexpr int64_t kCodedCols = 256;
 
 // What the sample of a tile's gradient needs of each row; dpo_kernels/kernels/sampling.py explains it.
 template <typename T>
@@ -60,10 +72,17 @@ template <typename T>
 struct Passes {
     // Fold the tile into the state. With overwrite it is left holding exp(z - max), otherwise as it was.
     void (*reduce)(Tile<T>, const int64_t* labels, RowState<T>, bool overwrite, int64_t first, int64_t last);
+    // Fold `count` states of other columns into one, those of a row `stride` elements apart. The label's logit is not one
+    // of them: whoever found it has written it.
+    void (*merge)(RowState<T>, RowState<T> parts, int64_t count, int64_t stride, int64_t first, int64_t last);
     // sumexp * (softmax - onehot), which is -others for the label, times the softcap's derivative and the row's scale.
     void (*dlogits)(Tile<T>, Gradient<T>, int64_t first, int64_t last);
     // Turns raw products of hidden states and head into final logits, cap(scale * (z + bias)).
     void (*apply_bias_scale_cap)(Tile<T>, const T* bias, T scale, T softcap, int64_t first, int64_t last);
+    // Write the logits of at most kCodedCols columns as codes. highest[r] is the largest logit of row r.
+    void (*encode)(Tile<T>, Codes, int64_t first, int64_t last);
+    // Do dlogits of rows of logits that are codes. The result may take the place of the codes.
+    void (*dlogits_of_codes)(Codes, int64_t cols, int64_t start, Gradient<T>, int64_t first, int64_t last);
     // out[i] = factor * in[i], rounded to nearest; the two do not overlap.
     void (*to_bfloat16)(const T* in, uint16_t* out, int64_t count, T factor);
     // Writes the entries of one row's gradient that the sample keeps, at most all; returns how many. Adds the number that

@@ -153,6 +153,13 @@ struct Running {
     }
 };
 
+// One row's state, as it is kept between tiles.
+template <typename T>
+DPO_INLINE Running<T> running(const RowState<T>& state, int64_t at) {
+    return {state.max[at], double(state.others[at]), state.entropy ? double(state.entropy[at]) : 0.0,
+            state.square_sum ? double(state.square_sum[at]) : 0.0};
+}
+
 template <typename T, bool kOverwrite>
 static T exponentials(T* z, int64_t count, T shift) {
     T total = 0;
@@ -182,9 +189,7 @@ static void add_spread(const T* z, int64_t count, T shift, Running<T>& row) {
 template <typename T, bool kOverwrite>
 static void reduce_row(T* z, const Tile<T>& tile, int64_t label, const RowState<T>& state, int64_t r) {
     const bool spread = state.entropy || state.square_sum;
-    Running<T> row{state.max[r], double(state.others[r]), 0.0, 0.0};
-    if (state.entropy) row.entropy = state.entropy[r];
-    if (state.square_sum) row.square_sum = state.square_sum[r];
+    Running<T> row = running(state, r);
     const bool here = label >= 0 && label < tile.cols;
     const T target = here ? z[label] : T(0);
     if (here) state.target[r] = target;
@@ -225,6 +230,32 @@ static void reduce(Tile<T> tile, const int64_t* labels, RowState<T> state, bool 
         T* z = tile.data + r * tile.stride;
         if (overwrite) reduce_row<T, true>(z, tile, labels[r] - tile.start, state, r);
         else reduce_row<T, false>(z, tile, labels[r] - tile.start, state, r);
+    }
+}
+
+template <typename T>
+static void merge(RowState<T> state, RowState<T> parts, int64_t count, int64_t stride, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) {
+        Running<T> row = running(state, r);
+        double logits = 0;
+        for (int64_t at = r; at < r + count * stride; at += stride) {
+            Running<T> part = running(parts, at);
+            if (part.max > row.max) {
+                if (state.argmax) state.argmax[r] = parts.argmax[at];
+                row.move_to(part.max);
+            } else {
+                part.move_to(row.max);
+            }
+            row.others += part.others;
+            row.entropy += part.entropy;
+            row.square_sum += part.square_sum;
+            if (state.logit_sum) logits += parts.logit_sum[at];
+        }
+        state.max[r] = row.max;
+        state.others[r] = T(row.others);
+        if (state.entropy) state.entropy[r] = T(row.entropy);
+        if (state.square_sum) state.square_sum[r] = T(row.square_sum);
+        if (state.logit_sum) state.logit_sum[r] += T(logits);
     }
 }
 
@@ -328,14 +359,15 @@ static void scaled_to_bfloat16(const float* in, uint16_t* out, int64_t count, fl
     for (int64_t i = 0; i < count; i++) out[i] = to_bfloat16(factor * in[i]);
 }
 
+#include "codes_impl.h"
 #include "sparse_impl.h"
 
-extern const Passes<float> passes_float = {reduce<float>,      dlogits<float>, apply_bias_scale_cap<float>,
-                                           scaled_to_bfloat16, sample<float>,  add_rows<float, float>,
-                                           add_rows<float, uint16_t>};
-extern const Passes<double> passes_double = {reduce<double>, dlogits<double>, apply_bias_scale_cap<double>,
-                                             nullptr,        sample<double>,  add_rows<double, double>,
-                                             nullptr};
+extern const Passes<float> passes_float = {
+    reduce<float>,    merge<float>,       dlogits<float>, apply_bias_scale_cap<float>, encode,
+    dlogits_of_codes, scaled_to_bfloat16, sample<float>,  add_rows<float, float>,      add_rows<float, uint16_t>};
+extern const Passes<double> passes_double = {
+    reduce<double>, merge<double>, dlogits<double>, apply_bias_scale_cap<double>, nullptr,
+    nullptr,        nullptr,       sample<double>,  add_rows<double, double>,     nullptr};
 
 }  // namespace DPO_NAMESPACE
 }  // namespace dpo_kernels

@@ -248,7 +248,7 @@ def logps_gradients(
 def _prepared(problem: Problem, plan: Plan) -> tuple[RowKernels, Problem, Schedule]:
     """Return the kernels of one call, the problem with the head as the GEMMs read it, and the schedule."""
     assert plan.schedule is not None, "a plan is executed where the lengths are known"
-    kernels = BACKENDS[plan.backend].make(problem.compute_dtype, plan.budget.workspace_bytes)
+    kernels = BACKENDS[plan.backend].make(problem.compute_dtype, plan.budget.workspace_bytes, plan.workload.narrow)
     names = tuple(name for name in problem.stats if name in STATS)
     return (
         kernels,

@@ -11,6 +11,9 @@ from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.shapes import Head, Sampling, accumulation_dtype
 
 
+CODED_COLS = 256  # columns of a block of codes, as csrc/cpu/rows.h has it
+
+
 class CppKernels(ExtensionKernels):
     """Row passes in vectorised C++ on the CPU, threaded over rows."""
 
@@ -42,8 +45,142 @@ class CppKernels(ExtensionKernels):
 
     @staticmethod
     def bytes_per_logit(dtype: torch.dtype, device_type: str) -> int:
-        """The tile and, where this CPU multiplies bfloat16, the copy that the gradient GEMMs read."""
+        """See ``RowKernels``; where this CPU multiplies bfloat16 there is the copy that the gradient GEMMs read."""
         return 6 if _multiplies(dtype) else accumulation_dtype(dtype).itemsize
+
+    @staticmethod
+    def can_code_logits(dtype: torch.dtype) -> bool:
+        """See ``RowKernels``; where this CPU multiplies bfloat16."""
+        return _multiplies(dtype)
+
+    def scratch(self, device: torch.device, logits: int) -> Tensor:
+        """See ``RowKernels``; with codes it has half as many elements."""
+        return super().scratch(device, (logits + 1) // 2 if self.codes_logits else logits)
+
+    def tile_in(self, scratch: Tensor, rows: int, cols: int) -> Tensor:
+        """See ``RowKernels``."""
+        return super().tile_in(scratch.view(torch.int16) if self.codes_logits else scratch, rows, cols)
+
+    def project_and_reduce(
+        self,
+        state: RowState,
+        x_CH: Tensor,
+        head: Head,
+        start: int,
+        tile: Tensor,
+        labels_C: Tensor,
+        *,
+        keep_logits: bool = True,
+        gradient_follows: bool = True,
+    ) -> None:
+        """See ``RowKernels``; logits are coded, or forgotten, while they are in the cache."""
+        if not self.codes_logits:
+            super().project_and_reduce(state, x_CH, head, start, tile, labels_C, keep_logits=keep_logits)
+            return
+        rows, cols = tile.shape
+        state.block_max = state.max.new_empty(-(-cols // CODED_COLS), rows) if gradient_follows else None
+        torch.ops.dpo_kernels.linear_reduce_(
+            *self._linear(x_CH, head, start, cols),
+            labels_C,
+            start,
+            tile if gradient_follows else None,
+            state.block_max,
+            state.max,
+            state.others,
+            state.target,
+            state.entropy,
+            state.logit_sum,
+            state.argmax,
+            state.square_sum,
+        )
+
+    def dlogits_of_state(
+        self,
+        tile: Tensor,
+        labels_C: Tensor,
+        start: int,
+        state: RowState,
+        head: Head,
+        scale_C: Tensor | None,
+        expected: float = 1.0,
+    ) -> LogitsGradient:
+        """See ``RowKernels``; the gradient takes the place of codes."""
+        if not self.codes_logits:
+            return super().dlogits_of_state(tile, labels_C, start, state, head, scale_C, expected)
+        return self._dlogits_of_codes(tile, state.block_max, tile, labels_C, start, state, head, scale_C)
+
+    def dlogits_elsewhere(
+        self,
+        kept: Tensor,
+        then: RowState,
+        tile: Tensor,
+        labels_C: Tensor,
+        start: int,
+        state: RowState,
+        head: Head,
+        scale_C: Tensor | None,
+    ) -> LogitsGradient:
+        """See ``RowKernels``; one pass from codes to the gradient."""
+        if not self.codes_logits:
+            return super().dlogits_elsewhere(kept, then, tile, labels_C, start, state, head, scale_C)
+        return self._dlogits_of_codes(kept, then.block_max, tile, labels_C, start, state, head, scale_C)
+
+    def _dlogits_of_codes(
+        self,
+        codes: Tensor,
+        block_max: Tensor | None,
+        out: Tensor,
+        labels_C: Tensor,
+        start: int,
+        state: RowState,
+        head: Head,
+        scale_C: Tensor | None,
+    ) -> LogitsGradient:
+        """Turn codes into the gradient in the memory of a tile, which may be their own."""
+        values, residual = out.view(torch.bfloat16), torch.zeros_like(state.max)
+        sums = (state.max, state.others, state.target)
+        torch.ops.dpo_kernels.dlogits_of_codes_(
+            codes, block_max, values, labels_C, start, *sums, scale_C, residual, head.softcap
+        )
+        return LogitsGradient(values, None, labels_C, residual)
+
+    def project_and_dlogits(
+        self, state: RowState, x_CH: Tensor, head: Head, tile: Tensor, labels_C: Tensor
+    ) -> LogitsGradient:
+        """See ``RowKernels``."""
+        if not self.codes_logits:
+            return super().project_and_dlogits(state, x_CH, head, tile, labels_C)
+        self.project_and_reduce(state, x_CH, head, 0, tile, labels_C)
+        return self.dlogits_of_state(tile, labels_C, 0, state, head, None)
+
+    def recomputed_dlogits(
+        self,
+        x_CH: Tensor,
+        head: Head,
+        start: int,
+        tile: Tensor,
+        labels_C: Tensor,
+        max_C: Tensor,
+        others_C: Tensor,
+        scale_C: Tensor | None,
+        expected: float = 1.0,
+    ) -> LogitsGradient:
+        """See ``RowKernels``; from hidden states to the operand, with no float32 logits between."""
+        sums = (max_C, others_C, scale_C)
+        if not self.codes_logits:
+            return super().recomputed_dlogits(x_CH, head, start, tile, labels_C, *sums, expected)
+        values, residual = tile.view(torch.bfloat16), torch.zeros_like(max_C)
+        operands = self._linear(x_CH, head, start, tile.shape[1])
+        torch.ops.dpo_kernels.linear_dlogits_(*operands, values, labels_C, start, *sums, residual)
+        return LogitsGradient(values, None, labels_C, residual)
+
+    def _linear(
+        self, x_CH: Tensor, head: Head, start: int, cols: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, float, float | None]:
+        """Return the arguments that stand for logits in the operators: operands, bias, scale and softcap."""
+        bias = None if head.bias is None else head.bias[start : start + cols]
+        bias = None if bias is None else bias.to(self.dtype).float().contiguous()
+        return x_CH, _operand(head.weight[start : start + cols]), bias, head.logit_scale, head.softcap
 
     def multiply(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
         """``tile = x_CH @ W[start:start+Vt]^T``."""

@@ -25,6 +25,9 @@ OPERATORS = (
     "dlogits_rows_",
     "apply_bias_scale_cap_",
     "matmul_bfloat16_",
+    "linear_reduce_",
+    "linear_dlogits_",
+    "dlogits_of_codes_",
     "round_to_bfloat16_",
     "segment_sum",
     "sigmoid_sequence_loss",
@@ -138,10 +141,14 @@ def _register() -> None:
     def _(a: list[int], b: list[int], *_: object, **__: object) -> int:
         return 2 * a[0] * a[1] * b[1]
 
+    @register_flop_formula([torch.ops.dpo_kernels.linear_reduce_, torch.ops.dpo_kernels.linear_dlogits_])
+    def _(x: list[int], weight: list[int], *_: object, **__: object) -> int:
+        return 2 * x[0] * x[1] * weight[0]
+
     def nothing(*_: object) -> None:
         return None
 
-    for name in (*OPERATORS[:5], "sparse_times_head_", "sparse_transposed_times_hidden_"):
+    for name in (*OPERATORS[:8], "sparse_times_head_", "sparse_transposed_times_hidden_"):
         torch.library.register_fake(f"dpo_kernels::{name}", nothing)
 
     @torch.library.register_fake("dpo_kernels::new_huge")

@@ -56,7 +56,7 @@ class Budget:
     workspace_bytes: int
     bytes_per_logit: int
     alignment: int = 1  # rows begin at multiples of so many elements, see ``shapes.padded``
-    aliases_weight_grad: bool = False  # the backend can keep logits in the weight gradient's memory
+    aliased_logits: int = 0  # logits that the backend keeps in the memory of one element of the weight's gradient
     enough_rows: int | None = None  # the most rows of a tile of log-probs; None means no limit
     streaming_rows: int = FEWEST_WHOLE_ROWS
     streaming_bytes: int = CPU_STREAMING_BYTES
@@ -85,7 +85,7 @@ class Budget:
         return max(size, needed)
 
     @staticmethod
-    def of(scratch_bytes: int, device_type: str, bytes_per_logit: int, alignment: int, aliases: bool) -> "Budget":
+    def of(scratch_bytes: int, device_type: str, bytes_per_logit: int, alignment: int, aliased: int) -> "Budget":
         """Divide a scratch: a quarter, up to a limit, is for the temporaries, and the rest is for the tile."""
         workspace = min(scratch_bytes // 4, _workspace_limit(device_type))
         cpu = device_type == "cpu"
@@ -94,7 +94,7 @@ class Budget:
             workspace_bytes=workspace,
             bytes_per_logit=bytes_per_logit,
             alignment=alignment,
-            aliases_weight_grad=aliases,
+            aliased_logits=aliased,
             enough_rows=ENOUGH_CPU_ROWS if cpu else None,
             streaming_rows=FEWEST_WHOLE_ROWS if cpu else GPU_STREAMING_ROWS,
             streaming_bytes=CPU_STREAMING_BYTES if cpu else GPU_STREAMING_BYTES,
@@ -118,7 +118,7 @@ def tile_of_examples(budget: Budget, tokens: int, vocab: int, weight_grad_cols: 
     If the logits can lie in the weight gradient's memory, the tile is instead a block of columns of all rows.
     ``weight_grad_cols`` is the H of that gradient ``(V, H)``, or 0 where its memory cannot be used.
     """
-    if budget.aliases_weight_grad and weight_grad_cols and 0 < tokens <= weight_grad_cols:
+    if 0 < tokens <= weight_grad_cols * budget.aliased_logits:
         cols = min(ALIASED_BLOCK_BYTES, budget.tile_bytes) // (tokens * budget.bytes_per_logit)
         # The stride is an odd multiple of 16. Rows a power of two apart would share too few sets of the cache.
         cols = (cols // 32) * 32 - 16

@@ -69,7 +69,7 @@ class Plan:
         """How the scratch is divided."""
         if self.divided is not None:
             return self.divided
-        return divide_scratch(self.scratch_bytes, self.backend, self.workload.dtype, self.workload.device)
+        return _divided(self.scratch_bytes, self.backend, self.workload)
 
     @property
     def gemms(self) -> int:
@@ -234,7 +234,7 @@ def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
     scratch_bytes = wished.scratch_bytes
     if scratch_bytes is None:
         scratch_bytes = scratch_by_default(workload, partial(_peak_with, workload, wished))
-    budget = divide_scratch(scratch_bytes, backend, workload.dtype, workload.device)
+    budget = _divided(scratch_bytes, backend, workload)
     strategy_name = wished.strategy
     if strategy_name == AUTO:
         strategy_name = next((name for name, each in STRATEGIES.items() if each.preferred(workload, backend)), AUTO)
@@ -258,6 +258,10 @@ def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
     return lay_out(workload, strategy, backend, scratch_bytes, reference, budget, asked)
 
 
+def _divided(scratch_bytes: int, backend: str, workload: Workload) -> Budget:
+    return divide_scratch(scratch_bytes, backend, workload.dtype, workload.device, workload.narrow)
+
+
 def lay_out(
     workload: Workload,
     strategy: str,
@@ -270,7 +274,7 @@ def lay_out(
     """Return the plan with a chosen strategy and backend. Inside an operator this call makes the chunks."""
     schedule = None
     if not workload.tracing:
-        budget = budget or divide_scratch(scratch_bytes, backend, workload.dtype, workload.device)
+        budget = budget or _divided(scratch_bytes, backend, workload)
         schedule = STRATEGIES[strategy].schedule(workload, budget)
     return Plan(workload, strategy, backend, scratch_bytes, schedule, reference, budget, asked)
 

@@ -14,7 +14,7 @@ from dpo_kernels.planning import refusals
 from dpo_kernels.planning.memory_budget import Budget
 from dpo_kernels.planning.schedules import schedule_examples, schedule_logps, schedule_streaming, streams_faster
 from dpo_kernels.problem import Problem, Workload
-from dpo_kernels.shapes import Schedule
+from dpo_kernels.shapes import Schedule, accumulation_dtype
 from dpo_kernels.strategies import chunked, frozen_head, recompute, streaming
 from dpo_kernels.strategies.buffers import LossAndGradients
 from dpo_kernels.strategies.recompute import Gradients
@@ -96,9 +96,9 @@ class Backend:
     refuse: Callable[[Workload, bool], str | None]  # its flag says whether the backend was asked for by name
     load: Callable[[], type[RowKernels]]
 
-    def make(self, dtype: torch.dtype, workspace_bytes: int) -> RowKernels:
-        """Return the kernels for one call: ``dtype`` is that of the GEMM operands."""
-        return self.load()(dtype, workspace_bytes)
+    def make(self, dtype: torch.dtype, workspace_bytes: int, narrow: bool) -> RowKernels:
+        """Return the kernels for one call: ``dtype`` is that of the GEMM operands, for ``narrow`` see there."""
+        return self.load()(dtype, workspace_bytes, narrow)
 
 
 def _load_triton() -> type[RowKernels]:
@@ -116,8 +116,18 @@ BACKENDS: dict[str, Backend] = {
 BACKEND_NAMES = tuple(BACKENDS)
 
 
-def divide_scratch(scratch_bytes: int, backend: str, dtype: torch.dtype, device: torch.device) -> Budget:
-    """Return how a scratch is divided for a backend, see ``Budget.of``. ``dtype`` is that of the GEMM operands."""
+CODE_BYTES = 2  # of a logit where a backend ``codes_logits``
+
+
+def divide_scratch(
+    scratch_bytes: int, backend: str, dtype: torch.dtype, device: torch.device, narrow: bool = False
+) -> Budget:
+    """Return how a scratch is divided for a backend, see ``Budget.of``.
+
+    ``dtype`` is that of the GEMM operands. With ``narrow`` logits may be kept in 16 bits.
+    """
     kernels = BACKENDS[backend].load()
-    per_logit, alignment = kernels.bytes_per_logit(dtype, device.type), kernels.row_alignment(device.type)
-    return Budget.of(scratch_bytes, device.type, per_logit, alignment, kernels.can_alias_weight_grad)
+    codes = narrow and kernels.can_code_logits(dtype)
+    per_logit = CODE_BYTES if codes else kernels.bytes_per_logit(dtype, device.type)
+    aliased = kernels.can_alias_weight_grad * (accumulation_dtype(dtype).itemsize // CODE_BYTES if codes else 1)
+    return Budget.of(scratch_bytes, device.type, per_logit, kernels.row_alignment(device.type), aliased)

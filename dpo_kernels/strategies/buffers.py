@@ -180,17 +180,17 @@ class Buffers:
         kernels, head = self.kernels, self.problem.head
         x_CH, labels_C = self.gather(start, stop)
         tile = kernels.tile_in(self.scratch, stop - start, head.vocab)
-        if stop > start and head.vocab:
-            kernels.project(x_CH, head, 0, tile)
         # The softcap's derivative needs the logits, and so does a maximum that other ranks may raise.
         keep_logits = head.softcap is not None or self.problem.shard is not None
-        if stop > start and self.problem.shard is None and not self.problem.stats:
+        only_logps = self.problem.shard is None and not self.problem.stats and not kernels.codes_logits
+        if stop > start and only_logps:
+            kernels.project(x_CH, head, 0, tile)
             logp_C = self.rows.result.logp[start:stop]
             return x_CH, labels_C, tile, kernels.reduce_to_logps(tile, labels_C, logp_C, keep_logits)
         state = kernels.new_state(stop - start, x_CH.device, self.problem.stats)
         if stop > start:
             if head.vocab:
-                kernels.reduce(state, tile, labels_C, 0, keep_logits=keep_logits)
+                kernels.project_and_reduce(state, x_CH, head, 0, tile, labels_C, keep_logits=keep_logits)
             self.rows.put(start, stop, state)
         return x_CH, labels_C, tile, state
 
@@ -218,7 +218,7 @@ class Buffers:
                 return sampled
         if power is not None:
             scale_C = scale_C / power
-        d = kernels.dlogits_(tile, labels_C, 0, state.max, state.others, head, scale_C, state.exponentiated, expected)
+        d = kernels.dlogits_of_state(tile, labels_C, 0, state, head, scale_C, expected)
         if power is None or d.scale is None:
             return d
         return replace(d, scale=d.scale * power, x_scale=d.scale)

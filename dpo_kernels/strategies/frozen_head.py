@@ -4,6 +4,8 @@ An upstream gradient only scales that derivative. So the forward pass forms it f
 and the backward pass multiplies its rows. That makes two GEMM passes.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -54,11 +56,11 @@ def _whole_rows(
     """
     head, sampling = problem.head, problem.sampling
     z = kernels.tile_in(scratch, x_CH.shape[0], head.vocab)
-    kernels.project(x_CH, head, 0, z)
     if sampling is None:
-        d = kernels.reduce_and_dlogits(state, z, labels_C, head)
+        d = kernels.project_and_dlogits(state, x_CH, head, z, labels_C)
         scale_C = head.logit_scale / state.sumexp
     else:
+        kernels.project(x_CH, head, 0, z)
         kernels.reduce(state, z, labels_C, 0, keep_logits=head.softcap is not None)
         tokens_C = problem.packed.index[start : start + labels_C.shape[0]]
         scale_C = head.logit_scale / state.sumexp
@@ -90,14 +92,13 @@ def _cut_rows(
     without_label = torch.zeros_like(state.others)  # the label's own term is added after the last tile
     for left, right in spans(head.vocab, cols):
         z = kernels.tile_in(scratch, x_CH.shape[0], right - left)
-        kernels.project(x_CH, head, left, z)
         before = state.max.clone()
-        kernels.reduce(state, z, labels_C, left)
+        kernels.project_and_reduce(state, x_CH, head, left, z, labels_C)
         if left:
             out_CH.mul_(rescale(before, state.max)[:, None])
         # A row that is -inf so far has only unreachable tokens. It is shifted by 0, because -inf - -inf would be NaN.
         shift_C = state.max.masked_fill(state.max == -torch.inf, 0.0)
-        d = kernels.dlogits_(z, labels_C, left, shift_C, without_label, head, None, state.exponentiated)
+        d = kernels.dlogits_of_state(z, labels_C, left, replace(state, max=shift_C, others=without_label), head, None)
         kernels.grad_hidden(d, head, left, out_CH, accumulate=left > 0)
     if head.vocab and d.scale is not None:
         out_CH.mul_(d.scale[:, None])  # the same for every tile, since it depends on nothing of theirs

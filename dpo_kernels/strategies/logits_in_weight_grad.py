@@ -1,14 +1,15 @@
 """One chunk of all tokens: its logits lie in the weight gradient's memory until the gradient takes their place.
 
-With few tokens (``N <= H``) the logits fit into that memory. Each block of columns lies in the rows of the gradient
+With few tokens (``N <= H``, or ``N <= 2 H`` for logits in 16 bits) the logits fit into that memory. Each block of columns lies in the rows of the gradient
 that will replace it. A block is copied to the scratch and turned into its gradient before its place is overwritten. So
 nothing vocabulary-sized is needed beside the gradient, and each of its rows is written once.
 """
 
-import torch
+from dataclasses import replace
+
 from torch import Tensor
 
-from dpo_kernels.kernel_interface import LogitsGradient, rescale
+from dpo_kernels.kernel_interface import LogitsGradient, RowState
 from dpo_kernels.shapes import Chunk, spans
 from dpo_kernels.strategies.buffers import Buffers
 
@@ -22,25 +23,20 @@ def run(buffers: Buffers, chunk: Chunk) -> None:
         return
     x_CH, labels_C = buffers.gather(chunk.start, chunk.stop)
     state = kernels.new_state(labels_C.shape[0], x_CH.device, buffers.problem.stats)
-    blocks: list[tuple[int, Tensor, Tensor]] = []  # first column, logits, maxima (C,) that shifted them
+    blocks: list[tuple[int, Tensor, RowState]] = []  # first column, logits, the state after them
     for left, right in spans(head.vocab, buffers.schedule.tile.cols):
-        z = dw[left:right].view(-1)[: labels_C.shape[0] * (right - left)].view(-1, right - left)
-        kernels.project(x_CH, head, left, z)
-        kernels.reduce(state, z, labels_C, left, keep_logits=head.softcap is not None)
-        blocks.append((left, z, state.max.clone()))
+        z = kernels.tile_in(dw[left:right].view(-1), labels_C.shape[0], right - left)
+        kernels.project_and_reduce(state, x_CH, head, left, z, labels_C, keep_logits=head.softcap is not None)
+        blocks.append((left, z, replace(state, max=state.max.clone())))
     buffers.rows.put(chunk.start, chunk.stop, state)
     grad_S = buffers.close_examples(chunk)
     if not blocks:  # this rank has no row of the head
         return
     scale_C = buffers.row_scale(grad_S, chunk, chunk.start, chunk.stop, state)
     scaled_CH: Tensor | None = None
-    for left, z, shift_C in blocks:
+    for left, z, then in blocks:
         tile = kernels.tile_in(buffers.scratch, *z.shape)
-        if state.exponentiated:
-            torch.mul(z, rescale(shift_C, state.max)[:, None], out=tile)
-        else:
-            tile.copy_(z)
-        d = kernels.dlogits_(tile, labels_C, left, state.max, state.others, head, scale_C, state.exponentiated)
+        d = kernels.dlogits_elsewhere(z, then, tile, labels_C, left, state, head, scale_C)
         if scaled_CH is None:
             scaled_CH = x_CH if d.scale is None else x_CH * d.scale[:, None]
         right = left + z.shape[1]

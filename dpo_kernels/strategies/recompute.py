@@ -22,6 +22,7 @@ def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[Ro
     rows = RowResults(kernels, problem, like=scratch)
     # A reference, which gets no gradient, needs no sums of its rows.
     only_logps = not any(problem.needs_grad) and problem.shard is None and not problem.stats
+    only_logps = only_logps and not kernels.codes_logits
     for chunk in schedule.chunks:
         x_CH = packed.gather(problem.hidden, chunk.start, chunk.stop, kernels.dtype)
         labels_C = packed.labels[chunk.start : chunk.stop]
@@ -33,8 +34,7 @@ def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[Ro
         state = kernels.new_state(labels_C.shape[0], x_CH.device, problem.stats)
         for left, right in spans(head.vocab, tile.cols):
             z = kernels.tile_in(scratch, labels_C.shape[0], right - left)
-            kernels.project(x_CH, head, left, z)
-            kernels.reduce(state, z, labels_C, left)
+            kernels.project_and_reduce(state, x_CH, head, left, z, labels_C, gradient_follows=False)
         rows.put(chunk.start, chunk.stop, state)
     return rows.result, None
 

@@ -1,0 +1,152 @@
+// Packing and blocks of products by AVX-512: 16 pairs of bfloat16 to a register. Only the block needs AVX512_BF16.
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#include "blocks.h"
+
+#define DPO_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define DPO_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+
+namespace dpo_kernels {
+namespace avx512 {
+namespace {
+
+constexpr int64_t kLanes = 16;
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The low bits of a mask, as many as there are elements left of `lanes`.
+uint32_t first(int64_t left, int64_t lanes) {
+    return left >= lanes ? ~0u >> (32 - lanes) : left <= 0 ? 0u : (1u << left) - 1u;
+}
+
+// 16 pairs of elements that lie side by side in two rows.
+DPO_AVX512 inline __m512i pairs_of(const uint16_t* row, const uint16_t* next, __mmask16 mask) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row));
+    if (next == nullptr) return low;
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, next));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// Transposes 16 x 16 elements of 32 bits: in each quarter of the registers 4 x 4 of them, and then the quarters.
+DPO_AVX512 inline void transpose(__m512i (&r)[kLanes]) {
+    __m512i t[kLanes];
+    for (int i = 0; i < 16; i += 4) {
+        const __m512i low0 = _mm512_unpacklo_epi32(r[i], r[i + 1]), high0 = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+        const __m512i low1 = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]);
+        const __m512i high1 = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+        t[i] = _mm512_unpacklo_epi64(low0, low1);
+        t[i + 1] = _mm512_unpackhi_epi64(low0, low1);
+        t[i + 2] = _mm512_unpacklo_epi64(high0, high1);
+        t[i + 3] = _mm512_unpackhi_epi64(high0, high1);
+    }
+    for (int i = 0; i < 4; i++) {
+        const __m512i even0 = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88);
+        const __m512i odd0 = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
+        const __m512i even1 = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
+        const __m512i odd1 = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+        r[i] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+        r[i + 4] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+        r[i + 12] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+    }
+}
+
+DPO_AVX512 void rows_to_panel(const uint16_t* from, int64_t stride, int64_t depth, int64_t reach, int64_t cols,
+                              int64_t panel, uint16_t* out) {
+    for (int64_t k = 0; k < reach; k += 2, out += 2 * panel) {
+        const uint16_t* row = from + k * stride;
+        const uint16_t* next = k + 1 < depth ? row + stride : nullptr;
+        for (int64_t j = 0; j < panel; j += kLanes) {
+            const __mmask16 mask = k < depth ? first(cols - j, kLanes) : 0;
+            _mm512_storeu_si512(out + 2 * j, pairs_of(row + j, next == nullptr ? nullptr : next + j, mask));
+        }
+    }
+}
+
+DPO_AVX512 void columns_to_panel(const uint16_t* from, int64_t stride, int64_t depth, int64_t reach, int64_t cols,
+                                 int64_t panel, uint16_t* out) {
+    __m512i r[kLanes];
+    for (int64_t j = 0; j < panel; j += kLanes) {
+        for (int64_t k = 0; k < reach; k += 2 * kLanes) {
+            const __mmask32 mask = first(depth - k, 2 * kLanes);
+            for (int64_t i = 0; i < kLanes; i++) {
+                r[i] = j + i < cols ? _mm512_maskz_loadu_epi16(mask, from + (j + i) * stride + k) : _mm512_setzero_si512();
+            }
+            transpose(r);
+            const int64_t pairs = least(kLanes, (reach - k) / 2);
+            for (int64_t i = 0; i < pairs; i++) _mm512_storeu_si512(out + ((k / 2 + i) * panel + j) * 2, r[i]);
+        }
+    }
+}
+
+DPO_AVX512 void columns_to_rows(const uint16_t* from, int64_t stride, int64_t depth, int64_t reach, int64_t rows,
+                                uint16_t* out) {
+    __m512i r[kLanes];
+    for (int64_t k = 0; k < reach; k += 2 * kLanes) {
+        const __mmask32 reached = first(reach - k, 2 * kLanes);
+        for (int64_t i = 0; i < rows; i += kLanes) {
+            const __mmask16 mask = first(rows - i, kLanes);
+            for (int64_t p = 0; p < kLanes; p++) {
+                const int64_t at = k + 2 * p;
+                const uint16_t* row = from + at * stride + i;
+                r[p] = pairs_of(row, at + 1 < depth ? row + stride : nullptr, at < depth ? mask : 0);
+            }
+            transpose(r);
+            const int64_t height = least(kLanes, rows - i);
+            for (int64_t p = 0; p < height; p++) _mm512_mask_storeu_epi16(out + (i + p) * reach + k, reached, r[p]);
+        }
+    }
+}
+
+// kRows rows by one panel of the result, in registers: 24 of them for 6 rows.
+template <int kRows>
+DPO_AVX512_BF16 inline void strip(int64_t pairs, const uint16_t* a, int64_t a_stride, const uint16_t* b, float* c,
+                                  int64_t c_stride, int64_t cols, bool accumulate) {
+    constexpr int kVectors = kPanel / kLanes;
+    __mmask16 mask[kVectors];
+    for (int v = 0; v < kVectors; v++) mask[v] = first(cols - v * kLanes, kLanes);
+    __m512 sum[kRows][kVectors];
+    for (int i = 0; i < kRows; i++) {
+        for (int v = 0; v < kVectors; v++) {
+            sum[i][v] = accumulate ? _mm512_maskz_loadu_ps(mask[v], c + i * c_stride + v * kLanes) : _mm512_setzero_ps();
+        }
+    }
+    for (int64_t p = 0; p < pairs; p++) {
+        __m512bh right[kVectors];
+        for (int v = 0; v < kVectors; v++) {
+            right[v] = (__m512bh)_mm512_loadu_si512(b + (p * kPanel + v * kLanes) * 2);
+        }
+        for (int i = 0; i < kRows; i++) {
+            int32_t pair;
+            __builtin_memcpy(&pair, a + i * a_stride + 2 * p, sizeof(pair));
+            const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+            for (int v = 0; v < kVectors; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], left, right[v]);
+        }
+    }
+    for (int i = 0; i < kRows; i++) {
+        for (int v = 0; v < kVectors; v++) _mm512_mask_storeu_ps(c + i * c_stride + v * kLanes, mask[v], sum[i][v]);
+    }
+}
+
+using Strip = void (*)(int64_t, const uint16_t*, int64_t, const uint16_t*, float*, int64_t, int64_t, bool);
+constexpr Strip kStrips[] = {nullptr, strip<1>, strip<2>, strip<3>, strip<4>, strip<5>, strip<6>};
+constexpr int64_t kStripRows = 6;
+
+}  // namespace
+
+void block_bfloat16(int64_t rows, int64_t cols, int64_t depth, const uint16_t* a, int64_t a_stride, const uint16_t* b,
+                    float* c, int64_t c_stride, bool accumulate) {
+    for (int64_t j = 0; j < cols; j += kPanel, b += depth * kPanel) {
+        for (int64_t i = 0; i < rows; i += kStripRows) {
+            kStrips[least(kStripRows, rows - i)](depth / 2, a + i * a_stride, a_stride, b, c + i * c_stride + j,
+                                                 c_stride, cols - j, accumulate);
+        }
+    }
+}
+
+extern const Packing packing = {rows_to_panel, columns_to_panel, columns_to_rows};
+
+}  // namespace avx512
+}  // namespace dpo_kernels
+#endif

@@ -1,0 +1,283 @@
+// Passes over logits of bfloat16 operands that never lie in memory as a whole: a block is multiplied, and while it is in
+// the cache it is reduced, written in 16 bits, or turned into its gradient.
+#include <vector>
+
+#include "products.h"
+
+namespace dpo_kernels {
+namespace {
+
+static_assert(kCols == kCodedCols, "a block of logits has one largest logit");
+
+// The operands of logits, and what turns products into logits.
+struct Linear {
+    Matrix x;       // (rows, width), contiguous rows
+    Matrix weight;  // (width, cols), the transposed rows of the head
+    int64_t rows;
+    int64_t cols;
+    int64_t width;
+    const float* bias;
+    float scale;
+    float softcap;  // 0 for none
+};
+
+Linear linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+              std::optional<double> softcap) {
+    const Matrix hidden = operand("x", x), head = operand("weight", weight);
+    DPO_CHECK(hidden.col_stride == 1, "rows of x must be contiguous, got strides ", x.strides());
+    DPO_CHECK(x.size(1) == weight.size(1), "x ", x.sizes(), " and weight ", weight.sizes(), " differ in width");
+    check_vector("bias", bias, weight.size(0), ScalarType::Float, x.device());
+    check_softcap(softcap);
+    return {hidden,
+            {head.data, head.col_stride, head.row_stride},
+            x.size(0),
+            weight.size(0),
+            x.size(1),
+            bias.has_value() ? bias->const_data_ptr<float>() : nullptr,
+            static_cast<float>(scale),
+            static_cast<float>(softcap.value_or(0.0))};
+}
+
+// A block of logits, in float32, and its place among them.
+struct LogitsBlock {
+    float* data;
+    int64_t row;
+    int64_t rows;
+    int64_t col;
+    int64_t cols;
+
+    Tile<float> tile(int64_t start) const { return {data, kCols, cols, start + col}; }
+};
+
+// x with rows of an even number of elements, copied if it needs to be.
+Matrix even_rows(const Linear& of, Aligned<uint16_t>& copy) {
+    if (of.width % 2 == 0) return of.x;
+    const int64_t reach = up(of.width, 2);
+    copy.reserve(of.rows * reach);
+    pack_left(of.x, 0, of.rows, 0, of.width, reach, copy.data());
+    return {copy.data(), reach, 1};
+}
+
+// Computes all logits, block by block. `on_block` is called for each, by many threads. `on_group` is called after each
+// group of whole columns with the first of these, and how many there are.
+template <typename OnBlock, typename OnGroup>
+void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_group) {
+    const Product* product = product_of_this_machine();
+    DPO_CHECK(product != nullptr, "this machine has no fast product of bfloat16 matrices, or "
+              "torch.backends.mkldnn is switched off");
+    const int64_t reach = up(of.width, 2), row_blocks = (of.rows + kRows - 1) / kRows;
+    const int64_t group = std::max(kCols, kPackedElements / std::max<int64_t>(reach, 1) / kCols * kCols);
+    Aligned<uint16_t> right, copy;
+    right.reserve(std::min(group, up(of.cols, kCols)) * reach);
+    const Matrix x = even_rows(of, copy);
+    for (int64_t first_col = 0; first_col < of.cols; first_col += group) {
+        const int64_t width = std::min(group, of.cols - first_col), col_blocks = (width + kCols - 1) / kCols;
+        parallel_for(0, col_blocks, 1, [&](int64_t first, int64_t last) {
+            for (int64_t n = first; n < last; n++) {
+                for (int64_t k = 0; k < of.width; k += kDepth) {
+                    const int64_t depth = std::min(kDepth, of.width - k);
+                    pack_right(of.weight, k, depth, up(depth, 2), first_col + n * kCols,
+                               std::min(kCols, width - n * kCols), product->panel,
+                               right.data() + n * kCols * reach + k * kCols);
+                }
+            }
+        });
+        parallel_for(0, row_blocks * col_blocks, 1, [&](int64_t first, int64_t last) {
+            Aligned<float> logits;
+            logits.reserve(kRows * kCols);
+            for (int64_t task = first; task < last; task++) {
+                const int64_t row = task / col_blocks * kRows, n = task % col_blocks, col = first_col + n * kCols;
+                const LogitsBlock block{logits.data(), row, std::min(kRows, of.rows - row), col,
+                                        std::min(kCols, of.cols - col)};
+                for (int64_t k = 0; k < of.width; k += kDepth) {
+                    product->block(block.rows, block.cols, up(std::min(kDepth, of.width - k), 2), x.at(row, k),
+                                   x.row_stride, right.data() + n * kCols * reach + k * kCols, block.data, kCols, k > 0);
+                }
+                if (of.width == 0) std::fill_n(block.data, kRows * kCols, 0.0f);
+                if (of.bias != nullptr || of.scale != 1.0f || of.softcap != 0.0f) {
+                    const float* bias = of.bias == nullptr ? nullptr : of.bias + col;
+                    passes<float>().apply_bias_scale_cap(block.tile(0), bias, of.scale, of.softcap, 0, block.rows);
+                }
+                on_block(block);
+            }
+            if (product->finish) product->finish();
+        });
+        on_group(first_col / kCols, col_blocks);
+    }
+}
+
+template <typename T>
+T* moved(T* data, int64_t by) {
+    return data == nullptr ? nullptr : data + by;
+}
+
+// The states of blocks of columns, (blocks, rows) each, before anything was folded into them.
+class Parts {
+public:
+    Parts(int64_t blocks, int64_t rows, const RowState<float>& like)
+        : rows_(rows), size_(blocks * rows), numbers_(5 * size_), columns_(like.argmax ? size_ : 0), like_(like) {
+        clear();
+    }
+
+    void clear() {
+        std::fill(numbers_.begin(), numbers_.end(), 0.0f);
+        std::fill_n(numbers_.begin(), size_, -INFINITY);
+    }
+
+    // Those of a block, from a row on.
+    RowState<float> at(int64_t block, int64_t row) {
+        float* data = numbers_.data() + block * rows_ + row;
+        return {data,
+                data + size_,
+                moved(like_.target, row),
+                like_.entropy ? data + 2 * size_ : nullptr,
+                like_.logit_sum ? data + 3 * size_ : nullptr,
+                like_.argmax ? columns_.data() + block * rows_ + row : nullptr,
+                like_.square_sum ? data + 4 * size_ : nullptr};
+    }
+
+private:
+    int64_t rows_, size_;
+    std::vector<float> numbers_;
+    std::vector<int64_t> columns_;
+    RowState<float> like_;
+};
+
+// Codes of these logits and the largest logits of their blocks, (blocks, rows), from tensors.
+Codes codes_of(const Tensor& codes, const Tensor& highest, int64_t rows, int64_t cols) {
+    const TileShape shape = check_matrix("codes", codes);
+    DPO_CHECK(codes.scalar_type() == ScalarType::Short && shape.rows == rows && shape.cols == cols,
+              "codes must be int16 of the shape [", rows, ", ", cols, "], got ", codes.scalar_type(), " of the shape ",
+              codes.sizes());
+    const int64_t blocks = (cols + kCodedCols - 1) / kCodedCols;
+    DPO_CHECK(highest.scalar_type() == ScalarType::Float && highest.dim() == 2 && highest.size(0) == blocks &&
+              highest.size(1) == rows && highest.is_contiguous(),
+              "highest must be contiguous float32 of the shape [", blocks, ", ", rows, "], got ", highest.scalar_type(),
+              " of the shape ", highest.sizes());
+    return {static_cast<uint16_t*>(codes.mutable_data_ptr()), shape.stride, highest.mutable_data_ptr<float>(), rows};
+}
+
+float* float_or_null(const std::optional<Tensor>& tensor) {
+    return tensor.has_value() ? tensor->mutable_data_ptr<float>() : nullptr;
+}
+
+void linear_reduce_(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+                    std::optional<double> softcap, const Tensor& labels, int64_t start,
+                    const std::optional<Tensor>& codes, const std::optional<Tensor>& highest, const Tensor& max,
+                    const Tensor& others, const Tensor& target, const std::optional<Tensor>& entropy,
+                    const std::optional<Tensor>& logit_sum, const std::optional<Tensor>& argmax,
+                    const std::optional<Tensor>& square_sum) {
+    const Linear of = linear(x, weight, bias, scale, softcap);
+    DPO_CHECK(start >= 0, "start must be >= 0, got ", start);
+    check_state(of.rows, ScalarType::Float, x.device(), labels, max, others, target, entropy, logit_sum, argmax,
+                square_sum);
+    DPO_CHECK(codes.has_value() == highest.has_value(), "codes and highest come together");
+    const Codes all = codes.has_value() ? codes_of(*codes, *highest, of.rows, of.cols) : Codes{};
+    if (of.rows == 0) return;
+    const RowState<float> state{max.mutable_data_ptr<float>(),
+                                others.mutable_data_ptr<float>(),
+                                target.mutable_data_ptr<float>(),
+                                float_or_null(entropy),
+                                float_or_null(logit_sum),
+                                argmax.has_value() ? argmax->mutable_data_ptr<int64_t>() : nullptr,
+                                float_or_null(square_sum)};
+    const int64_t* labels_data = labels.const_data_ptr<int64_t>();
+    const int64_t most = std::max<int64_t>(1, kPackedElements / std::max<int64_t>(up(of.width, 2), 1) / kCols);
+    Parts parts(std::min(most, (of.cols + kCols - 1) / kCols), of.rows, state);
+    const Passes<float>& pass = passes<float>();
+    over_blocks(
+        of,
+        [&](const LogitsBlock& block) {
+            const int64_t n = block.col / kCols;
+            const RowState<float> part = parts.at(n % most, block.row);
+            pass.reduce(block.tile(start), labels_data + block.row, part, false, 0, block.rows);
+            if (all.data == nullptr) return;
+            float* largest = all.highest + n * all.highest_stride + block.row;
+            std::copy_n(part.max, block.rows, largest);
+            pass.encode(block.tile(0), {all.data + block.row * all.stride + block.col, all.stride, largest, 0}, 0,
+                        block.rows);
+        },
+        [&](int64_t, int64_t blocks) {
+            parallel_for(0, of.rows, kRows, [&](int64_t first, int64_t last) {
+                pass.merge(state, parts.at(0, 0), blocks, of.rows, first, last);
+            });
+            parts.clear();
+        });
+}
+
+// What the two operators below have in common: where the gradient goes, and what it is made of.
+Gradient<float> gradient(const Tensor& out, int64_t rows, int64_t cols, const Tensor& labels, int64_t start,
+                         const Tensor& max, const Tensor& others, const std::optional<Tensor>& scale,
+                         const std::optional<Tensor>& residual, std::optional<double> softcap) {
+    const TileShape shape = check_matrix("out", out);
+    DPO_CHECK(out.scalar_type() == ScalarType::BFloat16 && shape.rows == rows && shape.cols == cols,
+              "out must be bfloat16 of the shape [", rows, ", ", cols, "], got ", out.scalar_type(), " of the shape ",
+              out.sizes());
+    DPO_CHECK(start >= 0, "start must be >= 0, got ", start);
+    const Device device = out.device();
+    check_vector("labels", labels, rows, ScalarType::Long, device);
+    check_vector("max", max, rows, ScalarType::Float, device);
+    check_vector("others", others, rows, ScalarType::Float, device);
+    check_vector("scale", scale, rows, ScalarType::Float, device);
+    check_vector("residual", residual, rows, ScalarType::Float, device);
+    check_softcap(softcap);
+    Gradient<float> how{};
+    how.labels = labels.const_data_ptr<int64_t>();
+    how.max = max.const_data_ptr<float>();
+    how.others = others.const_data_ptr<float>();
+    how.scale = float_or_null(scale);
+    how.bfloat16 = static_cast<uint16_t*>(out.mutable_data_ptr());
+    how.bfloat16_stride = shape.stride;
+    how.residual = float_or_null(residual);
+    how.softcap = static_cast<float>(softcap.value_or(0.0));
+    return how;
+}
+
+void linear_dlogits_(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double logit_scale,
+                     std::optional<double> softcap, const Tensor& out, const Tensor& labels, int64_t start,
+                     const Tensor& max, const Tensor& others, const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& residual) {
+    const Linear of = linear(x, weight, bias, logit_scale, softcap);
+    const Gradient<float> all = gradient(out, of.rows, of.cols, labels, start, max, others, scale, residual, softcap);
+    if (of.rows == 0) return;
+    over_blocks(
+        of,
+        [&](const LogitsBlock& block) {
+            Gradient<float> how = all;
+            how.labels += block.row;
+            how.max += block.row;
+            how.others += block.row;
+            how.scale = moved(how.scale, block.row);
+            how.bfloat16 += block.row * how.bfloat16_stride + block.col;
+            how.residual = moved(how.residual, block.row);
+            passes<float>().dlogits(block.tile(start), how, 0, block.rows);
+        },
+        [](int64_t, int64_t) {});
+}
+
+void dlogits_of_codes_(const Tensor& codes, const Tensor& highest, const Tensor& out, const Tensor& labels,
+                       int64_t start, const Tensor& max, const Tensor& others, const Tensor& target,
+                       const std::optional<Tensor>& scale, const std::optional<Tensor>& residual,
+                       std::optional<double> softcap) {
+    const TileShape shape = check_matrix("codes", codes);
+    const Codes all = codes_of(codes, highest, shape.rows, shape.cols);
+    Gradient<float> how =
+        gradient(out, shape.rows, shape.cols, labels, start, max, others, scale, residual, softcap);
+    check_vector("target", target, shape.rows, ScalarType::Float, codes.device());
+    const bool same = out.const_data_ptr() == codes.const_data_ptr() && out.stride(0) == codes.stride(0);
+    DPO_CHECK(same || !share_bytes(codes, out), "out must take the place of the codes or share no memory with them");
+    how.target = target.const_data_ptr<float>();
+    over_rows(shape, [&](int64_t first, int64_t last) {
+        passes<float>().dlogits_of_codes(all, shape.cols, start, how, first, last);
+    });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) {
+    m.impl("linear_reduce_", TORCH_BOX(&linear_reduce_));
+    m.impl("linear_dlogits_", TORCH_BOX(&linear_dlogits_));
+    m.impl("dlogits_of_codes_", TORCH_BOX(&dlogits_of_codes_));
+}
+
+}  // namespace dpo_kernels
