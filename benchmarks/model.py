@@ -138,7 +138,7 @@ def chunk_rows(case: Case) -> int:
 
 def _budget(case: Case) -> Budget:
     """The default scratch of a GPU of 80 GB, as the Triton backend divides it."""
-    return Budget.of(GPU_SCRATCH_BYTES, "cuda", BYTES_PER_LOGIT[case.dtype], GPU_ROW_ALIGNMENT, aliases=False)
+    return Budget.of(GPU_SCRATCH_BYTES, "cuda", BYTES_PER_LOGIT[case.dtype], GPU_ROW_ALIGNMENT, aliased=0)
 
 
 def ours_chunked(case: Case, gpu: Gpu) -> Work:

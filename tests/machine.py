@@ -12,7 +12,8 @@ from dpo_kernels.kernels import extension, installed
 
 SEED = 0  # of torch's generator before every test
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-INSTRUCTION_SETS = ("base", "avx2", "avx512")  # from the least to the best, as csrc/cpu/ops_cpu.cpp orders them
+INSTRUCTION_SETS = ("base", "avx2", "avx512")  # from the least to the best, as csrc/cpu/passes.h orders them
+BY_INSTRUCTIONS = ("avx512_bf16", "brgemm")  # ways to multiply bfloat16: ours and torch's
 
 
 @functools.cache
@@ -28,7 +29,7 @@ def row_instruction_set() -> str | None:
 
 
 def bfloat16_product() -> str | None:
-    """How the C++ backend multiplies bfloat16: "brgemm" (instructions of this CPU), "portable" or "float32"."""
+    """How the C++ backend multiplies bfloat16: one of ``BY_INSTRUCTIONS``, "portable" or "float32"."""
     return None if extension.why_not("cpu") is not None else str(torch.ops.dpo_kernels.bfloat16_product())
 
 
@@ -45,7 +46,9 @@ def description() -> list[str]:
         rows = f"no C++ extension: {missing}"
     else:
         product = bfloat16_product()
-        how = "by this CPU's instructions" if product == "brgemm" else f"as {product!r}, no bfloat16 instructions used"
+        how = f"as {product!r}, " + (
+            "by this CPU's instructions" if product in BY_INSTRUCTIONS else "without bfloat16 instructions"
+        )
         rows = f"C++ rows for {row_instruction_set()}; bfloat16 matrices are multiplied {how}"
     asked = {key: os.environ[key] for key in ("DPO_KERNELS_ISA", "DPO_KERNELS_BF16") if os.environ.get(key)}
     triton = installed.triton_version() or "none"

@@ -62,8 +62,6 @@ static void dlogits_of_codes(Codes codes, int64_t cols, int64_t start, Gradient<
         if (label < 0 || label >= cols) continue;
         float own = -how.others[r];
         if (how.softcap != 0.0f) own *= slope(how.target[r], how.softcap);
-        own *= scale;
-        out[label] = to_bfloat16(own);
-        if (how.residual) how.residual[r] = own - from_bfloat16(out[label]);
+        store_label(how, own * scale, label, r);
     }
 }

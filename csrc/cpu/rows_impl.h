@@ -160,6 +160,16 @@ DPO_INLINE Running<T> running(const RowState<T>& state, int64_t at) {
             state.square_sum ? double(state.square_sum[at]) : 0.0};
 }
 
+// Keeps it, and adds to the sum of logits.
+template <typename T>
+DPO_INLINE void keep(const Running<T>& row, double logits, const RowState<T>& state, int64_t at) {
+    state.max[at] = row.max;
+    state.others[at] = T(row.others);
+    if (state.entropy) state.entropy[at] = T(row.entropy);
+    if (state.square_sum) state.square_sum[at] = T(row.square_sum);
+    if (state.logit_sum) state.logit_sum[at] += T(logits);
+}
+
 template <typename T, bool kOverwrite>
 static T exponentials(T* z, int64_t count, T shift) {
     T total = 0;
@@ -216,11 +226,7 @@ static void reduce_row(T* z, const Tile<T>& tile, int64_t label, const RowState<
             if (own) z[label] = kOverwrite ? exponential(target - shift) : target;
         }
     }
-    state.max[r] = row.max;
-    state.others[r] = T(row.others);
-    if (state.entropy) state.entropy[r] = T(row.entropy);
-    if (state.square_sum) state.square_sum[r] = T(row.square_sum);
-    if (state.logit_sum) state.logit_sum[r] += T(logits);
+    keep(row, logits, state, r);
 }
 
 template <typename T>
@@ -251,11 +257,7 @@ static void merge(RowState<T> state, RowState<T> parts, int64_t count, int64_t s
             row.square_sum += part.square_sum;
             if (state.logit_sum) logits += parts.logit_sum[at];
         }
-        state.max[r] = row.max;
-        state.others[r] = T(row.others);
-        if (state.entropy) state.entropy[r] = T(row.entropy);
-        if (state.square_sum) state.square_sum[r] = T(row.square_sum);
-        if (state.logit_sum) state.logit_sum[r] += T(logits);
+        keep(row, logits, state, r);
     }
 }
 
@@ -292,6 +294,13 @@ static void dlogits_to_bfloat16(const float* z, uint16_t* out, int64_t cols, flo
     }
 }
 
+// Rounds the label's own value, and keeps what that takes from it.
+static void store_label(const Gradient<float>& how, float own, int64_t label, int64_t r) {
+    uint16_t* out = how.bfloat16 + r * how.bfloat16_stride + label;
+    *out = to_bfloat16(own);
+    if (how.residual) how.residual[r] = own - from_bfloat16(*out);
+}
+
 template <typename T>
 static void store_bfloat16_row(const T*, const Tile<T>&, const Gradient<T>&, T, T, T, int64_t, int64_t) {}
 
@@ -299,9 +308,7 @@ static void store_bfloat16_row(const float* z, const Tile<float>& tile, const Gr
                                float softcap, float scale, int64_t label, int64_t r) {
     uint16_t* out = how.bfloat16 + r * how.bfloat16_stride;
     dlogits_to_bfloat16(z, out, tile.cols, how.max[r], softcap, scale, how.exponentiated);
-    if (label < 0 || label >= tile.cols) return;
-    out[label] = to_bfloat16(own);
-    if (how.residual) how.residual[r] = own - from_bfloat16(out[label]);
+    if (label >= 0 && label < tile.cols) store_label(how, own, label, r);
 }
 
 template <typename T>

@@ -10,7 +10,6 @@ from dpo_kernels.kernels.installed import constant_in_graphs
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.shapes import Head, Sampling, accumulation_dtype
 
-
 CODED_COLS = 256  # columns of a block of codes, as csrc/cpu/rows.h has it
 
 

@@ -1,8 +1,8 @@
 """One chunk of all tokens: its logits lie in the weight gradient's memory until the gradient takes their place.
 
-With few tokens (``N <= H``, or ``N <= 2 H`` for logits in 16 bits) the logits fit into that memory. Each block of columns lies in the rows of the gradient
-that will replace it. A block is copied to the scratch and turned into its gradient before its place is overwritten. So
-nothing vocabulary-sized is needed beside the gradient, and each of its rows is written once.
+With few tokens the logits fit into that memory: ``N <= H``, or ``N <= 2 H`` for logits in 16 bits. Each block of
+columns lies in the rows of the gradient that will replace it. A block's gradient is formed in the scratch before its
+place is overwritten. So nothing vocabulary-sized is needed beside the gradient, and each of its rows is written once.
 """
 
 from dataclasses import replace

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # By function; of parametrised ones those on the C++ backend.
 TESTS = (
     "tests/kernels/test_extension.py",
+    "tests/kernels/test_linear.py",
     "tests/strategies/test_logits_in_weight_grad.py",
     "tests/strategies/test_memory.py::test_the_last_backward_gives_the_bits_of_a_retained_one",
     "tests/strategies/test_memory.py::test_floats_narrowed_in_place",
@@ -31,7 +32,7 @@ TESTS = (
     "tests/api/test_sequences.py::test_equivalence",
     "tests/api/test_autograd.py::test_autocast",
 )
-CPP = "cpp or test_extension or test_logits_in_weight_grad or test_memory or test_gemm_count"
+CPP = "cpp or test_extension or test_linear or test_logits_in_weight_grad or test_memory or test_gemm_count"
 
 
 def other_paths() -> list[dict[str, str]]:
@@ -40,6 +41,8 @@ def other_paths() -> list[dict[str, str]]:
     if here is None:
         return []
     products = [value for value, name in (("portable", "portable"), ("0", "float32")) if name != here]
+    if here in machine.BY_INSTRUCTIONS:
+        products += [name for name in machine.BY_INSTRUCTIONS if name != here]
     pairs = itertools.zip_longest(machine.lesser_instruction_sets(), products)
     both = [{"DPO_KERNELS_ISA": isa, "DPO_KERNELS_BF16": product} for isa, product in pairs]
     return [{name: value for name, value in path.items() if value is not None} for path in both]
@@ -61,7 +64,7 @@ def test_the_same_tests_on_another_path(path):
     assert done.returncode == 0, done.stdout + done.stderr
     isa = path.get("DPO_KERNELS_ISA", machine.row_instruction_set())
     assert f"C++ rows for {isa};" in done.stdout, done.stdout
-    product = {"portable": "portable", "0": "float32"}.get(path.get("DPO_KERNELS_BF16", ""))
+    product = {"0": "float32", "": None}.get(asked := path.get("DPO_KERNELS_BF16", ""), asked)
     if product is not None:
         assert f"multiplied as {product!r}" in done.stdout, done.stdout
         assert (product == "float32") == ("this CPU multiplies no bfloat16" in done.stdout), done.stdout
@@ -87,5 +90,5 @@ def test_a_path_that_does_not_exist_is_named():
     said = subprocess.run([sys.executable, "-c", code], env=os.environ | wrong, **run).stdout.splitlines()
     assert said == [
         "dpo_kernels: DPO_KERNELS_ISA must be base, avx2 or avx512, got sse",
-        "dpo_kernels: DPO_KERNELS_BF16 must be 0, 1 or portable, got on",
+        "dpo_kernels: DPO_KERNELS_BF16 must be 0, 1, avx512_bf16, brgemm or portable, got on",
     ]

@@ -16,6 +16,7 @@ from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.shapes import STATS, Head
 from tests.cases import Case, run
 from tests.small import problem, tail_of_an_impossible_rejected
+from tests.threads import threaded
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = extension.why_not("cpu")
@@ -244,6 +245,8 @@ def operator_arguments():
     tile, labels = torch.randn(3, 7), torch.tensor([0, 6, 9])
     state = [torch.full((3,), -INF), torch.zeros(3), torch.full((3,), -INF)]
     offsets = torch.tensor([0, 2, 5])
+    linear = (torch.randn(3, 4).bfloat16(), torch.randn(7, 4).bfloat16(), torch.randn(7), 0.5, 30.0)
+    codes = torch.zeros(3, 7, dtype=torch.int16)
     sample = (torch.tensor([0, 2]), torch.tensor([0, 6], dtype=torch.int32), torch.randn(2), torch.ones(1))
     return {
         "reduce_rows_": [
@@ -260,6 +263,14 @@ def operator_arguments():
             (torch.randn(5), None, offsets, torch.randn(2).double(), torch.zeros((), dtype=torch.float64), 0.1, 0.0)
         ],
         "matmul_bfloat16_": [(torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16(), torch.zeros(3, 5), True)],
+        "linear_reduce_": [
+            (*linear, labels, 0, None, None, *state, None, None, None, None),
+            (*linear, labels, 2, codes, torch.zeros(1, 3), *state, torch.zeros(3), None, labels * 0, None),
+        ],
+        "linear_dlogits_": [(*linear, codes.view(torch.bfloat16), labels, 0, state[1], state[1] + 1, None, None)],
+        "dlogits_of_codes_": [
+            (codes, torch.zeros(1, 3), torch.zeros(3, 7).bfloat16(), labels, 0, *state, None, torch.zeros(3), 3.0)
+        ],
         "sample_rows": [],  # how many entries it returns depends on the values
         "sparse_times_head_": [
             (*sample, torch.randn(7, 4), torch.zeros(1, 4), True),
@@ -280,7 +291,7 @@ def operator_arguments():
 @built
 @pytest.mark.parametrize("name", extension.OPERATORS)
 def test_opcheck(name):
-    if name == "matmul_bfloat16_" and not torch.ops.dpo_kernels.has_bfloat16_matmul():
+    if name.startswith(("matmul", "linear")) and not torch.ops.dpo_kernels.has_bfloat16_matmul():
         pytest.skip(
             "this CPU multiplies no bfloat16; tests/kernels/test_cpu_paths.py runs this with the portable block"
         )
@@ -389,20 +400,6 @@ def test_too_little_memory_is_said_in_words():
 # --- threads, sizes, instruction sets ---------------------------------------------------------------------------------
 
 
-def threaded(work):
-    """The results with one thread, in a tuple, which two and three threads repeat bit by bit."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            results.append(work())
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
-    return results[0]
-
-
 @pytest.fixture
 def _gemms_on_one_thread(monkeypatch):
     """How torch cuts a GEMM among threads is its own affair: on some CPUs even the smallest, which changes bits."""
@@ -489,85 +486,6 @@ def test_offsets_beyond_two_to_the_31():
         results.append((cpp.row_logps(state, labels, 1000).logp, tile))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(near, far)
-
-
-# --- products of bfloat16 matrices ------------------------------------------------------------------------------------
-
-multiplies = pytest.mark.skipif(
-    MISSING is not None or not torch.ops.dpo_kernels.has_bfloat16_matmul(),
-    reason="this CPU multiplies no bfloat16; tests/kernels/test_cpu_paths.py runs this with the portable block",
-)
-
-
-@multiplies
-@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)], ids=str)
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 7), (130, 2051, 300), (200, 64, 3000), (900, 33, 40)], ids=str)
-def test_matmul(sizes, transposed):
-    m, k, n = sizes
-    a, b = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
-    a = a.t().contiguous().t() if transposed[0] else a
-    b = b.t().contiguous().t() if transposed[1] else b
-    wanted = a.double() @ b.double()
-    for accumulate in (False, True):
-        out = torch.randn(m, n + 3)[:, :n]
-        total = wanted + out if accumulate else wanted
-        torch.ops.dpo_kernels.matmul_bfloat16_(a, b, out, accumulate)
-        assert float((out - total).abs().max()) <= 1e-5 * float(total.abs().max())
-        again = total.float()
-        torch.ops.dpo_kernels.matmul_bfloat16_(a, b, again, False)
-        assert accumulate or torch.equal(again, out)
-
-
-@multiplies
-def test_matmul_by_threads():
-    a, b = torch.randn(1300, 200).bfloat16(), torch.randn(200, 700).bfloat16()
-
-    def work():
-        outs = torch.zeros(1300, 700), torch.ones(200, 200)
-        torch.ops.dpo_kernels.matmul_bfloat16_(a, b, outs[0], False)
-        torch.ops.dpo_kernels.matmul_bfloat16_(a.t(), a, outs[1], True)
-        return outs
-
-    product, square = threaded(work)
-    torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(square.double(), a.double().t() @ a.double() + 1, rtol=1e-4, atol=1e-4)
-
-
-@multiplies
-def test_matmul_of_nothing():
-    out, nothing = torch.ones(2, 3), torch.empty(2, 0, dtype=torch.bfloat16)
-    torch.ops.dpo_kernels.matmul_bfloat16_(nothing, torch.empty(0, 3, dtype=torch.bfloat16), out, True)
-    assert torch.equal(out, torch.ones(2, 3))
-    torch.ops.dpo_kernels.matmul_bfloat16_(nothing, torch.empty(0, 3, dtype=torch.bfloat16), out, False)
-    assert not out.any()
-
-
-@multiplies
-def test_matmul_names_what_does_not_fit():
-    a, b = torch.zeros(2, 3).bfloat16(), torch.zeros(4, 5).bfloat16()
-    with pytest.raises(RuntimeError, match=r"cannot hold the product of a \[2, 3\] and b \[4, 5\]"):
-        torch.ops.dpo_kernels.matmul_bfloat16_(a, b, torch.zeros(2, 5), False)
-    with pytest.raises(RuntimeError, match="a must be a bfloat16 matrix"):
-        torch.ops.dpo_kernels.matmul_bfloat16_(a.float(), b, torch.zeros(2, 5), False)
-    with pytest.raises(RuntimeError, match="must be contiguous along"):
-        torch.ops.dpo_kernels.matmul_bfloat16_(torch.zeros(4, 6).bfloat16()[::2, ::2], b, torch.zeros(2, 5), False)
-
-
-@built
-def test_products_go_back_to_float32_where_mkldnn_is_switched_off():
-    """torch's block kernel refuses to run then. As a process that could use it sees it."""
-    code = """if True:
-        import torch
-        from dpo_kernels.kernels import extension
-        extension.why_not("cpu")
-        for on in (True, False, True):
-            with torch.backends.mkldnn.flags(enabled=on):
-                print(torch.ops.dpo_kernels.has_bfloat16_matmul())
-    """
-    own = os.environ | {"DPO_KERNELS_BF16": ""}  # the portable loops need nothing of torch's
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own, capture_output=True, text=True, check=True)
-    first, off, last = done.stdout.split()
-    assert (off, last) == ("False", first)
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------

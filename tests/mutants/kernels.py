@@ -429,14 +429,14 @@ _TRITON = [
 _CPP = [
     Mutant(
         "csrc/cpu/rows_impl.h",
-        "state.logit_sum[r] += T(logits);",
-        "state.logit_sum[r] = T(logits);",
+        "state.logit_sum[at] += T(logits);",
+        "state.logit_sum[at] = T(logits);",
         "tests/kernels/test_extension.py::test_reduced_rows",
         "mean logits are those of the last tile",
     ),
     Mutant(
         "csrc/cpu/rows_impl.h",
-        "how.residual[r] = own - from_bfloat16(out[label]);",
+        "how.residual[r] = own - from_bfloat16(*out);",
         "how.residual[r] = 0;",
         "tests/kernels/test_extension.py::test_gradient_in_bfloat16_with_its_residual",
         "what rounding took from a label's own value is lost",
@@ -466,7 +466,7 @@ _CPP = [
         "csrc/cpu/matmul.cpp",
         "accumulate || k0 > 0);",
         "accumulate);",
-        "tests/kernels/test_extension.py::test_matmul",
+        "tests/kernels/test_linear.py::test_matmul",
         "a product of bfloat16 is that of its last columns",
     ),
     Mutant(
@@ -498,10 +498,10 @@ _CPP = [
         "rows of new memory lie upon one another",
     ),
     Mutant(
-        "csrc/cpu/matmul.cpp",
+        "csrc/cpu/products.cpp",
         "!brgemm().enabled(brgemm().context())",
         "!brgemm().context()",
-        "tests/kernels/test_extension.py::test_products_go_back_to_float32_where_mkldnn_is_switched_off",
+        "tests/kernels/test_linear.py::test_torchs_block_kernel_is_not_used_where_mkldnn_is_switched_off",
         "torch's block kernel is called where it was switched off",
     ),
     Mutant(
@@ -510,6 +510,62 @@ _CPP = [
         'for (size_t i = 1; i < sizes.size(); i++) out << (i == 0 ? "" : ", ") << sizes[i];',
         "tests/kernels/test_extension.py::test_an_error_shows_sizes_types_and_devices_as_torch_does",
         "an error shows a shape without its first length",
+    ),
+    Mutant(
+        "csrc/cpu/codes_impl.h",
+        " * kStepsByNat + 0.5f",
+        " * kStepsByNat",
+        "tests/kernels/test_linear.py::test_codes_are_within_half_a_step",
+        "logits are cut off to codes instead of rounded",
+    ),
+    Mutant(
+        "csrc/cpu/codes_impl.h",
+        "return code == 65535 ? 0.0f : p * power;",
+        "return p * power;",
+        "tests/kernels/test_linear.py::test_logits_that_are_no_numbers",
+        "an unreachable token has a gradient",
+    ),
+    Mutant(
+        "csrc/cpu/codes_impl.h",
+        "exponential(highest - how.max[r])",
+        "exponential(highest)",
+        "tests/kernels/test_linear.py::test_gradient_from_codes",
+        "exponentials of codes are not shifted by the largest logit",
+    ),
+    Mutant(
+        "csrc/cpu/codes_impl.h",
+        "own *= slope(how.target[r], how.softcap)",
+        "own *= slope(how.max[r], how.softcap)",
+        "tests/kernels/test_linear.py::test_gradient_from_codes",
+        "a label's cap is differentiated at another logit",
+    ),
+    Mutant(
+        "csrc/cpu/rows_impl.h",
+        "                part.move_to(row.max);",
+        "",
+        "tests/kernels/test_linear.py::test_sums_of_logits",
+        "sums of blocks are added under different maxima",
+    ),
+    Mutant(
+        "csrc/cpu/linear.cpp",
+        "            parts.clear();",
+        "",
+        "tests/kernels/test_linear.py::test_sums_of_logits",
+        "blocks begin with the sums of those before them",
+    ),
+    Mutant(
+        "csrc/cpu/linear.cpp",
+        "block.data, kCols, k > 0);",
+        "block.data, kCols, false);",
+        "tests/kernels/test_linear.py::test_sums_of_logits",
+        "a wide logit is that of its last elements",
+    ),
+    Mutant(
+        "dpo_kernels/planning/memory_budget.py",
+        "weight_grad_cols * budget.aliased_logits:",
+        "2 * weight_grad_cols * budget.aliased_logits:",
+        "tests/strategies/test_logits_in_weight_grad.py::test_logits_in_16_bits_need_half_of_the_memory",
+        "logits lie beyond the gradient's memory",
     ),
 ]
 

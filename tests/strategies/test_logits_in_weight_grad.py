@@ -6,7 +6,6 @@ import torch
 import dpo_kernels as dk
 from dpo_kernels.kernels import extension
 from dpo_kernels.kernels.cpp import CppKernels
-from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.planning import memory_budget
 from tests.cases import LAYOUTS, RICH, Case, broken_by, broken_over_forms, broken_rules
 from tests.family import DTYPES, FAMILY, case_of
@@ -41,15 +40,6 @@ def blocks(monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equivalence(blocks, layout, dtype):
     assert not broken_over_forms(dtype, layout, "chunked", "cpp")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_operands_of_bfloat16(blocks, monkeypatch, layout):
-    """As on a CPU that multiplies them: the gradient leaves as bfloat16, scaled, with what rounding took beside it."""
-    monkeypatch.setattr(CppKernels, "rounds_operands", lambda self, like: self.dtype == torch.bfloat16)
-    for name in ("multiply", "grad_hidden", "grad_weight"):
-        monkeypatch.setattr(CppKernels, name, getattr(TorchKernels, name))  # which upcast what they are given
-    assert not broken_over_forms(torch.bfloat16, layout, "chunked", "cpp")
 
 
 @pytest.mark.parametrize("loss", FAMILY)
@@ -138,6 +128,18 @@ def test_who_does_not_borrow(wide_enough, facts, options):
     plan = dk.explain(*problem(**facts), reference_free=True, **options)
     assert not plan.lent
     assert "memory of the head's gradient" not in str(plan)
+
+
+@pytest.mark.parametrize(("rows", "lent"), [(64, True), (128, True), (132, False)])
+def test_logits_in_16_bits_need_half_of_the_memory(monkeypatch, rows, lent):
+    monkeypatch.setattr(memory_budget, "ALIASED_BLOCK_BYTES", 2**18)
+    if not CppKernels.can_code_logits(torch.bfloat16):
+        pytest.skip("this CPU multiplies no bfloat16")
+    hidden, weight, labels = problem(rows=rows, dtype=torch.bfloat16)
+    assert dk.explain(hidden, weight, labels, reference_free=True).lent == lent
+    flops, (largest, _) = costs(lambda: dk.fused_dpo_loss(hidden, weight, labels, reference_free=True).loss)
+    assert flops == 3 * 2 * rows * 64 * LONG
+    assert largest == (weight.numel() * 4 if lent else rows * LONG * 2)
 
 
 def test_the_plan_says_so(wide_enough):

@@ -34,7 +34,10 @@ def test_the_paths_that_run_are_named(monkeypatch):
     monkeypatch.setattr(machine.extension, "why_not", lambda device_type: None)
     monkeypatch.setenv("DPO_KERNELS_ISA", "avx2")
     monkeypatch.delenv("DPO_KERNELS_BF16", raising=False)
-    for product, words in (("brgemm", "by this CPU's instructions"), ("float32", "'float32', no bfloat16 instr")):
+    for product, words in (
+        ("avx512_bf16", "'avx512_bf16', by this CPU's instructions"),
+        ("float32", "'float32', without bfloat16 instructions"),
+    ):
         monkeypatch.setattr(machine, "bfloat16_product", lambda product=product: product)
         said = machine.description()[1]
         assert "C++ rows for avx2" in said
