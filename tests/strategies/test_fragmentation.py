@@ -131,7 +131,7 @@ def test_a_scratch_has_one_of_few_sizes():
 def test_a_tile_fits_its_scratch_which_is_no_larger_than_the_budget_nor_twice_the_tile():
     for vocab in (1000, 50257, 128256):
         for scratch in (0, 2**20, 3 * 2**28 + 17, SCRATCH):
-            budget = memory_budget.Budget.of(scratch, "cuda", 6, 16, aliases=False)
+            budget = memory_budget.Budget.of(scratch, "cuda", 6, 16, aliased=0)
             for rows in (1, 2, 3, 17, 100, 1000, 2441, 10**5):
                 tile = memory_budget.tile_of_examples(budget, rows, vocab, 0)
                 logits, least = budget.scratch_logits(tile, budget.tile_bytes), tile.rows * padded(vocab, 16)
