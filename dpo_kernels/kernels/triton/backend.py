@@ -21,8 +21,8 @@ class TritonKernels(TorchKernels):
     streams_logps = True
     launch_errors = autotune.CANNOT_RUN
 
-    def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
-        super().__init__(dtype, workspace_bytes)
+    def __init__(self, dtype: torch.dtype, workspace_bytes: int, narrow: bool = False) -> None:
+        super().__init__(dtype, workspace_bytes, narrow)
         self._aligned_weight: Tensor | None = None
 
     @staticmethod
