@@ -84,8 +84,8 @@ sanitize: $(VENV)/.test ## build the C++ extension with address and undefined sa
 	nm -D $(COPY)/dpo_kernels/_C*.so | grep -q __asan_report_load4
 	cd $(COPY) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 DPO_KERNELS_BUILD=cpu \
-	    $(CURDIR)/$(PY) -P -m pytest -q -p no:cacheprovider tests/kernels/test_extension.py tests/strategies/test_memory.py \
-	    tests/strategies/test_logits_in_weight_grad.py tests/strategies/test_equivalence.py -k '(extension or memory or logits_in or cpp) and not family'
+	    $(CURDIR)/$(PY) -P -m pytest -q -p no:cacheprovider tests/kernels/test_extension.py tests/kernels/test_linear.py tests/strategies/test_memory.py \
+	    tests/strategies/test_logits_in_weight_grad.py tests/strategies/test_equivalence.py -k '(extension or linear or memory or logits_in or cpp) and not family'
 
 demo: $(VENV)/.demo $(VENV)/.extension ## train a real model on real ratings; ARGS=--help lists its options
 	$(PY) -m demo $(ARGS)
