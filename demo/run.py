@@ -51,7 +51,14 @@ def _check(options: Options) -> None:
         raise ValueError("--device cuda: torch finds no GPU here")
     hidden, head = torch.zeros(2, 1, 2, device="cpu"), torch.zeros(3, 2, device="cpu")
     labels = torch.zeros(2, 1, dtype=torch.int64, device="cpu")
-    fused_dpo_loss(hidden, head, labels, ref_logps=torch.zeros(2, device="cpu"), **options.loss_settings())
+    fused_dpo_loss(
+        hidden,
+        head,
+        labels,
+        ref_logps=torch.zeros(2, device="cpu"),
+        **options.loss_settings(),
+        **options.gradient_settings(1),
+    )
 
 
 class _Demo:
@@ -123,6 +130,7 @@ class _Demo:
             written += plot_history(record.history, record.options.out, record.model or "")
         print(f"\n{table(record)}\n")
         print("Written: " + " ".join(str(path) for path in written))
+        print("python -m dpo_kernels says what can run on this machine, how to have the rest, and how fast it is.")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
