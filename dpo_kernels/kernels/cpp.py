@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowState, SampledRows, SparseGradient
-from dpo_kernels.kernels import torch_kernels
 from dpo_kernels.kernels.extension import ExtensionKernels
 from dpo_kernels.kernels.installed import constant_in_graphs
 from dpo_kernels.kernels.torch_kernels import TorchKernels
@@ -81,6 +80,7 @@ class CppKernels(ExtensionKernels):
         head: Head,
         sampling: Sampling,
         exponentiated: bool = False,
+        expected: float = 1.0,
     ) -> SparseGradient | None:
         """See ``RowKernels``; one pass over the tile."""
         offsets, columns, values = torch.ops.dpo_kernels.sample_rows(
@@ -95,7 +95,7 @@ class CppKernels(ExtensionKernels):
             sampling.tau,
             head.softcap,
             exponentiated,
-            int(torch_kernels.MOST_SAMPLED * tile.numel()),
+            int(self.most_sampled * tile.numel()),
         )
         return SparseGradient(offsets, columns, values, of_rows.scale) if offsets.shape[0] else None
 
