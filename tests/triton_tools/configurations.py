@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from dpo_kernels.kernels import float16_range
-from dpo_kernels.kernels.torch_kernels import SIXTEEN_BIT
 from dpo_kernels.kernels.sampling import BLOCK, UNITS
+from dpo_kernels.kernels.torch_kernels import SIXTEEN_BIT
 from dpo_kernels.kernels.triton import (
     hidden_kernels,
     matmul_kernels,
@@ -186,9 +186,9 @@ def _of_row_kernels() -> Iterator[Configuration]:
         yield _softmax_grad(cols)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield _dlogits(128256, dtype, softcap=False)
+        yield _dlogits(128256, dtype, softcap=False, conditional=True)
     yield _dlogits(50257, torch.bfloat16, softcap=False)
     yield _dlogits(256000, torch.bfloat16, softcap=True)
-        yield _dlogits(128256, dtype, softcap=False, conditional=True)
     yield _float16_scales()
 
 
@@ -336,14 +336,10 @@ def _sample(cols: int, softcap: bool) -> Iterator[Configuration]:
     options, kind = {"num_warps": SAMPLE_WARPS, **SAMPLE_OPTIONS}, f"V={cols}{' softcap' if softcap else ''}"
     counted = {"counts_ptr": torch.int32, "expected_ptr": torch.int64}
     if not softcap:
-        yield Configuration(
-            f"count_sample {kind}", sparse_kernels.count_sample, {**arguments, **counted}, options
-        )
+        yield Configuration(f"count_sample {kind}", sparse_kernels.count_sample, {**arguments, **counted}, options)
     written = {"offsets_ptr": torch.int64, **dict.fromkeys(int32, torch.int32), "values_ptr": torch.float32}
     given = {"others_ptr": torch.float32, "softcap": 30.0, "HAS_SOFTCAP": softcap}
-    yield Configuration(
-        f"write_sample {kind}", sparse_kernels.write_sample, {**arguments, **written, **given}, options
-    )
+    yield Configuration(f"write_sample {kind}", sparse_kernels.write_sample, {**arguments, **written, **given}, options)
 
 
 def _kept_rows(matrix: torch.dtype, by_column: bool, add: bool) -> Configuration:
@@ -362,9 +358,7 @@ def _kept_rows(matrix: torch.dtype, by_column: bool, add: bool) -> Configuration
         "BLOCK": HIDDEN_BLOCK,
     }
     kind = f"{_plain(matrix)}{' by column' if by_column else ''}{' add' if add else ''}"
-    return Configuration(
-        f"add_kept_rows {kind}", sparse_kernels.add_kept_rows, arguments, {"num_warps": HIDDEN_WARPS}
-    )
+    return Configuration(f"add_kept_rows {kind}", sparse_kernels.add_kept_rows, arguments, {"num_warps": HIDDEN_WARPS})
 
 
 def _of_sparse_kernels() -> Iterator[Configuration]:
@@ -473,12 +467,14 @@ def _product(target: str, dtype: torch.dtype, transposed: bool) -> Configuration
         "TRANSPOSED": transposed,
         "HAS_SCALE": not transposed,
         "ADD": transposed,
-        **launch.blocks,
+        "BLOCK_M": launch.block_rows,
+        "BLOCK_N": launch.block_cols,
+        "BLOCK_K": launch.block_width,
         "PRECISION": "ieee",
     }
     return Configuration(
         f"product_if {_plain(dtype)}{' transposed' if transposed else ''} {launch}",
-        matmul_kernels.product_if,
+        sparse_kernels.product_if,
         arguments,
         launch.options,
         dtype != torch.float32,

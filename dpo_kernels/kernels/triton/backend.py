@@ -210,7 +210,7 @@ class TritonKernels(TorchKernels):
         launch_sparse.add_kept_rows(sample, head.weight, start, out_CH, by_column=False, accumulate=accumulate)
         weight_VtH, values = self._weight(head)[start : start + sample.cols], exact.values
         how: dict[str, Any] = {"transposed": False, "accumulate": accumulate}
-        launch_matmul.product_if(sample.too_many, values, weight_VtH, exact.scale, out_CH, **how)
+        launch_sparse.product_if(sample.too_many, values, weight_VtH, exact.scale, out_CH, **how)
         if exact.residual is not None:
             lost = exact.residual if exact.scale is None else exact.residual * exact.scale
             launch_hidden.add_label_rows(out_CH, head.weight, exact.labels, lost, sample.too_many)
@@ -222,7 +222,7 @@ class TritonKernels(TorchKernels):
             launch_sparse.add_kept_rows(sample, x_CH, 0, out_VtH, by_column=True, accumulate=accumulate)
             x_CH = launch_matmul.aligned_rows(self.scaled_rows(exact, x_CH))
             how: dict[str, Any] = {"transposed": True, "accumulate": accumulate, "alpha": 2.0**-exact.x_exponent}
-            launch_matmul.product_if(sample.too_many, exact.values, x_CH, None, out_VtH, **how)
+            launch_sparse.product_if(sample.too_many, exact.values, x_CH, None, out_VtH, **how)
             # torch does not count what a kernel writes, and out_VtH may be the caller's main_grad.
             torch.autograd.graph.increment_version(out_VtH)
 

@@ -125,48 +125,6 @@ def linear_dlogits(
     run(choose_launch("linear_dlogits", x_CH, weight, head, False, run))
 
 
-def product_if(
-    flag: Tensor,
-    a: Tensor,
-    b_KN: Tensor,
-    scale_M: Tensor | None,
-    out_MN: Tensor,
-    *,
-    transposed: bool,
-    accumulate: bool,
-    alpha: float = 1.0,
-) -> None:
-    """Compute ``out (+)= alpha * scale * (a @ b)`` where a flag on the device, 0-d int32, is not 0.
-
-    ``a`` is ``(M, K)``, or with ``transposed`` ``(K, M)``. Rows of ``a`` and ``b`` are contiguous. ``out`` is float32.
-    """
-    (height, width), depth = out_MN.shape, b_KN.shape[0]
-    launch = launch_family("product_if", b_KN, False)[0]
-    grid = (triton.cdiv(width, launch.block_cols), triton.cdiv(height, launch.block_rows))
-    with on_device(out_MN):
-        matmul_kernels.product_if[grid](
-            flag,
-            a,
-            b_KN,
-            out_MN if scale_M is None else scale_M,
-            out_MN,
-            height,
-            width,
-            depth,
-            a.stride(0),
-            b_KN.stride(0),
-            out_MN.stride(0),
-            alpha,
-            TRANSPOSED=transposed,
-            HAS_SCALE=scale_M is not None,
-            ADD=accumulate,
-            **launch.blocks,
-            PRECISION=precision_of(b_KN),
-            **launch.options,
-            **COMPILE_OPTIONS,
-        )
-
-
 def precision_of(operand: Tensor) -> str:
     """How float32 operands enter a product: as they are, or in TF32 where torch's own GEMMs do that.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, SampledRows, SparseGradient
 from dpo_kernels.kernels.sampling import BLOCK, UNITS, most_entries
-from dpo_kernels.kernels.triton import sparse_kernels
+from dpo_kernels.kernels.triton import launch_matmul, sparse_kernels
 from dpo_kernels.kernels.triton.configs import (
     COMPILE_OPTIONS,
     ENTRIES,
@@ -114,5 +114,49 @@ def add_kept_rows(
             ENTRIES=ENTRIES,
             BLOCK=HIDDEN_BLOCK,
             num_warps=HIDDEN_WARPS,
+            **COMPILE_OPTIONS,
+        )
+
+
+def product_if(
+    flag: Tensor,
+    a: Tensor,
+    b_KN: Tensor,
+    scale_M: Tensor | None,
+    out_MN: Tensor,
+    *,
+    transposed: bool,
+    accumulate: bool,
+    alpha: float = 1.0,
+) -> None:
+    """Compute ``out (+)= alpha * scale * (a @ b)`` where a flag on the device, 0-d int32, is not 0.
+
+    ``a`` is ``(M, K)``, or with ``transposed`` ``(K, M)``. Rows of ``a`` and ``b`` are contiguous. ``out`` is float32.
+    """
+    (height, width), depth = out_MN.shape, b_KN.shape[0]
+    launch = launch_matmul.launch_family("product_if", b_KN, False)[0]
+    grid = (triton.cdiv(width, launch.block_cols), triton.cdiv(height, launch.block_rows))
+    with on_device(out_MN):
+        sparse_kernels.product_if[grid](
+            flag,
+            a,
+            b_KN,
+            out_MN if scale_M is None else scale_M,
+            out_MN,
+            height,
+            width,
+            depth,
+            a.stride(0),
+            b_KN.stride(0),
+            out_MN.stride(0),
+            alpha,
+            TRANSPOSED=transposed,
+            HAS_SCALE=scale_M is not None,
+            ADD=accumulate,
+            BLOCK_M=launch.block_rows,
+            BLOCK_N=launch.block_cols,
+            BLOCK_K=launch.block_width,
+            PRECISION=launch_matmul.precision_of(b_KN),
+            **launch.options,
             **COMPILE_OPTIONS,
         )

@@ -1,9 +1,8 @@
-"""Matmul kernels: the log-sum-exp of ``X W^T``, a tile of its gradient, and products that the device may leave out.
+"""Matmul kernels that keep logits in registers: the log-sum-exp of ``X W^T``, and a tile of its gradient.
 
 ``linear_logps`` folds each tile of logits into a running maximum and sum of exponentials. A program does a block of
 rows over one split of the vocabulary, and the launch merges the splits. ``linear_dlogits`` forms the logits of a tile
-again and writes ``sumexp * (softmax - onehot)`` in the dtype of the GEMMs that follow. Both keep logits in registers.
-``product_if`` multiplies a tile of the gradient where a flag on the device is set. Strides are in elements.
+again and writes ``sumexp * (softmax - onehot)`` in the dtype of the GEMMs that follow. Strides are in elements.
 
 Triton recompiles when an argument's alignment or divisibility changes. Row counts and slices by rows change with every
 batch, so they are excluded from specialisation.
@@ -221,60 +220,3 @@ def linear_dlogits(
         first = start + first_col
         here = (labels >= first) & (labels < tl.minimum(first + BLOCK_V, start + tile_cols))
         tl.store(residual_ptr + rows, lost, mask=row_inside & here)
-
-
-@triton.jit(do_not_specialize=["height", "depth"], do_not_specialize_on_alignment=["scale_ptr"])
-def product_if(
-    flag_ptr,  # () int32
-    a_ptr,  # (M, K), or with TRANSPOSED (K, M)
-    b_ptr,  # (K, N)
-    scale_ptr,  # (M,) float32
-    out_ptr,  # (M, N) float32, written or added to
-    height,  # M
-    width,  # N
-    depth,  # K
-    a_stride,
-    b_stride,
-    out_stride,
-    alpha,
-    TRANSPOSED: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    ADD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Compute ``out (+)= alpha * scale * (a @ b)`` where the flag is not 0; grid (ceil(N / V'), ceil(M / N')).
-
-    BLOCK_N rows and BLOCK_V columns of the result, N' and V', are summed in steps of BLOCK_H. It has no form with TMA.
-    """
-    tl.static_assert(not TMA, "this kernel reads by pointers")
-    if tl.load(flag_ptr) == 0:
-        return
-    rows = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    row_inside = rows < height
-    col_inside = cols < width
-    total = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for first in range(0, depth, BLOCK_H):
-        at = first + tl.arange(0, BLOCK_H).to(tl.int64)
-        inside = at < depth
-        if TRANSPOSED:
-            a_at = a_ptr + at[:, None] * a_stride + rows[None, :]
-            a = tl.load(a_at, mask=inside[:, None] & row_inside[None, :], other=0.0).T
-        else:
-            a_at = a_ptr + rows[:, None] * a_stride + at[None, :]
-            a = tl.load(a_at, mask=row_inside[:, None] & inside[None, :], other=0.0)
-        b_at = b_ptr + at[:, None] * b_stride + cols[None, :]
-        b = tl.load(b_at, mask=inside[:, None] & col_inside[None, :], other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-    total *= alpha
-    if HAS_SCALE:
-        total *= tl.load(scale_ptr + rows, mask=row_inside, other=0.0)[:, None]
-    places = out_ptr + rows[:, None] * out_stride + cols[None, :]
-    written = row_inside[:, None] & col_inside[None, :]
-    if ADD:
-        total += tl.load(places, mask=written, other=0.0)
-    tl.store(places, total, mask=written)

@@ -1,8 +1,9 @@
-"""Kernels of sparse gradients: a sample of a tile's gradient, and its products as sums of a few rows.
+"""Kernels of sparse gradients: a sample of a tile's gradient, and its products.
 
 ``kernels/sampling.py`` explains the sample. A program owns a row of the tile, or a stretch of a row of a product. Every
 kernel after ``place_rows`` reads one flag on the device: whether the sample is given up for the exact gradient. So the
-host need not know, and does not wait. Strides are in elements, and offsets that multiply a row are 64-bit.
+host need not know, and does not wait. Products of a sample are sums of a few rows. Strides are in elements, and offsets
+that multiply a row are 64-bit.
 """
 
 import triton
@@ -228,3 +229,58 @@ def add_kept_rows(
             return
         total += tl.load(out, mask=inside, other=0.0)
     tl.store(out, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["height", "depth"], do_not_specialize_on_alignment=["scale_ptr"])
+def product_if(
+    flag_ptr,  # () int32
+    a_ptr,  # (M, K), or with TRANSPOSED (K, M)
+    b_ptr,  # (K, N)
+    scale_ptr,  # (M,) float32
+    out_ptr,  # (M, N) float32, written or added to
+    height,  # M
+    width,  # N
+    depth,  # K
+    a_stride,
+    b_stride,
+    out_stride,
+    alpha,
+    TRANSPOSED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute ``out (+)= alpha * scale * (a @ b)`` where the flag is not 0.
+
+    The grid is (ceil(N / BLOCK_N), ceil(M / BLOCK_M)), so that programs which run at once share rows of ``a``.
+    """
+    if tl.load(flag_ptr) == 0:
+        return
+    rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside = rows < height
+    col_inside = cols < width
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, depth, BLOCK_K):
+        at = first + tl.arange(0, BLOCK_K).to(tl.int64)
+        inside = at < depth
+        if TRANSPOSED:
+            a_at = a_ptr + at[:, None] * a_stride + rows[None, :]
+            a = tl.load(a_at, mask=inside[:, None] & row_inside[None, :], other=0.0).T
+        else:
+            a_at = a_ptr + rows[:, None] * a_stride + at[None, :]
+            a = tl.load(a_at, mask=row_inside[:, None] & inside[None, :], other=0.0)
+        b_at = b_ptr + at[:, None] * b_stride + cols[None, :]
+        b = tl.load(b_at, mask=inside[:, None] & col_inside[None, :], other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    total *= alpha
+    if HAS_SCALE:
+        total *= tl.load(scale_ptr + rows, mask=row_inside, other=0.0)[:, None]
+    places = out_ptr + rows[:, None] * out_stride + cols[None, :]
+    written = row_inside[:, None] & col_inside[None, :]
+    if ADD:
+        total += tl.load(places, mask=written, other=0.0)
+    tl.store(places, total, mask=written)
