@@ -280,6 +280,11 @@ class RowKernels(ABC):
 
     # --- optional: a sample of the logits' gradient ---
 
+    @staticmethod
+    def sample_bytes(dtype: torch.dtype, rows: int, cols: int, tau: float) -> int:
+        """Return the most bytes that the sample of a tile ``(rows, cols)`` and its products take beside the tile."""
+        return 0
+
     def sample_dlogits(
         self,
         tile: Tensor,

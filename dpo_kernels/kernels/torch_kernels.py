@@ -21,7 +21,7 @@ from dpo_kernels.kernel_interface import (
     rescale,
 )
 from dpo_kernels.kernels import float16_range
-from dpo_kernels.kernels.sampling import sample
+from dpo_kernels.kernels.sampling import most_entries, sample
 from dpo_kernels.shapes import Head, Sampling, accumulation_dtype, spans
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -33,6 +33,8 @@ BLOCK_TEMPORARIES = 2
 # A sample with more entries than this part of the tile is given up for the products of the whole tile. The number is a
 # choice: an entry costs several times its part of a product.
 MOST_SAMPLED = 1 / 16
+# Numbers of 8 bytes, and values, that an entry of a sample has at most while the head's gradient is formed from it.
+ENTRY_INDICES, ENTRY_VALUES = 8, 4
 SAMPLING_BYTES = 64  # of temporaries for each logit while a sample is drawn
 
 
@@ -257,10 +259,16 @@ class TorchKernels(RowKernels):
             residual_C = d.residual if scale_C is None else d.residual * scale_C
             out_Vt.index_put_((column,), residual_C.to(out_Vt.dtype), accumulate=True)
 
-    @property
-    def most_sampled(self) -> float:
-        """The part of a tile's entries above which its sample is given up."""
+    @staticmethod
+    def most_sampled(dtype: torch.dtype) -> float:
+        """Return the part of a tile's entries above which its sample is given up, for a dtype of the operands."""
         return MOST_SAMPLED
+
+    @staticmethod
+    def sample_bytes(dtype: torch.dtype, rows: int, cols: int, tau: float) -> int:
+        """See ``RowKernels``. Sorting by column takes most of them."""
+        _, entries = most_entries(rows, cols, TorchKernels.most_sampled(dtype), tau)
+        return entries * (ENTRY_INDICES * 8 + ENTRY_VALUES * accumulation_dtype(dtype).itemsize)
 
     def sample_dlogits(
         self,
@@ -274,7 +282,7 @@ class TorchKernels(RowKernels):
     ) -> SparseGradient | None:
         """See ``RowKernels``. On a GPU each block of rows costs a sync."""
         rows, cols = tile.shape
-        most, kept = int(self.most_sampled * rows * cols), 0
+        most, kept = int(self.most_sampled(self.dtype) * rows * cols), 0
         counts: list[Tensor] = []
         columns: list[Tensor] = []
         values: list[Tensor] = []

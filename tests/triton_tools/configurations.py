@@ -453,15 +453,13 @@ def _logits_gradient(
 def _product(target: str, dtype: torch.dtype, transposed: bool) -> Configuration:
     """A product for dX, or for dW. The vocabulary is a multiple of 16, without which loads of a tile are narrow."""
     launch, rows, width, vocab = family_of("product_if", target, dtype)[0], 2048, 4096, 128256
-    height, depth = (vocab, rows) if transposed else (rows, vocab)
     arguments: dict[str, Any] = {
         "flag_ptr": torch.int32,
-        **dict.fromkeys(("a_ptr", "b_ptr"), dtype),
+        **dict.fromkeys(("d_ptr", "b_ptr"), dtype),
         **dict.fromkeys(("scale_ptr", "out_ptr"), torch.float32),
-        "height": height,
+        "total_rows": rows,
+        **dict.fromkeys(("tile_cols", "d_stride"), vocab),
         "width": width,
-        "depth": depth,
-        "a_stride": vocab,
         **dict.fromkeys(("b_stride", "out_stride"), width),
         "alpha": 1.0,
         "TRANSPOSED": transposed,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowScale, RowState, SampledRows, SparseGradient
+from dpo_kernels.kernels.sampling import most_entries
 from dpo_kernels.kernels.torch_kernels import SIXTEEN_BIT, TorchKernels
 from dpo_kernels.kernels.triton import autotune, launch_hidden, launch_matmul, launch_rows, launch_sparse
-from dpo_kernels.kernels.triton.launch_sparse import DeviceSample
+from dpo_kernels.kernels.triton.launch_sparse import ENTRY_BYTES, DeviceSample
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head, Sampling
 
@@ -181,10 +182,16 @@ class TritonKernels(TorchKernels):
         launch_matmul.linear_dlogits(*operands, out, labels_C, max_C, others_C, applied, residual)
         return LogitsGradient(out, left, labels_C, residual, self.x_exponent(expected))
 
-    @property
-    def most_sampled(self) -> float:
-        """See ``TorchKernels``."""
-        return super().most_sampled / (MATRIX_INSTRUCTIONS if self.dtype in SIXTEEN_BIT else 1)
+    @staticmethod
+    def most_sampled(dtype: torch.dtype) -> float:
+        """See ``TorchKernels``; matrix instructions multiply whole tiles faster."""
+        return TorchKernels.most_sampled(dtype) / (MATRIX_INSTRUCTIONS if dtype in SIXTEEN_BIT else 1)
+
+    @staticmethod
+    def sample_bytes(dtype: torch.dtype, rows: int, cols: int, tau: float) -> int:
+        """See ``RowKernels``; the memory for entries has a fixed size, and is sorted whole."""
+        _, entries = most_entries(rows, cols, TritonKernels.most_sampled(dtype), tau)
+        return entries * ENTRY_BYTES + (cols + 1) * 16
 
     def sample_dlogits(
         self,
@@ -198,7 +205,7 @@ class TritonKernels(TorchKernels):
     ) -> DeviceSample:
         """See ``RowKernels``; the device decides whether the sample is taken, so the exact gradient comes with it."""
         assert not exponentiated, "this backend keeps the logits"
-        d = launch_sparse.sample_rows(tile, start, of_rows, head.softcap, sampling, self.most_sampled)
+        d = launch_sparse.sample_rows(tile, start, of_rows, head.softcap, sampling, self.most_sampled(self.dtype))
         of_rows_exactly = (of_rows.labels, start, of_rows.max, of_rows.others, head, of_rows.scale)
         return replace(d, exact=self._dlogits_if(d.too_many, tile, *of_rows_exactly, expected))
 

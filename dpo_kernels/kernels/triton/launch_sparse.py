@@ -24,6 +24,9 @@ from dpo_kernels.kernels.triton.configs import (
 from dpo_kernels.kernels.triton.launch_rows import on_device, with_padding
 from dpo_kernels.shapes import Sampling
 
+# Bytes of an entry: row, column and value, then the sorted column, its place, and as much again while it is sorted.
+ENTRY_BYTES = 3 * 4 + 2 * (4 + 8)
+
 
 @dataclass(frozen=True)
 class DeviceSample(SparseGradient):
@@ -120,43 +123,51 @@ def add_kept_rows(
 
 def product_if(
     flag: Tensor,
-    a: Tensor,
-    b_KN: Tensor,
-    scale_M: Tensor | None,
-    out_MN: Tensor,
+    values: Tensor,
+    b: Tensor,
+    scale_C: Tensor | None,
+    out: Tensor,
     *,
     transposed: bool,
     accumulate: bool,
     alpha: float = 1.0,
 ) -> None:
-    """Compute ``out (+)= alpha * scale * (a @ b)`` where a flag on the device, 0-d int32, is not 0.
+    """Multiply a tile of the gradient where a flag on the device, 0-d int32, is not 0.
 
-    ``a`` is ``(M, K)``, or with ``transposed`` ``(K, M)``. Rows of ``a`` and ``b`` are contiguous. ``out`` is float32.
+    Args:
+        flag: says whether anything is written.
+        values: ``(C, Vt)`` tile of the gradient.
+        b: ``(Vt, H)``, or with ``transposed`` ``(C, H)``. It has the dtype of the values, and contiguous rows.
+        scale_C: ``(C,)`` factor of each row of the result, or None for 1. It does not go with ``transposed``.
+        out: ``(C, H)`` float32 ``scale * (values @ b)``, or with ``transposed`` ``(Vt, H)`` ``alpha * (values^T @ b)``.
+        transposed: which of the two it is.
+        accumulate: whether the product is added to what ``out`` holds.
+        alpha: factor of the second one.
+
     """
-    (height, width), depth = out_MN.shape, b_KN.shape[0]
-    launch = launch_matmul.launch_family("product_if", b_KN, False)[0]
-    grid = (triton.cdiv(width, launch.block_cols), triton.cdiv(height, launch.block_rows))
-    with on_device(out_MN):
+    assert scale_C is None or not transposed, "rows of the result are columns of the tile"
+    launch = launch_matmul.launch_family("product_if", b, False)[0]
+    grid = (triton.cdiv(out.shape[1], launch.block_cols), triton.cdiv(out.shape[0], launch.block_rows))
+    with on_device(out):
         sparse_kernels.product_if[grid](
             flag,
-            a,
-            b_KN,
-            out_MN if scale_M is None else scale_M,
-            out_MN,
-            height,
-            width,
-            depth,
-            a.stride(0),
-            b_KN.stride(0),
-            out_MN.stride(0),
+            values,
+            b,
+            out if scale_C is None else scale_C,
+            out,
+            *values.shape,
+            out.shape[1],
+            values.stride(0),
+            b.stride(0),
+            out.stride(0),
             alpha,
             TRANSPOSED=transposed,
-            HAS_SCALE=scale_M is not None,
+            HAS_SCALE=scale_C is not None,
             ADD=accumulate,
             BLOCK_M=launch.block_rows,
             BLOCK_N=launch.block_cols,
             BLOCK_K=launch.block_width,
-            PRECISION=launch_matmul.precision_of(b_KN),
+            PRECISION=launch_matmul.precision_of(b),
             **launch.options,
             **COMPILE_OPTIONS,
         )

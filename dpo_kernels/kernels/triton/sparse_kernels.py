@@ -231,17 +231,17 @@ def add_kept_rows(
     tl.store(out, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["height", "depth"], do_not_specialize_on_alignment=["scale_ptr"])
+@triton.jit(do_not_specialize=["total_rows"], do_not_specialize_on_alignment=["scale_ptr"])
 def product_if(
     flag_ptr,  # () int32
-    a_ptr,  # (M, K), or with TRANSPOSED (K, M)
-    b_ptr,  # (K, N)
-    scale_ptr,  # (M,) float32
-    out_ptr,  # (M, N) float32, written or added to
-    height,  # M
-    width,  # N
-    depth,  # K
-    a_stride,
+    d_ptr,  # (C, Vt), a tile of the gradient
+    b_ptr,  # (Vt, H), or with TRANSPOSED (C, H)
+    scale_ptr,  # (C,) float32
+    out_ptr,  # (C, H) float32, or with TRANSPOSED (Vt, H); written or added to
+    total_rows,
+    tile_cols,
+    width,
+    d_stride,
     b_stride,
     out_stride,
     alpha,
@@ -253,12 +253,19 @@ def product_if(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute ``out (+)= alpha * scale * (a @ b)`` where the flag is not 0.
+    """Compute ``out (+)= scale * (d @ b)``, or with TRANSPOSED ``out (+)= alpha * (d^T @ b)``, where the flag is not 0.
 
-    The grid is (ceil(N / BLOCK_N), ceil(M / BLOCK_M)), so that programs which run at once share rows of ``a``.
+    The grid is (ceil(H / BLOCK_N), ceil(M / BLOCK_M)) for M rows of ``out``. Programs that run at once share parts of
+    ``d``. Its columns should be a multiple of 16, without which loads are narrow.
     """
     if tl.load(flag_ptr) == 0:
         return
+    if TRANSPOSED:
+        height = tile_cols
+        depth = total_rows
+    else:
+        height = total_rows
+        depth = tile_cols
     rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = rows < height
@@ -268,15 +275,15 @@ def product_if(
         at = first + tl.arange(0, BLOCK_K).to(tl.int64)
         inside = at < depth
         if TRANSPOSED:
-            a_at = a_ptr + at[:, None] * a_stride + rows[None, :]
-            a = tl.load(a_at, mask=inside[:, None] & row_inside[None, :], other=0.0).T
+            d_at = d_ptr + at[None, :] * d_stride + rows[:, None]
         else:
-            a_at = a_ptr + rows[:, None] * a_stride + at[None, :]
-            a = tl.load(a_at, mask=row_inside[:, None] & inside[None, :], other=0.0)
+            d_at = d_ptr + rows[:, None] * d_stride + at[None, :]
+        d = tl.load(d_at, mask=row_inside[:, None] & inside[None, :], other=0.0)
         b_at = b_ptr + at[:, None] * b_stride + cols[None, :]
         b = tl.load(b_at, mask=inside[:, None] & col_inside[None, :], other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-    total *= alpha
+        total = tl.dot(d, b, total, input_precision=PRECISION)
+    if TRANSPOSED:
+        total *= alpha
     if HAS_SCALE:
         total *= tl.load(scale_ptr + rows, mask=row_inside, other=0.0)[:, None]
     places = out_ptr + rows[:, None] * out_stride + cols[None, :]
