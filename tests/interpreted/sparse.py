@@ -5,6 +5,7 @@ float64 on the dense form of the sample.
 """
 
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 import triton
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dpo_kernels.kernel_interface import SampledRows
 from dpo_kernels.kernels import sampling, torch_kernels
+from dpo_kernels.kernels.triton import launch_sparse
 from dpo_kernels.kernels.triton.backend import TritonKernels
 from dpo_kernels.kernels.triton.launch_sparse import DeviceSample
 from dpo_kernels.shapes import Head, Sampling, padded
@@ -31,6 +33,15 @@ def exponentials(z_ptr, max_ptr, out_ptr, cols, stride, BLOCK: tl.constexpr):
         at = left + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + row * stride + at, mask=at < cols, other=0.0)
         tl.store(out_ptr + row * cols + at, tl.exp(z - tl.load(max_ptr + row)), mask=at < cols)
+
+
+@triton.jit
+def lengths_of(z_ptr, length_ptr, cols, column, highest, threshold, per_unit, BLOCK: tl.constexpr):
+    """Write the lengths of a row's entries; grid (1,). The module that is launched may be a mutated one."""
+    at = tl.arange(0, BLOCK)
+    z = tl.load(z_ptr + at, mask=at < cols, other=0.0)
+    _, _, length = launch_sparse.sparse_kernels._lengths(z, at, cols, column, highest, threshold, per_unit)
+    tl.store(length_ptr + at, length)
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,39 @@ def differences_of_the_sample(given: Problem) -> list[str]:
     if relative_l2(d.values[:used], values[kept]) > 1e-5:
         found.append("values")
     return found
+
+
+def differences_of_the_lengths() -> list[str]:
+    """Return what differs of lengths from a hundredth of a unit to all of them. Whole numbers leave no tolerance."""
+    z, threshold = torch.linspace(-20, 0.1, 250), 0.5
+    found, e, per_unit = torch.empty(256, dtype=torch.int32), torch.empty(1, 250), sampling.UNITS / threshold
+    exponentials[(1,)](z[None], torch.zeros(1), e, 250, 250, BLOCK=256)
+    lengths_of[(1,)](z, found, 250, 100, 0.0, threshold, per_unit, BLOCK=256)
+    true = torch.where(e[0] <= threshold, (e[0] * per_unit + 0.5).floor().clamp(min=1), 0.0)
+    true[100] = 0.0  # the label
+    return [] if torch.equal(found[:250], true.int()) and not found[250:].any() else ["lengths"]
+
+
+def differences_of_the_limit(given: Problem) -> list[str]:
+    """Return at which limits the device does not decide as the expected number of entries says."""
+    expected, found = int(wanted(given)[2].sum()), []
+    for limit in (expected, expected - 1):
+        with patch.object(launch_sparse, "most_entries", lambda *_, limit=limit: (limit, 10_000)):
+            if bool(taken(given)[1].too_many) is not (limit < expected):
+                found.append(f"a limit of {limit} with {expected} expected")
+    return found
+
+
+def differences_of_the_places() -> list[str]:
+    """Return what differs of the places of rows, of which there are more than are placed at once."""
+    rows = launch_sparse.PACK_BLOCK + 6
+    offsets, too_many = torch.empty(rows + 1, dtype=torch.int64), torch.empty((), dtype=torch.int32)
+    one = torch.ones(rows, dtype=torch.int32)
+    launch_sparse.sparse_kernels.place_rows[(1,)](
+        one, one.long(), offsets, too_many, rows, rows, BLOCK=launch_sparse.PACK_BLOCK
+    )
+    found = [] if torch.equal(offsets, torch.arange(rows + 1)) else ["places"]
+    return [*found, "the limit"] if bool(too_many) else found
 
 
 def differences_of_the_products(given: Problem, dtype: torch.dtype, accumulate: bool) -> list[str]:

@@ -6,17 +6,19 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import dpo_kernels as dk
 from dpo_kernels.kernels import sampling
-from dpo_kernels.kernels.triton import launch_sparse, sparse_kernels
+from dpo_kernels.kernels.triton import sparse_kernels
 from tests.interpreted.sparse import (
     KINDS,
     ROWS,
     WIDTH,
     differences_of_the_exact,
+    differences_of_the_lengths,
+    differences_of_the_limit,
+    differences_of_the_places,
     differences_of_the_products,
     differences_of_the_sample,
     problem,
     taken,
-    wanted,
 )
 from tests.tolerance import relative_l2
 from tests.triton_tools.interpreter import check_orders, sanitize
@@ -70,13 +72,15 @@ def test_too_many_entries_go_dense(monkeypatch, sanitized, dtype, accumulate, so
 
 
 @pytest.mark.usefixtures("sanitized")
-def test_the_limit_is_the_most_that_is_taken(monkeypatch):
-    """The expectation decides. It is what sampling.sample expects, summed over the rows of a tile."""
-    given = problem()
-    expected = int(wanted(given)[2].sum())
-    for limit, given_up in ((expected, False), (expected - 1, True)):
-        monkeypatch.setattr(launch_sparse, "most_entries", lambda *_, limit=limit: (limit, 10_000))
-        assert bool(taken(given)[1].too_many) is given_up
+def test_lengths_are_rounded_and_none_is_0():
+    assert not differences_of_the_lengths()
+
+
+@pytest.mark.usefixtures("sanitized")
+def test_the_expectation_decides_on_the_device():
+    """The expectation is what sampling.sample says, summed over the rows of a tile. Rows are placed in blocks."""
+    assert not differences_of_the_limit(problem())
+    assert not differences_of_the_places()
 
 
 @pytest.mark.parametrize("tau", [2.0**-4, 2.0**-9, 1e-320])
