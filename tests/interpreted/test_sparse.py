@@ -5,7 +5,6 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 import dpo_kernels as dk
-from dpo_kernels.kernels import sampling
 from dpo_kernels.kernels.triton import sparse_kernels
 from tests.interpreted.sparse import (
     KINDS,
@@ -81,23 +80,6 @@ def test_the_expectation_decides_on_the_device():
     """The expectation is what sampling.sample says, summed over the rows of a tile. Rows are placed in blocks."""
     assert not differences_of_the_limit(problem())
     assert not differences_of_the_places()
-
-
-@pytest.mark.parametrize("tau", [2.0**-4, 2.0**-9, 1e-320])
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_sample_exceeds_its_memory(kind, tau):
-    """A hundred seeds of the reference, beside the memory for entries that are known beforehand."""
-    given = problem(kind, tau=tau)
-    rows, cols = given.tile.shape
-    limit, capacity = sampling.most_entries(rows, cols, 1.0, tau)
-    label = (given.rows.labels - given.start)[:, None] == torch.arange(cols)
-    e = (given.tile - given.rows.max[:, None]).exp()
-    for seed in range(100):
-        how = dk.shapes.Sampling(tau, seed)
-        kept, _, expected = sampling.sample(e, label, given.rows.sumexp, given.rows.tokens, given.start, how)
-        assert int(expected.sum()) <= limit
-        assert int(kept.sum()) <= capacity <= rows * cols
-    assert sampling.most_entries(4, 1024, 1 / 16, 2.0**-20)[0] == 4 * 1024 // 16
 
 
 @pytest.mark.usefixtures("sanitized")

@@ -87,7 +87,7 @@ SAMPLED = (
         "dpo_kernels/kernels/sampling.py",
         "return limit, min(limit + rows * -(-cols // BLOCK), rows * cols)",
         "return limit, min(limit, rows * cols)",
-        "tests/planning/test_free_memory.py::test_the_estimate_counts_the_entries_of_a_sample[chunked]",
+        f"{_TEST}test_no_sample_exceeds_the_memory_that_is_known_beforehand[uniform-0.25]",
         "a block keeps no entry more than is expected of it",
     ),
     Mutant(
