@@ -114,6 +114,18 @@ def test_no_sample_exceeds_the_memory_that_is_known_beforehand(kind, tau):
     assert sampling.most_entries(4, 1024, 1 / 16, 2.0**-20)[0] == 4 * 1024 // 16
 
 
+@BY_BACKEND
+def test_the_memory_of_entries_is_within_what_the_plan_counts(backend):
+    """Logits that are all equal keep about as many entries as there may be."""
+    kernels = {"torch": TorchKernels, "cpp": CppKernels}[backend](torch.float32, 2**20)
+    zero, one = torch.zeros(8), torch.ones(8)
+    of_rows = SampledRows.of(torch.arange(8), zero, VOCAB * one - 1, VOCAB * one, one, torch.arange(8))
+    d = kernels.sample_dlogits(torch.zeros(8, VOCAB), 0, of_rows, Head(torch.zeros(VOCAB, 1)), Sampling(TAU, 0))
+    counted = kernels.sample_bytes(torch.float32, 8, VOCAB, TAU)
+    assert 3 * (d.columns.nbytes + d.values.nbytes) <= counted <= 12 * (d.columns.nbytes + d.values.nbytes)
+    assert kernels.sample_bytes(torch.float32, 8, VOCAB, 1.0) < counted / 4
+
+
 def test_small_entries_add_up_to_their_mass():
     """Systematic sampling hardly varies in the number that it keeps, so that a hundredth would show."""
     e = exponentials("gaussian", rows=1)
