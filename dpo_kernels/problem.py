@@ -133,8 +133,8 @@ class Problem:
             static=self.static,
             tracing=tracing,
             fills_main_grad=self.main_grad is not None,
-            samples=self.sampling is not None,
             sparse_weight_grad=self.sampling is not None and self.sampling.sparse_weight_grad,
+            tau=None if self.sampling is None else self.sampling.tau,
             shard_ranks=0 if self.shard is None else self.shard.ranks,
             context_ranks=0 if self.context is None else self.context.ranks,
             most_counts=None if self.context is None else self.context.most,
@@ -178,8 +178,8 @@ class Workload:
     static: bool = False  # the host never learns the counts
     tracing: bool = False  # the call is inside torch.compile or torch.export
     fills_main_grad: bool = False  # the head's gradient is added to the caller's buffer
-    samples: bool = False  # gradients are those of a sample of the logits' gradient
     sparse_weight_grad: bool = False  # that of the head's weight is a sparse tensor of the rows it reaches
+    tau: float | None = None  # threshold of the sample that gradients are made of; None means exact ones
     shard_ranks: int = (
         0  # ranks that the vocabulary is split over, 0 for a whole one; ``vocab`` is then the largest shard
     )
@@ -197,6 +197,11 @@ class Workload:
     def narrow(self) -> bool:
         """Whether tiles may hold logits in 16 bits. Samples, and the maxima of other shards, need the logits."""
         return not self.samples and not self.shard_ranks
+
+    @property
+    def samples(self) -> bool:
+        """Whether gradients are those of a sample of the logits' gradient."""
+        return self.tau is not None
 
     @property
     def shared_counts(self) -> Sequence[int] | None:
