@@ -256,28 +256,38 @@ def patched_kto(engine: str, folder: Path) -> dict[str, Any]:
             return kto(engine, folder) | {"calls": calls}
 
 
-def freed_head() -> dict[str, Any]:
+def freed_head() -> dict[str, dict[str, Any]]:
     """Gradients through a head of ZeRO-3 that is gathered around TRL's function alone, and those of the whole head.
 
     In a model DeepSpeed notices that the head is read, and gathers it for the backward of the whole model.
     """
     on_cpu("ZeRO-3")
-    generator = torch.Generator().manual_seed(2)
-    layer = torch.nn.Linear(6, 13, bias=False).requires_grad_(False)
-    with torch.no_grad():
-        layer.weight.normal_(generator=generator)
     kept = HfDeepSpeedConfig(
         {"zero_optimization": {"stage": 3}, "train_batch_size": 2}
     )  # TRL asks whether there is one
+    result = {
+        name: through_freed(trained=name == "trained", with_entropy=name == "entropy")
+        for name in ("trained", "frozen", "entropy")
+    }
+    del kept
+    return result
+
+
+def through_freed(trained: bool, with_entropy: bool) -> dict[str, Any]:
+    """What is left of each head when the backward begins, and the gradients of hidden states and of a trained head."""
+    generator = torch.Generator().manual_seed(2)
+    layer = torch.nn.Linear(6, 13, bias=False).requires_grad_(trained)
+    with torch.no_grad():
+        layer.weight.normal_(generator=generator)
     weight, targets = layer.weight.detach().clone(), torch.randint(0, 13, (5,), generator=generator)
     shard_before(layer)
     result = {}
-    for name, head in (("whole", weight), ("freed", layer.weight)):
+    for name, head in (("whole", weight.requires_grad_(trained)), ("freed", layer.weight)):
         hidden = torch.randn(5, 6, generator=torch.Generator().manual_seed(3)).requires_grad_()
         with maybe_gather_lm_head_ctx(*([head] if name == "freed" else [])):
-            logps, *_ = trl_token_logps(hidden, head, None, targets, 1.0, 256)
-        result[name] = (head.numel(), torch.autograd.grad(logps.square().sum(), hidden)[0])
-    del kept
+            logps, entropy, *_ = trl_token_logps(hidden, head, None, targets, 1.0, 256)
+        total = logps.square().sum() + (entropy.sum() if with_entropy else 0.0)
+        result[name] = (head.numel(), torch.autograd.grad(total, [hidden, head][: 1 + trained]))
     return result
 
 
