@@ -1,4 +1,4 @@
-"""``FusedDPOTrainer`` and ``patch_trl`` on two processes, under FSDP and DeepSpeed as accelerate sets them up."""
+"""``FusedDPOTrainer``, ``FusedKTOTrainer`` and ``patch_trl`` on two processes, under FSDP and DeepSpeed as accelerate sets them up."""
 
 import functools
 import importlib.util
@@ -130,6 +130,15 @@ def test_log_probs_of_16_bits_are_not_rounded_to_them(started):
 def test_kto_logs_the_same_with_the_patch(engine, started):
     stock, ours = started(engine)[0]["kto"]
     assert ours["calls"].count("gathered_token_logps" if engine == "ZeRO-3" else "token_logps") >= 3
+    assert_logs_agree(stock["log"], ours["log"])
+    assert_parameters_agree(stock["parameters"], ours["parameters"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_fused_kto_trainer_logs_what_trl_logs(engine, started):
+    stock, ours = started(engine)[0]["kto"][0], started(engine)[0]["fused kto"]
+    assert ours["reason"] == ""
+    assert any(entry.get("kl", 0) > 0 for entry in ours["log"])
     assert_logs_agree(stock["log"], ours["log"])
     assert_parameters_agree(stock["parameters"], ours["parameters"])
 

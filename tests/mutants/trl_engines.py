@@ -4,6 +4,7 @@ from tests.mutants.records import Mutant
 
 _ENGINES = "tests/integrations/test_trl_engines.py"
 _PATCH = "tests/integrations/test_trl_patch.py"
+_KTO = "tests/integrations/test_trl_kto.py"
 _ONE_PASS = "tests/integrations/test_trl_one_pass.py"
 
 TRL_ENGINES = [
@@ -121,9 +122,51 @@ TRL_ENGINES = [
     ),
     Mutant(
         "dpo_kernels/integrations/trl/one_pass.py",
-        "            self._check_formula(loss.detach(), of_trl)\n",
-        "            pass\n",
+        "        self._check_formula(loss.detach(), of_trl)\n",
+        "",
         f"{_ONE_PASS}::test_a_trl_that_adds_up_its_loss_otherwise_is_refused",
         "another formula of a later TRL goes unnoticed",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        "            kl=kl.to(hidden.device),\n",
+        "",
+        f"{_KTO}::test_logs_are_those_of_trl[llama]",
+        "KTO's loss leaves its estimate of the KL divergence out",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        "self.accelerator.gather_for_metrics((kl_logps - reference_kl.to(kl_logps)).mean()).mean()",
+        "(kl_logps - reference_kl.to(kl_logps)).mean()",
+        f"{_ENGINES}::test_the_fused_kto_trainer_logs_what_trl_logs[FSDP2]",
+        "each rank takes the KL estimate of its own sequences",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        'batch[f"{prefix}completion_mask"] == 0',
+        'batch["completion_mask"] == 0',
+        f"{_KTO}::test_gradients_are_those_of_trl[llama]",
+        "the KL sequences are scored where the completions are",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        "spread(out.logps) / tokens",
+        "spread(out.logps)",
+        f"{_KTO}::test_logs_are_those_of_trl[llama]",
+        "a sequence's log-prob is logged once for each of its tokens",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        "            undesirable_weight=self.undesirable_weight,\n",
+        "",
+        f"{_KTO}::test_logs_are_those_of_trl_in_every_setup[weights]",
+        "KTO's weight of undesirable sequences is forgotten",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        "            self.precompute_ref_logps, self._scored = precomputed, None\n",
+        "            self._scored = None\n",
+        f"{_KTO}::test_logs_are_those_of_trl[llama]",
+        "after the first step the trainer takes its references for precomputed",
     ),
 ]

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trl.trainer import dpo_trainer as trl_module
-
 from dpo_kernels.integrations.routers import why_no_router_loss
 from dpo_kernels.integrations.transformers import fused_lm_head
 from dpo_kernels.integrations.trl.options import LossOptions, NotFused, loss_options
@@ -16,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 # The functions by which TRL's constructor gives a model to an engine that may shard it.
 SHARDING = ("prepare_deepspeed", "prepare_fsdp")
+PARALLELISMS = {"cp": "context", "sp": "sequence", "tp": "tensor"}
 
 
 def why_not_this_setup(trainer: Any) -> str:
@@ -37,10 +36,32 @@ def why_not_this_setup(trainer: Any) -> str:
         return "the data set has images"
     if getattr(trainer, "use_liger_kernel", False):
         return "use_liger_kernel=True chooses Liger's loss in this version of TRL"
-    parallel = getattr(trainer.accelerator, "parallelism_config", None)
-    if any((getattr(parallel, f"{kind}_size", 1) or 1) > 1 for kind in ("cp", "sp")):
+    if why_not_split(trainer.accelerator, ("cp", "sp")):
         return "context and sequence parallelism split the sequences, and TRL's DPOTrainer does not support them"
     return ""
+
+
+def why_not_split(accelerator: Any, kinds: tuple[str, ...]) -> str:
+    """Say whether a parallelism is on that splits what a fused trainer looks at.
+
+    Args:
+        accelerator: accelerate's.
+        kinds: names among "cp" (context), "sp" (sequence) and "tp" (tensor) of those that the trainer does not cover.
+
+    Returns:
+        The reason in words, or an empty string.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> why_not_split(SimpleNamespace(parallelism_config=SimpleNamespace(cp_size=2)), ("cp", "sp"))
+        'context and sequence parallelism split what this trainer looks at'
+
+    """
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if all((getattr(parallel, f"{kind}_size", 1) or 1) <= 1 for kind in kinds):
+        return ""
+    *first, last = (PARALLELISMS[kind] for kind in kinds)
+    return f"{', '.join(first)} and {last} parallelism split what this trainer looks at"
 
 
 def options_or_reason(trainer: Any, check_head: bool) -> tuple[LossOptions | None, str]:
@@ -64,13 +85,31 @@ def options_or_reason(trainer: Any, check_head: bool) -> tuple[LossOptions | Non
         return None, str(error)
     if reason := why_not_this_setup(trainer):
         return options, reason
+    return options, why_no_fused_head(trainer, check_head)
+
+
+def why_no_fused_head(trainer: Any, check_head: bool) -> str:
+    """Say why the head of a trainer's model, or of its reference, cannot be fused.
+
+    Args:
+        trainer: a trainer of TRL's with ``model``, and with ``ref_model`` where it has one.
+        check_head: as ``check`` of ``fused_lm_head``.
+
+    Returns:
+        The reason in words, or an empty string.
+
+    Example::
+
+        reason = why_no_fused_head(trainer, check_head=True)
+
+    """
     try:
-        for model in (trainer.model, trainer.ref_model):
+        for model in (trainer.model, getattr(trainer, "ref_model", None)):
             if model is not None:
                 fused_lm_head(trainer.accelerator.unwrap_model(model), check=check_head)
     except (TypeError, ValueError) as error:
-        return options, str(error)
-    return options, ""
+        return str(error)
+    return ""
 
 
 def settle_router_loss(trainer: Any, model: Any) -> None:
@@ -100,32 +139,35 @@ def settle_router_loss(trainer: Any, model: Any) -> None:
 
 
 @contextmanager
-def adapter_on_the_head_allowed() -> Iterator[None]:
+def adapter_on_the_head_allowed(module: Any) -> Iterator[None]:
     """Let TRL's constructor accept an adapter on the LM head while this context is open.
 
     TRL refuses such an adapter because it reads the head's bare weight. The fused loss applies the adapter too, so the
     refusal is not needed. TRL recognises adapters as instances of PEFT's ``BaseTunerLayer``. The context replaces that
-    class by one without instances, in TRL's module only.
+    class by one without instances, in one module of TRL's only.
+
+    Args:
+        module: TRL's module that holds the trainer.
 
     Example::
 
-        with adapter_on_the_head_allowed():
+        with adapter_on_the_head_allowed(trl.trainer.dpo_trainer):
             trainer = DPOTrainer(model, peft_config=LoraConfig(target_modules=["lm_head"]), ...)
 
     """
-    known = getattr(trl_module, "BaseTunerLayer", None)
+    known = getattr(module, "BaseTunerLayer", None)
     if known is None:
         yield
         return
-    trl_module.BaseTunerLayer = _NoLayer
+    module.BaseTunerLayer = _NoLayer
     try:
         yield
     finally:
-        trl_module.BaseTunerLayer = known
+        module.BaseTunerLayer = known
 
 
 @contextmanager
-def told_before_sharding(tell: Callable[[Any], None]) -> Iterator[None]:
+def told_before_sharding(tell: Callable[[Any], None], module: Any) -> Iterator[None]:
     """Call ``tell(model)`` while this context is open, before TRL's constructor gives a model to FSDP or DeepSpeed.
 
     Afterwards the weights cannot be looked at: each rank holds a shard of them. TRL's constructor does this to the
@@ -134,14 +176,15 @@ def told_before_sharding(tell: Callable[[Any], None]) -> Iterator[None]:
 
     Args:
         tell: it is called with the model.
+        module: TRL's module that holds the trainer.
 
     Example::
 
-        with told_before_sharding(lambda model: fused_lm_head(model).attach()):
+        with told_before_sharding(lambda model: fused_lm_head(model).attach(), trl.trainer.dpo_trainer):
             trainer = DPOTrainer(model, ref_model, ...)
 
     """
-    known = {name: getattr(trl_module, name) for name in SHARDING if hasattr(trl_module, name)}
+    known = {name: getattr(module, name) for name in SHARDING if hasattr(module, name)}
 
     def telling(prepare: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(prepare)
@@ -153,11 +196,11 @@ def told_before_sharding(tell: Callable[[Any], None]) -> Iterator[None]:
 
     try:
         for name, prepare in known.items():
-            setattr(trl_module, name, telling(prepare))
+            setattr(module, name, telling(prepare))
         yield
     finally:
         for name, prepare in known.items():
-            setattr(trl_module, name, prepare)
+            setattr(module, name, prepare)
 
 
 class _NoLayer:

@@ -72,6 +72,7 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
     """
 
     check_reference = True
+    _logps_in_batch = REFERENCE
 
     # These are set at their first use: TRL's constructor already scores the reference where it precomputes log-probs.
     _loss_options: LossOptions | None = None
@@ -83,7 +84,7 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
         padding_free = bool(getattr(given, "padding_free", False))
         if padding_free:
             given.padding_free = False  # TRL would say that it is unavailable
-        with adapter_on_the_head_allowed(), told_before_sharding(self._attach):
+        with adapter_on_the_head_allowed(trl_module), told_before_sharding(self._attach, trl_module):
             super().__init__(*args, **kwargs)
         if padding_free:
             given.padding_free = self.padding_free = True
@@ -108,11 +109,6 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
         return self._reason
 
     not_fused = fallback_reason  # the older name
-
-    def _attach(self, model: Any) -> None:
-        """Have the model's forward compute the fused loss. It must be done before an engine shards the weights."""
-        if not self.fallback_reason:
-            self._head(model).attach()
 
     # --- the loss ---
 
@@ -260,11 +256,3 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
             arguments["ref_logps"] = reference.to(hidden.device)
         out = call(**arguments, **batch.weights(hidden.device), stats=STATS)
         return {"out": out, "aux_loss": aux_loss}
-
-    # --- what surrounds the loss ---
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Do as transformers does, but keep the log-probs: DeepSpeed casts inputs to 16 bits, and they are none."""
-        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        prepared |= {name: inputs[name].to(self.args.device) for name in REFERENCE if name in inputs}
-        return prepared
