@@ -1,4 +1,4 @@
-"""``FusedDPOTrainer``, ``FusedKTOTrainer`` and ``patch_trl`` on two processes, under FSDP and DeepSpeed as accelerate sets them up."""
+"""The fused trainers and ``patch_trl`` on two processes, under FSDP and DeepSpeed as accelerate sets them up."""
 
 import functools
 import importlib.util

@@ -23,7 +23,7 @@ TRL_ENGINES = [
         "a rank raises alone and the others wait for it",
     ),
     Mutant(
-        "dpo_kernels/integrations/trl/split_head.py",
+        "dpo_kernels/integrations/split_head.py",
         "VocabParallel.of(weight)",
         "VocabParallel.of(weight, reduce_hidden_grad=False)",
         f"{_ENGINES}::test_a_head_that_is_split_over_the_ranks_trains_as_trl_trains_it",
@@ -107,7 +107,7 @@ TRL_ENGINES = [
         "ORPO's NLL counts the prompts of the rejected rows too",
     ),
     Mutant(
-        "dpo_kernels/integrations/trl/one_pass.py",
+        "dpo_kernels/integrations/fused_step.py",
         "    loss.separable = True  # type: ignore[attr-defined]\n",
         "",
         f"{_ONE_PASS}::test_no_full_logits_are_made",

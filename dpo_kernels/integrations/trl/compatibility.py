@@ -1,20 +1,15 @@
 """Which of TRL's setups the fused loss covers, and what TRL's constructor must do for it."""
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dpo_kernels.integrations.routers import why_no_router_loss
-from dpo_kernels.integrations.transformers import fused_lm_head
+from dpo_kernels.integrations.fused_step import why_no_fused_head, why_not_split
 from dpo_kernels.integrations.trl.options import LossOptions, NotFused, loss_options
-
-logger = logging.getLogger(__name__)
 
 # The functions by which TRL's constructor gives a model to an engine that may shard it.
 SHARDING = ("prepare_deepspeed", "prepare_fsdp")
-PARALLELISMS = {"cp": "context", "sp": "sequence", "tp": "tensor"}
 
 
 def why_not_this_setup(trainer: Any) -> str:
@@ -41,42 +36,18 @@ def why_not_this_setup(trainer: Any) -> str:
     return ""
 
 
-def why_not_split(accelerator: Any, kinds: tuple[str, ...]) -> str:
-    """Say whether a parallelism is on that splits what a fused trainer looks at.
-
-    Args:
-        accelerator: accelerate's.
-        kinds: names among "cp" (context), "sp" (sequence) and "tp" (tensor) of those that the trainer does not cover.
-
-    Returns:
-        The reason in words, or an empty string.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> why_not_split(SimpleNamespace(parallelism_config=SimpleNamespace(cp_size=2)), ("cp", "sp"))
-        'context and sequence parallelism split what this trainer looks at'
-
-    """
-    parallel = getattr(accelerator, "parallelism_config", None)
-    if all((getattr(parallel, f"{kind}_size", 1) or 1) <= 1 for kind in kinds):
-        return ""
-    *first, last = (PARALLELISMS[kind] for kind in kinds)
-    return f"{', '.join(first)} and {last} parallelism split what this trainer looks at"
-
-
-def options_or_reason(trainer: Any, check_head: bool) -> tuple[LossOptions | None, str]:
+def options_or_reason(trainer: Any) -> tuple[LossOptions | None, str]:
     """Give the options of the fused loss, or say why it cannot be used.
 
     Args:
-        trainer: a ``DPOTrainer`` whose models no engine has sharded yet.
-        check_head: as ``check`` of ``fused_lm_head``.
+        trainer: a ``DPOTrainer`` that is a ``HeadCalls``, and whose models no engine has sharded yet.
 
     Returns:
         The options and an empty string, or a reason in words.
 
     Example::
 
-        options, reason = options_or_reason(trainer, check_head=True)
+        options, reason = options_or_reason(trainer)
 
     """
     try:
@@ -85,57 +56,7 @@ def options_or_reason(trainer: Any, check_head: bool) -> tuple[LossOptions | Non
         return None, str(error)
     if reason := why_not_this_setup(trainer):
         return options, reason
-    return options, why_no_fused_head(trainer, check_head)
-
-
-def why_no_fused_head(trainer: Any, check_head: bool) -> str:
-    """Say why the head of a trainer's model, or of its reference, cannot be fused.
-
-    Args:
-        trainer: a trainer of TRL's with ``model``, and with ``ref_model`` where it has one.
-        check_head: as ``check`` of ``fused_lm_head``.
-
-    Returns:
-        The reason in words, or an empty string.
-
-    Example::
-
-        reason = why_no_fused_head(trainer, check_head=True)
-
-    """
-    try:
-        for model in (trainer.model, getattr(trainer, "ref_model", None)):
-            if model is not None:
-                fused_lm_head(trainer.accelerator.unwrap_model(model), check=check_head)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    return ""
-
-
-def settle_router_loss(trainer: Any, model: Any) -> None:
-    """Switch the router loss off, with a line in the log, where a model has a coefficient for it but no loss.
-
-    Args:
-        trainer: a ``DPOTrainer`` whose constructor has run. Its ``aux_loss_enabled`` may be changed.
-        model: its causal model.
-
-    Raises:
-        ValueError: the configuration asks for the loss.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> settle_router_loss(SimpleNamespace(aux_loss_enabled=False), None)
-
-    """
-    if not getattr(trainer, "aux_loss_enabled", False) or not (reason := why_no_router_loss(model)):
-        return
-    if coefficient := getattr(trainer.args, "router_aux_loss_coef", None):
-        raise ValueError(
-            f"router_aux_loss_coef={coefficient} weighs a router loss that is not to be had: {reason}; leave it out"
-        )
-    trainer.aux_loss_enabled = False
-    if trainer.accelerator.is_main_process:
-        logger.warning("%s: there is no router loss: %s", type(trainer).__name__, reason)
+    return options, why_no_fused_head(trainer)
 
 
 @contextmanager

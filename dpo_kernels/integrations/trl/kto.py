@@ -16,17 +16,12 @@ from trl.trainer import kto_trainer as trl_module
 
 from dpo_kernels import SequenceLossOutput, fused_kto_loss, fused_sequence_logps
 from dpo_kernels.integrations import lm_head
+from dpo_kernels.integrations.fused_step import FusedStep, why_no_fused_head, why_not_split
 from dpo_kernels.integrations.model_parts import innermost
 from dpo_kernels.integrations.requirements import TRL_KTO, require
 from dpo_kernels.integrations.routers import router_loss
 from dpo_kernels.integrations.trl.batch import IGNORED
-from dpo_kernels.integrations.trl.compatibility import (
-    adapter_on_the_head_allowed,
-    told_before_sharding,
-    why_no_fused_head,
-    why_not_split,
-)
-from dpo_kernels.integrations.trl.fused_step import FusedStep
+from dpo_kernels.integrations.trl.compatibility import adapter_on_the_head_allowed, told_before_sharding
 
 require("trl", TRL_KTO, "FusedKTOTrainer")
 
@@ -82,7 +77,7 @@ class FusedKTOTrainer(FusedStep, KTOTrainer):
             return f"loss_type {self.loss_type} is not in this version's family"
         if self._is_vision_dataset:
             return "the data set has images"
-        return why_not_split(self.accelerator, ("cp", "sp")) or why_no_fused_head(self, self.check_head)
+        return why_not_split(self.accelerator, ("cp", "sp")) or why_no_fused_head(self)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Score a batch with the reference, as TRL's method of this name does.

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels import LossInputs
+from dpo_kernels.integrations.fused_step import FusedStep, why_no_fused_head, why_not_split
 from dpo_kernels.integrations.model_parts import innermost
 from dpo_kernels.integrations.routers import router_loss
 from dpo_kernels.integrations.token_logps import token_logps
-from dpo_kernels.integrations.trl.compatibility import why_no_fused_head, why_not_split
-from dpo_kernels.integrations.trl.fused_step import FusedStep
 
 IGNORED = -100  # TRL's label of positions that are not scored
 
@@ -60,7 +58,7 @@ class OnePass(FusedStep):
     def _why_not(self) -> str:
         if getattr(self, "is_encoder_decoder", False):
             return "the model is an encoder-decoder"
-        return why_not_split(self.accelerator, ("cp", "sp", "tp")) or why_no_fused_head(self, self.check_head)
+        return why_not_split(self.accelerator, ("cp", "sp", "tp")) or why_no_fused_head(self)
 
     # TRL's constructor calls neither of the next two, and its steps call both.
 
@@ -163,24 +161,6 @@ class OnePass(FusedStep):
 
     def _score(self, rows: dict[str, Tensor], hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Scored:
         raise NotImplementedError
-
-
-def separable(loss: Callable[[LossInputs], Tensor]) -> Callable[[LossInputs], Tensor]:
-    """Mark a loss of pairs as one of which each pair's part depends on that pair alone.
-
-    Args:
-        loss: as ``loss_type`` of ``fused_dpo_loss``.
-
-    Returns:
-        The same function.
-
-    Example:
-        >>> separable(lambda x: x.policy_chosen_logps).separable
-        True
-
-    """
-    loss.separable = True  # type: ignore[attr-defined]
-    return loss
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from trl.trainer import dpo_trainer as trl_module
 
 from dpo_kernels import fused_dpo_loss, fused_sequence_logps, wpo_pair_weights
 from dpo_kernels.integrations import lm_head
+from dpo_kernels.integrations.fused_step import settle_router_loss
+from dpo_kernels.integrations.head_calls import HeadCalls
 from dpo_kernels.integrations.head_check import evaluating
 from dpo_kernels.integrations.model_parts import innermost
 from dpo_kernels.integrations.routers import router_loss
@@ -25,10 +27,8 @@ from dpo_kernels.integrations.trl.batch import COLLATED, REFERENCE, PairBatch, c
 from dpo_kernels.integrations.trl.compatibility import (
     adapter_on_the_head_allowed,
     options_or_reason,
-    settle_router_loss,
     told_before_sharding,
 )
-from dpo_kernels.integrations.trl.head_calls import HeadCalls
 from dpo_kernels.integrations.trl.metrics import STATS, record
 from dpo_kernels.integrations.trl.options import LossOptions
 from dpo_kernels.integrations.trl.reference_check import check_reference
@@ -98,7 +98,7 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
     def fallback_reason(self) -> str:
         """Why TRL's own loss is used, or an empty string. The first access writes it to the log."""
         if self._reason is None:
-            self._loss_options, self._reason = options_or_reason(self, self.check_head)
+            self._loss_options, self._reason = options_or_reason(self)
             if self._reason and lm_head.has_adapter(innermost(self.model).get_output_embeddings()):
                 raise ValueError(f"an adapter on the LM head needs the fused loss, but: {self._reason}")
             message = f"TRL's own loss is used: {self._reason}" if self._reason else ""

@@ -8,8 +8,8 @@ import torch
 
 from dpo_kernels.integrations.head_forward import CALL
 from dpo_kernels.integrations.model_parts import innermost
+from dpo_kernels.integrations.split_head import SplitHeads
 from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
-from dpo_kernels.integrations.trl.split_head import SplitHeads
 
 
 class HeadCalls:
