@@ -12,9 +12,9 @@ from tests.integrations.test_trl_one_pass import make
 
 def logs(kind: str, engine: str, folder: Path) -> list[list[dict[str, Any]]]:
     """What TRL's trainer and ours have logged on this rank."""
-    on_cpu(engine)
     found = []
     for fused in (False, True):
+        on_cpu(engine)
         trainer = make(kind, fused, folder / str(dist.get_rank()), **ENGINES.get(engine, {}))
         trainer.train()
         found.append(trainer.state.log_history)

@@ -226,7 +226,7 @@ def test_an_encoder_decoder_goes_to_trl_with_one_line(tmp_path, caplog):
     model.config.is_encoder_decoder = False
     trainer = make("cpo", True, tmp_path, model=model)
     trainer.is_encoder_decoder, trainer._reason = True, None
-    with caplog.at_level(logging.WARNING, logger="dpo_kernels.integrations.trl"):
+    with caplog.at_level(logging.WARNING, logger="dpo_kernels"):
         assert trainer.fallback_reason == "the model is an encoder-decoder"
     said = [record.getMessage() for record in caplog.records if record.name.startswith("dpo_kernels")]
     assert said == ["FusedCPOTrainer: TRL's own step is used: the model is an encoder-decoder"]

@@ -23,12 +23,10 @@ def why_not_this_setup(trainer: Any) -> str:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> why_not_this_setup(SimpleNamespace(_is_vision_dataset=True))
-        'the data set has images'
+        >>> why_not_this_setup(SimpleNamespace(use_liger_kernel=True))
+        "use_liger_kernel=True chooses Liger's loss in this version of TRL"
 
     """
-    if trainer._is_vision_dataset:
-        return "the data set has images"
     if getattr(trainer, "use_liger_kernel", False):
         return "use_liger_kernel=True chooses Liger's loss in this version of TRL"
     if why_not_split(trainer.accelerator, ("cp", "sp")):

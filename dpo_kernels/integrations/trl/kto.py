@@ -75,8 +75,6 @@ class FusedKTOTrainer(FusedStep, KTOTrainer):
     def _why_not_fused(self) -> str:
         if self.loss_type not in LOSSES:
             return f"loss_type {self.loss_type} is not in this version's family"
-        if self._is_vision_dataset:
-            return "the data set has images"
         return why_not_split(self.accelerator, ("cp", "sp")) or why_no_fused_head(self)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:

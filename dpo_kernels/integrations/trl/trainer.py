@@ -88,7 +88,7 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
             super().__init__(*args, **kwargs)
         if padding_free:
             given.padding_free = self.padding_free = True
-            if reason := self.fallback_reason:
+            if reason := self.fallback_reason or (self._is_vision_dataset and "images cannot be packed"):
                 raise ValueError(f"padding_free=True needs the fused loss, which cannot be used: {reason}")
         if not self.fallback_reason:
             settle_router_loss(self, innermost(self.model))
@@ -170,7 +170,7 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():  # compute_metrics wants logits, which the fused loss never had
-            return loss, model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}, use_cache=False)
+            return loss, model(**pair_batch(inputs, None, False).inputs, use_cache=False)
 
     def _batch(self, inputs: dict[str, Any], model: Any) -> PairBatch:
         padding_free = bool(self.padding_free)
