@@ -89,13 +89,31 @@ def assert_same_entries(stock, ours):
     assert abs(ours[0]["logits/chosen"]) > 1e-4
 
 
+STARTS = {"FSDP": ("DDP", "FSDP2", "FSDP1"), "DeepSpeed": ("ZeRO-3", "ZeRO-2")}  # each of two processes
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """What both ranks have logged, by start. The first test that asks for one makes it."""
+
+    @functools.cache
+    def start(name):
+        if name == "DeepSpeed":
+            pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+        folder = tmp_path_factory.mktemp(name)
+        return gloo.run("everything", 2, folder, STARTS[name], folder, module="one_pass")
+
+    return start
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "engine"), [("orpo", "DDP"), ("cpo", "DDP"), ("orpo", "FSDP2"), ("cpo", "FSDP2")])
-def test_two_ranks_log_what_they_log_with_trl(kind, engine, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("start", "engine"), [(start, each) for start, engines in STARTS.items() for each in engines])
+def test_two_ranks_log_what_they_log_with_trl(kind, start, engine, started, tmp_path):
     alone = make(kind, True, tmp_path / "alone")
     alone.train()
-    found = gloo.run("logs", 2, tmp_path, kind, engine, tmp_path, module="one_pass")
-    for stock, ours in found:
+    for rank in started(start):
+        stock, ours = rank[kind, engine]
         assert_same_entries(stock, ours)
         assert ours[0]["loss"] != alone.state.log_history[0]["loss"]  # of other pairs
 

@@ -1,19 +1,11 @@
 """A patch that puts the fused trainers in the place of LLaMA-Factory's."""
 
-import importlib
 import inspect
 from types import TracebackType
 from typing import Any
 
 from dpo_kernels.integrations.requirements import LLAMAFACTORY, require
 
-# Where LLaMA-Factory looks its trainers up.
-DPO, KTO = "llamafactory.train.dpo.trainer", "llamafactory.train.kto.trainer"
-PLACES = (
-    (DPO, "CustomDPOTrainer"),
-    (KTO, "CustomKTOTrainer"),
-    ("llamafactory.train.kto.workflow", "CustomKTOTrainer"),
-)
 # The methods that the fused trainers call or replace, with their arguments in LLaMA-Factory 0.9.5.
 METHODS = {
     "CustomDPOTrainer": {
@@ -31,7 +23,7 @@ METHODS = {
         "get_batch_loss_metrics": ("model", "batch"),
     },
 }
-_replaced: dict[tuple[str, str], Any] = {}  # what stood at each place before the patch
+_replaced: list[tuple[Any, str, Any]] = []  # module, name, and what stood there before the patch
 
 
 class Patch:
@@ -84,18 +76,17 @@ def patch_llamafactory() -> Patch:
     require("llamafactory", LLAMAFACTORY, "patch_llamafactory")
     if _replaced:
         return Patch(False)
-    for module, name in PLACES[:2]:
-        if reason := why_not_known(getattr(importlib.import_module(module), name)):
+    places = _places()
+    for module, name in places:
+        if reason := why_not_known(getattr(module, name)):
             raise RuntimeError(f"patch_llamafactory() knows LLaMA-Factory 0.9.5: {reason}")
     from dpo_kernels.integrations.llamafactory.dpo import FusedCustomDPOTrainer
     from dpo_kernels.integrations.llamafactory.kto import FusedCustomKTOTrainer
 
     fused = {"CustomDPOTrainer": FusedCustomDPOTrainer, "CustomKTOTrainer": FusedCustomKTOTrainer}
-    for place in PLACES:
-        module, name = place
-        target = importlib.import_module(module)
-        _replaced[place] = getattr(target, name)
-        setattr(target, name, fused[name])
+    for module, name in places:
+        _replaced.append((module, name, getattr(module, name)))
+        setattr(module, name, fused[name])
     return Patch(True)
 
 
@@ -111,10 +102,19 @@ def unpatch_llamafactory() -> bool:
 
     """
     was_on = bool(_replaced)
-    for (module, name), trainer in _replaced.items():
-        setattr(importlib.import_module(module), name, trainer)
+    for module, name, trainer in _replaced:
+        setattr(module, name, trainer)
     _replaced.clear()
     return was_on
+
+
+def _places() -> tuple[tuple[Any, str], ...]:
+    """Give the modules where LLaMA-Factory looks its trainers up, and their names there."""
+    from llamafactory.train.dpo import trainer as dpo
+    from llamafactory.train.kto import trainer as kto
+    from llamafactory.train.kto import workflow
+
+    return (dpo, "CustomDPOTrainer"), (kto, "CustomKTOTrainer"), (workflow, "CustomKTOTrainer")
 
 
 def why_not_known(trainer: Any) -> str:
