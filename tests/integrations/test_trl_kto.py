@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,6 +218,19 @@ def test_a_step_takes_a_pass_less_than_with_the_patch(frozen, tmp_path):
     assert flops[False] - flops[True] == pytest.approx(head[False] - head[True], rel=0.01)
     assert largest[True] <= max(V * H * 4, scored[""] * V * 4)
     assert largest[True] < 0.75 * largest[False]
+
+
+def test_precomputed_log_probs_are_not_cast_with_the_models_inputs(tmp_path, monkeypatch):
+    trainer = make(True, tmp_path, precompute_ref_log_probs=True)
+    batch = batch_of(trainer)
+    bf16 = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=bf16)))
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    prepared = trainer._prepare_inputs({**batch, "features": torch.ones(2)})
+    assert prepared["features"].dtype == torch.bfloat16  # as transformers has it
+    for name in ("ref_logps", "ref_KL_logps"):
+        assert torch.equal(prepared[name], batch[name])
+        assert prepared[name].dtype == torch.float32
 
 
 def test_what_is_not_fused_goes_to_trl_with_one_line(tmp_path, caplog):

@@ -169,4 +169,25 @@ TRL_ENGINES = [
         f"{_KTO}::test_logs_are_those_of_trl[llama]",
         "after the first step the trainer takes its references for precomputed",
     ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        "    _logps_in_batch = LOGPS\n",
+        "",
+        f"{_KTO}::test_precomputed_log_probs_are_not_cast_with_the_models_inputs",
+        "DeepSpeed rounds KTO's precomputed log-probs to 16 bits",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/trainer.py",
+        'replace(batch, tokens=whole["attention_mask"].sum())',
+        "batch",
+        "tests/integrations/test_trl.py::test_sequences_are_cut_where_trl_0_29_cuts_them",
+        "on TRL 0.29 the tokens that are cut off are not counted",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/trainer.py",
+        "model(**pair_batch(inputs, None, False).inputs, use_cache=False)",
+        'model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}, use_cache=False)',
+        "tests/integrations/test_trl_images.py::test_compute_metrics_gets_the_logits_of_the_images",
+        "the logits of compute_metrics are those of no image",
+    ),
 ]

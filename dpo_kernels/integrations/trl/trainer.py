@@ -8,6 +8,7 @@ support. This module is written for TRL 0.29 to 1.16.
 import inspect
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -173,7 +174,7 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
             return loss, model(**pair_batch(inputs, None, False).inputs, use_cache=False)
 
     def _batch(self, inputs: dict[str, Any], model: Any) -> PairBatch:
-        padding_free = bool(self.padding_free)
+        padding_free, whole = bool(self.padding_free), inputs
         if hasattr(self, "_truncate_inputs") and set(COLLATED) <= set(inputs):
             # TRL 0.29 cuts to max_length here, later versions when they collate.
             inputs = inputs | dict(zip(COLLATED, self._truncate_inputs(*(inputs[k] for k in COLLATED)), strict=True))
@@ -188,7 +189,8 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
             with self.accelerator.autocast():
                 check_packing(self._head(model).attach().model, few, hidden_states, self.accelerator.gather)
             self._packing_checked = True
-        return pair_batch(inputs, self.ld_alpha, padding_free)
+        batch = pair_batch(inputs, self.ld_alpha, padding_free)
+        return batch if inputs is whole else replace(batch, tokens=whole["attention_mask"].sum())  # as TRL counts
 
     def _inputs_of_policy(self, batch: PairBatch) -> dict[str, Any]:
         inputs = {**batch.inputs, "use_cache": False}
