@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ pytest.importorskip("peft", reason="peft is not installed")
 
 from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from trl.trainer import utils  # noqa: E402
 
 from dpo_kernels.integrations.trl.batch import REFERENCE  # noqa: E402
 from tests.integration_helpers import tiny  # noqa: E402
@@ -24,6 +27,23 @@ OTHERS_WARNINGS = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
+
+# What the tests use and older releases of TRL lack.
+HAS = {
+    "sigmoid_norm": "sigmoid_norm" in inspect.getsource(trl.DPOTrainer),
+    "router_aux_loss_coef": hasattr(trl.DPOConfig, "router_aux_loss_coef"),
+    "maybe_gather_lm_head_ctx": hasattr(utils, "maybe_gather_lm_head_ctx"),
+    # Before, a reference was loaded even where log-probs are computed in advance.
+    "precomputed log-probs without a reference": bool(
+        re.search(r"is_peft_model\(self\.model\) or \(?args\.precompute", inspect.getsource(trl.DPOTrainer))
+    ),
+}
+
+
+def needs(feature):
+    """A mark for tests of what the oldest TRL has not."""
+    return pytest.mark.skipif(not HAS[feature], reason=f"TRL {trl.__version__} has no {feature}")
+
 
 STEPS = 4
 WORDS = [f"w{i}" for i in range(60)]
@@ -82,7 +102,10 @@ def run(
     # TRL itself loads what is a path.
     policy = str(model) if isinstance(model, Path) else calm(model) if isinstance(model, str) else copy.deepcopy(model)
     reference = None
-    if adapter is None and wrap is None and not options.get("precompute_ref_log_probs"):
+    if adapter is None and wrap is None and options.get("precompute_ref_log_probs"):
+        if not HAS["precomputed log-probs without a reference"]:
+            reference = copy.deepcopy(policy)  # later versions take the policy itself
+    elif adapter is None and wrap is None:
         torch.manual_seed(5)
         reference = copy.deepcopy(policy)
         with torch.no_grad():

@@ -6,6 +6,10 @@ from importlib import metadata, util
 # The oldest releases that the tests of the integrations have passed on.
 TRANSFORMERS = "4.55"
 TRL = "0.29"
+# The oldest release whose KTO trainer takes its log-probs from the fused LM head.
+TRL_KTO = "1.15"
+# The only release of LLaMA-Factory that the tests have passed on.
+LLAMAFACTORY = "0.9.5"
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from dpo_kernels.integrations.trl import FusedDPOTrainer, patch, patch_trl
+from dpo_kernels.integrations.trl import FusedDPOTrainer, FusedKTOTrainer, patch, patch_trl
 from dpo_kernels.integrations.trl.batch import REFERENCE
 from dpo_kernels.integrations.trl.patch import trl_token_logps
 from tests import trl_helpers
@@ -219,14 +219,14 @@ def error_of(trainer_class: Any, engine: str, folder: Path, case: dict[str, Any]
     return ""
 
 
-def kto(engine: str, folder: Path) -> dict[str, Any]:
-    """The log and the parameters of a run of TRL's KTO trainer, which loads policy and reference."""
+def kto(engine: str, folder: Path, trainer_class: Any = trl.KTOTrainer) -> dict[str, Any]:
+    """The log and the parameters of a run of a KTO trainer, which loads policy and reference."""
     on_cpu(engine)
     if dist.get_rank() == 0:
         trl_helpers.calm("llama").save_pretrained(folder / "model")
     dist.barrier()
     options = PLAIN | ENGINES[engine]
-    trainer = trl.KTOTrainer(
+    trainer = trainer_class(
         model=str(folder / "model"),
         args=trl.KTOConfig(
             output_dir=str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=4, beta=0.3, **options
@@ -236,6 +236,7 @@ def kto(engine: str, folder: Path) -> dict[str, Any]:
     )
     trainer.train()
     result = {"log": trainer.state.log_history, "parameters": parameters(trainer.model)}
+    result["reason"] = getattr(trainer, "fallback_reason", None)
     del trainer
     gc.collect()
     return result
@@ -256,28 +257,38 @@ def patched_kto(engine: str, folder: Path) -> dict[str, Any]:
             return kto(engine, folder) | {"calls": calls}
 
 
-def freed_head() -> dict[str, Any]:
+def freed_head() -> dict[str, dict[str, Any]]:
     """Gradients through a head of ZeRO-3 that is gathered around TRL's function alone, and those of the whole head.
 
     In a model DeepSpeed notices that the head is read, and gathers it for the backward of the whole model.
     """
     on_cpu("ZeRO-3")
-    generator = torch.Generator().manual_seed(2)
-    layer = torch.nn.Linear(6, 13, bias=False).requires_grad_(False)
-    with torch.no_grad():
-        layer.weight.normal_(generator=generator)
     kept = HfDeepSpeedConfig(
         {"zero_optimization": {"stage": 3}, "train_batch_size": 2}
     )  # TRL asks whether there is one
+    result = {
+        name: through_freed(trained=name == "trained", with_entropy=name == "entropy")
+        for name in ("trained", "frozen", "entropy")
+    }
+    del kept
+    return result
+
+
+def through_freed(trained: bool, with_entropy: bool) -> dict[str, Any]:
+    """What is left of each head when the backward begins, and the gradients of hidden states and of a trained head."""
+    generator = torch.Generator().manual_seed(2)
+    layer = torch.nn.Linear(6, 13, bias=False).requires_grad_(trained)
+    with torch.no_grad():
+        layer.weight.normal_(generator=generator)
     weight, targets = layer.weight.detach().clone(), torch.randint(0, 13, (5,), generator=generator)
     shard_before(layer)
     result = {}
-    for name, head in (("whole", weight), ("freed", layer.weight)):
+    for name, head in (("whole", weight.requires_grad_(trained)), ("freed", layer.weight)):
         hidden = torch.randn(5, 6, generator=torch.Generator().manual_seed(3)).requires_grad_()
         with maybe_gather_lm_head_ctx(*([head] if name == "freed" else [])):
-            logps, *_ = trl_token_logps(hidden, head, None, targets, 1.0, 256)
-        result[name] = (head.numel(), torch.autograd.grad(logps.square().sum(), hidden)[0])
-    del kept
+            logps, entropy, *_ = trl_token_logps(hidden, head, None, targets, 1.0, 256)
+        total = logps.square().sum() + (entropy.sum() if with_entropy else 0.0)
+        result[name] = (head.numel(), torch.autograd.grad(total, [hidden, head][: 1 + trained]))
     return result
 
 
@@ -312,6 +323,7 @@ def everything(engine: str, plan: list[tuple[str, str]], folder: str) -> dict[st
         "16 bits": in_16_bits(engine, here / "16 bits"),
         "packed": trained(FusedDPOTrainer, engine, here / "packed", CASES["llama"] | {"padding_free": True}),
         "kto": [kto(engine, here / "kto"), patched_kto(engine, here / "patched")],
+        "fused kto": kto(engine, here / "fused kto", FusedKTOTrainer),
         "freed": freed_head() if engine == "ZeRO-3" else {},
         "unbroken": four_steps(engine, here / engine, resume=False),
         "error": error_of(OneRankIsWrong, engine, here / "wrong", CASES["gemma2, LoRA, precomputed"]),

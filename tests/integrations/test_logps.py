@@ -408,6 +408,21 @@ def test_log_probs_of_ms_swift(reduction):
     assert torch.equal(mask, labels != -100)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_real_ms_swift_gives_the_same(reduction):
+    pytest.importorskip("swift", reason="ms-swift is not installed")
+    mixin = importlib.import_module("swift.rlhf_trainers.rlhf_mixin").RLHFTrainerMixin
+    trainer = types.SimpleNamespace(template=types.SimpleNamespace(sequence_parallel_size=1))
+    hidden, weight, labels = problem(torch.float32)
+    logits = hidden @ weight.t()
+    theirs = mixin.get_per_token_logps(trainer, logits, labels, label_pad_token_id=-100, reduction=reduction)
+    mine = ms_swift.get_per_token_logps(hidden, weight, labels, label_pad_token_id=-100, reduction=reduction)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    wanted = (hidden, weight)
+    torch.testing.assert_close(gradients(mine[0], wanted), gradients(theirs[0], wanted), rtol=1e-5, atol=1e-5)
+
+
 def test_a_rank_of_ms_swift_without_a_scored_token_stays_in_the_graph():
     hidden, weight, labels = problem()
     logps, *_ = ms_swift.get_per_token_logps(hidden, weight, labels.fill_(-100))

@@ -38,6 +38,7 @@ from tests.trl_helpers import (  # noqa: E402
     STEPS,
     WORDS,
     calm,
+    needs,
     ratings,
     run,
     tokenizer,
@@ -71,7 +72,8 @@ def assert_same(stock, ours):
         tied = any(abs(theirs.get(f"{mode}rewards/margins", 1.0)) < 1e-4 for mode in ("", "eval_"))
         for key, value in theirs.items():
             if not any(word in key for word in (*NOT_LOGGED_TWICE, *(["rewards/accuracies"] if tied else []))):
-                assert abs(mine[key] - value) <= 1e-5 * max(1.0, abs(value)), f"entry {step}, {key}"
+                rounding = LOSS_ROUNDING if key.endswith("loss") else 0.0
+                assert abs(mine[key] - value) <= 1e-5 * max(1.0, abs(value)) + rounding, f"entry {step}, {key}"
             assert abs(value) <= LARGEST.get(key.removeprefix("eval_"), abs(value)), f"{key} is {value}: a wild run"
     assert set(ours[0]) == KEYS | {"step"} | ({"aux_loss"} if "aux_loss" in stock[0] else set())
     # Values that vanish would agree whatever they are.
@@ -87,6 +89,8 @@ def assert_same_logs(tmp_path, **options):
     return trainer
 
 
+# transformers 4 logs a loss with four digits.
+LOSS_ROUNDING = 0.0 if int(transformers.__version__.partition(".")[0]) >= 5 else 1e-4
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]}
 RUNS = {
     "full": {},
@@ -154,7 +158,9 @@ OPTIONS = {
 SETUPS = RUNS | OPTIONS
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs(name) if name == "sigmoid_norm" else ()) for name in OPTIONS]
+)
 def test_every_option_means_what_it_means_in_trl(name):
     stock, ours = (log_of(trainer_class, "llama", name) for trainer_class in (trl.DPOTrainer, FusedDPOTrainer))
     assert_same(stock, ours)
@@ -197,6 +203,7 @@ def test_a_deep_copy_of_a_trained_model_may_be_the_next_reference(tmp_path):
     assert_same_logs(tmp_path, model=trainer.model)  # run() copies it, once for the policy and once for the reference
 
 
+@needs("router_aux_loss_coef")
 def test_a_mixture_of_experts_has_its_router_loss(tmp_path):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
@@ -310,6 +317,10 @@ def test_options_without_effect_are_refused(options, words, tmp_path):
         run(FusedDPOTrainer, tmp_path, **options)
 
 
+class Trusting(FusedDPOTrainer):
+    check_reference = False
+
+
 def test_log_probs_that_the_data_bring_are_taken(tmp_path):
     def cached(rows, shift):
         tokens = [len(row["chosen"].split()) for row in rows]
@@ -321,7 +332,7 @@ def test_log_probs_that_the_data_bring_are_taken(tmp_path):
     data = (cached(ratings(24, 0), 0.0), cached(ratings(7, 1), 0.0))
     moved = (cached(ratings(24, 0), 5.0), cached(ratings(7, 1), 5.0))
     margins = [
-        run(FusedDPOTrainer, tmp_path, steps=1, data=d, precompute_ref_log_probs=True)[0][0]["rewards/margins"]
+        run(Trusting, tmp_path, steps=1, data=d, precompute_ref_log_probs=True)[0][0]["rewards/margins"]
         for d in (data, moved)
     ]
     assert margins[0] - margins[1] == pytest.approx(0.3 * 5.0, abs=1e-4)
@@ -331,10 +342,6 @@ def test_log_probs_that_the_data_bring_are_not_those_of_ld_alpha(tmp_path):
     data = with_columns(ratings(24, 0), [-20.0] * 24, [-21.0] * 24), ratings(7, 1)
     with pytest.raises(ValueError, match=r"ld_alpha=0\.4 weighs the policy's tokens"):
         run(FusedDPOTrainer, tmp_path, data=data, ld_alpha=0.4, precompute_ref_log_probs=True)
-
-
-class Trusting(FusedDPOTrainer):
-    check_reference = False
 
 
 COMPARED = {"adapter": peft.LoraConfig(**LORA), "steps": 1, "precompute_ref_log_probs": True}
@@ -378,6 +385,7 @@ def test_pairs_of_which_nothing_is_scored_are_not_what_a_reference_is_compared_b
     assert not trainer._check_reference(batch, right)
 
 
+@needs("precomputed log-probs without a reference")
 def test_the_recipe_for_log_probs_of_trls_rows(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs/integrations/plain-pytorch.md").read_text(encoding="utf-8")
     recipe = next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "add_column" in code)
@@ -414,7 +422,7 @@ def test_reference_log_probs_are_not_cast_with_the_models_inputs(tmp_path, monke
     for name in REFERENCE:
         assert torch.equal(prepared[name], batch[name])
         assert prepared[name].dtype == torch.float32
-    monkeypatch.setattr(trainer, "args", SimpleNamespace(device=torch.device("meta")))
+    monkeypatch.setattr(trainer, "args", SimpleNamespace(device=torch.device("meta"), past_index=-1))
     assert {value.device.type for value in trainer._prepare_inputs(batch).values()} == {"meta"}
 
 
@@ -545,3 +553,4 @@ def test_sequences_are_cut_where_trl_0_29_cuts_them(tmp_path):
         for key in ("loss", "grad_norm", "logps/chosen", "rewards/rejected"):
             assert cut[entry][key] == pytest.approx(expected[entry][key], rel=1e-5), key
         assert abs(cut[entry]["logps/chosen"] - whole[entry]["logps/chosen"]) > 1
+        assert cut[entry]["num_tokens"] == whole[entry]["num_tokens"] > expected[entry]["num_tokens"]  # as TRL counts

@@ -1,4 +1,4 @@
-"""``FusedDPOTrainer`` and ``patch_trl`` on two processes, under FSDP and DeepSpeed as accelerate sets them up."""
+"""The fused trainers and ``patch_trl`` on two processes, under FSDP and DeepSpeed as accelerate sets them up."""
 
 import functools
 import importlib.util
@@ -134,12 +134,24 @@ def test_kto_logs_the_same_with_the_patch(engine, started):
     assert_parameters_agree(stock["parameters"], ours["parameters"])
 
 
-def test_the_backward_gathers_a_head_that_was_freed(started):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_fused_kto_trainer_logs_what_trl_logs(engine, started):
+    stock, ours = started(engine)[0]["kto"][0], started(engine)[0]["fused kto"]
+    assert ours["reason"] == ""
+    assert any(entry.get("kl", 0) > 0 for entry in ours["log"])
+    assert_logs_agree(stock["log"], ours["log"])
+    assert_parameters_agree(stock["parameters"], ours["parameters"])
+
+
+@pytest.mark.parametrize("case", ["trained", "frozen", "entropy"])
+def test_the_backward_gathers_a_head_that_was_freed(case, started):
     for rank in started("ZeRO-3"):
-        (_, expected), (left, got) = rank["freed"]["whole"], rank["freed"]["freed"]
+        (_, expected), (left, got) = rank["freed"][case]["whole"], rank["freed"][case]["freed"]
         assert left == 0
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
-        assert expected.abs().max() > 0.1
+        assert len(got) == len(expected) == (2 if case == "trained" else 1)
+        for mine, wanted in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-6)
+            assert wanted.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("engine", ENGINES)

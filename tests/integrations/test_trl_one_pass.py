@@ -89,13 +89,31 @@ def assert_same_entries(stock, ours):
     assert abs(ours[0]["logits/chosen"]) > 1e-4
 
 
+STARTS = {"FSDP": ("DDP", "FSDP2", "FSDP1"), "DeepSpeed": ("ZeRO-3", "ZeRO-2")}  # each of two processes
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """What both ranks have logged, by start. The first test that asks for one makes it."""
+
+    @functools.cache
+    def start(name):
+        if name == "DeepSpeed":
+            pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+        folder = tmp_path_factory.mktemp(name)
+        return gloo.run("everything", 2, folder, STARTS[name], folder, module="one_pass")
+
+    return start
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "engine"), [("orpo", "DDP"), ("cpo", "DDP"), ("orpo", "FSDP2"), ("cpo", "FSDP2")])
-def test_two_ranks_log_what_they_log_with_trl(kind, engine, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("start", "engine"), [(start, each) for start, engines in STARTS.items() for each in engines])
+def test_two_ranks_log_what_they_log_with_trl(kind, start, engine, started, tmp_path):
     alone = make(kind, True, tmp_path / "alone")
     alone.train()
-    found = gloo.run("logs", 2, tmp_path, kind, engine, tmp_path, module="one_pass")
-    for stock, ours in found:
+    for rank in started(start):
+        stock, ours = rank[kind, engine]
         assert_same_entries(stock, ours)
         assert ours[0]["loss"] != alone.state.log_history[0]["loss"]  # of other pairs
 
@@ -226,7 +244,7 @@ def test_an_encoder_decoder_goes_to_trl_with_one_line(tmp_path, caplog):
     model.config.is_encoder_decoder = False
     trainer = make("cpo", True, tmp_path, model=model)
     trainer.is_encoder_decoder, trainer._reason = True, None
-    with caplog.at_level(logging.WARNING, logger="dpo_kernels.integrations.trl"):
+    with caplog.at_level(logging.WARNING, logger="dpo_kernels"):
         assert trainer.fallback_reason == "the model is an encoder-decoder"
     said = [record.getMessage() for record in caplog.records if record.name.startswith("dpo_kernels")]
     assert said == ["FusedCPOTrainer: TRL's own step is used: the model is an encoder-decoder"]

@@ -22,6 +22,7 @@ from tests.trl_helpers import (  # noqa: E402
     NOT_LOGGED_TWICE,
     OTHERS_WARNINGS,
     calm,
+    needs,
     ratings,
     run,
     tokenizer,
@@ -73,6 +74,7 @@ def test_values_and_gradients_are_those_of_plain_torch(temperature, softcap, sca
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+@needs("maybe_gather_lm_head_ctx")
 @pytest.mark.parametrize("given", ["log-probs", "entropy", "both"])
 @pytest.mark.parametrize("trained", [(0, 1, 2), (0,), (1,)], ids=["all", "frozen head", "head alone"])
 def test_a_head_that_is_gathered_again_has_the_same_gradients(trained, given):
@@ -93,6 +95,7 @@ def test_a_head_that_is_gathered_again_has_the_same_gradients(trained, given):
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-12, atol=1e-14)
 
 
+@needs("maybe_gather_lm_head_ctx")
 def test_a_head_that_is_gathered_again_needs_no_token():
     (hidden, weight, bias), targets = tensors()
     logps, entropy, *_ = gathered_token_logps(hidden[:0], weight, bias, targets[:0], 1.0, None, 1.0, OUTPUTS)

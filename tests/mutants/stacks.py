@@ -2,6 +2,7 @@
 
 from tests.mutants.records import Mutant
 
+_LLAMAFACTORY = "tests/integrations/test_llamafactory.py"
 _LOGPS = "tests/integrations/test_logps.py"
 _MEGATRON = "tests/integrations/test_megatron.py"
 _REQUIREMENTS = "tests/integrations/test_requirements.py"
@@ -119,5 +120,75 @@ STACKS = [
         "_patches.pop()",
         f"{_LOGPS}::test_what_a_later_patch_keeps_of_ours_computes_as_verl_does",
         "what a later patch keeps of ours still computes here",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/llamafactory/dpo.py",
+        'options |= {"token_weights": ld_token_weights(labels, self.ld_alpha, shift=True)}',
+        "pass",
+        f"{_LLAMAFACTORY}::test_a_step_of_dpo_is_that_of_llamafactory[LD-DPO]",
+        "LD-DPO's weights are forgotten",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/llamafactory/dpo.py",
+        'AVERAGED = ("ipo", "orpo", "simpo")',
+        'AVERAGED = ("ipo", "orpo")',
+        f"{_LLAMAFACTORY}::test_a_step_of_dpo_is_that_of_llamafactory[simpo]",
+        "SimPO gets sums",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/llamafactory/dpo.py",
+        "losses - self.ftx_gamma * x.policy_chosen_logps / x.chosen_tokens.clamp(min=1)",
+        "losses - self.ftx_gamma * chosen",
+        f"{_LLAMAFACTORY}::test_a_step_of_dpo_is_that_of_llamafactory[with SFT]",
+        "the SFT term takes sums",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/llamafactory/dpo.py",
+        '            kwargs.setdefault("loss_type", self.loss_type)\n',
+        "            pass\n",
+        f"{_LLAMAFACTORY}::test_the_loss_that_is_asked_for_is_computed",
+        "TRL computes sigmoid whatever is asked",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/llamafactory/dpo.py",
+        'logits = (out.stats["mean_logits"].view(2, -1) * tokens)',
+        'logits = (out.stats["mean_logits"].view(2, -1) * tokens.mean())',
+        f"{_LLAMAFACTORY}::test_a_step_of_dpo_is_that_of_llamafactory[sigmoid]",
+        "a long sequence's logits weigh as a short one's",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/llamafactory/kto.py",
+        "ref_logps[desirable], ref_logps[~desirable] = chosen, rejected",
+        "ref_logps[:] = torch.cat([chosen, rejected])",
+        f"{_LLAMAFACTORY}::test_a_step_of_kto_is_that_of_llamafactory[both-plain]",
+        "sequences get each other's reference",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/llamafactory/kto.py",
+        "            kl=kl.to(hidden.device),\n",
+        "",
+        f"{_LLAMAFACTORY}::test_a_step_of_kto_is_that_of_llamafactory[both-plain]",
+        "the loss leaves its estimate of the KL divergence out",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/llamafactory/rows.py",
+        "(token_type_ids == 0) | (token_type_ids != before)",
+        "token_type_ids == 0",
+        f"{_LLAMAFACTORY}::test_pairs_in_rows_are_scored_as_the_two_sequences_alone",
+        "the first token of a sequence is scored from padding",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/llamafactory/patch.py",
+        "    if _replaced:\n        return Patch(False)\n",
+        "",
+        f"{_LLAMAFACTORY}::test_the_patch_goes_on_once_and_comes_off",
+        "a second patch takes the first for what was there",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/llamafactory/__main__.py",
+        '    launcher.__file__ = f"--module {MODULE}"  # it is put into the command line of torchrun\n',
+        "",
+        f"{_LLAMAFACTORY}::test_the_command_line_hands_the_patch_to_its_processes",
+        "the processes that torchrun starts have no patch",
     ),
 ]

@@ -4,6 +4,7 @@ from tests.mutants.records import Mutant
 
 _ENGINES = "tests/integrations/test_trl_engines.py"
 _PATCH = "tests/integrations/test_trl_patch.py"
+_KTO = "tests/integrations/test_trl_kto.py"
 _ONE_PASS = "tests/integrations/test_trl_one_pass.py"
 
 TRL_ENGINES = [
@@ -22,7 +23,7 @@ TRL_ENGINES = [
         "a rank raises alone and the others wait for it",
     ),
     Mutant(
-        "dpo_kernels/integrations/trl/split_head.py",
+        "dpo_kernels/integrations/split_head.py",
         "VocabParallel.of(weight)",
         "VocabParallel.of(weight, reduce_hidden_grad=False)",
         f"{_ENGINES}::test_a_head_that_is_split_over_the_ranks_trains_as_trl_trains_it",
@@ -106,7 +107,7 @@ TRL_ENGINES = [
         "ORPO's NLL counts the prompts of the rejected rows too",
     ),
     Mutant(
-        "dpo_kernels/integrations/trl/one_pass.py",
+        "dpo_kernels/integrations/fused_step.py",
         "    loss.separable = True  # type: ignore[attr-defined]\n",
         "",
         f"{_ONE_PASS}::test_no_full_logits_are_made",
@@ -121,9 +122,72 @@ TRL_ENGINES = [
     ),
     Mutant(
         "dpo_kernels/integrations/trl/one_pass.py",
-        "            self._check_formula(loss.detach(), of_trl)\n",
-        "            pass\n",
+        "        self._check_formula(loss.detach(), of_trl)\n",
+        "",
         f"{_ONE_PASS}::test_a_trl_that_adds_up_its_loss_otherwise_is_refused",
         "another formula of a later TRL goes unnoticed",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        "            kl=kl.to(hidden.device),\n",
+        "",
+        f"{_KTO}::test_logs_are_those_of_trl[llama]",
+        "KTO's loss leaves its estimate of the KL divergence out",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        "self.accelerator.gather_for_metrics((kl_logps - reference_kl.to(kl_logps)).mean()).mean()",
+        "(kl_logps - reference_kl.to(kl_logps)).mean()",
+        f"{_ENGINES}::test_the_fused_kto_trainer_logs_what_trl_logs[FSDP2]",
+        "each rank takes the KL estimate of its own sequences",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        'batch[f"{prefix}completion_mask"] == 0',
+        'batch["completion_mask"] == 0',
+        f"{_KTO}::test_gradients_are_those_of_trl[llama]",
+        "the KL sequences are scored where the completions are",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        "spread(out.logps) / tokens",
+        "spread(out.logps)",
+        f"{_KTO}::test_logs_are_those_of_trl[llama]",
+        "a sequence's log-prob is logged once for each of its tokens",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        "            undesirable_weight=self.undesirable_weight,\n",
+        "",
+        f"{_KTO}::test_logs_are_those_of_trl_in_every_setup[weights]",
+        "KTO's weight of undesirable sequences is forgotten",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        "            self.precompute_ref_logps, self._scored = precomputed, None\n",
+        "            self._scored = None\n",
+        f"{_KTO}::test_logs_are_those_of_trl[llama]",
+        "after the first step the trainer takes its references for precomputed",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/kto.py",
+        "    _logps_in_batch = LOGPS\n",
+        "",
+        f"{_KTO}::test_precomputed_log_probs_are_not_cast_with_the_models_inputs",
+        "DeepSpeed rounds KTO's precomputed log-probs to 16 bits",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/trainer.py",
+        'replace(batch, tokens=whole["attention_mask"].sum())',
+        "batch",
+        "tests/integrations/test_trl.py::test_sequences_are_cut_where_trl_0_29_cuts_them",
+        "on TRL 0.29 the tokens that are cut off are not counted",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/trainer.py",
+        "model(**pair_batch(inputs, None, False).inputs, use_cache=False)",
+        'model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}, use_cache=False)',
+        "tests/integrations/test_trl_images.py::test_compute_metrics_gets_the_logits_of_the_images",
+        "the logits of compute_metrics are those of no image",
     ),
 ]

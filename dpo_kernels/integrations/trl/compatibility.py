@@ -1,18 +1,12 @@
 """Which of TRL's setups the fused loss covers, and what TRL's constructor must do for it."""
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trl.trainer import dpo_trainer as trl_module
-
-from dpo_kernels.integrations.routers import why_no_router_loss
-from dpo_kernels.integrations.transformers import fused_lm_head
+from dpo_kernels.integrations.fused_step import why_no_fused_head, why_not_split
 from dpo_kernels.integrations.trl.options import LossOptions, NotFused, loss_options
-
-logger = logging.getLogger(__name__)
 
 # The functions by which TRL's constructor gives a model to an engine that may shard it.
 SHARDING = ("prepare_deepspeed", "prepare_fsdp")
@@ -29,33 +23,29 @@ def why_not_this_setup(trainer: Any) -> str:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> why_not_this_setup(SimpleNamespace(_is_vision_dataset=True))
-        'the data set has images'
+        >>> why_not_this_setup(SimpleNamespace(use_liger_kernel=True))
+        "use_liger_kernel=True chooses Liger's loss in this version of TRL"
 
     """
-    if trainer._is_vision_dataset:
-        return "the data set has images"
     if getattr(trainer, "use_liger_kernel", False):
         return "use_liger_kernel=True chooses Liger's loss in this version of TRL"
-    parallel = getattr(trainer.accelerator, "parallelism_config", None)
-    if any((getattr(parallel, f"{kind}_size", 1) or 1) > 1 for kind in ("cp", "sp")):
+    if why_not_split(trainer.accelerator, ("cp", "sp")):
         return "context and sequence parallelism split the sequences, and TRL's DPOTrainer does not support them"
     return ""
 
 
-def options_or_reason(trainer: Any, check_head: bool) -> tuple[LossOptions | None, str]:
+def options_or_reason(trainer: Any) -> tuple[LossOptions | None, str]:
     """Give the options of the fused loss, or say why it cannot be used.
 
     Args:
-        trainer: a ``DPOTrainer`` whose models no engine has sharded yet.
-        check_head: as ``check`` of ``fused_lm_head``.
+        trainer: a ``DPOTrainer`` that is a ``HeadCalls``, and whose models no engine has sharded yet.
 
     Returns:
         The options and an empty string, or a reason in words.
 
     Example::
 
-        options, reason = options_or_reason(trainer, check_head=True)
+        options, reason = options_or_reason(trainer)
 
     """
     try:
@@ -64,68 +54,39 @@ def options_or_reason(trainer: Any, check_head: bool) -> tuple[LossOptions | Non
         return None, str(error)
     if reason := why_not_this_setup(trainer):
         return options, reason
-    try:
-        for model in (trainer.model, trainer.ref_model):
-            if model is not None:
-                fused_lm_head(trainer.accelerator.unwrap_model(model), check=check_head)
-    except (TypeError, ValueError) as error:
-        return options, str(error)
-    return options, ""
-
-
-def settle_router_loss(trainer: Any, model: Any) -> None:
-    """Switch the router loss off, with a line in the log, where a model has a coefficient for it but no loss.
-
-    Args:
-        trainer: a ``DPOTrainer`` whose constructor has run. Its ``aux_loss_enabled`` may be changed.
-        model: its causal model.
-
-    Raises:
-        ValueError: the configuration asks for the loss.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> settle_router_loss(SimpleNamespace(aux_loss_enabled=False), None)
-
-    """
-    if not getattr(trainer, "aux_loss_enabled", False) or not (reason := why_no_router_loss(model)):
-        return
-    if coefficient := getattr(trainer.args, "router_aux_loss_coef", None):
-        raise ValueError(
-            f"router_aux_loss_coef={coefficient} weighs a router loss that is not to be had: {reason}; leave it out"
-        )
-    trainer.aux_loss_enabled = False
-    if trainer.accelerator.is_main_process:
-        logger.warning("%s: there is no router loss: %s", type(trainer).__name__, reason)
+    return options, why_no_fused_head(trainer)
 
 
 @contextmanager
-def adapter_on_the_head_allowed() -> Iterator[None]:
+def adapter_on_the_head_allowed(module: Any) -> Iterator[None]:
     """Let TRL's constructor accept an adapter on the LM head while this context is open.
 
     TRL refuses such an adapter because it reads the head's bare weight. The fused loss applies the adapter too, so the
     refusal is not needed. TRL recognises adapters as instances of PEFT's ``BaseTunerLayer``. The context replaces that
-    class by one without instances, in TRL's module only.
+    class by one without instances, in one module of TRL's only.
+
+    Args:
+        module: TRL's module that holds the trainer.
 
     Example::
 
-        with adapter_on_the_head_allowed():
+        with adapter_on_the_head_allowed(trl.trainer.dpo_trainer):
             trainer = DPOTrainer(model, peft_config=LoraConfig(target_modules=["lm_head"]), ...)
 
     """
-    known = getattr(trl_module, "BaseTunerLayer", None)
+    known = getattr(module, "BaseTunerLayer", None)
     if known is None:
         yield
         return
-    trl_module.BaseTunerLayer = _NoLayer
+    module.BaseTunerLayer = _NoLayer
     try:
         yield
     finally:
-        trl_module.BaseTunerLayer = known
+        module.BaseTunerLayer = known
 
 
 @contextmanager
-def told_before_sharding(tell: Callable[[Any], None]) -> Iterator[None]:
+def told_before_sharding(tell: Callable[[Any], None], module: Any) -> Iterator[None]:
     """Call ``tell(model)`` while this context is open, before TRL's constructor gives a model to FSDP or DeepSpeed.
 
     Afterwards the weights cannot be looked at: each rank holds a shard of them. TRL's constructor does this to the
@@ -134,14 +95,15 @@ def told_before_sharding(tell: Callable[[Any], None]) -> Iterator[None]:
 
     Args:
         tell: it is called with the model.
+        module: TRL's module that holds the trainer.
 
     Example::
 
-        with told_before_sharding(lambda model: fused_lm_head(model).attach()):
+        with told_before_sharding(lambda model: fused_lm_head(model).attach(), trl.trainer.dpo_trainer):
             trainer = DPOTrainer(model, ref_model, ...)
 
     """
-    known = {name: getattr(trl_module, name) for name in SHARDING if hasattr(trl_module, name)}
+    known = {name: getattr(module, name) for name in SHARDING if hasattr(module, name)}
 
     def telling(prepare: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(prepare)
@@ -153,11 +115,11 @@ def told_before_sharding(tell: Callable[[Any], None]) -> Iterator[None]:
 
     try:
         for name, prepare in known.items():
-            setattr(trl_module, name, telling(prepare))
+            setattr(module, name, telling(prepare))
         yield
     finally:
         for name, prepare in known.items():
-            setattr(trl_module, name, prepare)
+            setattr(module, name, prepare)
 
 
 class _NoLayer:

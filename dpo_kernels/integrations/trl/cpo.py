@@ -7,7 +7,8 @@ from torch import Tensor
 from trl.experimental.cpo import CPOTrainer
 
 from dpo_kernels import LossInputs, fused_dpo_loss
-from dpo_kernels.integrations.trl.one_pass import IGNORED, OnePass, Scored, separable
+from dpo_kernels.integrations.fused_step import separable
+from dpo_kernels.integrations.trl.one_pass import IGNORED, OnePass, Scored
 
 AVERAGED = ("ipo", "simpo")  # the losses that TRL gives averages over tokens
 

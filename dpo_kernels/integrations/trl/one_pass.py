@@ -4,7 +4,6 @@ These trainers make full logits twice a step. Here one call of ``fused_dpo_loss`
 log-probs that are logged. The formulae of the pairs and every logged value are computed by TRL's own methods.
 """
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,20 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels import LossInputs
+from dpo_kernels.integrations.fused_step import FusedStep, why_no_fused_head, why_not_split
 from dpo_kernels.integrations.model_parts import innermost
 from dpo_kernels.integrations.routers import router_loss
 from dpo_kernels.integrations.token_logps import token_logps
-from dpo_kernels.integrations.transformers import fused_lm_head
-from dpo_kernels.integrations.trl.compatibility import settle_router_loss
-from dpo_kernels.integrations.trl.head_calls import HeadCalls
-
-logger = logging.getLogger(__name__)
 
 IGNORED = -100  # TRL's label of positions that are not scored
-# How far TRL's own loss of the first batch may lie from ours, relative to 1 or to itself. Both come from the same
-# float32 log-probs.
-FORMULA_TOLERANCE = 1e-3
 
 
 class Scored(NamedTuple):
@@ -50,50 +41,24 @@ class Scored(NamedTuple):
     nll: Tensor
 
 
-class OnePass(HeadCalls):
+class OnePass(FusedStep):
     """The step of a trainer whose loss one call of ``fused_dpo_loss`` computes. It stands before TRL's class.
 
     Attributes:
         fallback_reason: why TRL's own step is used, or an empty string.
 
     Example:
-        >>> issubclass(OnePass, HeadCalls)
+        >>> issubclass(OnePass, FusedStep)
         True
 
     """
 
-    model: Any
-
-    _reason: str | None = None
     _values: tuple[Any, ...] | None = None  # what TRL's own forward would return, while TRL computes its log from it
-    _formula_checked = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if not self.fallback_reason:
-            settle_router_loss(self, innermost(self.model))
-            self._head(self.model).attach()
-
-    @property
-    def fallback_reason(self) -> str:
-        """Why TRL's own step is used, or an empty string. The first access writes it to the log."""
-        if self._reason is None:
-            self._reason = self._why_not()
-            if self._reason and self.accelerator.is_main_process:
-                logger.warning("%s: TRL's own step is used: %s", type(self).__name__, self._reason)
-        return self._reason
 
     def _why_not(self) -> str:
         if getattr(self, "is_encoder_decoder", False):
             return "the model is an encoder-decoder"
-        parallel = getattr(self.accelerator, "parallelism_config", None)
-        if any((getattr(parallel, f"{kind}_size", 1) or 1) > 1 for kind in ("cp", "sp", "tp")):
-            return "context, sequence and tensor parallelism split what this trainer looks at"
-        try:
-            fused_lm_head(self.accelerator.unwrap_model(self.model), check=self.check_head)
-        except (TypeError, ValueError) as error:
-            return str(error)
-        return ""
+        return why_not_split(self.accelerator, ("cp", "sp", "tp")) or why_no_fused_head(self)
 
     # TRL's constructor calls neither of the next two, and its steps call both.
 
@@ -140,8 +105,7 @@ class OnePass(HeadCalls):
             of_trl, metrics = stock.get_batch_loss_metrics(model, batch, train_eval)
         finally:
             self._values = None
-        if not self._formula_checked:
-            self._check_formula(loss.detach(), of_trl)
+        self._check_formula(loss.detach(), of_trl)
         return loss, metrics
 
     def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> tuple[Any, ...]:
@@ -197,37 +161,6 @@ class OnePass(HeadCalls):
 
     def _score(self, rows: dict[str, Tensor], hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Scored:
         raise NotImplementedError
-
-    def _check_formula(self, ours: Tensor, of_trl: Tensor) -> None:
-        """Raise ``RuntimeError`` where this TRL adds up its loss in another way. A loss that is not finite waits."""
-        both = torch.stack([ours.double(), of_trl.detach().to(ours.device).double()]).tolist()
-        difference = abs(both[0] - both[1])
-        if difference != difference:
-            return
-        self._formula_checked = True
-        if difference > FORMULA_TOLERANCE * max(1.0, abs(both[1])):
-            raise RuntimeError(
-                f"{type(self).__name__} computed the loss {both[0]:.6g}, and this version of TRL makes {both[1]:.6g} "
-                "of the same log-probs: use TRL's own trainer"
-            )
-
-
-def separable(loss: Callable[[LossInputs], Tensor]) -> Callable[[LossInputs], Tensor]:
-    """Mark a loss of pairs as one of which each pair's part depends on that pair alone.
-
-    Args:
-        loss: as ``loss_type`` of ``fused_dpo_loss``.
-
-    Returns:
-        The same function.
-
-    Example:
-        >>> separable(lambda x: x.policy_chosen_logps).separable
-        True
-
-    """
-    loss.separable = True  # type: ignore[attr-defined]
-    return loss
 
 
 @torch.no_grad()

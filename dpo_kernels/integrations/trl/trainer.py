@@ -8,6 +8,7 @@ support. This module is written for TRL 0.29 to 1.16.
 import inspect
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from trl.trainer import dpo_trainer as trl_module
 
 from dpo_kernels import fused_dpo_loss, fused_sequence_logps, wpo_pair_weights
 from dpo_kernels.integrations import lm_head
+from dpo_kernels.integrations.fused_step import settle_router_loss
+from dpo_kernels.integrations.head_calls import HeadCalls
 from dpo_kernels.integrations.head_check import evaluating
 from dpo_kernels.integrations.model_parts import innermost
 from dpo_kernels.integrations.routers import router_loss
@@ -25,10 +28,8 @@ from dpo_kernels.integrations.trl.batch import COLLATED, REFERENCE, PairBatch, c
 from dpo_kernels.integrations.trl.compatibility import (
     adapter_on_the_head_allowed,
     options_or_reason,
-    settle_router_loss,
     told_before_sharding,
 )
-from dpo_kernels.integrations.trl.head_calls import HeadCalls
 from dpo_kernels.integrations.trl.metrics import STATS, record
 from dpo_kernels.integrations.trl.options import LossOptions
 from dpo_kernels.integrations.trl.reference_check import check_reference
@@ -78,6 +79,7 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
     """
 
     check_reference = True
+    _logps_in_batch = REFERENCE
 
     # These are set at their first use: TRL's constructor already scores the reference where it precomputes log-probs.
     _loss_options: LossOptions | None = None
@@ -92,11 +94,11 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
         padding_free = bool(getattr(given, "padding_free", False))
         if padding_free:
             given.padding_free = False  # TRL would say that it is unavailable
-        with adapter_on_the_head_allowed(), told_before_sharding(self._attach):
+        with adapter_on_the_head_allowed(trl_module), told_before_sharding(self._attach, trl_module):
             super().__init__(*args, **kwargs)
         if padding_free:
             given.padding_free = self.padding_free = True
-            if reason := self.fallback_reason:
+            if reason := self.fallback_reason or (self._is_vision_dataset and "images cannot be packed"):
                 raise ValueError(f"padding_free=True needs the fused loss, which cannot be used: {reason}")
         if self._sparse.sampled and self.fallback_reason:
             raise ValueError(f"gradient='sparse' needs the fused loss, which cannot be used: {self.fallback_reason}")
@@ -108,7 +110,7 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
     def fallback_reason(self) -> str:
         """Why TRL's own loss is used, or an empty string. The first access writes it to the log."""
         if self._reason is None:
-            self._loss_options, self._reason = options_or_reason(self, self.check_head)
+            self._loss_options, self._reason = options_or_reason(self)
             if self._reason and lm_head.has_adapter(innermost(self.model).get_output_embeddings()):
                 raise ValueError(f"an adapter on the LM head needs the fused loss, but: {self._reason}")
             message = f"TRL's own loss is used: {self._reason}" if self._reason else ""
@@ -119,11 +121,6 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
         return self._reason
 
     not_fused = fallback_reason  # the older name
-
-    def _attach(self, model: Any) -> None:
-        """Have the model's forward compute the fused loss. It must be done before an engine shards the weights."""
-        if not self.fallback_reason:
-            self._head(model).attach()
 
     # --- the loss ---
 
@@ -187,7 +184,7 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():  # compute_metrics wants logits, which the fused loss never had
-            return loss, model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}, use_cache=False)
+            return loss, model(**pair_batch(inputs, None, False).inputs, use_cache=False)
 
     def _sampling(self) -> dict[str, Any]:
         """Return the arguments of a call whose gradients may be those of a sample."""
@@ -196,7 +193,7 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
         return self._sparse.arguments(self.args.seed, self._calls.next(self.state.global_step, micro_batches, *ranks))
 
     def _batch(self, inputs: dict[str, Any], model: Any) -> PairBatch:
-        padding_free = bool(self.padding_free)
+        padding_free, whole = bool(self.padding_free), inputs
         if hasattr(self, "_truncate_inputs") and set(COLLATED) <= set(inputs):
             # TRL 0.29 cuts to max_length here, later versions when they collate.
             inputs = inputs | dict(zip(COLLATED, self._truncate_inputs(*(inputs[k] for k in COLLATED)), strict=True))
@@ -211,7 +208,8 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
             with self.accelerator.autocast():
                 check_packing(self._head(model).attach().model, few, hidden_states, self.accelerator.gather)
             self._packing_checked = True
-        return pair_batch(inputs, self.ld_alpha, padding_free)
+        batch = pair_batch(inputs, self.ld_alpha, padding_free)
+        return batch if inputs is whole else replace(batch, tokens=whole["attention_mask"].sum())  # as TRL counts
 
     def _inputs_of_policy(self, batch: PairBatch) -> dict[str, Any]:
         inputs = {**batch.inputs, "use_cache": False}
@@ -286,11 +284,3 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
             arguments["ref_logps"] = reference.to(hidden.device)
         out = call(**arguments, **sampling, **batch.weights(hidden.device), stats=STATS)
         return {"out": out, "aux_loss": aux_loss}
-
-    # --- what surrounds the loss ---
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Do as transformers does, but keep the log-probs: DeepSpeed casts inputs to 16 bits, and they are none."""
-        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        prepared |= {name: inputs[name].to(self.args.device) for name in REFERENCE if name in inputs}
-        return prepared

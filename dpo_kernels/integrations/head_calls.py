@@ -8,8 +8,8 @@ import torch
 
 from dpo_kernels.integrations.head_forward import CALL
 from dpo_kernels.integrations.model_parts import innermost
+from dpo_kernels.integrations.split_head import SplitHeads
 from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
-from dpo_kernels.integrations.trl.split_head import SplitHeads
 
 
 class HeadCalls:
@@ -27,8 +27,10 @@ class HeadCalls:
     """
 
     accelerator: Any
+    args: Any
     check_head = True
 
+    _logps_in_batch: tuple[str, ...] = ()  # the entries of a batch that hold log-probs
     _work: Callable[..., Any] | None = None
 
     def _head(self, model: Any) -> FusedLMHead:
@@ -37,6 +39,22 @@ class HeadCalls:
         model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         attached = getattr(innermost(model).forward, CALL, None)
         return attached.of(innermost(model)) if attached is not None else fused_lm_head(model, check=self.check_head)
+
+    @property
+    def fallback_reason(self) -> str:
+        """Why TRL's own step is used, or an empty string."""
+        return ""
+
+    def _attach(self, model: Any) -> None:
+        """Have the model's forward compute the fused loss. It must be done before an engine shards the weights."""
+        if not self.fallback_reason:
+            self._head(model).attach()
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Do as transformers does, but keep the log-probs: DeepSpeed casts inputs to 16 bits, and they are none."""
+        stock: Any = super()
+        prepared: dict[str, Any] = stock._prepare_inputs(inputs)
+        return prepared | {name: inputs[name].to(self.args.device) for name in self._logps_in_batch if name in inputs}
 
     def _within(self, model: Any, inputs: dict[str, Any], work: Callable[..., Any]) -> Any:
         """Call the model so that its forward returns what ``work(outputs, hidden, weight, options)`` returns."""
