@@ -23,6 +23,13 @@ class CachedReference:
 
 
 @dataclass(frozen=True)
+class CachedTokenReference:
+    """Log-probs of single tokens under the reference that the caller has computed before."""
+
+    logps: Tensor  # (R,) floating point, at the places of their labels; anything where no label is scored
+
+
+@dataclass(frozen=True)
 class ScoredReference:
     """A reference model whose log-probs are computed in the call, without gradients."""
 
@@ -79,7 +86,7 @@ class Problem:
     needs_grad: NeedsGrad
     stats: tuple[str, ...] = ()
     loss: SequenceLoss | None = None  # None means that the log-probs are the result
-    reference: CachedReference | ScoredReference | None = None
+    reference: CachedReference | CachedTokenReference | ScoredReference | None = None
     reduction: str = "mean"
     denominator: float | Tensor | None = None  # replaces the number of examples under "mean"
     token_denominator: float | Tensor | None = None  # replaces the number of chosen tokens in means over tokens

@@ -138,6 +138,7 @@ class FusedDPOLoss(nn.Module):
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
         ref_logps: Tensor | None = None,
+        ref_token_logps: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         token_weights: Tensor | None = None,
         denominator: float | Tensor | None = None,
@@ -165,6 +166,8 @@ class FusedDPOLoss(nn.Module):
             ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
             ref_logps: Cached log-probs of the reference, ``(2B,)``, floating point, in the order of the input
                 sequences. Keep them in float32, because bfloat16 holds -300 only to within one nat.
+            ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating
+                point. The call sums them with ``token_weights``. What stands where no label is scored does not matter.
             cu_seqlens: Cumulative lengths of packed sequences, ``(2B + 1,)``, int32 or int64. None means that the input
                 is padded.
             token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
@@ -202,6 +205,7 @@ class FusedDPOLoss(nn.Module):
             ref_weight=ref_weight,
             ref_bias=ref_bias,
             ref_logps=ref_logps,
+            ref_token_logps=ref_token_logps,
             cu_seqlens=cu_seqlens,
             token_weights=token_weights,
             denominator=denominator,

@@ -42,6 +42,7 @@ def fused_dpo_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    ref_token_logps: Tensor | None = None,
     reference_free: bool = False,
     loss_type: Loss = "sigmoid",
     beta: float = 0.1,
@@ -96,6 +97,9 @@ def fused_dpo_loss(
         ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
         ref_logps: Cached log-probs of the reference, ``(2B,)``, floating point, in the order of the input sequences.
             Keep them in float32, because bfloat16 holds -300 only to within one nat.
+        ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating point.
+            It takes the place of ``ref_logps``, and the call sums it with ``token_weights``. What stands where no label
+            is scored does not matter.
         reference_free: bool. If true, there is no reference, and its log-probs count as 0.
         loss_type: Name of a loss (a key of ``dpo_kernels.LOSSES``), a list of names or a callable. A list is summed
             with ``loss_weights``. A callable maps ``LossInputs`` to ``(P,)`` losses. It counts as coupled over the
@@ -190,7 +194,7 @@ def fused_dpo_loss(
     arguments = Arguments(
         PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel, context_parallel),
         HeadOptions(logit_scale, softcap),
-        ReferenceTensors(ref_hidden, ref_weight, ref_bias, ref_logps, reference_free),
+        ReferenceTensors(ref_hidden, ref_weight, ref_bias, ref_logps, ref_token_logps, reference_free),
         Layout(pairs, shift, ignore_index, max_scored_tokens),
         Reduction(reduction, denominator, token_denominator),
         MainGradOptions(main_grad, main_grad_scale),
@@ -224,6 +228,9 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
         ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
         ref_logps: Cached log-probs of the reference, ``(2B,)``, floating point, in the order of the input sequences.
             Keep them in float32, because bfloat16 holds -300 only to within one nat.
+        ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating point.
+            It takes the place of ``ref_logps``, and the call sums it with ``token_weights``. What stands where no label
+            is scored does not matter.
         reference_free: bool. If true, there is no reference, and its log-probs count as 0.
         loss_type: Name of a loss (a key of ``dpo_kernels.LOSSES``), a list of names or a callable. A list is summed
             with ``loss_weights``. A callable maps ``LossInputs`` to ``(P,)`` losses. It counts as coupled over the

@@ -25,6 +25,7 @@ OPTIONS = (
     "ref_weight",
     "ref_bias",
     "ref_logps",
+    "ref_token_logps",
     "reference_free",
     "cu_seqlens",
     "token_weights",
@@ -94,6 +95,9 @@ def fused_kto_loss(
         ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
         ref_logps: Cached log-probs of the reference, ``(S,)``, floating point, in the order of the input sequences.
             Keep them in float32, because bfloat16 holds -300 only to within one nat.
+        ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating point.
+            It takes the place of ``ref_logps``, and the call sums it with ``token_weights``. What stands where no label
+            is scored does not matter.
         reference_free: bool. If true, there is no reference, and its log-probs count as 0.
         cu_seqlens: Cumulative lengths of packed sequences, ``(S + 1,)``, int32 or int64. None means that the input is
             padded.
@@ -225,6 +229,9 @@ def fused_group_loss(
         ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
         ref_logps: Cached log-probs of the reference, ``(S,)``, floating point, in the order of the input sequences.
             Keep them in float32, because bfloat16 holds -300 only to within one nat.
+        ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating point.
+            It takes the place of ``ref_logps``, and the call sums it with ``token_weights``. What stands where no label
+            is scored does not matter.
         reference_free: bool. If true, there is no reference, and its log-probs count as 0.
         cu_seqlens: Cumulative lengths of packed sequences, ``(S + 1,)``, int32 or int64. None means that the input is
             padded.

@@ -126,7 +126,7 @@ def _step(
             return states(value.shape[-1], value.dtype)
         if name == "cu_seqlens":
             return torch.arange(2 * pairs + 1, dtype=value.dtype, device=device) * LENGTH
-        size = {"token_weights": tokens, "ref_logps": tokens[:1]}.get(name, (pairs,))
+        size = {"token_weights": tokens, "ref_token_logps": tokens, "ref_logps": tokens[:1]}.get(name, (pairs,))
         return torch.ones(size, dtype=value.dtype, device=device)
 
     hidden = states(weight.shape[1], dtype or weight.dtype)
@@ -135,11 +135,11 @@ def _step(
     if ref_weight is not None:
         given["ref_weight"] = ref_weight.detach()
         given.setdefault("ref_hidden", states(ref_weight.shape[1], ref_weight.dtype))
-    if given.get("ref_hidden") is None and given.get("ref_logps") is None:
+    if all(given.get(name) is None for name in ("ref_hidden", "ref_logps", "ref_token_logps")):
         given["reference_free"] = True
     if given.get("cu_seqlens") is not None:
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
-        for name in {"ref_hidden", "token_weights"} & given.keys():
+        for name in {"ref_hidden", "ref_token_logps", "token_weights"} & given.keys():
             given[name] = given[name].flatten(0, 1)
     head = weight.detach().requires_grad_(weight.requires_grad)
     with torch.enable_grad():

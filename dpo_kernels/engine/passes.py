@@ -15,7 +15,7 @@ from dpo_kernels.kernel_interface import RowKernels, RowResult
 from dpo_kernels.planning.plan import Plan
 from dpo_kernels.planning.tables import BACKENDS, STRATEGIES
 from dpo_kernels.problem import Problem
-from dpo_kernels.segments import sequence_to_token
+from dpo_kernels.segments import segment_sum, sequence_to_token
 from dpo_kernels.shapes import (
     MOST_EXPONENT,
     STATS,
@@ -313,12 +313,27 @@ def _labels_to_rows(values_R: Tensor, shift: bool, forward: bool) -> Tensor:
     return torch.cat([zero, values_R[:-1]]) if forward else torch.cat([values_R[1:], zero])
 
 
+def _of_packed_tokens(values_R: Tensor, packed: PackedTokens, shift: bool) -> Tensor:
+    """Return the values ``(N,)`` of packed tokens from values at the places of their labels."""
+    moved_R = _labels_to_rows(values_R, shift, forward=False)
+    return moved_R.index_select(0, packed.index) if moved_R.shape[0] else moved_R.new_zeros(packed.capacity)
+
+
+def sums_by_sequence(values_R: Tensor, problem: Problem) -> Tensor:
+    """Return the weighted sum of each packed sequence's values, ``(S,)`` in the dtype of sums.
+
+    ``values_R`` stand at the places of their labels. Those of labels that are not scored are not read.
+    """
+    packed = problem.packed
+    sums_S = segment_sum(_of_packed_tokens(values_R, packed, problem.shift), packed.weights, packed.counts)
+    return sums_S if problem.context is None else problem.context.complete(sums_S)
+
+
 def _upstream_of_tokens(grad_out: Tensor, packed: PackedTokens, per_token: bool, shift: bool) -> Tensor:
     """Return the upstream gradient ``(N,)`` of each token's log-prob. It is NaN where the input is invalid."""
     if not per_token:
         return sequence_to_token(grad_out, packed.segments, packed.weights) + packed.nan_if_invalid
-    grad_R = _labels_to_rows(grad_out, shift, forward=False)
-    grad_N = grad_R.index_select(0, packed.index) if grad_R.shape[0] else grad_R.new_zeros(packed.capacity)
+    grad_N = _of_packed_tokens(grad_out, packed, shift)
     if packed.weights is not None:
         grad_N = grad_N * packed.weights.to(grad_N.dtype)
     return grad_N + packed.nan_if_invalid.to(grad_N.dtype)

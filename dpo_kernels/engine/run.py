@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels.engine import autograd
+from dpo_kernels.engine import autograd, passes
 from dpo_kernels.engine.out_of_memory import saying_what_fits
 from dpo_kernels.inputs.pair_order import to_callers_order
 from dpo_kernels.outputs import DPOLossOutput, SequenceLossOutput
 from dpo_kernels.planning.plan import Plan
-from dpo_kernels.problem import CachedReference, MainGrad, Problem, ScoredReference
+from dpo_kernels.problem import CachedReference, CachedTokenReference, MainGrad, Problem, ScoredReference
 from dpo_kernels.shapes import STATS, TOKEN_LOGPS, number_like, sum_dtype
 
 MAIN_GRAD_IS_LOST = (
@@ -124,6 +124,8 @@ def _reference_logps(problem: Problem, plan: Plan) -> Tensor:
     device, reference = problem.hidden.device, problem.reference
     if isinstance(reference, CachedReference):
         return reference.logps
+    if isinstance(reference, CachedTokenReference):
+        return passes.sums_by_sequence(reference.logps, problem)
     if not isinstance(reference, ScoredReference):
         return torch.zeros(problem.packed.counts.shape[0], dtype=sum_dtype(device), device=device)
     assert plan.reference is not None, "a plan has one for a reference that is scored"

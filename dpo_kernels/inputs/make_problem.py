@@ -14,7 +14,7 @@ from dpo_kernels.inputs.reference import LossFacts, check_reference
 from dpo_kernels.inputs.shards import pack_labels_of, split_main_grad, split_reference, split_work
 from dpo_kernels.inputs.tensors import Batch, check_batch
 from dpo_kernels.loss_interface import SequenceLoss
-from dpo_kernels.problem import CachedReference, Problem, ScoredReference
+from dpo_kernels.problem import CachedReference, CachedTokenReference, Problem, ScoredReference
 from dpo_kernels.shapes import NeedsGrad, Sampling, sum_dtype
 
 # The loss is made once the batch is known, because options with one value for each pair must fit it.
@@ -74,6 +74,7 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
         "ref_weight": ref_tensors.ref_weight,
         "ref_bias": ref_tensors.ref_bias,
         "ref_logps": ref_tensors.ref_logps,
+        "ref_token_logps": ref_tensors.ref_token_logps,
         "token_weights": arguments.policy.token_weights,
         "denominator": reduction.denominator,
         "token_denominator": reduction.token_denominator,
@@ -136,8 +137,8 @@ def _sampling(arguments: Arguments, batch: Batch) -> Sampling | None:
 
 
 def _in_packed_order(
-    reference: ScoredReference | Tensor | None, stacked: bool
-) -> CachedReference | ScoredReference | None:
+    reference: ScoredReference | CachedTokenReference | Tensor | None, stacked: bool
+) -> CachedReference | CachedTokenReference | ScoredReference | None:
     """Return the reference with its cached log-probs, if it has any, in the order of the packed sequences."""
     if not isinstance(reference, Tensor):
         return reference

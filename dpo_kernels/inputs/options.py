@@ -38,6 +38,7 @@ class ReferenceTensors:
     ref_weight: Tensor | None = None  # (V, H_ref); None means that the policy's weight is used
     ref_bias: Tensor | None = None  # (V,)
     ref_logps: Tensor | None = None  # (S,) in the caller's order
+    ref_token_logps: Tensor | None = None  # like labels, in any floating-point dtype
     reference_free: bool = False
 
     def __post_init__(self) -> None:

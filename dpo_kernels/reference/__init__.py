@@ -158,6 +158,7 @@ def dpo_loss_reference(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    ref_token_logps: Tensor | None = None,
     reference_free: bool = False,
     loss_type: str | Sequence[str] | Callable[..., Tensor] = "sigmoid",
     beta: float = 0.1,
@@ -194,6 +195,8 @@ def dpo_loss_reference(
             ``weight`` and ``bias``.
         ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
         ref_logps: Cached log-probs of the reference, ``(2B,)``, floating point, in the order of the input sequences.
+        ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating point.
+            ``token_weights`` apply to them. What stands where no label is scored does not matter.
         reference_free: bool. If true, there is no reference, and its log-probs count as 0.
         loss_type: Name of a loss, a list of names or a callable. A list is summed with ``loss_weights``. A callable
             maps an object with the fields of ``LossInputs`` to ``(P,)`` losses.
@@ -252,6 +255,7 @@ def dpo_loss_reference(
     layout: dict[str, Any] = {"cu_seqlens": cu_seqlens, "shift": shift, "ignore_index": ignore_index}
     cap: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap}
     policy = sequence_logps_reference(hidden, weight, labels, bias=bias, token_weights=token_weights, **layout, **cap)
+    scored = _scored(hidden, labels, cu_seqlens, shift, ignore_index)
     if ref_hidden is not None:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
@@ -261,12 +265,14 @@ def dpo_loss_reference(
             )
     elif ref_logps is not None:
         reference = ref_logps.detach().to(policy.dtype)
+    elif ref_token_logps is not None:
+        values = ref_token_logps.detach().to(policy.dtype)
+        if token_weights is not None:
+            values = values * token_weights.detach().to(policy.dtype)
+        reference = _sums(torch.where(scored, values, 0.0), cu_seqlens)
     else:
         reference = torch.zeros_like(policy)
-    _, targets, places = _align(hidden, labels, cu_seqlens, shift, ignore_index)
-    scored = torch.zeros(labels.numel(), dtype=policy.dtype, device=labels.device)
-    scored[places] = (targets != ignore_index).to(policy.dtype)
-    counts = _sums(scored.view(labels.shape), cu_seqlens)
+    counts = _sums(scored.to(policy.dtype), cu_seqlens)
     s_w, s_l = _split(policy, pairs)
     r_w, r_l = _split(reference, pairs)
     n_w, n_l = _split(counts, pairs)
@@ -346,6 +352,14 @@ def _align(
         torch.cat([flat[a + 1 : b] for a, b in pieces]),
         torch.cat([places[a + 1 : b] for a, b in pieces]),
     )
+
+
+def _scored(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
+    """Return whether each label is scored, a bool tensor in the shape of the labels."""
+    _, targets, places = _align(hidden, labels, cu_seqlens, shift, ignore_index)
+    scored = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
+    scored[places] = targets != ignore_index
+    return scored.view(labels.shape)
 
 
 def _sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -57,6 +57,11 @@ def scored_here(**changes):
     return {"ref_logps": None, "ref_hidden": rand(S, T, 4), "ref_weight": rand(V, 4)} | changes
 
 
+def by_token(**changes):
+    """A reference that is cached by token, changed."""
+    return {"ref_logps": None, "ref_token_logps": -rand(S, T)} | changes
+
+
 def a_callable(x):
     return x.policy_rejected_logps - x.policy_chosen_logps
 
@@ -138,9 +143,9 @@ VALUE_ERRORS = {
     "logit_scale inf": ({"logit_scale": -math.inf}, "logit_scale must be finite ... got -inf"),
     # the reference
     "no reference": ({"ref_logps": None},
-        "'sigmoid' ... needs a reference and got none ... ref_hidden or ref_logps ... reference_free=True"),
+        "'sigmoid' ... needs a reference and got none ... ref_hidden, ref_logps or ... reference_free=True"),
     "no reference for ipo": ({"ref_logps": None, "loss_type": "ipo"},
-        "'ipo' ... needs a reference and got none ... ref_hidden or ref_logps ... reference_free=True"),
+        "'ipo' ... needs a reference and got none ... ref_hidden, ref_logps or ... reference_free=True"),
     "two references": ({"ref_hidden": rand(S, T, H)}, "ref_hidden and ref_logps are both given ... pass one"),
     "reference_free with ref_logps": ({"reference_free": True}, "reference_free=True and ref_logps exclude each other"),
     "reference_free with ref_hidden": (scored_here(reference_free=True),
@@ -148,6 +153,16 @@ VALUE_ERRORS = {
     "ref_logps shape": ({"ref_logps": rand(2)},
         "ref_logps has shape (2,) ... expected (4,) ... in the order of the input"),
     "ref_logps by pair": ({"ref_logps": rand(2, 2)}, "ref_logps has shape (2, 2) ... expected (4,)"),
+    "two cached references": ({"ref_token_logps": -rand(S, T)},
+        "ref_logps and ref_token_logps are both given ... pass one"),
+    "reference_free with ref_token_logps": (by_token(reference_free=True),
+        "reference_free=True and ref_token_logps exclude each other"),
+    "ref_token_logps shape": (by_token(ref_token_logps=-rand(S)),
+        "ref_token_logps has shape (4,) ... labels (4, 3) ... one for each label"),
+    "ref_token_logps elsewhere": (by_token(ref_token_logps=rand(S, T, **META)),
+        "ref_token_logps is on meta but hidden is on cpu"),
+    "ref_token_logps for a loss without a reference": (by_token(loss_type="simpo"),
+        "ref_token_logps is given, but the loss 'simpo' has no reference"),
     "ref_weight without ref_hidden": ({"ref_weight": rand(V, H)}, "ref_weight is given without ref_hidden"),
     "ref_bias without ref_hidden": ({"ref_bias": rand(V)}, "ref_bias is given without ref_hidden"),
     "ref_hidden shape": (scored_here(ref_hidden=rand(S, T + 1, 4)),
@@ -249,6 +264,8 @@ TYPE_ERRORS = {
     "logit_scale a str": ({"logit_scale": "1"}, "logit_scale must be a real number ... got str"),
     "ref_logps int64": ({"ref_logps": torch.ones(S, dtype=torch.int64)},
         "ref_logps must be floating point ... got torch.int64"),
+    "ref_token_logps int64": (by_token(ref_token_logps=torch.ones(S, T, dtype=torch.int64)),
+        "ref_token_logps must be floating point ... got torch.int64"),
     "ref_logps a list": ({"ref_logps": [0.0] * 4}, "ref_logps must be a tensor ... got list"),
     "ref_hidden int64": (scored_here(ref_hidden=torch.ones(S, T, 4, dtype=torch.int64)), "ref_hidden must be float32"),
     "loss_type a number": ({"loss_type": 3}, "loss_type must be a name or a callable ... got int"),

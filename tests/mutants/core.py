@@ -4,6 +4,30 @@ from tests.mutants.records import Mutant
 
 _EQUIVALENCE = "tests/strategies/test_equivalence.py::test_equivalence[torch.float64"
 
+_REFERENCE = [
+    Mutant(
+        "dpo_kernels/engine/passes.py",
+        "sums_S = segment_sum(_of_packed_tokens(values_R, packed, problem.shift), packed.weights, packed.counts)",
+        "sums_S = segment_sum(_of_packed_tokens(values_R, packed, problem.shift), None, packed.counts)",
+        "tests/api/test_token_references.py::test_agrees_with_the_oracle",
+        "a reference that is cached by token is summed without the tokens' weights",
+    ),
+    Mutant(
+        "dpo_kernels/engine/passes.py",
+        "moved_R = _labels_to_rows(values_R, shift, forward=False)",
+        "moved_R = values_R",
+        "tests/api/test_token_references.py::test_agrees_with_the_oracle",
+        "a reference that is cached by token is not shifted",
+    ),
+    Mutant(
+        "dpo_kernels/engine/passes.py",
+        "return sums_S if problem.context is None else problem.context.complete(sums_S)",
+        "return sums_S",
+        "tests/distributed/test_context_parallel.py::test_split_equals_whole",
+        "a reference that is cached by token is summed over this rank's tokens only",
+    ),
+]
+
 _ROWS = [
     Mutant(
         "dpo_kernels/inputs/packing.py",
@@ -402,8 +426,8 @@ _STRATEGIES = [
     ),
     Mutant(
         "dpo_kernels/engine/passes.py",
-        "grad_R = _labels_to_rows(grad_out, shift, forward=False)",
-        "grad_R = _labels_to_rows(grad_out, shift, forward=True)",
+        "moved_R = _labels_to_rows(values_R, shift, forward=False)",
+        "moved_R = _labels_to_rows(values_R, shift, forward=True)",
         "tests/api/test_autograd.py::test_gradcheck_logps",
         "upstreams of shifted tokens move the wrong way",
     ),
@@ -830,6 +854,7 @@ _CONTEXTS = [
 CORE: tuple[Mutant, ...] = (
     *_CONTEXTS,
     *_SHARDS,
+    *_REFERENCE,
     *_ROWS,
     *_CALLS,
     *_PLAN,
