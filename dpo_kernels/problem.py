@@ -87,6 +87,7 @@ class Problem:
     stats: tuple[str, ...] = ()
     loss: SequenceLoss | None = None  # None means that the log-probs are the result
     reference: CachedReference | CachedTokenReference | ScoredReference | None = None
+    kl: bool = False  # the KL divergence from a scored reference is wanted: the logits of both heads lie side by side
     reduction: str = "mean"
     denominator: float | Tensor | None = None  # replaces the number of examples under "mean"
     token_denominator: float | Tensor | None = None  # replaces the number of chosen tokens in means over tokens
@@ -110,6 +111,11 @@ class Problem:
         assert self.loss is not None, "a mean is one over the examples of a loss"
         examples = len(self.loss.bounds(self.packed.counts.shape[0])) - 1
         return float(max(examples, 1) if self.denominator is None else self.denominator)
+
+    @property
+    def kl_grad(self) -> bool:
+        """Whether the loss reads the KL divergence, which then gets a gradient."""
+        return self.kl and self.loss is not None and self.loss.needs_kl
 
     @property
     def vocab_size(self) -> int:
@@ -141,6 +147,8 @@ class Problem:
             tracing=tracing,
             fills_main_grad=self.main_grad is not None,
             samples=self.sampling is not None,
+            kl=self.kl,
+            kl_grad=self.kl_grad,
             shard_ranks=0 if self.shard is None else self.shard.ranks,
             context_ranks=0 if self.context is None else self.context.ranks,
             most_counts=None if self.context is None else self.context.most,
@@ -185,6 +193,8 @@ class Workload:
     tracing: bool = False  # the call is inside torch.compile or torch.export
     fills_main_grad: bool = False  # the head's gradient is added to the caller's buffer
     samples: bool = False  # gradients are those of a sample of the logits' gradient
+    kl: bool = False  # the logits of the reference lie beside those of the policy
+    kl_grad: bool = False  # the KL divergence from the reference gets a gradient
     shard_ranks: int = (
         0  # ranks that the vocabulary is split over, 0 for a whole one; ``vocab`` is then the largest shard
     )

@@ -30,6 +30,9 @@ STATS = ("entropy", "mean_logits", "top1", "log_sum_p2")
 # This name may be requested among them. Its values are per token and not per sequence.
 TOKEN_LOGPS = "token_logps"
 
+# Neither do they compute this one, which takes the logits of the reference too. It is a sum over the scored tokens.
+KL = "kl"
+
 # torch wraps a tensor in this class while a collective has yet to fill it. Every torch operation on it waits for that.
 WRAPPERS_THAT_UNWRAP = ("AsyncCollectiveTensor",)
 

@@ -107,7 +107,11 @@ def on_a_gpu_of_stubs(scored: int | Sequence[int]) -> Iterator[Stubs]:
         patch.object(packing, "_on_the_host", stubs.sync(packing._on_the_host)),
         patch.object(refusals, "refuse_triton_on", lambda *given, **facts: None),
         patch.object(plan, "refuse_triton_on", lambda *given, **facts: None),
-        patch.object(plan, "divide_scratch", lambda size, name, dtype, device: divide_scratch(size, name, dtype, GPU)),
+        patch.object(
+            plan,
+            "divide_scratch",
+            lambda size, name, dtype, device, **how: divide_scratch(size, name, dtype, GPU, **how),
+        ),
     ):
         yield stubs
 

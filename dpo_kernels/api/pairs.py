@@ -125,10 +125,11 @@ def fused_dpo_loss(
         stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
             and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
             squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
-            not scored.
+            not scored. "kl" is the sum over a sequence's scored tokens of ``KL(reference || policy)`` in nats, with
+            ``token_weights``. It needs ``ref_hidden``.
         backend: "auto", "triton", "cuda", "cpp" or "torch".
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
-            "recompute" run "frozen_head".
+            "recompute" run "frozen_head". A KL divergence takes "chunked" or "recompute".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
             or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere. A GPU with little free memory
             gets less.
@@ -153,8 +154,9 @@ def fused_dpo_loss(
             the sequences, and ``shift`` must be false. Sums and counts are completed before the loss.
         **loss_options: Options of the loss by name; ``dpo_kernels.LOSSES[name].options`` lists those of one loss.
             "odpo" has ``margin``, "rebel" ``reward_gap``, "bco_pair" ``delta``, and these three may be ``(P,)``
-            tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, and "alphapo" ``alpha``
-            and ``gamma``. The options that follow go with every loss, unless they say otherwise.
+            tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, "alphapo" ``alpha`` and
+            ``gamma``, and "tdpo2" ``tdpo_alpha``. The options that follow go with every loss, unless they say
+            otherwise.
         pair_weights: Factor on each pair's loss, ``(P,)`` or 0-d, floating point or integer.
         nll_weight: Number that multiplies the mean negative log-prob of the chosen tokens, which is added to the loss.
             The default is 1 for "cpo" and 0 for the others.
@@ -256,10 +258,11 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
         stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
             and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
             squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
-            not scored.
+            not scored. "kl" is the sum over a sequence's scored tokens of ``KL(reference || policy)`` in nats, with
+            ``token_weights``. It needs ``ref_hidden``.
         backend: "auto", or a backend by its name, as the plan lists them.
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
-            "recompute" run "frozen_head".
+            "recompute" run "frozen_head". A KL divergence takes "chunked" or "recompute".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
             or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere. A GPU with little free memory
             gets less.

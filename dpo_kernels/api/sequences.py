@@ -113,10 +113,11 @@ def fused_kto_loss(
         stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
             and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
             squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
-            not scored.
+            not scored. "kl" is the sum over a sequence's scored tokens of ``KL(reference || policy)`` in nats, with
+            ``token_weights``. It needs ``ref_hidden``.
         backend: "auto", or a backend by its name, as the plan of ``explain`` lists them.
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
-            "recompute" run "frozen_head".
+            "recompute" run "frozen_head". A KL divergence takes "chunked" or "recompute".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
             or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere. A GPU with little free memory
             gets less.
@@ -247,10 +248,11 @@ def fused_group_loss(
         stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
             and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
             squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
-            not scored.
+            not scored. "kl" is the sum over a sequence's scored tokens of ``KL(reference || policy)`` in nats, with
+            ``token_weights``. It needs ``ref_hidden``.
         backend: "auto", or a backend by its name, as the plan of ``explain`` lists them.
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
-            "recompute" run "frozen_head".
+            "recompute" run "frozen_head". A KL divergence takes "chunked" or "recompute".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
             or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere. A GPU with little free memory
             gets less.

@@ -10,12 +10,12 @@ from dpo_kernels.checks import check_device, refuse_batched, refuse_forward_mode
 from dpo_kernels.inputs.divisors import check_main_grad, check_reduction
 from dpo_kernels.inputs.options import Arguments, check_stats
 from dpo_kernels.inputs.pair_order import STACKED, to_alternating
-from dpo_kernels.inputs.reference import LossFacts, check_reference
+from dpo_kernels.inputs.reference import LossFacts, check_divergence, check_reference
 from dpo_kernels.inputs.shards import pack_labels_of, split_main_grad, split_reference, split_work
 from dpo_kernels.inputs.tensors import Batch, check_batch
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.problem import CachedReference, CachedTokenReference, Problem, ScoredReference
-from dpo_kernels.shapes import NeedsGrad, Sampling, sum_dtype
+from dpo_kernels.shapes import KL, NeedsGrad, Sampling, sum_dtype
 
 # The loss is made once the batch is known, because options with one value for each pair must fit it.
 LossOfBatch = Callable[[Batch], SequenceLoss]
@@ -93,6 +93,9 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
     buffer = check_main_grad(main_grad, batch)
     layout, stacked = arguments.layout, paired and arguments.layout.pairs == STACKED
     needs_grad, loss, cached = gradients_wanted(batch), loss_of(batch), _in_packed_order(reference, stacked)
+    kl = KL in stats or loss.needs_kl
+    if kl:
+        check_divergence(arguments, batch, reference, f"the loss {facts.name!r}" if loss.needs_kl else "stats='kl'")
     # Packing is the last step: the GPU waits from its sync to the first GEMM.
     packed = pack_labels_of(batch, layout, shard, stacked=stacked)
     return Problem(
@@ -105,6 +108,7 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
         loss=loss,
         shard=shard,
         reference=cached,
+        kl=kl,
         reduction=reduction.reduction,
         denominator=reduction.denominator,
         token_denominator=reduction.token_denominator,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_kernels import checks
 from dpo_kernels.inputs.pair_order import PAIR_ORDERS, STACKED
-from dpo_kernels.shapes import STATS, TOKEN_LOGPS, Sampling
+from dpo_kernels.shapes import KL, STATS, TOKEN_LOGPS, Sampling
 
 REDUCTIONS = ("mean", "sum", "none")
 GRADIENTS = ("dense", "sparse")
@@ -174,8 +174,8 @@ FIELDS: dict[type, tuple[str, ...]] = {
 
 
 def check_stats(stats: Any) -> tuple[str, ...]:
-    """Return the names of the requested statistics in the order of ``STATS``, then ``"token_logps"``."""
-    known = (*STATS, TOKEN_LOGPS)
+    """Return the names of the requested statistics in the order of ``STATS``, then ``"kl"`` and ``"token_logps"``."""
+    known = (*STATS, KL, TOKEN_LOGPS)
     if isinstance(stats, str) or not isinstance(stats, tuple | list | set | frozenset):
         raise TypeError(f"stats must be a tuple of names, got {type(stats).__name__}; known: {', '.join(known)}")
     for name in stats:

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels.checks import check_device
+from dpo_kernels.checks import check_device, traced
 from dpo_kernels.inputs import notices
-from dpo_kernels.inputs.options import HeadOptions, PolicyTensors, ReferenceTensors
+from dpo_kernels.inputs.options import Arguments, HeadOptions, PolicyTensors, ReferenceTensors
 from dpo_kernels.inputs.tensors import Batch, check_float_tensor, check_floating, check_head, compute_dtype, shape
 from dpo_kernels.problem import CachedTokenReference, ScoredReference
-from dpo_kernels.shapes import Head
+from dpo_kernels.shapes import Head, accumulation_dtype
 
 
 class LossFacts(NamedTuple):
@@ -72,6 +72,33 @@ def check_reference(
         raise ValueError(f"ref_hidden has shape {shape(ref_hidden)}, expected that of hidden {shape(hidden)} but for H")
     check_device("ref_hidden", ref_hidden, "hidden", batch.hidden)
     return _scored(batch, ref_hidden, given, options)
+
+
+def check_divergence(
+    arguments: Arguments,
+    batch: Batch,
+    reference: ScoredReference | CachedTokenReference | Tensor | None,
+    wanted_by: str,
+) -> None:
+    """Raise unless the KL divergence from the reference can be computed. ``wanted_by`` says in errors what reads it."""
+    if not isinstance(reference, ScoredReference):
+        raise ValueError(
+            f"{wanted_by} needs the KL divergence from the reference over the whole vocabulary: give ref_hidden, and "
+            "ref_weight unless the heads are the same. Log-probs of the labels are not enough"
+        )
+    policy = arguments.policy
+    for name, given in (("vocab_parallel", policy.vocab_parallel), ("context_parallel", policy.context_parallel)):
+        if given is not None:
+            raise ValueError(f"{wanted_by} does not go with {name} yet")
+    if arguments.gradient.sampling is not None:
+        raise ValueError(f"{wanted_by} does not go with gradient='sparse': the sample is one of the policy alone")
+    if traced(batch.hidden):
+        raise ValueError(f"{wanted_by} is not supported inside torch.compile yet: leave the call out of the graph")
+    if accumulation_dtype(reference.compute_dtype) != accumulation_dtype(batch.compute_dtype):
+        raise TypeError(
+            f"{wanted_by} needs logits of one dtype, but ref_hidden computes in {reference.compute_dtype} and "
+            f"hidden in {batch.compute_dtype}: convert one of them"
+        )
 
 
 def _of_tokens(policy: PolicyTensors, logps: Tensor) -> CachedTokenReference:

@@ -106,7 +106,8 @@ def _find_all(loss_type: Loss) -> tuple[LossSpec, ...]:
     if callable(loss_type):
         # The author of the function binds its options, if it has any, with functools.partial or a closure.
         name = getattr(loss_type, "__name__", type(loss_type).__name__)
-        return (LossSpec(name, loss_type, separable=bool(getattr(loss_type, "separable", False))),)
+        separable, needs_kl = (bool(getattr(loss_type, each, False)) for each in ("separable", "needs_kl"))
+        return (LossSpec(name, loss_type, separable=separable, needs_kl=needs_kl),)
     if not isinstance(loss_type, tuple | list):
         raise TypeError(f"loss_type must be a name or a callable, or a list of names, got {type(loss_type).__name__}")
     if not loss_type:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels.reference.losses import family_loss
+from dpo_kernels.reference.losses import family_loss, reads_kl
 
 
 class ReferenceOutput(NamedTuple):
@@ -31,7 +31,7 @@ class ReferenceOutput(NamedTuple):
         rejected_logps: The policy's log-prob of each rejected sequence, ``(P,)``.
         ref_chosen_logps: The reference's log-prob of each chosen sequence, ``(P,)``.
         ref_rejected_logps: The reference's log-prob of each rejected sequence, ``(P,)``.
-        stats: Each requested statistic by name, and always "tokens", ``(S,)`` each.
+        stats: Each requested statistic by name, and always "tokens", ``(S,)`` each. None carries a gradient.
     """
 
     loss: Tensor
@@ -220,7 +220,8 @@ def dpo_loss_reference(
             tokens (``sft``, ``nll_weight``).
         stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
             and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
-            squared probabilities.
+            squared probabilities. "kl" is the sum over a sequence's scored tokens of ``KL(reference || policy)``, with
+            ``token_weights``. It needs ``ref_hidden``.
         **loss_options: Options of the loss by name, numbers or ``(P,)`` tensors. The options that follow go with every
             loss, unless they say otherwise.
         pair_weights: Factor on each pair's loss, ``(P,)`` or 0-d, floating point or integer.
@@ -256,6 +257,7 @@ def dpo_loss_reference(
     cap: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap}
     policy = sequence_logps_reference(hidden, weight, labels, bias=bias, token_weights=token_weights, **layout, **cap)
     scored = _scored(hidden, labels, cu_seqlens, shift, ignore_index)
+    kl = None
     if ref_hidden is not None:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
@@ -263,6 +265,9 @@ def dpo_loss_reference(
             reference = sequence_logps_reference(
                 ref_hidden, ref_weight, labels, bias=ref_bias, token_weights=token_weights, **layout, **cap
             )
+        if "kl" in stats or reads_kl(loss_type):
+            both = ((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias))
+            kl = _sequence_kl(*both, labels, token_weights, layout, cap)
     elif ref_logps is not None:
         reference = ref_logps.detach().to(policy.dtype)
     elif ref_token_logps is not None:
@@ -278,12 +283,15 @@ def dpo_loss_reference(
     n_w, n_l = _split(counts, pairs)
     over = s_w.shape[0] if denominator is None else denominator
     nll_scale = over / (n_w.sum().clamp(min=1) if token_denominator is None else token_denominator)
-    loss = family_loss(loss_type, beta, label_smoothing, s_w, s_l, r_w, r_l, n_w, n_l, nll_scale, loss_options)
+    kls = (None, None) if kl is None else _split(kl, pairs)
+    loss = family_loss(loss_type, beta, label_smoothing, s_w, s_l, r_w, r_l, n_w, n_l, nll_scale, loss_options, kls)
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
         loss = loss / (s_w.shape[0] if denominator is None else denominator)
-    measured = _stats(hidden, weight, labels, bias, stats, layout, cap)
+    measured = _stats(hidden, weight, labels, bias, tuple(name for name in stats if name != "kl"), layout, cap)
+    if "kl" in stats and kl is not None:
+        measured["kl"] = kl.detach()
     return ReferenceOutput(
         loss,
         (beta * (s_w - r_w)).detach(),
@@ -294,6 +302,36 @@ def dpo_loss_reference(
         r_l,
         {**measured, "tokens": counts},
     )
+
+
+def _sequence_kl(
+    policy: tuple[Tensor, Tensor, Tensor | None],
+    reference: tuple[Tensor, Tensor, Tensor | None],
+    labels: Tensor,
+    token_weights: Tensor | None,
+    layout: dict[str, Any],
+    cap: dict[str, Any],
+) -> Tensor:
+    """Return the weighted sum over each sequence's scored tokens of ``KL(reference || policy)``, ``(S,)``.
+
+    This is ``D_SeqKL(x, y; reference || policy)`` of Zeng et al., arXiv 2404.11999. Only the policy gets a
+    gradient. Each model is hidden states, weight and bias of its head.
+    """
+    cu_seqlens, shift, ignore_index = layout.values()
+    logps, (ref_hidden, ref_weight, ref_bias) = [], reference
+    constant = (ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
+    for hidden, weight, bias in (policy, constant):
+        rows, targets, places = _align(hidden, labels, cu_seqlens, shift, ignore_index)
+        keep = targets != ignore_index
+        logps.append(_logits(rows[keep], weight, bias, **cap).log_softmax(-1))
+    ours, theirs = logps
+    impossible = theirs == -torch.inf  # such a token adds nothing, where 0 * -inf would be NaN
+    difference = torch.where(impossible, 0.0, theirs) - torch.where(impossible, 0.0, ours)
+    scored = (theirs.exp() * difference).sum(-1)
+    values = scored.new_zeros(labels.numel()).index_put((places[keep],), scored).view(labels.shape)
+    if token_weights is not None:
+        values = values * token_weights.detach().to(values.dtype)
+    return _sums(values, cu_seqlens)
 
 
 def _stats(

@@ -748,8 +748,8 @@ _SHARDS = [
     ),
     Mutant(
         "dpo_kernels/strategies/buffers.py",
-        "keep_logits = head.softcap is not None or self.problem.shard is not None",
-        "keep_logits = head.softcap is not None",
+        "keep_logits |= head.softcap is not None or self.problem.shard is not None",
+        "keep_logits |= head.softcap is not None",
         _SPLIT,
         "a tile holds exponentials under a maximum that another rank has raised",
     ),
