@@ -158,6 +158,7 @@ class Problem:
             per_token=self.per_token,
             gathered_bytes=self.gathered_bytes,
             reference=None if reference is None else self.of_reference(reference).workload,
+            sums_reference=isinstance(self.reference, CachedTokenReference),
         )
 
     def of_reference(self, reference: ScoredReference) -> "Problem":
@@ -207,6 +208,7 @@ class Workload:
     gathered_bytes: tuple[int, int] = (0, 0)
     schedules: dict[Any, Schedule] = field(init=False, default_factory=dict, compare=False, repr=False)  # by budget
     reference: "Workload | None" = None  # the workload of a reference that is scored in the call
+    sums_reference: bool = False  # log-probs of the reference's tokens are added up in the call
 
     @property
     def shared_counts(self) -> Sequence[int] | None:

@@ -97,7 +97,7 @@ def agree(data, **options):
     return got
 
 
-BY_TOKEN = ("hidden", "labels", "ref_hidden", "ref_token_logps", "token_weights")
+BY_TOKEN = ("hidden", "labels", "ref_hidden", "ref_token_logps", "rows", "token_weights")
 
 
 def pack(data):

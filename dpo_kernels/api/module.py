@@ -141,6 +141,7 @@ class FusedDPOLoss(nn.Module):
         ref_token_logps: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         token_weights: Tensor | None = None,
+        rows: Tensor | None = None,
         denominator: float | Tensor | None = None,
         token_denominator: float | Tensor | None = None,
         seed: int | Tensor = 0,
@@ -172,6 +173,8 @@ class FusedDPOLoss(nn.Module):
                 is padded.
             token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
                 applies to the policy and to a reference that is scored here. It gets no gradient.
+            rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` and
+                ``ref_hidden`` then have any number of rows, ``(M, H)``.
             denominator: Number > 0, or a 0-d tensor, that replaces the number of pairs under "mean". Gradient
                 accumulation and data parallel training need it.
             token_denominator: Number > 0, or a 0-d tensor, that replaces the number of chosen tokens in the means over
@@ -208,6 +211,7 @@ class FusedDPOLoss(nn.Module):
             ref_token_logps=ref_token_logps,
             cu_seqlens=cu_seqlens,
             token_weights=token_weights,
+            rows=rows,
             denominator=denominator,
             token_denominator=token_denominator,
             seed=seed,

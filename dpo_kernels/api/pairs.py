@@ -50,6 +50,7 @@ def fused_dpo_loss(
     cu_seqlens: Tensor | None = None,
     pairs: str = "stacked",
     token_weights: Tensor | None = None,
+    rows: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -113,6 +114,10 @@ def fused_dpo_loss(
             chosen and rejected.
         token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
             applies to the policy and to a reference that is scored here. It gets no gradient.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows, and so is ``ref_hidden``. Labels may share a row, whose gradients are
+            added up. Its logits are computed once for each of its labels. Rows of labels that are not scored do not
+            matter.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -194,7 +199,7 @@ def fused_dpo_loss(
     """
     loss = losses.bind(loss_type, beta, label_smoothing, loss_options)
     arguments = Arguments(
-        PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel, context_parallel),
+        PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel, context_parallel, rows),
         HeadOptions(logit_scale, softcap),
         ReferenceTensors(ref_hidden, ref_weight, ref_bias, ref_logps, ref_token_logps, reference_free),
         Layout(pairs, shift, ignore_index, max_scored_tokens),
@@ -246,6 +251,10 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
             chosen and rejected.
         token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
             applies to the policy and to a reference that is scored here. It gets no gradient.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows, and so is ``ref_hidden``. Labels may share a row, whose gradients are
+            added up. Its logits are computed once for each of its labels. Rows of labels that are not scored do not
+            matter.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.

@@ -29,6 +29,7 @@ OPTIONS = (
     "reference_free",
     "cu_seqlens",
     "token_weights",
+    "rows",
     "shift",
     "ignore_index",
     "logit_scale",
@@ -103,6 +104,10 @@ def fused_kto_loss(
             padded.
         token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
             applies to the policy and to a reference that is scored here. It gets no gradient.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows, and so is ``ref_hidden``. Labels may share a row, whose gradients are
+            added up. Its logits are computed once for each of its labels. Rows of labels that are not scored do not
+            matter.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -238,6 +243,10 @@ def fused_group_loss(
             padded.
         token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
             applies to the policy and to a reference that is scored here. It gets no gradient.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows, and so is ``ref_hidden``. Labels may share a row, whose gradients are
+            added up. Its logits are computed once for each of its labels. Rows of labels that are not scored do not
+            matter.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.

@@ -144,7 +144,7 @@ class _Loss(PlainFunction):
         hidden, weight, bias, _, _, problem, plan = inputs
         keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
         _keep_loss(ctx, problem.packed.slot, output)
-        ctx.backend, ctx.main_grad = plan.backend, None
+        ctx.backend, ctx.main_grad, ctx.shared = plan.backend, None, problem.packed.shared
         if problem.main_grad is not None:
             ctx.main_grad, ctx.upstream_used = problem.main_grad.scale, False
             ctx.needs = ctx.needs._replace(weight=False)
@@ -181,9 +181,10 @@ def _loss_backward(ctx: Any, grad_total: Tensor | None) -> tuple[Tensor | None, 
             rounding = operators.encode_rounding(ctx.dtypes, ctx.needs)
             grads = operators.loss_backward_operator(grad_total, list(gradients), slot, rounding)
         elif torch._C._autograd._get_current_graph_task_keep_graph():
-            grads = passes.scale_gradients(grad_total, gradients, slot, ctx.dtypes, ctx.needs)
+            grads = passes.scale_gradients(grad_total, gradients, slot, ctx.dtypes, ctx.needs, ctx.shared)
         else:
-            grads = passes.finalize_gradients(grad_total, gradients, slot, ctx.dtypes, ctx.needs, ctx.backend)
+            how = (ctx.dtypes, ctx.needs, ctx.backend, ctx.shared)
+            grads = passes.finalize_gradients(grad_total, gradients, slot, *how)
     return wrap_gradients(ctx, grads)
 
 
@@ -222,7 +223,7 @@ class _Logps(PlainFunction):
         hidden, weight, bias, _, problem, plan = inputs
         keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
         ctx.frozen, ctx.shard = passes.saves_dlogp_dhidden(plan.strategy, problem.needs_grad), problem.shard
-        ctx.sampling = problem.sampling
+        ctx.sampling, ctx.shared = problem.sampling, problem.packed.shared
         ctx.grad_scale = 1.0 if problem.context is None else problem.context.grad_scale
         model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
         ctx.numbers, ctx.spec, ctx.plan = *operators.encode_options(problem, plan), plan
@@ -268,7 +269,8 @@ def _logps_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, T
         else:
             refuse_freed(weight)
             problem = operators.decode_problem(hidden, weight, bias, packed, ctx.numbers, ctx.spec)
-            problem = replace(problem, shard=ctx.shard, sampling=ctx.sampling)
+            packed_tokens = replace(problem.packed, shared=ctx.shared)
+            problem = replace(problem, packed=packed_tokens, shard=ctx.shard, sampling=ctx.sampling)
             plan = ctx.plan or operators.plan_of(problem, ctx.numbers, ctx.spec)
             grads = saying_what_fits(plan, lambda: passes.logps_gradients(grad_out, problem, plan, saved, ctx.dtypes))
     return wrap_gradients(ctx, grads)
@@ -287,7 +289,7 @@ def _times_upstream(ctx: Any, grad_out: Tensor, dlogp_dhidden: Tensor, packed: S
     if traced(grad_out):
         return operators.frozen_logps_backward_operator(grad_out, dlogp_dhidden, packed, ctx.spec, dtype)
     options = operators.decode_spec(ctx.spec)
-    tokens = operators.decode_packed(packed, options)
+    tokens = replace(operators.decode_packed(packed, options), shared=ctx.shared)
     return passes.derivative_times_upstream(grad_out, dlogp_dhidden, tokens, options.per_token, options.shift, dtype)
 
 
@@ -376,7 +378,7 @@ def _loss_operator_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     options = operators.decode_spec(spec)
     keep_common(ctx, hidden, weight, bias, options.needs_grad, output)
     _keep_loss(ctx, operators.decode_packed(packed, options).slot, output)
-    ctx.backend, ctx.main_grad = options.backend, None
+    ctx.backend, ctx.main_grad, ctx.shared = options.backend, None, None
     ctx.lists = (len(packed), len(loss_tensors))
 
 
@@ -392,7 +394,7 @@ def _logps_operator_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.frozen = passes.saves_dlogp_dhidden(options.strategy, options.needs_grad)
     model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
     ctx.numbers, ctx.spec, ctx.plan = numbers, spec, None
-    ctx.shard = ctx.sampling = None
+    ctx.shard = ctx.sampling = ctx.shared = None
     _keep_logps(ctx, model, packed, output)
 
 

@@ -64,7 +64,7 @@ class _BothLogps(PlainFunction):
         keep_common(ctx, hidden, weight, bias, problem.needs_grad, output, differentiable=2 if problem.kl_grad else 1)
         reference = problem.reference
         ctx.plan, ctx.compute_dtype = plan, reference.compute_dtype
-        ctx.kl_grad, ctx.head = problem.kl_grad, reference.head
+        ctx.kl_grad, ctx.head, ctx.shared = problem.kl_grad, reference.head, problem.packed.shared
         ctx.numbers, ctx.spec = operators.encode_options(problem, plan)
         tensors = (hidden, weight, bias, reference.hidden, reference.head.weight, reference.head.bias)
         ctx.save_for_backward(*tensors, *output[-NUM_SAVED:], *operators.packed_tensors(problem.packed))
@@ -82,6 +82,7 @@ class _BothLogps(PlainFunction):
         refuse_freed(ref_weight)
         problem = operators.decode_problem(hidden, weight, bias, packed, ctx.numbers, ctx.spec)
         ref_head = replace(ctx.head, weight=ref_weight, bias=ref_bias)
+        problem = replace(problem, packed=replace(problem.packed, shared=ctx.shared))
         problem = replace(problem, kl=ctx.kl_grad, reference=ScoredReference(ref_hidden, ref_head, ctx.compute_dtype))
         with torch.no_grad():
             grads = saying_what_fits(

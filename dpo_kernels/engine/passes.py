@@ -15,7 +15,7 @@ from dpo_kernels.kernel_interface import BothKernels, RowKernels, RowResult
 from dpo_kernels.planning.plan import Plan
 from dpo_kernels.planning.tables import BACKENDS, STRATEGIES
 from dpo_kernels.problem import Problem, ScoredReference
-from dpo_kernels.segments import segment_sum, sequence_to_token
+from dpo_kernels.segments import segment_sum, segment_sum_of_rows, sequence_to_token
 from dpo_kernels.shapes import (
     MOST_EXPONENT,
     STATS,
@@ -25,6 +25,7 @@ from dpo_kernels.shapes import (
     NeedsGrad,
     PackedTokens,
     Schedule,
+    SharedRows,
     accumulation_dtype,
 )
 
@@ -115,7 +116,12 @@ def loss_and_gradients(problem: Problem, plan: Plan, ref_S: Tensor, denominator:
 
 
 def scale_gradients(
-    grad_total: Tensor, kept: KeptGradients, slot: Tensor, dtypes: GradDtypes, needs: NeedsGrad
+    grad_total: Tensor,
+    kept: KeptGradients,
+    slot: Tensor,
+    dtypes: GradDtypes,
+    needs: NeedsGrad,
+    shared: SharedRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Multiply gradients by the upstream gradient and round them.
 
@@ -125,6 +131,7 @@ def scale_gradients(
         slot: ``(R,)`` int64 place of each input row among the packed tokens, N where not scored.
         dtypes: dtypes of the results.
         needs: which gradients are wanted.
+        shared: the rows that the tokens read, where several may read one. ``slot`` does not matter then.
 
     Returns:
         Gradients of the hidden states ``(R, H)``, the weight ``(V, H)`` and the bias ``(V,)``. Unwanted ones are empty.
@@ -133,14 +140,20 @@ def scale_gradients(
     dx, dw, db = kept
     factor = grad_total.to(dx.dtype) if any(needs) else grad_total
     return (
-        _to_input_rows(dx, slot, factor, dtypes.hidden) if needs.hidden else dx.new_zeros(0),
+        _to_input_rows(dx, slot, factor, dtypes.hidden, shared) if needs.hidden else dx.new_zeros(0),
         _scaled_copy(dw, factor, dtypes.weight) if needs.weight else dx.new_zeros(0),
         _scaled_copy(db, factor, dtypes.bias) if needs.bias else dx.new_zeros(0),
     )
 
 
 def finalize_gradients(
-    grad_total: Tensor, kept: KeptGradients, slot: Tensor, dtypes: GradDtypes, needs: NeedsGrad, backend: str
+    grad_total: Tensor,
+    kept: KeptGradients,
+    slot: Tensor,
+    dtypes: GradDtypes,
+    needs: NeedsGrad,
+    backend: str,
+    shared: SharedRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do the same as ``scale_gradients`` where nothing will read the gradients in ``kept`` again.
 
@@ -148,12 +161,12 @@ def finalize_gradients(
     time of its GEMM, and as much memory again.
     """
     kernels, hidden, weight = BACKENDS[backend].load(), None, None
-    if needs.hidden:
+    if needs.hidden and shared is None:
         hidden = kernels.to_input_rows(kept.hidden, slot, grad_total, dtypes.hidden)
     if needs.weight:
         weight = kernels.finalize_weight_grad(kept.weight, grad_total.to(kept.weight.dtype), dtypes.weight)
     left = NeedsGrad(needs.hidden and hidden is None, needs.weight and weight is None, needs.bias)
-    dx, dw, db = scale_gradients(grad_total, kept, slot, dtypes, left)
+    dx, dw, db = scale_gradients(grad_total, kept, slot, dtypes, left, shared)
     return dx if hidden is None else hidden, dw if weight is None else weight, db
 
 
@@ -203,7 +216,7 @@ def derivative_times_upstream(
     with torch.no_grad():
         grad_N = _upstream_of_tokens(grad_out, packed, per_token, shift)
         scale = torch.cat([-grad_N, grad_N.new_zeros(1)]).to(dlogp_dhidden.dtype)
-        return _to_input_rows(dlogp_dhidden, packed.slot, scale, dtype)
+        return _to_input_rows(dlogp_dhidden, packed.slot, scale, dtype, packed.shared)
 
 
 def logps_gradients(
@@ -354,7 +367,7 @@ def finished(
         dtypes: dtypes of the results.
 
     """
-    (dx, dw, db), slot = grads, problem.packed.slot
+    (dx, dw, db), packed = grads, problem.packed
     one = torch.ones((), dtype=accumulation_dtype(problem.compute_dtype), device=problem.hidden.device)
     factor = of_hidden = one if power is None else power.to(one.dtype)
     if dx is not None and power is not None and problem.shard is not None:  # another rank may have another power
@@ -366,7 +379,7 @@ def finished(
     if power is not None and db is not None:
         db = db * factor
     return (
-        one.new_zeros(0) if dx is None else _to_input_rows(dx, slot, of_hidden, dtypes.hidden),
+        one.new_zeros(0) if dx is None else _to_input_rows(dx, packed.slot, of_hidden, dtypes.hidden, packed.shared),
         one.new_zeros(0) if dw is None else dw.to(dtypes.weight),
         one.new_zeros(0) if db is None else db.to(dtypes.bias),
     )
@@ -384,15 +397,37 @@ def power_of_largest(kernels: RowKernels, *grads: Tensor) -> Tensor | None:
     return torch.ldexp(largest.new_ones(()), largest.frexp().exponent.clamp(-MOST_EXPONENT, MOST_EXPONENT))
 
 
-def _to_input_rows(dx: Tensor, slot: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return packed rows at their places in the input, times one factor or one for each row. Other rows are 0."""
-    rows, width = slot.shape[0], dx.shape[1]
+def _to_input_rows(
+    dx: Tensor, slot: Tensor, scale: Tensor, dtype: torch.dtype, shared: SharedRows | None = None
+) -> Tensor:
+    """Return packed rows at their places in the input, times one factor or one for each row. Other rows are 0.
+
+    Rows that several tokens share get the sum over these.
+    """
+    rows, width = slot.shape[0] if shared is None else shared.offsets.shape[0] - 1, dx.shape[1]
     out = torch.empty(rows, width, dtype=dtype, device=dx.device)
     step = max(1, (GPU_COPY_BYTES if dx.is_cuda else CPU_COPY_BYTES) // max(1, width * dx.dtype.itemsize))
+    if shared is not None:
+        return _added_up(dx, shared, scale, out, step)
     for start in range(0, rows, step):
         places = slot[start : start + step]
         part = dx.index_select(0, places)
         out[start : start + step] = part.mul_(scale if scale.dim() == 0 else scale.index_select(0, places)[:, None])
+    return out
+
+
+def _added_up(dx: Tensor, shared: SharedRows, scale: Tensor, out: Tensor, step: int) -> Tensor:
+    """Fill ``out`` ``(M, H)`` with the sums of the packed rows that share one, and return it.
+
+    Some columns of all rows are done at a time. Their temporaries take as many bytes as ``step`` rows of ``dx``, and
+    the host need not know how many tokens share a row.
+    """
+    width, tokens = dx.shape[1], shared.order.shape[0]
+    columns = max(1, step * width // max(1, tokens))
+    factor = scale if scale.dim() == 0 else scale.index_select(0, shared.order)[:, None]
+    for left in range(0, width, columns):
+        part = dx[:, left : left + columns].index_select(0, shared.order).mul_(factor)
+        out[:, left : left + columns] = segment_sum_of_rows(part, shared.offsets)
     return out
 
 

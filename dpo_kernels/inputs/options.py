@@ -28,6 +28,7 @@ class PolicyTensors:
     token_weights: Tensor | None = None  # like labels, in any floating-point dtype
     vocab_parallel: Any = None  # distributed.VocabParallel: weight and bias are this rank's rows of the head
     context_parallel: Any = None  # distributed.ContextParallel: the tokens are this rank's part of the sequences
+    rows: Tensor | None = None  # like labels, int32 or int64: the row of hidden (M, H) that predicts each label
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def token_logps_reference(
     *,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    rows: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -67,6 +68,8 @@ def token_logps_reference(
         bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
         cu_seqlens: Cumulative lengths of packed sequences, ``(S + 1,)``, int32 or int64. None means that the input is
             padded.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows. None means that each label has the row at its own place.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -90,6 +93,7 @@ def token_logps_reference(
         >>> [round(logp, 3) for logp in logps[0].tolist()]
         [0.0, -1.386, -1.386]
     """
+    hidden = _of_labels(hidden, rows)
     hidden, targets, places = _align(hidden, labels, cu_seqlens, shift, ignore_index)
     keep = targets != ignore_index
     logits = _logits(hidden[keep], weight, bias, logit_scale, softcap)
@@ -120,6 +124,8 @@ def sequence_logps_reference(
             no gradient.
         **options: The other keyword arguments of ``token_logps_reference``. They follow here.
         bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows. None means that each label has the row at its own place.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -166,6 +172,7 @@ def dpo_loss_reference(
     cu_seqlens: Tensor | None = None,
     pairs: str = "stacked",
     token_weights: Tensor | None = None,
+    rows: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -209,6 +216,8 @@ def dpo_loss_reference(
             chosen and rejected.
         token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
             applies to the policy and to a reference that is scored here. It gets no gradient.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows, and so is ``ref_hidden``. None means that each label has its own row.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -253,6 +262,8 @@ def dpo_loss_reference(
         >>> round(out.loss.item(), 3)
         0.524
     """
+    hidden = _of_labels(hidden, rows)
+    ref_hidden = None if ref_hidden is None else _of_labels(ref_hidden, rows)
     layout: dict[str, Any] = {"cu_seqlens": cu_seqlens, "shift": shift, "ignore_index": ignore_index}
     cap: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap}
     policy = sequence_logps_reference(hidden, weight, labels, bias=bias, token_weights=token_weights, **layout, **cap)
@@ -302,6 +313,11 @@ def dpo_loss_reference(
         r_l,
         {**measured, "tokens": counts},
     )
+
+
+def _of_labels(hidden: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the hidden states of each label. A row of a label that is not scored may be any number."""
+    return hidden if rows is None else hidden[rows.long().clamp(0, hidden.shape[0] - 1)]
 
 
 def _sequence_kl(

@@ -513,6 +513,7 @@ ONE_BATCHED = {
     "bias": lambda x: {"bias": x["bias"].expand(2, -1)},
     "token_weights": lambda x: {"token_weights": torch.ones(2, *x["labels"].shape)},
     "ref_logps": lambda x: {"ref_logps": torch.zeros(2, 4)},
+    "rows": lambda x: {"hidden": x["hidden"][0], "rows": torch.zeros(2, *x["labels"].shape, dtype=torch.int64)},
     "ref_token_logps": lambda x: {"ref_token_logps": torch.zeros(2, *x["labels"].shape)},
     "ref_hidden": lambda x: {"ref_hidden": x["hidden"].expand(2, -1, -1, -1)},
     "denominator": lambda x: {"denominator": torch.ones(2)},

@@ -62,6 +62,11 @@ def by_token(**changes):
     return {"ref_logps": None, "ref_token_logps": -rand(S, T)} | changes
 
 
+def over_rows(**changes):
+    """Labels that share two rows of the hidden states, changed."""
+    return {"hidden": rand(2, H), "rows": torch.arange(S * T).view(S, T) % 2} | changes
+
+
 def a_callable(x):
     return x.policy_rejected_logps - x.policy_chosen_logps
 
@@ -174,6 +179,19 @@ VALUE_ERRORS = {
     "ref_weight of another V": (scored_here(ref_weight=rand(V + 2, 4)),
         "ref_weight has V = 9 ... weight has V = 7 ... labels are shared"),
     "ref_bias shape": (scored_here(ref_bias=rand(V + 1)), "ref_bias has shape (8,) ... expected (7,)"),
+    # rows
+    "rows with a shift": (over_rows(shift=True), "rows says which row predicts each label ... leave shift=False"),
+    "rows without their hidden": (over_rows(hidden=rand(S, T, H)), "hidden must have shape (M, H) ... (4, 3, 5)"),
+    "rows of another shape": (over_rows(rows=whole(*LABELS)[:, :2]),
+        "labels has shape (4, 3), expected (4, 2) to match rows (4, 2)"),
+    "rows packed without cu_seqlens": (over_rows(rows=whole(*range(4))),
+        "rows has shape (4,), expected (2B, T) without cu_seqlens"),
+    "rows padded with cu_seqlens": (over_rows(cu_seqlens=whole(0, 3, 6, 9, 12)),
+        "rows has shape (4, 3), expected (N,) with cu_seqlens"),
+    "rows elsewhere": (over_rows(rows=torch.zeros(S, T, dtype=torch.int64, **META)),
+        "rows is on meta but hidden is on cpu"),
+    "rows and another ref_hidden": (over_rows(ref_logps=None, ref_hidden=rand(S, T, 4), ref_weight=rand(V, 4)),
+        "ref_hidden has shape (4, 3, 4), expected that of hidden (2, 5)"),
     # the KL divergence from the reference
     "kl of a cached reference": ({"stats": ("kl",)},
         "stats='kl' needs the KL divergence ... give ref_hidden, and ref_weight ... not enough"),
@@ -283,6 +301,8 @@ TYPE_ERRORS = {
     "logit_scale a str": ({"logit_scale": "1"}, "logit_scale must be a real number ... got str"),
     "ref_logps int64": ({"ref_logps": torch.ones(S, dtype=torch.int64)},
         "ref_logps must be floating point ... got torch.int64"),
+    "rows of floats": (over_rows(rows=rand(S, T)), "rows must be int32 or int64 ... got torch.float32"),
+    "rows a list": (over_rows(rows=[[0] * T] * S), "rows must be a tensor, got list"),
     "kl of other widths": (scored_here(ref_hidden=rand(S, T, 4).double(), ref_weight=rand(V, 4).double(),
         stats=("kl",)), "stats='kl' needs logits of one dtype ... torch.float64 ... torch.float32"),
     "ref_token_logps int64": (by_token(ref_token_logps=torch.ones(S, T, dtype=torch.int64)),

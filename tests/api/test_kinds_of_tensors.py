@@ -58,6 +58,7 @@ FUNCTIONS = {
     "fused_dpo_loss": (dk.fused_dpo_loss, padded(**PAIRED), ("hidden", "weight", "labels", "bias", *PAIRED)),
     "a scored reference": (dk.fused_dpo_loss, padded(**SCORED), tuple(SCORED)),
     "by token": (dk.fused_dpo_loss, padded(**BY_TOKEN), tuple(BY_TOKEN)),
+    "rows": (dk.fused_dpo_loss, padded(hidden=rand(5, H), rows=torch.arange(12).view(S, T) % 5, **PAIRED), ("rows",)),
     "packed": (dk.fused_dpo_loss, PACKED, tuple(PACKED)),
     "numbers": (dk.fused_dpo_loss, padded(**PAIRED, **NUMBERS), tuple(NUMBERS)[:2]),
     "by pair": (

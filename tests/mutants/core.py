@@ -28,6 +28,38 @@ _REFERENCE = [
     ),
 ]
 
+_SHARED = "tests/api/test_shared_rows.py::"
+_SHARED_ROWS = [
+    Mutant(
+        "dpo_kernels/shapes.py",
+        "index = self.index if self.shared is None else self.shared.index",
+        "index = self.index.clamp(max=hidden_RH.shape[0] - 1)",
+        _SHARED + "test_agrees_with_the_oracle",
+        "labels read the row at their own place",
+    ),
+    Mutant(
+        "dpo_kernels/engine/passes.py",
+        "scale.index_select(0, shared.order)[:, None]",
+        "scale[: shared.order.shape[0], None]",
+        _SHARED + "test_log_probs",
+        "tokens of a shared row get the upstream gradients of others",
+    ),
+    Mutant(
+        "dpo_kernels/engine/autograd.py",
+        "packed_tokens = replace(problem.packed, shared=ctx.shared)",
+        "packed_tokens = problem.packed",
+        _SHARED + "test_log_probs",
+        "the backward pass reads other rows than the forward pass",
+    ),
+    Mutant(
+        "dpo_kernels/inputs/packing.py",
+        "bad = used & ((rows_N < 0) | (rows_N >= num_rows))",
+        "bad = used & ((rows_N < 0) | (rows_N > num_rows))",
+        _SHARED + "test_a_row_that_is_not_there_is_named",
+        "a row one past the last is read",
+    ),
+]
+
 _ROWS = [
     Mutant(
         "dpo_kernels/inputs/packing.py",
@@ -855,6 +887,7 @@ CORE: tuple[Mutant, ...] = (
     *_CONTEXTS,
     *_SHARDS,
     *_REFERENCE,
+    *_SHARED_ROWS,
     *_ROWS,
     *_CALLS,
     *_PLAN,

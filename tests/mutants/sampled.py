@@ -43,8 +43,8 @@ SAMPLED = (
     ),
     Mutant(
         "dpo_kernels/engine/autograd.py",
-        "problem = replace(problem, shard=ctx.shard, sampling=ctx.sampling)",
-        "problem = replace(problem, shard=ctx.shard)",
+        "problem = replace(problem, packed=packed_tokens, shard=ctx.shard, sampling=ctx.sampling)",
+        "problem = replace(problem, packed=packed_tokens, shard=ctx.shard)",
         f"{_TEST}test_log_probs[True-torch]",
         "the backward pass forgets that gradients are sampled",
     ),

@@ -262,6 +262,16 @@ def test_tokens_that_a_model_excludes(backend):
     assert kl.isposinf().tolist() == [True] * 5 + [False]
 
 
+def test_a_ratio_that_float32_does_not_hold():
+    """A token of probability exp(-95) under the reference, a subnormal number, is the policy's only one."""
+    eye, labels = torch.eye(3), torch.zeros(2, 1, dtype=torch.int64)
+    hidden, ref_hidden = torch.tensor([-60.0, 0.0, -60.0]), torch.tensor([0.0, -95.0, -3.0])
+    given = (hidden.expand(2, 1, 3), eye, labels)
+    out = dk.fused_dpo_loss(*given, ref_hidden=ref_hidden.expand(2, 1, 3), ref_weight=eye, stats=("kl",))
+    q, p = ref_hidden.double().softmax(0), hidden.double().softmax(0)
+    torch.testing.assert_close(out.stats["kl"].double(), (q * (q / p).log()).sum().expand(2), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strategy", ["chunked", "recompute"])
 def test_distributions_far_apart(strategy, backend):
