@@ -10,6 +10,7 @@ from torch import Tensor
 from dpo_kernels.checks import traced
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.shapes import Head, NeedsGrad, PackedTokens, Sampling, Schedule
+from dpo_kernels.tiled_weight import TiledWeight
 
 # A reference gets no gradients.
 NO_GRADIENTS = NeedsGrad(hidden=False, weight=False, bias=False)
@@ -158,6 +159,7 @@ class Problem:
             per_token=self.per_token,
             gathered_bytes=self.gathered_bytes,
             reference=None if reference is None else self.of_reference(reference).workload,
+            tiled=isinstance(self.head.weight, TiledWeight),
             sums_reference=isinstance(self.reference, CachedTokenReference),
         )
 
@@ -208,6 +210,7 @@ class Workload:
     gathered_bytes: tuple[int, int] = (0, 0)
     schedules: dict[Any, Schedule] = field(init=False, default_factory=dict, compare=False, repr=False)  # by budget
     reference: "Workload | None" = None  # the workload of a reference that is scored in the call
+    tiled: bool = False  # the head's weight comes in tiles
     sums_reference: bool = False  # log-probs of the reference's tokens are added up in the call
 
     @property

@@ -86,7 +86,7 @@ def fused_dpo_loss(
         hidden: Hidden states of the policy, ``(2B, T, H)``, or ``(N, H)`` with ``cu_seqlens``; float32, bfloat16,
             float16 or float64. It is differentiable.
         weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden`` (under autocast in any dtype). It is
-            differentiable.
+            differentiable. A frozen one may be a ``TiledWeight``.
         labels: Token that each position predicts, ``(2B, T)`` or ``(N,)``, int32 or int64. Each label lies in
             ``[0, V)`` or equals ``ignore_index``.
         bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
@@ -222,7 +222,7 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
         hidden: Hidden states of the policy, ``(2B, T, H)``, or ``(N, H)`` with ``cu_seqlens``; float32, bfloat16,
             float16 or float64. It is differentiable.
         weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden`` (under autocast in any dtype). It is
-            differentiable.
+            differentiable. A frozen one may be a ``TiledWeight``.
         labels: Token that each position predicts, ``(2B, T)`` or ``(N,)``, int32 or int64. Each label lies in
             ``[0, V)`` or equals ``ignore_index``.
         **options: The keyword arguments of ``fused_dpo_loss``. They follow here.

@@ -16,6 +16,7 @@ from dpo_kernels.inputs.tensors import Batch, check_batch
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.problem import CachedReference, CachedTokenReference, Problem, ScoredReference
 from dpo_kernels.shapes import KL, NeedsGrad, Sampling, sum_dtype
+from dpo_kernels.tiled_weight import TiledWeight
 
 # The loss is made once the batch is known, because options with one value for each pair must fit it.
 LossOfBatch = Callable[[Batch], SequenceLoss]
@@ -48,6 +49,7 @@ def sequence_problem(arguments: Arguments, loss_of: Callable[[Batch], SequenceLo
 def logps_problem(arguments: Arguments, *, per_token: bool) -> Problem:
     """Return the problem that asks for log-probs of sequences or of tokens."""
     layout = arguments.layout
+    _check_tiled(arguments)
     policy, shard = split_work(arguments.policy, layout)
     batch = check_batch(policy, arguments.head, paired=False)
     return Problem(
@@ -83,6 +85,7 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
     for name, value in tensors.items():
         refuse_batched(name, value)
         refuse_forward_mode(name, value)
+    _check_tiled(arguments)
     policy, shard = split_work(arguments.policy, arguments.layout)
     batch = check_batch(policy, arguments.head, paired=paired)
     ref_tensors = split_reference(ref_tensors, policy, arguments.policy.weight.shape[0])
@@ -120,6 +123,22 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
         labels_shape=arguments.policy.labels.shape,
         result_dtype=batch.result_dtype,
     )
+
+
+def _check_tiled(arguments: Arguments) -> None:
+    """Raise where a head in tiles cannot be used yet."""
+    policy = arguments.policy
+    for name, weight in (("weight", policy.weight), ("ref_weight", arguments.reference.ref_weight)):
+        if not isinstance(weight, TiledWeight):
+            continue
+        if policy.vocab_parallel is not None:
+            raise ValueError(f"{name} comes in tiles, which does not go with vocab_parallel yet")
+        if arguments.gradient.sampling is not None:
+            raise ValueError(f"{name} comes in tiles, which does not go with gradient='sparse'")
+        if isinstance(policy.hidden, Tensor) and traced(policy.hidden):
+            raise ValueError(
+                f"{name} comes in tiles, which torch.compile cannot trace: leave the call out of the graph"
+            )
 
 
 def _sampling(arguments: Arguments, batch: Batch) -> Sampling | None:

@@ -13,6 +13,7 @@ from dpo_kernels import checks
 from dpo_kernels.checks import FLOAT_DTYPES, INDEX_DTYPES, check_device, refuse_batched
 from dpo_kernels.inputs.options import HeadOptions, PolicyTensors
 from dpo_kernels.shapes import Head
+from dpo_kernels.tiled_weight import TiledWeight
 
 # What to do where an engine shards the head. A gradient through ``full_tensor()`` would be wrong without a word.
 GATHERED_BY = (
@@ -175,6 +176,8 @@ def check_floating(name: str, tensor: Any) -> None:
 def check_weight(name: str, weight: Any, *, shard: bool = False) -> None:
     """Raise unless ``weight`` is a floating-point matrix ``(V, H)``. Only a ``shard`` of it may be empty."""
     check_float_tensor(name, weight)
+    if isinstance(weight, TiledWeight) and weight.requires_grad:
+        raise ValueError(f"{name} comes in tiles and is frozen: it gets no gradient, so it must not require one")
     if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and not shard):
         hint = f": DeepSpeed ZeRO-3 has partitioned it: {GATHERED_BY}"
         raise ValueError(

@@ -26,6 +26,7 @@ from dpo_kernels.kernels import divergence, float16_range
 from dpo_kernels.kernels.divergence import log_sumexp
 from dpo_kernels.kernels.sampling import sample
 from dpo_kernels.shapes import Head, Sampling, accumulation_dtype, spans
+from dpo_kernels.tiled_weight import TiledWeight
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 # A row operation on the CPU works on blocks whose temporaries take at most this many bytes. That much usually fits the
@@ -367,14 +368,22 @@ class TorchKernels(RowKernels):
     def _weights(self, head: Head, start: int, stop: int, tile: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yield rows ``start..stop-1`` of the head as GEMM operands, each with its first and last column of the tile.
 
-        On devices other than CUDA, 16-bit rows are upcast in blocks that fit the workspace.
+        On devices other than CUDA, 16-bit rows are upcast in blocks that fit the workspace. So are those of a head that
+        comes in tiles, on every device.
         """
+        row_values = max(1, head.weight.shape[1])
+        if isinstance(head.weight, TiledWeight):
+            operand = self.dtype if tile.is_cuda else accumulation_dtype(self.dtype)
+            row_bytes = row_values * (self.dtype.itemsize + operand.itemsize)
+            for left, right in spans(stop - start, max(1, self.workspace_bytes // row_bytes)):
+                yield left, right, head.weight.rows_between(start + left, start + right).to(operand)
+            return
         if tile.is_cuda or self.dtype not in SIXTEEN_BIT:
             weight = head.weight if stop - start == head.vocab else head.weight[start:stop]
             yield 0, stop - start, weight.to(self.dtype)
             return
-        row_bytes = head.weight.shape[1] * accumulation_dtype(self.dtype).itemsize
-        for left, right in spans(stop - start, max(1, self.workspace_bytes // max(1, row_bytes))):
+        row_bytes = row_values * accumulation_dtype(self.dtype).itemsize
+        for left, right in spans(stop - start, max(1, self.workspace_bytes // row_bytes)):
             weight_VtH = head.weight[start + left : start + right]
             yield left, right, weight_VtH.to(self.dtype).to(accumulation_dtype(self.dtype))
 

@@ -102,6 +102,8 @@ def _refuse_small_tile(workload: Workload, budget: Budget, scratch_bytes: int) -
 
 def refuse_triton(workload: Workload, by_name: bool) -> str | None:
     """The Triton backend needs CUDA tensors, or Triton's interpreter if it was asked for by name."""
+    if workload.tiled:
+        return "the head comes in tiles, and these kernels read it as a matrix"
     return refuse_triton_on(workload.device, workload.dtype, by_name, tracing=workload.tracing)
 
 
@@ -127,6 +129,8 @@ def refuse_extension(device_type: str) -> Callable[[Workload, bool], str | None]
     def refuse(workload: Workload, by_name: bool) -> str | None:
         if workload.device.type != device_type:
             return f"hidden is on {workload.device.type}, these kernels are for {device_type}"
+        if workload.tiled and device_type == "cuda":
+            return "the head comes in tiles, which these kernels were not tried with"
         reason = extension.why_not(device_type) or extension.why_not_on(workload.device)
         if reason is None and device_type == "cuda":
             reason = verdicts.why_not("cuda", workload.device, workload.dtype, by_name, workload.tracing)

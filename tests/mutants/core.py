@@ -28,6 +28,30 @@ _REFERENCE = [
     ),
 ]
 
+_TILED = [
+    Mutant(
+        "dpo_kernels/tiled_weight.py",
+        "found = torch.where(here[:, None], part, found)",
+        "found = part",
+        "tests/api/test_tiled_weight.py::test_is_the_whole_weight",
+        "labels' rows come from the last tile alone",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/torch_kernels.py",
+        "head.weight.rows_between(start + left, start + right)",
+        "head.weight.rows_between(left, right)",
+        "tests/api/test_tiled_weight.py::test_is_the_whole_weight",
+        "cut rows are multiplied by the first tiles of the head",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/torch_kernels.py",
+        "row_bytes = row_values * (self.dtype.itemsize + operand.itemsize)",
+        "row_bytes = 1",
+        "tests/api/test_tiled_weight.py::test_the_head_is_never_whole",
+        "a head that comes in tiles is made whole",
+    ),
+]
+
 _SHARED = "tests/api/test_shared_rows.py::"
 _SHARED_ROWS = [
     Mutant(
@@ -888,6 +912,7 @@ CORE: tuple[Mutant, ...] = (
     *_SHARDS,
     *_REFERENCE,
     *_SHARED_ROWS,
+    *_TILED,
     *_ROWS,
     *_CALLS,
     *_PLAN,
