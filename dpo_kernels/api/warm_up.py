@@ -50,7 +50,8 @@ def warm_up(
             this process. Where only some ranks have a head, as with pipelines, name their group.
         **options: Other keyword arguments of ``fused_dpo_loss``, as the training passes them. ``bias``, ``softcap``,
             ``stats``, ``shift``, ``loss_type``, ``strategy`` and ``backend`` decide about the kernels. Of tensors that
-            belong to a batch, as ``cu_seqlens``, only the dtype counts: the call makes its own.
+            belong to a batch, as ``cu_seqlens``, only the dtype counts: the call makes its own. ``rows`` of that
+            function is not among them.
 
     Returns:
         The plan of the call, as ``explain`` returns it.

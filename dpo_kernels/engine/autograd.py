@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_kernels import checks, losses
 from dpo_kernels.checks import traced
-from dpo_kernels.engine import operators, passes
+from dpo_kernels.engine import operators, passes, places
 from dpo_kernels.engine.out_of_memory import saying_what_fits
 from dpo_kernels.engine.passes import GradDtypes, KeptGradients, SavedRows
 from dpo_kernels.planning.plan import Plan
@@ -99,7 +99,7 @@ def logps(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
 
 def by_label(logp_N: Tensor, problem: Problem) -> Tensor:
     """Return log-probs of tokens at their labels' places where they were asked for, else what was given."""
-    return passes.by_label(logp_N, problem.packed.slot, problem.shift) if TOKEN_LOGPS in problem.stats else logp_N
+    return places.by_label(logp_N, problem.packed.slot, problem.shift) if TOKEN_LOGPS in problem.stats else logp_N
 
 
 # --- the loss with its gradients ------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_kernels.engine import places
 from dpo_kernels.kernel_interface import BothKernels, RowKernels, RowResult
 from dpo_kernels.planning.plan import Plan
 from dpo_kernels.planning.tables import BACKENDS, STRATEGIES
 from dpo_kernels.problem import Problem, ScoredReference
-from dpo_kernels.segments import segment_sum, segment_sum_of_rows, sequence_to_token
 from dpo_kernels.shapes import (
     MOST_EXPONENT,
     STATS,
@@ -28,11 +28,6 @@ from dpo_kernels.shapes import (
     SharedRows,
     accumulation_dtype,
 )
-
-# Gradients are scaled and rounded in blocks of this many bytes, which caps the temporaries. Blocks on a GPU are large,
-# so that a few launches are enough for any batch. Both numbers are choices and not measured.
-CPU_COPY_BYTES = 16 * 2**20
-GPU_COPY_BYTES = 256 * 2**20
 
 
 class KeptGradients(NamedTuple):
@@ -65,9 +60,7 @@ class LossResult(NamedTuple):
     means: Tensor  # (k, S) statistics
     kept: KeptGradients
     tokens: Tensor  # (N,) log-probs, empty unless asked for
-    of_both: tuple[
-        Tensor, ...
-    ] = ()  # where both heads are read: the reference's log-probs and the KL divergences, (S,)
+    of_both: tuple[Tensor, ...] = ()  # (S,) reference's log-probs and KL divergences of a pass over both heads
 
 
 class SavedRows(NamedTuple):
@@ -140,9 +133,9 @@ def scale_gradients(
     dx, dw, db = kept
     factor = grad_total.to(dx.dtype) if any(needs) else grad_total
     return (
-        _to_input_rows(dx, slot, factor, dtypes.hidden, shared) if needs.hidden else dx.new_zeros(0),
-        _scaled_copy(dw, factor, dtypes.weight) if needs.weight else dx.new_zeros(0),
-        _scaled_copy(db, factor, dtypes.bias) if needs.bias else dx.new_zeros(0),
+        places.to_input_rows(dx, slot, factor, dtypes.hidden, shared) if needs.hidden else dx.new_zeros(0),
+        places.scaled_copy(dw, factor, dtypes.weight) if needs.weight else dx.new_zeros(0),
+        places.scaled_copy(db, factor, dtypes.bias) if needs.bias else dx.new_zeros(0),
     )
 
 
@@ -179,7 +172,7 @@ def logps(problem: Problem, plan: Plan) -> LogpsResult:
         rows, dlogp_dhidden = algorithm(kernels, operands, schedule)
         _reduce_hidden_grad(problem, dlogp_dhidden)
         if problem.per_token:
-            out = by_label(rows.logp, packed.slot, problem.shift)
+            out = places.by_label(rows.logp, packed.slot, problem.shift)
         else:
             out = kernels.segment_sum(rows.logp, packed.weights, packed.counts)
         out = out + packed.nan_if_invalid.to(out.dtype)
@@ -214,9 +207,9 @@ def derivative_times_upstream(
 
     """
     with torch.no_grad():
-        grad_N = _upstream_of_tokens(grad_out, packed, per_token, shift)
+        grad_N = places.upstream_of_tokens(grad_out, packed, per_token, shift)
         scale = torch.cat([-grad_N, grad_N.new_zeros(1)]).to(dlogp_dhidden.dtype)
-        return _to_input_rows(dlogp_dhidden, packed.slot, scale, dtype, packed.shared)
+        return places.to_input_rows(dlogp_dhidden, packed.slot, scale, dtype, packed.shared)
 
 
 def logps_gradients(
@@ -238,7 +231,7 @@ def logps_gradients(
     algorithm = plan.algorithm.gradients
     assert algorithm is not None, "strategies without a backward pass keep the derivative"
     with autocast_off(grad_out), torch.no_grad():
-        grad_N = _upstream_of_tokens(grad_out, problem.packed, problem.per_token, problem.shift)
+        grad_N = places.upstream_of_tokens(grad_out, problem.packed, problem.per_token, problem.shift)
         kernels, operands, schedule = prepared(problem, plan)
         rows = RowResult(saved.max[:0], saved.max, saved.sumexp, saved.others)
         power = power_of_largest(kernels, grad_N)
@@ -310,46 +303,6 @@ def sequence_means(kernels: RowKernels, stats: dict[str, Tensor], problem: Probl
     return (sums / problem.total_counts.clamp(min=1)).float()
 
 
-def by_label(logp_N: Tensor, slot: Tensor, shift: bool) -> Tensor:
-    """Return log-probs ``(R,)`` at the places of their labels, 0 where none is scored."""
-    out = torch.cat([logp_N, logp_N.new_zeros(1)]).index_select(0, slot)
-    return _labels_to_rows(out, shift, forward=True)
-
-
-def _labels_to_rows(values_R: Tensor, shift: bool, forward: bool) -> Tensor:
-    """Move values from a hidden row to the label that it predicts, or back if ``forward`` is false."""
-    if not shift or values_R.shape[0] == 0:
-        return values_R
-    zero = values_R.new_zeros(1)
-    return torch.cat([zero, values_R[:-1]]) if forward else torch.cat([values_R[1:], zero])
-
-
-def _of_packed_tokens(values_R: Tensor, packed: PackedTokens, shift: bool) -> Tensor:
-    """Return the values ``(N,)`` of packed tokens from values at the places of their labels."""
-    moved_R = _labels_to_rows(values_R, shift, forward=False)
-    return moved_R.index_select(0, packed.index) if moved_R.shape[0] else moved_R.new_zeros(packed.capacity)
-
-
-def sums_by_sequence(values_R: Tensor, problem: Problem) -> Tensor:
-    """Return the weighted sum of each packed sequence's values, ``(S,)`` in the dtype of sums.
-
-    ``values_R`` stand at the places of their labels. Those of labels that are not scored are not read.
-    """
-    packed = problem.packed
-    sums_S = segment_sum(_of_packed_tokens(values_R, packed, problem.shift), packed.weights, packed.counts)
-    return sums_S if problem.context is None else problem.context.complete(sums_S)
-
-
-def _upstream_of_tokens(grad_out: Tensor, packed: PackedTokens, per_token: bool, shift: bool) -> Tensor:
-    """Return the upstream gradient ``(N,)`` of each token's log-prob. It is NaN where the input is invalid."""
-    if not per_token:
-        return sequence_to_token(grad_out, packed.segments, packed.weights) + packed.nan_if_invalid
-    grad_N = _of_packed_tokens(grad_out, packed, shift)
-    if packed.weights is not None:
-        grad_N = grad_N * packed.weights.to(grad_N.dtype)
-    return grad_N + packed.nan_if_invalid.to(grad_N.dtype)
-
-
 def finished(
     problem: Problem,
     kernels: RowKernels,
@@ -375,11 +328,13 @@ def finished(
     _reduce_hidden_grad(problem, dx)
     if power is not None and dw is not None:
         finalized = kernels.finalize_weight_grad(dw, factor, dtypes.weight)
-        dw = _scaled_copy(dw, factor, dtypes.weight) if finalized is None else finalized
+        dw = places.scaled_copy(dw, factor, dtypes.weight) if finalized is None else finalized
     if power is not None and db is not None:
         db = db * factor
     return (
-        one.new_zeros(0) if dx is None else _to_input_rows(dx, packed.slot, of_hidden, dtypes.hidden, packed.shared),
+        one.new_zeros(0)
+        if dx is None
+        else places.to_input_rows(dx, packed.slot, of_hidden, dtypes.hidden, packed.shared),
         one.new_zeros(0) if dw is None else dw.to(dtypes.weight),
         one.new_zeros(0) if db is None else db.to(dtypes.bias),
     )
@@ -395,51 +350,3 @@ def power_of_largest(kernels: RowKernels, *grads: Tensor) -> Tensor | None:
         return None
     largest = torch.cat([*(each.abs() for each in grads), grads[0].new_zeros(1)]).amax()
     return torch.ldexp(largest.new_ones(()), largest.frexp().exponent.clamp(-MOST_EXPONENT, MOST_EXPONENT))
-
-
-def _to_input_rows(
-    dx: Tensor, slot: Tensor, scale: Tensor, dtype: torch.dtype, shared: SharedRows | None = None
-) -> Tensor:
-    """Return packed rows at their places in the input, times one factor or one for each row. Other rows are 0.
-
-    Rows that several tokens share get the sum over these.
-    """
-    rows, width = slot.shape[0] if shared is None else shared.offsets.shape[0] - 1, dx.shape[1]
-    out = torch.empty(rows, width, dtype=dtype, device=dx.device)
-    step = max(1, (GPU_COPY_BYTES if dx.is_cuda else CPU_COPY_BYTES) // max(1, width * dx.dtype.itemsize))
-    if shared is not None:
-        return _added_up(dx, shared, scale, out, step)
-    for start in range(0, rows, step):
-        places = slot[start : start + step]
-        part = dx.index_select(0, places)
-        out[start : start + step] = part.mul_(scale if scale.dim() == 0 else scale.index_select(0, places)[:, None])
-    return out
-
-
-def _added_up(dx: Tensor, shared: SharedRows, scale: Tensor, out: Tensor, step: int) -> Tensor:
-    """Fill ``out`` ``(M, H)`` with the sums of the packed rows that share one, and return it.
-
-    Some columns of all rows are done at a time. Their temporaries take as many bytes as ``step`` rows of ``dx``, and
-    the host need not know how many tokens share a row.
-    """
-    width, tokens = dx.shape[1], shared.order.shape[0]
-    columns = max(1, step * width // max(1, tokens))
-    factor = scale if scale.dim() == 0 else scale.index_select(0, shared.order)[:, None]
-    for left in range(0, width, columns):
-        part = dx[:, left : left + columns].index_select(0, shared.order).mul_(factor)
-        out[:, left : left + columns] = segment_sum_of_rows(part, shared.offsets)
-    return out
-
-
-def _scaled_copy(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``grad`` times a 0-d factor, rounded once to ``dtype``."""
-    if grad.dtype == dtype:
-        return grad * factor
-    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-    if grad.is_cuda:
-        # One CUDA kernel rounds what it writes. On the CPU torch would make a float32 copy of everything first.
-        return torch.mul(grad, factor, out=out)
-    step = max(1, CPU_COPY_BYTES // max(1, grad[:1].numel() * grad.dtype.itemsize))
-    for start in range(0, grad.shape[0], step):
-        out[start : start + step] = grad[start : start + step] * factor
-    return out

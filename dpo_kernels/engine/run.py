@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels.engine import autograd, both_heads, passes
+from dpo_kernels.engine import autograd, both_heads, places
 from dpo_kernels.engine.out_of_memory import saying_what_fits
 from dpo_kernels.inputs.pair_order import to_callers_order
 from dpo_kernels.outputs import DPOLossOutput, SequenceLossOutput
@@ -147,7 +147,7 @@ def _reference_logps(problem: Problem, plan: Plan) -> Tensor:
     if isinstance(reference, CachedReference):
         return reference.logps
     if isinstance(reference, CachedTokenReference):
-        return passes.sums_by_sequence(reference.logps, problem)
+        return places.sums_by_sequence(reference.logps, problem)
     if not isinstance(reference, ScoredReference):
         return torch.zeros(problem.packed.counts.shape[0], dtype=sum_dtype(device), device=device)
     assert plan.reference is not None, "a plan has one for a reference that is scored"

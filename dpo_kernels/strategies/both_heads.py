@@ -116,7 +116,6 @@ def _run(buffers: Buffers, reference: ReferenceTiles, chunk: Chunk) -> tuple[Ten
     if kl_grad_S is None:
         scale_C = buffers.row_scale(grad_S, chunk, start, stop, state)
         d = buffers.gradient_of_logits(tile, labels_C, start, state, scale_C, buffers.expected, power)
-        buffers.backward(d, x_CH, start, buffers.dw, buffers.db, buffers.written)
     else:
         packed, factor = buffers.problem.packed, 1.0 if power is None else power
         segments_C = packed.segments[start:stop] - chunk.sequences[0]
@@ -124,7 +123,7 @@ def _run(buffers: Buffers, reference: ReferenceTiles, chunk: Chunk) -> tuple[Ten
         by_token = (sequence_to_token(each, segments_C, weights_C) / factor for each in (grad_S, kl_grad_S))
         of_rows = (rows, labels_C, buffers.problem.head, Coefficients(*by_token), buffers.expected)
         d = buffers.kernels.dlogits_of_both_(*of_rows).with_power(power)
-        buffers.backward(d, x_CH, start, buffers.dw, buffers.db, buffers.written)
+    buffers.backward(d, x_CH, start, buffers.dw, buffers.db, buffers.written)
     buffers.written = True
     return ref_S, kl_S
 

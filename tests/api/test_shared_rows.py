@@ -199,7 +199,7 @@ def test_the_hidden_states_are_not_copied():
 def test_blocks_of_columns_change_no_bit(monkeypatch, step):
     data = shared()
     want = gradients(dk.fused_dpo_loss(**data).loss, data)["hidden"]
-    monkeypatch.setattr("dpo_kernels.engine.passes.CPU_COPY_BYTES", step)
+    monkeypatch.setattr("dpo_kernels.engine.places.CPU_COPY_BYTES", step)
     assert torch.equal(gradients(dk.fused_dpo_loss(**data).loss, data)["hidden"], want)
 
 

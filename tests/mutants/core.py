@@ -6,21 +6,21 @@ _EQUIVALENCE = "tests/strategies/test_equivalence.py::test_equivalence[torch.flo
 
 _REFERENCE = [
     Mutant(
-        "dpo_kernels/engine/passes.py",
+        "dpo_kernels/engine/places.py",
         "sums_S = segment_sum(_of_packed_tokens(values_R, packed, problem.shift), packed.weights, packed.counts)",
         "sums_S = segment_sum(_of_packed_tokens(values_R, packed, problem.shift), None, packed.counts)",
         "tests/api/test_token_references.py::test_agrees_with_the_oracle",
         "a reference that is cached by token is summed without the tokens' weights",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
+        "dpo_kernels/engine/places.py",
         "moved_R = _labels_to_rows(values_R, shift, forward=False)",
         "moved_R = values_R",
         "tests/api/test_token_references.py::test_agrees_with_the_oracle",
         "a reference that is cached by token is not shifted",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
+        "dpo_kernels/engine/places.py",
         "return sums_S if problem.context is None else problem.context.complete(sums_S)",
         "return sums_S",
         "tests/distributed/test_context_parallel.py::test_split_equals_whole",
@@ -62,7 +62,7 @@ _SHARED_ROWS = [
         "labels read the row at their own place",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
+        "dpo_kernels/engine/places.py",
         "scale.index_select(0, shared.order)[:, None]",
         "scale[: shared.order.shape[0], None]",
         _SHARED + "test_log_probs",
@@ -432,28 +432,28 @@ _STRATEGIES = [
         "the last block in the weight gradient's memory alone reaches the hidden states",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
+        "dpo_kernels/engine/places.py",
         "part = dx.index_select(0, places)",
         "part = dx.index_select(0, slot[: places.shape[0]])",
         "tests/strategies/test_sums.py::test_every_block_of_a_copied_gradient_is_the_gradient",
         "hidden states beyond the first block of the copy get the gradients of the first",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
+        "dpo_kernels/engine/places.py",
         "part.mul_(scale if scale.dim() == 0 else scale.index_select(0, places)[:, None])",
         "part.mul_(scale if scale.dim() == 0 else scale.index_select(0, slot[: places.shape[0]])[:, None])",
         "tests/strategies/test_sums.py::test_every_block_of_a_copied_gradient_is_the_gradient",
         "upstreams by row beyond the first block of the copy are those of the first",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
+        "dpo_kernels/engine/places.py",
         "out[start : start + step] = grad[start : start + step] * factor",
         "out[start : start + step] = grad[:step][: grad.shape[0] - start] * factor",
         "tests/strategies/test_sums.py::test_every_block_of_a_copied_gradient_is_the_gradient",
         "the head's gradient beyond the first block of the copy is that of the first",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
+        "dpo_kernels/engine/places.py",
         "= grad[start : start + step] * factor",
         "= grad[start : start + step] * (factor if start == 0 else 1.0)",
         "tests/strategies/test_sums.py::test_every_block_of_a_copied_gradient_is_the_gradient",
@@ -481,7 +481,7 @@ _STRATEGIES = [
         "log-probs of a bad label are a number",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
+        "dpo_kernels/engine/places.py",
         "moved_R = _labels_to_rows(values_R, shift, forward=False)",
         "moved_R = _labels_to_rows(values_R, shift, forward=True)",
         "tests/api/test_autograd.py::test_gradcheck_logps",
