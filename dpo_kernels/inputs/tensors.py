@@ -198,7 +198,8 @@ def _check_layout(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is None:
         if hidden.dim() != 3:
             raise ValueError(
-                f"hidden must have shape (2B, T, H), or (N, H) with cu_seqlens; got {shape(hidden)} without cu_seqlens"
+                "hidden must have shape (2B, T, H), or (N, H) with cu_seqlens or rows; "
+                f"got {shape(hidden)} without cu_seqlens and rows"
             )
         return
     check_tensor("cu_seqlens", cu_seqlens)
