@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels import checks
+from dpo_kernels import checks, losses
 from dpo_kernels.api.pairs import explain, fused_dpo_loss
 from dpo_kernels.distributed.group import Ranks, all_ranks
 from dpo_kernels.inputs.tensors import check_float_tensor, check_weight
 from dpo_kernels.planning.plan import Plan
 from dpo_kernels.planning.tables import BACKENDS
+from dpo_kernels.shapes import KL
 
 LENGTH = 128  # tokens of each sequence of the call: short, so that no pair is longer than a chunk
 # A warm-up runs on each rank by itself, and leaves nothing behind.
@@ -44,7 +45,7 @@ def warm_up(
             give 512 or more, or the first call with as many times again.
         dtype: dtype of the hidden states. None means that of ``weight``. Under autocast they may differ.
         ref_weight: Weight of the reference's head, ``(V, H_ref)``, if the reference is scored in the call. None leaves
-            that out.
+            that out. A loss that needs the KL divergence from the reference then takes ``weight`` for both.
         group: Process group, ``DeviceMesh`` of one dimension or ``(mesh, "name")`` whose ranks take one choice. Each
             of them must make this call. None means all ranks where ``torch.distributed`` is initialised, and otherwise
             this process. Where only some ranks have a head, as with pipelines, name their group.
@@ -136,6 +137,9 @@ def _step(
     if ref_weight is not None:
         given["ref_weight"] = ref_weight.detach()
         given.setdefault("ref_hidden", states(ref_weight.shape[1], ref_weight.dtype))
+    elif KL in (given.get("stats") or ()) or losses.needs_kl(given.get("loss_type", "sigmoid")):
+        given.setdefault("ref_weight", weight.detach())
+        given.setdefault("ref_hidden", states(weight.shape[1], weight.dtype))
     if all(given.get(name) is None for name in ("ref_hidden", "ref_logps", "ref_token_logps")):
         given["reference_free"] = True
     if given.get("cu_seqlens") is not None:

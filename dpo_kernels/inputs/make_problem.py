@@ -12,7 +12,7 @@ from dpo_kernels.inputs.options import Arguments, check_stats
 from dpo_kernels.inputs.pair_order import STACKED, to_alternating
 from dpo_kernels.inputs.reference import LossFacts, check_divergence, check_reference
 from dpo_kernels.inputs.shards import pack_labels_of, split_main_grad, split_reference, split_work
-from dpo_kernels.inputs.tensors import Batch, check_batch
+from dpo_kernels.inputs.tensors import Batch, check_batch, check_tensor
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.problem import CachedReference, CachedTokenReference, Problem, ScoredReference
 from dpo_kernels.shapes import KL, NeedsGrad, Sampling, sum_dtype
@@ -135,7 +135,8 @@ def _check_tiled(arguments: Arguments) -> None:
             raise ValueError(f"{name} comes in tiles, which does not go with vocab_parallel yet")
         if arguments.gradient.sampling is not None:
             raise ValueError(f"{name} comes in tiles, which does not go with gradient='sparse'")
-        if isinstance(policy.hidden, Tensor) and traced(policy.hidden):
+        check_tensor("hidden", policy.hidden)
+        if traced(policy.hidden):
             raise ValueError(
                 f"{name} comes in tiles, which torch.compile cannot trace: leave the call out of the graph"
             )

@@ -55,6 +55,7 @@ def _check_shared_rows(policy: PolicyTensors, layout: Layout) -> None:
     for name, given in (("vocab_parallel", policy.vocab_parallel), ("context_parallel", policy.context_parallel)):
         if given is not None:
             raise ValueError(f"rows does not go with {name} yet")
+    check_tensor("hidden", policy.hidden)
     if traced(policy.hidden):
         raise ValueError("rows is not supported inside torch.compile yet: leave the call out of the graph")
 

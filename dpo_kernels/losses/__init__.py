@@ -13,7 +13,7 @@ the table of losses in the documentation.
 """
 
 from dpo_kernels.losses import pairwise, reference_free, token_level  # importing them registers their losses
-from dpo_kernels.losses.bind import Loss, bind, fit_to_batch
+from dpo_kernels.losses.bind import Loss, bind, fit_to_batch, needs_kl
 from dpo_kernels.losses.bound_loss import BoundLoss, decode
 from dpo_kernels.losses.kto import KTO_LOSSES, LabelledLoss
 from dpo_kernels.losses.ranked import GROUP_LOSSES, GroupLoss
@@ -31,6 +31,7 @@ __all__ = [
     "bind",
     "decode",
     "fit_to_batch",
+    "needs_kl",
     "pairwise",
     "reference_free",
     "register",

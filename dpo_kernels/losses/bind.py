@@ -82,6 +82,11 @@ def bind(loss_type: Loss, beta: float, label_smoothing: float, options: dict[str
     return BoundLoss(tuple(parts), beta, f_divergence, f_alpha, nll_weight, tensors)
 
 
+def needs_kl(loss_type: Loss) -> bool:
+    """Return whether a loss reads the KL divergence of the reference from the policy, before its options are known."""
+    return any(spec.needs_kl for spec in _find_all(loss_type))
+
+
 def fit_to_batch(loss: BoundLoss, pairs: int, device: torch.device) -> BoundLoss:
     """Return the loss with its tensors as ``(P,)`` float64 on the device of the log-probs (float32 on MPS).
 

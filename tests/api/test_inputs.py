@@ -302,6 +302,7 @@ TYPE_ERRORS = {
     "ref_logps int64": ({"ref_logps": torch.ones(S, dtype=torch.int64)},
         "ref_logps must be floating point ... got torch.int64"),
     "rows of floats": (over_rows(rows=rand(S, T)), "rows must be int32 or int64 ... got torch.float32"),
+    "rows and hidden a list": (over_rows(hidden=[[0.0] * H] * 2), "hidden must be a tensor, got list"),
     "rows a list": (over_rows(rows=[[0] * T] * S), "rows must be a tensor, got list"),
     "kl of other widths": (scored_here(ref_hidden=rand(S, T, 4).double(), ref_weight=rand(V, 4).double(),
         stats=("kl",)), "stats='kl' needs logits of one dtype ... torch.float64 ... torch.float32"),

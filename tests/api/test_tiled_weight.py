@@ -30,7 +30,7 @@ def scored(**more):
 
 CALLS = {
     "frozen head": {},
-    "cut rows": {"scratch_bytes": 1300, "softcap": 3.0, "strategy": "recompute"},
+    "cut rows": {"scratch_bytes": 300, "softcap": 3.0, "strategy": "recompute"},
     "recompute": {"strategy": "recompute", "stats": ("entropy", "top1")},
     "streaming": {"strategy": "streaming", "logit_scale": 0.7},
     "by pair": {"reduction": "none"},
@@ -54,7 +54,9 @@ def test_is_the_whole_weight(call, backend, picked_bytes, monkeypatch):
     same(ours, gradients(one.loss.sum(), data)["hidden"])
     with torch.no_grad():
         same(dk.fused_dpo_loss(**tiles, **how).loss, one.loss)
-    assert str(dk.explain(**tiles, **how)).splitlines()[:3] == str(dk.explain(**data, **how)).splitlines()[:3]
+    plan = dk.explain(**tiles, **how)
+    assert (plan.tile.cols < V) == (call == "cut rows")
+    assert str(plan).splitlines()[:3] == str(dk.explain(**data, **how)).splitlines()[:3]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
