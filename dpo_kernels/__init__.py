@@ -13,6 +13,7 @@ from dpo_kernels.losses.bradley_terry import bradley_terry_loss, bradley_terry_s
 from dpo_kernels.losses.estimates import RunningDelta, kto_kl
 from dpo_kernels.losses.weights import ld_token_weights, wpo_pair_weights
 from dpo_kernels.outputs import DPOLossOutput, SequenceLossOutput
+from dpo_kernels.tiled_weight import TiledWeight
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "LossInputs",
     "RunningDelta",
     "SequenceLossOutput",
+    "TiledWeight",
     "__version__",
     "bradley_terry_loss",
     "bradley_terry_strengths",

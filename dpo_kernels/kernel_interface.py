@@ -7,7 +7,7 @@ loss in one launch.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +58,12 @@ class LogitsGradient:
     x_exponent: int = 0  # k: for the head's gradient rows of X are multiplied by 2^k as well, and the product by 2^-k
     x_scale: Tensor | None = None  # (C,) factor of the rows of X where it is not that of dX
 
+    def with_power(self, power: Tensor | None) -> "LogitsGradient":
+        """Return the gradient whose product for the hidden states is multiplied by a 0-d factor, or by 1 for None."""
+        if power is None or self.scale is None:
+            return self
+        return replace(self, scale=self.scale * power, x_scale=self.scale)
+
 
 class SampledRows(NamedTuple):
     """What the sample of the logits' gradient needs of each row of a tile."""
@@ -88,6 +94,22 @@ class SparseGradient:
     scale: Tensor  # (C,) factor of each row, which its products apply
 
 
+class RowsOfBoth(NamedTuple):
+    """Whole rows of logits of the policy's and of the reference's head, for the same tokens."""
+
+    tile: Tensor  # (C, V) logits of the policy
+    state: RowState  # of the policy's rows
+    ref_tile: Tensor  # (C, V) logits of the reference
+    ref_state: RowState  # of the reference's rows
+
+
+class Coefficients(NamedTuple):
+    """The derivatives of the loss by what a token adds to the sums of its sequence."""
+
+    of_logp: Tensor  # (C,), by the log-prob of its label
+    of_kl: Tensor  # (C,), by its KL divergence of the reference from the policy
+
+
 @dataclass(frozen=True)
 class RowResult:
     """What a forward pass over the head gives for each token."""
@@ -97,6 +119,24 @@ class RowResult:
     sumexp: Tensor  # (N,) sum of exp(z - max)
     others: Tensor  # (N,) the same sum without the label's own exponential
     stats: dict[str, Tensor] = field(default_factory=dict)  # name -> (N,)
+
+
+class RowsAndDivergences(NamedTuple):
+    """What a forward pass over both heads gives for each token."""
+
+    policy: RowResult
+    reference: RowResult
+    kl: Tensor  # (N,) KL(reference || policy)
+
+
+class SumsOfBoth(NamedTuple):
+    """What a backward pass over both heads needs of a forward one, ``(N,)`` each."""
+
+    max: Tensor  # largest logit of the policy
+    sumexp: Tensor  # its sum of exponentials
+    others: Tensor  # its sum of exponentials without the label's own
+    ref_max: Tensor  # largest logit of the reference
+    ref_others: Tensor  # its sum of exponentials without the label's own
 
 
 @dataclass(frozen=True)
@@ -411,6 +451,35 @@ class RowKernels(ABC):
         """Do ``grad_bias`` with a sample."""
         raise NotImplementedError(f"{self.name} samples no gradients")
 
+    # --- optional: the logits of two heads ---
+
+    def kl_of_rows(self, rows: RowsOfBoth) -> Tensor:
+        """Return ``KL(reference || policy)`` of each row, ``(C,)``, from logits that are kept."""
+        raise NotImplementedError(f"{self.name} reads no second head")
+
+    def dlogits_of_both_(
+        self,
+        rows: RowsOfBoth,
+        labels_C: Tensor,
+        head: Head,
+        coefficients: Coefficients,
+        expected: float = 1.0,
+    ) -> LogitsGradient:
+        """Return the gradient of the policy's logits. The policy's tile is overwritten.
+
+        With ``g`` and ``k`` the coefficients of a token, and ``p`` and ``q`` the policy's and the reference's
+        probabilities, it is ``logit_scale (g onehot - (g - k) p - k q)``, times the softcap's derivative.
+
+        Args:
+            rows: logits of both heads, and the states of their rows.
+            labels_C: ``(C,)`` int64 labels.
+            head: the policy's head.
+            coefficients: ``g`` and ``k`` of each token.
+            expected: see ``dlogits_``.
+
+        """
+        raise NotImplementedError(f"{self.name} reads no second head")
+
     # --- optional: more than one launch ---
 
     def launches(
@@ -563,3 +632,10 @@ class RowKernels(ABC):
         if grad.dtype != dtype:
             return None
         return grad if grad.device.type == "cpu" and float(factor) == 1.0 else grad.mul_(factor)
+
+
+class BothKernels(NamedTuple):
+    """The row operations of one backend, for the operands of the policy's head and of the reference's."""
+
+    policy: RowKernels
+    reference: RowKernels

@@ -19,6 +19,9 @@ class LossInputs(NamedTuple):
         chosen_tokens: The number of scored tokens of each chosen sequence.
         rejected_tokens: The number of scored tokens of each rejected sequence.
         beta: The inverse temperature, a number.
+        chosen_kl: The sum over the scored tokens of each chosen sequence of ``KL(reference || policy)``. It is None
+            unless the loss asks for it by ``needs_kl``.
+        rejected_kl: The same of each rejected sequence, or None.
 
     Example:
         A loss of one's own is a function of these.
@@ -39,6 +42,8 @@ class LossInputs(NamedTuple):
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     beta: float
+    chosen_kl: Tensor | None = None
+    rejected_kl: Tensor | None = None
 
 
 class SequenceLoss(Protocol):
@@ -59,6 +64,10 @@ class SequenceLoss(Protocol):
     @property
     def is_callable(self) -> bool:
         """Whether the loss is a user's function, which has no name that an operator could carry."""
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether the loss reads the KL divergence of the reference from the policy."""
 
     def bounds(self, sequences: int) -> Sequence[int]:
         """Return the index of each example's first sequence, followed by ``sequences``, their total number."""
@@ -81,5 +90,10 @@ class SequenceLoss(Protocol):
     def value_and_grad(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> tuple[Tensor, Tensor]:
         """Return one loss for each example, and the derivative ``(S,)`` of their sum by ``policy_S``."""
 
-    def __call__(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> Tensor:
-        """Return one loss for each example, differentiable by the log-probs."""
+    def value_and_grads(
+        self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor, kl_S: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do ``value_and_grad`` of a loss with ``needs_kl``. The last result is the derivative by ``kl_S``."""
+
+    def __call__(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor, kl_S: Tensor | None = None) -> Tensor:
+        """Return one loss for each example, differentiable by the log-probs and by the KL divergences."""

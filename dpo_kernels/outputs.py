@@ -20,7 +20,8 @@ class DPOLossOutput(NamedTuple):
         ref_chosen_logps: The reference's log-prob of each chosen sequence, ``(P,)``.
         ref_rejected_logps: The reference's log-prob of each rejected sequence, ``(P,)``.
         stats: Each requested statistic by name, and always "tokens", the number of scored tokens. Each is ``(S,)``, in
-            the order of the input sequences. "token_logps" has the shape of the labels and the dtype of the results.
+            the order of the input sequences. "token_logps" has the shape of the labels. It and "kl" have the dtype of
+            the results.
 
     Example:
         >>> import torch

@@ -10,6 +10,7 @@ from torch import Tensor
 from dpo_kernels.checks import traced
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.shapes import Head, NeedsGrad, PackedTokens, Sampling, Schedule
+from dpo_kernels.tiled_weight import TiledWeight
 
 # A reference gets no gradients.
 NO_GRADIENTS = NeedsGrad(hidden=False, weight=False, bias=False)
@@ -20,6 +21,13 @@ class CachedReference:
     """Log-probs of the reference that the caller has computed before."""
 
     logps: Tensor  # (S,) float64 (float32 on MPS), in the order of the packed sequences
+
+
+@dataclass(frozen=True)
+class CachedTokenReference:
+    """Log-probs of single tokens under the reference that the caller has computed before."""
+
+    logps: Tensor  # (R,) floating point, at the places of their labels; anything where no label is scored
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,8 @@ class Problem:
     needs_grad: NeedsGrad
     stats: tuple[str, ...] = ()
     loss: SequenceLoss | None = None  # None means that the log-probs are the result
-    reference: CachedReference | ScoredReference | None = None
+    reference: CachedReference | CachedTokenReference | ScoredReference | None = None
+    kl: bool = False  # the KL divergence from a scored reference is wanted: the logits of both heads lie side by side
     reduction: str = "mean"
     denominator: float | Tensor | None = None  # replaces the number of examples under "mean"
     token_denominator: float | Tensor | None = None  # replaces the number of chosen tokens in means over tokens
@@ -103,6 +112,11 @@ class Problem:
         assert self.loss is not None, "a mean is one over the examples of a loss"
         examples = len(self.loss.bounds(self.packed.counts.shape[0])) - 1
         return float(max(examples, 1) if self.denominator is None else self.denominator)
+
+    @property
+    def kl_grad(self) -> bool:
+        """Whether the loss reads the KL divergence, which then gets a gradient."""
+        return self.kl and self.loss is not None and self.loss.needs_kl
 
     @property
     def vocab_size(self) -> int:
@@ -135,6 +149,8 @@ class Problem:
             fills_main_grad=self.main_grad is not None,
             sparse_weight_grad=self.sampling is not None and self.sampling.sparse_weight_grad,
             tau=None if self.sampling is None else self.sampling.tau,
+            kl=self.kl,
+            kl_grad=self.kl_grad,
             shard_ranks=0 if self.shard is None else self.shard.ranks,
             context_ranks=0 if self.context is None else self.context.ranks,
             most_counts=None if self.context is None else self.context.most,
@@ -144,6 +160,8 @@ class Problem:
             per_token=self.per_token,
             gathered_bytes=self.gathered_bytes,
             reference=None if reference is None else self.of_reference(reference).workload,
+            tiled=isinstance(self.head.weight, TiledWeight),
+            sums_reference=isinstance(self.reference, CachedTokenReference),
         )
 
     def of_reference(self, reference: ScoredReference) -> "Problem":
@@ -180,6 +198,8 @@ class Workload:
     fills_main_grad: bool = False  # the head's gradient is added to the caller's buffer
     sparse_weight_grad: bool = False  # that of the head's weight is a sparse tensor of the rows it reaches
     tau: float | None = None  # threshold of the sample that gradients are made of; None means exact ones
+    kl: bool = False  # the logits of the reference lie beside those of the policy
+    kl_grad: bool = False  # the KL divergence from the reference gets a gradient
     shard_ranks: int = (
         0  # ranks that the vocabulary is split over, 0 for a whole one; ``vocab`` is then the largest shard
     )
@@ -192,11 +212,16 @@ class Workload:
     gathered_bytes: tuple[int, int] = (0, 0)
     schedules: dict[Any, Schedule] = field(init=False, default_factory=dict, compare=False, repr=False)  # by budget
     reference: "Workload | None" = None  # the workload of a reference that is scored in the call
+    tiled: bool = False  # the head's weight comes in tiles
+    sums_reference: bool = False  # log-probs of the reference's tokens are added up in the call
 
     @property
     def narrow(self) -> bool:
-        """Whether tiles may hold logits in 16 bits. Samples, and the maxima of other shards, need the logits."""
-        return not self.samples and not self.shard_ranks
+        """Whether tiles may hold logits in 16 bits.
+
+        Samples, divergences and the maxima of other shards need the logits, and a head in tiles has GEMMs of its own.
+        """
+        return not (self.samples or self.kl or self.shard_ranks or self.tiled)
 
     @property
     def samples(self) -> bool:

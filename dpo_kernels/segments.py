@@ -37,6 +37,25 @@ def segment_sum(values_N: Tensor, weights_N: Tensor | None, counts_S: Tensor) ->
     return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)
 
 
+def segment_sum_of_rows(rows_NH: Tensor, offsets: Tensor) -> Tensor:
+    """Return the sum of each run of rows, ``(M, H)`` in their dtype. The order of the additions is fixed.
+
+    Args:
+        rows_NH: ``(N, H)`` rows.
+        offsets: ``(M + 1,)`` int64, first row of each run, then the end of the last one. Rows behind it are left out.
+    """
+    if rows_NH.device.type in ("cpu", "cuda"):
+        return torch.segment_reduce(rows_NH, "sum", offsets=offsets, unsafe=True, initial=0)
+    return _segment_sum_by_index(rows_NH, offsets)
+
+
+def _segment_sum_by_index(rows_NH: Tensor, offsets: Tensor) -> Tensor:
+    """Do the same on devices without segments in torch."""
+    place = torch.arange(rows_NH.shape[0], device=rows_NH.device)
+    runs = torch.bucketize(place, offsets[1:], right=True)  # M for rows of no run
+    return rows_NH.new_zeros(offsets.shape[0], rows_NH.shape[1]).index_add_(0, runs, rows_NH)[:-1]
+
+
 def offsets_of(counts_S: Tensor, length: int) -> Tensor:
     """Return the offset at which each sequence begins, and the end of the last one, ``(S + 1,)``.
 

@@ -30,6 +30,9 @@ STATS = ("entropy", "mean_logits", "top1", "log_sum_p2")
 # This name may be requested among them. Its values are per token and not per sequence.
 TOKEN_LOGPS = "token_logps"
 
+# Neither do they compute this one, which takes the logits of the reference too. It is a sum over the scored tokens.
+KL = "kl"
+
 # torch wraps a tensor in this class while a collective has yet to fill it. Every torch operation on it waits for that.
 WRAPPERS_THAT_UNWRAP = ("AsyncCollectiveTensor",)
 
@@ -96,6 +99,18 @@ class Head:
 
 
 @dataclass(frozen=True)
+class SharedRows:
+    """Which row of the hidden states each packed token reads, where several may read one.
+
+    The gradients of a row are added up in the order of its tokens, so the result does not depend on threads.
+    """
+
+    index: Tensor  # (N,) int64, row of each packed token, 0 on unused capacity
+    order: Tensor  # (N,) int64, packed tokens by their rows
+    offsets: Tensor  # (M + 1,) int64, place in that order at which each row begins, then where the last one ends
+
+
+@dataclass(frozen=True)
 class PackedTokens:
     """The scored rows of a batch, packed sequence by sequence in the internal order of sequences.
 
@@ -103,14 +118,15 @@ class PackedTokens:
     (``max_scored_tokens``) the host knows no counts, and ``counts_host`` is filled with -1.
     """
 
-    index: Tensor  # (N,) int64, row of the flattened hidden states
+    index: Tensor  # (N,) int64, place of the flattened labels, and row of the hidden states unless these are shared
     labels: Tensor  # (N,) int64, in [0, V)
     weights: Tensor | None  # (N,) float32 or float64, weight in the sequence's sum, 0 on unused capacity
     segments: Tensor  # (N,) int64, sequence of each row
-    slot: Tensor  # (R,) int64, place of each input row among the packed ones, N where not scored
+    slot: Tensor  # (R,) int64, place of each label among the packed ones, N where not scored
     counts: Tensor  # (S,) int64 on the device of the inputs
     counts_host: Tensor  # (S,) int64 on the CPU
     nan_if_invalid: Tensor  # () float64: 0, or NaN if the input is invalid
+    shared: SharedRows | None = None  # where the caller says which row predicts a label
 
     @property
     def capacity(self) -> int:
@@ -130,7 +146,8 @@ class PackedTokens:
 
     def gather(self, hidden_RH: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows ``start..stop-1`` of the hidden states, a contiguous ``(C, H)`` tensor of ``dtype``."""
-        x_CH = hidden_RH.index_select(0, self.index[start:stop]).to(dtype)
+        index = self.index if self.shared is None else self.shared.index
+        x_CH = hidden_RH.index_select(0, index[start:stop]).to(dtype)
         if self.host_counts is None:
             # Unused capacity points at row 0. That row may be padding and hold anything, NaN included.
             used = torch.arange(start, stop, device=x_CH.device) < self.counts.sum()

@@ -16,7 +16,7 @@ PACKAGE = "dpo_kernels"
 
 # The layers of ours that each layer may import, beside its own. Whatever is not here is forbidden.
 MAY_IMPORT = {
-    "public": {"api", "kernels", "losses", "loss_interface", "outputs"},
+    "public": {"api", "kernels", "losses", "loss_interface", "outputs", "tiled_weight"},
     "__main__": {"public", "kernels", "planning", "problem", "shapes"},
     "integrations": {"public", "api", "checks", "distributed", "losses", "loss_interface", "outputs", "shapes"},
     "api": {"checks", "distributed", "engine", "inputs", "loss_interface", "losses", "outputs", "planning", "shapes"},
@@ -43,17 +43,26 @@ MAY_IMPORT = {
     },
     "strategies": {"kernel_interface", "problem", "segments", "shapes"},
     "distributed": {"checks", "problem", "shapes"},
-    "inputs": {"checks", "kernels", "loss_interface", "losses", "problem", "shapes"},  # kernels: packing on a GPU
-    "kernels": {"kernel_interface", "loss_interface", "segments", "shapes"},
+    "inputs": {
+        "checks",
+        "kernels",
+        "loss_interface",
+        "losses",
+        "problem",
+        "shapes",
+        "tiled_weight",
+    },  # kernels: packing
+    "kernels": {"kernel_interface", "loss_interface", "segments", "shapes", "tiled_weight"},
     "losses": {"checks", "loss_interface", "outputs", "shapes"},
     "kernel_interface": {"loss_interface", "segments", "shapes"},
-    "problem": {"checks", "loss_interface", "shapes"},
+    "problem": {"checks", "loss_interface", "shapes", "tiled_weight"},
     "checks": {"shapes"},
     "segments": {"shapes"},
     "loss_interface": set(),
     "device_specs": set(),
     "outputs": set(),
     "shapes": set(),
+    "tiled_weight": set(),
     "naive": set(),
     "reference": set(),
 }
@@ -73,6 +82,7 @@ ONLY_IN = {
     "trl": f"{PACKAGE}.integrations",
     "transformers": f"{PACKAGE}.integrations",
     "peft": f"{PACKAGE}.integrations",
+    "bitsandbytes": f"{PACKAGE}.integrations",
     "datasets": f"{PACKAGE}.integrations",
     "accelerate": f"{PACKAGE}.integrations",
     "deepspeed": f"{PACKAGE}.distributed",

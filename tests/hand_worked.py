@@ -178,6 +178,29 @@ HAND |= {
 OPTIONS = {case: row.options for case, row in HAND.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class RowWithKL:
+    """One pair of a loss that reads the KL divergences from the reference, chosen and rejected."""
+
+    row: Row
+    kl: tuple[float, float]
+    chosen_kl_grad: float
+    rejected_kl_grad: float
+
+
+# With beta 1/2 and D = 2 log 6, what is taken from D is 2 log 2 in each row: u = log 3, whose loss falls by 1/4.
+HAND_KL = {
+    # k_r - k_c = 2 log 2
+    "tdpo1": RowWithKL(Row(NICE, math.log(4 / 3), -0.125, 0.125, half("tdpo1")), (LN2, 3 * LN2), -0.125, 0.125),
+    # half of k_r - k_c = 4 log 2, and the chosen side is a constant
+    "tdpo2": RowWithKL(Row(NICE, math.log(4 / 3), -0.125, 0.125, half("tdpo2")), (LN2, 5 * LN2), 0.0, 0.0625),
+    # twice k_r - k_c = log 2
+    "tdpo2, alpha": RowWithKL(
+        Row(NICE, math.log(4 / 3), -0.125, 0.125, half("tdpo2", tdpo_alpha=2.0)), (LN2, 2 * LN2), 0.0, 0.25
+    ),
+}
+
+
 def parts_of(case):
     """The losses of a case, as their entries have them."""
     names = OPTIONS[case]["loss_type"]

@@ -108,7 +108,11 @@ def on_a_gpu_of_stubs(scored: int | Sequence[int]) -> Iterator[Stubs]:
         patch.object(launch_matmul, "target_of", lambda device: "sm_90"),
         patch.object(refusals, "refuse_triton_on", lambda *given, **facts: None),
         patch.object(plan, "refuse_triton_on", lambda *given, **facts: None),
-        patch.object(plan, "divide_scratch", lambda size, name, dtype, *_: divide_scratch(size, name, dtype, GPU)),
+        patch.object(
+            plan,
+            "divide_scratch",
+            lambda size, name, dtype, device, **how: divide_scratch(size, name, dtype, GPU, **how),
+        ),
     ):
         yield stubs
 

@@ -88,7 +88,7 @@ def agree(data, **options):
         same(getattr(got, name).detach(), getattr(want, name).detach())
     assert got.stats.keys() == want.stats.keys()
     for name, value in got.stats.items():
-        close(value, want.stats[name].float())
+        close(value, want.stats[name].to(value.dtype))
     if got.loss.requires_grad:
         ours, theirs = gradients(got.loss, data), gradients(want.loss, data)
         for name in TRAINED:
@@ -97,12 +97,13 @@ def agree(data, **options):
     return got
 
 
+BY_TOKEN = ("hidden", "labels", "ref_hidden", "ref_token_logps", "rows", "token_weights")
+
+
 def pack(data):
     """The same problem packed: T to a sequence becomes ragged, unscored tails cut off, one sequence empty."""
     lengths = torch.tensor([5, 3, 2, 5, 4, 0])
     keep = torch.arange(T) < lengths[:, None]
-    moved = {
-        name: data[name].detach()[keep] for name in ("hidden", "labels", "ref_hidden", "token_weights") if name in data
-    }
+    moved = {name: data[name].detach()[keep] for name in BY_TOKEN if name in data}
     moved["hidden"].requires_grad_(data["hidden"].requires_grad)
     return data | moved | {"cu_seqlens": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()}, keep

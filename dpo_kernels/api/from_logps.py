@@ -7,7 +7,7 @@ from torch import Tensor
 from dpo_kernels import checks, losses
 from dpo_kernels.api.pairs import Loss
 from dpo_kernels.inputs.divisors import check_divisor
-from dpo_kernels.inputs.sequence_logps import check_logps
+from dpo_kernels.inputs.sequence_logps import check_divergences, check_logps
 from dpo_kernels.loss_interface import LossInputs
 from dpo_kernels.shapes import number_like
 
@@ -25,6 +25,8 @@ def dpo_loss(
     chosen_tokens: Tensor | None = None,
     rejected_tokens: Tensor | None = None,
     token_denominator: float | Tensor | None = None,
+    chosen_kl: Tensor | None = None,
+    rejected_kl: Tensor | None = None,
     **loss_options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the loss and the rewards of each pair from log-probs alone.
@@ -53,10 +55,14 @@ def dpo_loss(
             means 1.
         token_denominator: Number > 0, or a 0-d tensor, that replaces the number of chosen tokens in the means over
             tokens (``sft``, ``nll_weight``).
+        chosen_kl: Sum over the scored tokens of each chosen sequence of ``KL(reference || policy)``, ``(P,)``, floating
+            point. It is differentiable. The losses "tdpo1" and "tdpo2" need it.
+        rejected_kl: The same of each rejected sequence, ``(P,)``, floating point. It is differentiable.
         **loss_options: Options of the loss by name; ``dpo_kernels.LOSSES[name].options`` lists those of one loss.
             "odpo" has ``margin``, "rebel" ``reward_gap``, "bco_pair" ``delta``, and these three may be ``(P,)``
-            tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, and "alphapo" ``alpha``
-            and ``gamma``. The options that follow go with every loss, unless they say otherwise.
+            tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, "alphapo" ``alpha`` and
+            ``gamma``, and "tdpo2" ``tdpo_alpha``. The options that follow go with every loss, unless they say
+            otherwise.
         pair_weights: Factor on each pair's loss, ``(P,)`` or 0-d, floating point or integer.
         nll_weight: Number that multiplies the mean negative log-prob of the chosen tokens, which is added to the loss.
             The default is 1 for "cpo" and 0 for the others.
@@ -102,6 +108,7 @@ def dpo_loss(
     if token_denominator is not None:
         divisor = number_like(token_denominator, divisor)
     bound = bound.with_token_factor(policy[0].shape[0] / divisor, policy[0].shape[0])
-    losses_P = bound.evaluate(LossInputs._make((*policy, *reference, *tokens, bound.beta)))
+    divergences = check_divergences((chosen_kl, rejected_kl), policy[0], bound.needs_kl, bound.name)
+    losses_P = bound.evaluate(LossInputs._make((*policy, *reference, *tokens, bound.beta, *divergences)))
     chosen, rejected = (bound.beta * (p - r).detach() for p, r in zip(policy, reference, strict=True))
     return losses_P, chosen, rejected

@@ -27,6 +27,7 @@ def fused_sequence_logps(
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     token_weights: Tensor | None = None,
+    rows: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -59,6 +60,9 @@ def fused_sequence_logps(
             padded.
         token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It gets
             no gradient.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows. Labels may share a row, whose gradients are added up. Its logits are
+            computed once for each of its labels. Rows of labels that are not scored do not matter.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -106,7 +110,9 @@ def fused_sequence_logps(
         >>> [round(logp, 3) for logp in fused_sequence_logps(hidden, weight, labels).tolist()]
         [-2.773, -1.386]
     """
-    policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel, context_parallel)
+    policy = PolicyTensors(
+        hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel, context_parallel, rows
+    )
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)
     head = HeadOptions(logit_scale, softcap)
     how = GradientOptions(gradient, tau, seed, sparse_weight_grad)
@@ -122,6 +128,7 @@ def fused_token_logps(
     *,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    rows: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -151,6 +158,9 @@ def fused_token_logps(
         bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
         cu_seqlens: Cumulative lengths of packed sequences, ``(S + 1,)``, int32 or int64. None means that the input is
             padded.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows. Labels may share a row, whose gradients are added up. Its logits are
+            computed once for each of its labels. Rows of labels that are not scored do not matter.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -197,7 +207,7 @@ def fused_token_logps(
         >>> [round(logp, 3) for logp in logps[0].tolist()]
         [0.0, -1.386, -1.386]
     """
-    policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, None, vocab_parallel)
+    policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, None, vocab_parallel, rows=rows)
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)
     head = HeadOptions(logit_scale, softcap)
     how = GradientOptions(gradient, tau, seed, sparse_weight_grad)

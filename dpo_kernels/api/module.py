@@ -142,8 +142,10 @@ class FusedDPOLoss(nn.Module):
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
         ref_logps: Tensor | None = None,
+        ref_token_logps: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         token_weights: Tensor | None = None,
+        rows: Tensor | None = None,
         denominator: float | Tensor | None = None,
         token_denominator: float | Tensor | None = None,
         seed: int | Tensor = 0,
@@ -169,10 +171,14 @@ class FusedDPOLoss(nn.Module):
             ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
             ref_logps: Cached log-probs of the reference, ``(2B,)``, floating point, in the order of the input
                 sequences. Keep them in float32, because bfloat16 holds -300 only to within one nat.
+            ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating
+                point. The call sums them with ``token_weights``. What stands where no label is scored does not matter.
             cu_seqlens: Cumulative lengths of packed sequences, ``(2B + 1,)``, int32 or int64. None means that the input
                 is padded.
             token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
                 applies to the policy and to a reference that is scored here. It gets no gradient.
+            rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` and
+                ``ref_hidden`` then have any number of rows, ``(M, H)``.
             denominator: Number > 0, or a 0-d tensor, that replaces the number of pairs under "mean". Gradient
                 accumulation and data parallel training need it.
             token_denominator: Number > 0, or a 0-d tensor, that replaces the number of chosen tokens in the means over
@@ -206,8 +212,10 @@ class FusedDPOLoss(nn.Module):
             ref_weight=ref_weight,
             ref_bias=ref_bias,
             ref_logps=ref_logps,
+            ref_token_logps=ref_token_logps,
             cu_seqlens=cu_seqlens,
             token_weights=token_weights,
+            rows=rows,
             denominator=denominator,
             token_denominator=token_denominator,
             seed=seed,

@@ -42,6 +42,7 @@ def fused_dpo_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    ref_token_logps: Tensor | None = None,
     reference_free: bool = False,
     loss_type: Loss = "sigmoid",
     beta: float = 0.1,
@@ -49,6 +50,7 @@ def fused_dpo_loss(
     cu_seqlens: Tensor | None = None,
     pairs: str = "stacked",
     token_weights: Tensor | None = None,
+    rows: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -85,7 +87,7 @@ def fused_dpo_loss(
         hidden: Hidden states of the policy, ``(2B, T, H)``, or ``(N, H)`` with ``cu_seqlens``; float32, bfloat16,
             float16 or float64. It is differentiable.
         weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden`` (under autocast in any dtype). It is
-            differentiable.
+            differentiable. A frozen one may be a ``TiledWeight``.
         labels: Token that each position predicts, ``(2B, T)`` or ``(N,)``, int32 or int64. Each label lies in
             ``[0, V)`` or equals ``ignore_index``.
         bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
@@ -97,6 +99,9 @@ def fused_dpo_loss(
         ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
         ref_logps: Cached log-probs of the reference, ``(2B,)``, floating point, in the order of the input sequences.
             Keep them in float32, because bfloat16 holds -300 only to within one nat.
+        ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating point.
+            It takes the place of ``ref_logps``, and the call sums it with ``token_weights``. What stands where no label
+            is scored does not matter.
         reference_free: bool. If true, there is no reference, and its log-probs count as 0.
         loss_type: Name of a loss (a key of ``dpo_kernels.LOSSES``), a list of names or a callable. A list is summed
             with ``loss_weights``. A callable maps ``LossInputs`` to ``(P,)`` losses. It counts as coupled over the
@@ -110,6 +115,10 @@ def fused_dpo_loss(
             chosen and rejected.
         token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
             applies to the policy and to a reference that is scored here. It gets no gradient.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows, and so is ``ref_hidden``. Labels may share a row, whose gradients are
+            added up. Its logits are computed once for each of its labels. Rows of labels that are not scored do not
+            matter.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -122,10 +131,11 @@ def fused_dpo_loss(
         stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
             and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
             squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
-            not scored.
+            not scored. "kl" is the sum over a sequence's scored tokens of ``KL(reference || policy)`` in nats, with
+            ``token_weights``. It needs ``ref_hidden``.
         backend: "auto", "triton", "cuda", "cpp" or "torch".
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
-            "recompute" run "frozen_head".
+            "recompute" run "frozen_head". A KL divergence takes "chunked" or "recompute".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
             or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere. A GPU with little free memory
             gets less.
@@ -152,8 +162,9 @@ def fused_dpo_loss(
             the sequences, and ``shift`` must be false. Sums and counts are completed before the loss.
         **loss_options: Options of the loss by name; ``dpo_kernels.LOSSES[name].options`` lists those of one loss.
             "odpo" has ``margin``, "rebel" ``reward_gap``, "bco_pair" ``delta``, and these three may be ``(P,)``
-            tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, and "alphapo" ``alpha``
-            and ``gamma``. The options that follow go with every loss, unless they say otherwise.
+            tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, "alphapo" ``alpha`` and
+            ``gamma``, and "tdpo2" ``tdpo_alpha``. The options that follow go with every loss, unless they say
+            otherwise.
         pair_weights: Factor on each pair's loss, ``(P,)`` or 0-d, floating point or integer.
         nll_weight: Number that multiplies the mean negative log-prob of the chosen tokens, which is added to the loss.
             The default is 1 for "cpo" and 0 for the others.
@@ -191,9 +202,9 @@ def fused_dpo_loss(
     """
     loss = losses.bind(loss_type, beta, label_smoothing, loss_options)
     arguments = Arguments(
-        PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel, context_parallel),
+        PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel, context_parallel, rows),
         HeadOptions(logit_scale, softcap),
-        ReferenceTensors(ref_hidden, ref_weight, ref_bias, ref_logps, reference_free),
+        ReferenceTensors(ref_hidden, ref_weight, ref_bias, ref_logps, ref_token_logps, reference_free),
         Layout(pairs, shift, ignore_index, max_scored_tokens),
         Reduction(reduction, denominator, token_denominator),
         MainGradOptions(main_grad, main_grad_scale),
@@ -214,7 +225,7 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
         hidden: Hidden states of the policy, ``(2B, T, H)``, or ``(N, H)`` with ``cu_seqlens``; float32, bfloat16,
             float16 or float64. It is differentiable.
         weight: Weight of the LM head, ``(V, H)``, in the dtype of ``hidden`` (under autocast in any dtype). It is
-            differentiable.
+            differentiable. A frozen one may be a ``TiledWeight``.
         labels: Token that each position predicts, ``(2B, T)`` or ``(N,)``, int32 or int64. Each label lies in
             ``[0, V)`` or equals ``ignore_index``.
         **options: The keyword arguments of ``fused_dpo_loss``. They follow here.
@@ -227,6 +238,9 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
         ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
         ref_logps: Cached log-probs of the reference, ``(2B,)``, floating point, in the order of the input sequences.
             Keep them in float32, because bfloat16 holds -300 only to within one nat.
+        ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating point.
+            It takes the place of ``ref_logps``, and the call sums it with ``token_weights``. What stands where no label
+            is scored does not matter.
         reference_free: bool. If true, there is no reference, and its log-probs count as 0.
         loss_type: Name of a loss (a key of ``dpo_kernels.LOSSES``), a list of names or a callable. A list is summed
             with ``loss_weights``. A callable maps ``LossInputs`` to ``(P,)`` losses. It counts as coupled over the
@@ -240,6 +254,10 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
             chosen and rejected.
         token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
             applies to the policy and to a reference that is scored here. It gets no gradient.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows, and so is ``ref_hidden``. Labels may share a row, whose gradients are
+            added up. Its logits are computed once for each of its labels. Rows of labels that are not scored do not
+            matter.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -252,10 +270,11 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
         stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
             and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
             squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
-            not scored.
+            not scored. "kl" is the sum over a sequence's scored tokens of ``KL(reference || policy)`` in nats, with
+            ``token_weights``. It needs ``ref_hidden``.
         backend: "auto", or a backend by its name, as the plan lists them.
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
-            "recompute" run "frozen_head".
+            "recompute" run "frozen_head". A KL divergence takes "chunked" or "recompute".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
             or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere. A GPU with little free memory
             gets less.

@@ -25,9 +25,11 @@ OPTIONS = (
     "ref_weight",
     "ref_bias",
     "ref_logps",
+    "ref_token_logps",
     "reference_free",
     "cu_seqlens",
     "token_weights",
+    "rows",
     "shift",
     "ignore_index",
     "logit_scale",
@@ -95,11 +97,18 @@ def fused_kto_loss(
         ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
         ref_logps: Cached log-probs of the reference, ``(S,)``, floating point, in the order of the input sequences.
             Keep them in float32, because bfloat16 holds -300 only to within one nat.
+        ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating point.
+            It takes the place of ``ref_logps``, and the call sums it with ``token_weights``. What stands where no label
+            is scored does not matter.
         reference_free: bool. If true, there is no reference, and its log-probs count as 0.
         cu_seqlens: Cumulative lengths of packed sequences, ``(S + 1,)``, int32 or int64. None means that the input is
             padded.
         token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
             applies to the policy and to a reference that is scored here. It gets no gradient.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows, and so is ``ref_hidden``. Labels may share a row, whose gradients are
+            added up. Its logits are computed once for each of its labels. Rows of labels that are not scored do not
+            matter.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -110,10 +119,11 @@ def fused_kto_loss(
         stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
             and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
             squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
-            not scored.
+            not scored. "kl" is the sum over a sequence's scored tokens of ``KL(reference || policy)`` in nats, with
+            ``token_weights``. It needs ``ref_hidden``.
         backend: "auto", or a backend by its name, as the plan of ``explain`` lists them.
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
-            "recompute" run "frozen_head".
+            "recompute" run "frozen_head". A KL divergence takes "chunked" or "recompute".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
             or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere. A GPU with little free memory
             gets less.
@@ -228,11 +238,18 @@ def fused_group_loss(
         ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
         ref_logps: Cached log-probs of the reference, ``(S,)``, floating point, in the order of the input sequences.
             Keep them in float32, because bfloat16 holds -300 only to within one nat.
+        ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating point.
+            It takes the place of ``ref_logps``, and the call sums it with ``token_weights``. What stands where no label
+            is scored does not matter.
         reference_free: bool. If true, there is no reference, and its log-probs count as 0.
         cu_seqlens: Cumulative lengths of packed sequences, ``(S + 1,)``, int32 or int64. None means that the input is
             padded.
         token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
             applies to the policy and to a reference that is scored here. It gets no gradient.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows, and so is ``ref_hidden``. Labels may share a row, whose gradients are
+            added up. Its logits are computed once for each of its labels. Rows of labels that are not scored do not
+            matter.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -243,10 +260,11 @@ def fused_group_loss(
         stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
             and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
             squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
-            not scored.
+            not scored. "kl" is the sum over a sequence's scored tokens of ``KL(reference || policy)`` in nats, with
+            ``token_weights``. It needs ``ref_hidden``.
         backend: "auto", or a backend by its name, as the plan of ``explain`` lists them.
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
-            "recompute" run "frozen_head".
+            "recompute" run "frozen_head". A KL divergence takes "chunked" or "recompute".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
             or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere. A GPU with little free memory
             gets less.

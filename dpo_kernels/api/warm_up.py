@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels import checks
+from dpo_kernels import checks, losses
 from dpo_kernels.api.pairs import explain, fused_dpo_loss
 from dpo_kernels.distributed.group import Ranks, all_ranks
 from dpo_kernels.inputs.tensors import check_float_tensor, check_weight
 from dpo_kernels.planning.plan import Plan
 from dpo_kernels.planning.tables import BACKENDS
+from dpo_kernels.shapes import KL
 
 LENGTH = 128  # tokens of each sequence of the call: short, so that no pair is longer than a chunk
 # A warm-up runs on each rank by itself, and leaves nothing behind.
@@ -44,13 +45,14 @@ def warm_up(
             give 512 or more, or the first call with as many times again.
         dtype: dtype of the hidden states. None means that of ``weight``. Under autocast they may differ.
         ref_weight: Weight of the reference's head, ``(V, H_ref)``, if the reference is scored in the call. None leaves
-            that out.
+            that out. A loss that needs the KL divergence from the reference then takes ``weight`` for both.
         group: Process group, ``DeviceMesh`` of one dimension or ``(mesh, "name")`` whose ranks take one choice. Each
             of them must make this call. None means all ranks where ``torch.distributed`` is initialised, and otherwise
             this process. Where only some ranks have a head, as with pipelines, name their group.
         **options: Other keyword arguments of ``fused_dpo_loss``, as the training passes them. ``bias``, ``softcap``,
             ``stats``, ``shift``, ``loss_type``, ``strategy`` and ``backend`` decide about the kernels. Of tensors that
-            belong to a batch, as ``cu_seqlens``, only the dtype counts: the call makes its own.
+            belong to a batch, as ``cu_seqlens``, only the dtype counts: the call makes its own. ``rows`` of that
+            function is not among them.
 
     Returns:
         The plan of the call, as ``explain`` returns it.
@@ -126,7 +128,7 @@ def _step(
             return states(value.shape[-1], value.dtype)
         if name == "cu_seqlens":
             return torch.arange(2 * pairs + 1, dtype=value.dtype, device=device) * LENGTH
-        size = {"token_weights": tokens, "ref_logps": tokens[:1]}.get(name, (pairs,))
+        size = {"token_weights": tokens, "ref_token_logps": tokens, "ref_logps": tokens[:1]}.get(name, (pairs,))
         return torch.ones(size, dtype=value.dtype, device=device)
 
     hidden = states(weight.shape[1], dtype or weight.dtype)
@@ -135,11 +137,14 @@ def _step(
     if ref_weight is not None:
         given["ref_weight"] = ref_weight.detach()
         given.setdefault("ref_hidden", states(ref_weight.shape[1], ref_weight.dtype))
-    if given.get("ref_hidden") is None and given.get("ref_logps") is None:
+    elif KL in (given.get("stats") or ()) or losses.needs_kl(given.get("loss_type", "sigmoid")):
+        given.setdefault("ref_weight", weight.detach())
+        given.setdefault("ref_hidden", states(weight.shape[1], weight.dtype))
+    if all(given.get(name) is None for name in ("ref_hidden", "ref_logps", "ref_token_logps")):
         given["reference_free"] = True
     if given.get("cu_seqlens") is not None:
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
-        for name in {"ref_hidden", "token_weights"} & given.keys():
+        for name in {"ref_hidden", "ref_token_logps", "token_weights"} & given.keys():
             given[name] = given[name].flatten(0, 1)
     head = weight.detach().requires_grad_(weight.requires_grad)
     with torch.enable_grad():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_kernels import checks, losses
 from dpo_kernels.checks import traced
-from dpo_kernels.engine import operators, passes
+from dpo_kernels.engine import operators, passes, places
 from dpo_kernels.engine.out_of_memory import saying_what_fits
 from dpo_kernels.engine.passes import GradDtypes, KeptGradients, SavedRows
 from dpo_kernels.planning.plan import Plan
@@ -46,7 +46,7 @@ UPSTREAM_TOLERANCE = 1e-6
 
 def loss_and_gradients(
     problem: Problem, plan: Plan, ref_S: Tensor, denominator: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """Compute the loss, and its gradients for a later backward pass.
 
     With ``main_grad`` the gradient of the head is added to that buffer now, and autograd gets none for it. That never
@@ -55,12 +55,13 @@ def loss_and_gradients(
     Args:
         problem: what is computed. It has a loss.
         plan: how it is computed. Its strategy forms gradients with the loss.
-        ref_S: ``(S,)`` log-probs of the reference, float64.
+        ref_S: ``(S,)`` log-probs of the reference, float64. They are not read where the pass computes them itself.
         denominator: number that the sum of the losses is divided by, 0-d float64.
 
     Returns:
         The loss (0-d, differentiable), then without gradients the log-probs ``(S,)``, the statistics ``(k, S)`` and the
-        log-probs of tokens. The last are at their labels' places ``(R,)``, or empty unless they were asked for.
+        log-probs of tokens. The last are at their labels' places ``(R,)``, or empty unless they were asked for. At the
+        end come the reference's log-probs and the KL divergences, ``(S,)`` float64, of a pass that reads both heads.
 
     """
     head = problem.head
@@ -73,8 +74,8 @@ def loss_and_gradients(
     else:
         weights = problem.packed.weights
         outputs = _Loss.apply(problem.hidden, head.weight, head.bias, weights, (ref_S, denominator), problem, plan)
-    total, _, logps, means, *_, tokens = outputs
-    return total, logps, means, _by_label(tokens, problem)
+    total, _, logps, means, _, _, _, tokens, *of_both = outputs
+    return total, logps, means, by_label(tokens, problem), tuple(of_both)
 
 
 def logps(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,17 +94,18 @@ def logps(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     else:
         outputs = _Logps.apply(problem.hidden, head.weight, head.bias, problem.packed.weights, problem, plan)
     out, means, *_, tokens = outputs
-    return out, means, _by_label(tokens, problem)
+    return out, means, by_label(tokens, problem)
 
 
-def _by_label(logp_N: Tensor, problem: Problem) -> Tensor:
-    return passes.by_label(logp_N, problem.packed.slot, problem.shift) if TOKEN_LOGPS in problem.stats else logp_N
+def by_label(logp_N: Tensor, problem: Problem) -> Tensor:
+    """Return log-probs of tokens at their labels' places where they were asked for, else what was given."""
+    return places.by_label(logp_N, problem.packed.slot, problem.shift) if TOKEN_LOGPS in problem.stats else logp_N
 
 
 # --- the loss with its gradients ------------------------------------------------------------------------------------
 
 
-class _Function(torch.autograd.Function):
+class PlainFunction(torch.autograd.Function):
     """A function that torch runs without looking up the defaults of its arguments. It has none.
 
     The search takes as long as the launch of ten kernels, while the GPU waits for the first.
@@ -117,8 +119,11 @@ class _Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
-class _Loss(_Function):
-    """The pass that forms gradients with the loss. Its outputs are those of ``operators.loss_operator``."""
+class _Loss(PlainFunction):
+    """The pass that forms gradients with the loss. Its outputs are those of ``operators.loss_operator``.
+
+    A pass that reads both heads has two outputs more, the reference's log-probs and the KL divergences.
+    """
 
     @staticmethod
     def forward(
@@ -131,15 +136,15 @@ class _Loss(_Function):
         plan: Plan,
     ) -> tuple[Tensor, ...]:
         """Compute the loss and its gradients. ``loss_tensors`` are the reference's log-probs and the denominator."""
-        result = passes.loss_and_gradients(_with_tensors(problem, hidden, weight, bias, weights), plan, *loss_tensors)
-        return result.total, result.losses, result.logps, result.means, *result.kept, result.tokens
+        result = passes.loss_and_gradients(with_tensors(problem, hidden, weight, bias, weights), plan, *loss_tensors)
+        return result.total, result.losses, result.logps, result.means, *result.kept, result.tokens, *result.of_both
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, weight, bias, _, _, problem, plan = inputs
-        _keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
+        keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
         _keep_loss(ctx, problem.packed.slot, output)
-        ctx.backend, ctx.main_grad = plan.backend, None
+        ctx.backend, ctx.main_grad, ctx.shared = plan.backend, None, problem.packed.shared
         if problem.main_grad is not None:
             ctx.main_grad, ctx.upstream_used = problem.main_grad.scale, False
             ctx.needs = ctx.needs._replace(weight=False)
@@ -150,15 +155,15 @@ class _Loss(_Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
-        _refuse_vmap()
+        refuse_vmap()
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        _refuse_forward_mode()
+        refuse_forward_mode()
 
 
 def _keep_loss(ctx: Any, slot: Tensor, output: tuple[Tensor, ...]) -> None:
-    _, _, _, _, dx, dw, db, _ = output
+    _, _, _, _, dx, dw, db, *_ = output
     ctx.save_for_backward(slot, dx, dw, db)
 
 
@@ -176,10 +181,11 @@ def _loss_backward(ctx: Any, grad_total: Tensor | None) -> tuple[Tensor | None, 
             rounding = operators.encode_rounding(ctx.dtypes, ctx.needs)
             grads = operators.loss_backward_operator(grad_total, list(gradients), slot, rounding)
         elif torch._C._autograd._get_current_graph_task_keep_graph():
-            grads = passes.scale_gradients(grad_total, gradients, slot, ctx.dtypes, ctx.needs)
+            grads = passes.scale_gradients(grad_total, gradients, slot, ctx.dtypes, ctx.needs, ctx.shared)
         else:
-            grads = passes.finalize_gradients(grad_total, gradients, slot, ctx.dtypes, ctx.needs, ctx.backend)
-    return _wrap_gradients(ctx, grads)
+            how = (ctx.dtypes, ctx.needs, ctx.backend, ctx.shared)
+            grads = passes.finalize_gradients(grad_total, gradients, slot, *how)
+    return wrap_gradients(ctx, grads)
 
 
 def _check_main_grad_scale(ctx: Any, grad_total: Tensor) -> Tensor:
@@ -202,22 +208,22 @@ def _check_main_grad_scale(ctx: Any, grad_total: Tensor) -> Tensor:
 # --- log-probs ------------------------------------------------------------------------------------------------------
 
 
-class _Logps(_Function):
+class _Logps(PlainFunction):
     """The pass that computes log-probs. Its outputs are those of ``operators.logps_operator``."""
 
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor | None, problem: Problem, plan: Plan
     ) -> tuple[Tensor, ...]:
-        result = passes.logps(_with_tensors(problem, hidden, weight, bias, weights), plan)
+        result = passes.logps(with_tensors(problem, hidden, weight, bias, weights), plan)
         return result.logps, result.means, *result.saved, result.tokens
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, weight, bias, _, problem, plan = inputs
-        _keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
+        keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
         ctx.frozen, ctx.shard = passes.saves_dlogp_dhidden(plan.strategy, problem.needs_grad), problem.shard
-        ctx.sampling = problem.sampling
+        ctx.sampling, ctx.shared = problem.sampling, problem.packed.shared
         ctx.grad_scale = 1.0 if problem.context is None else problem.context.grad_scale
         model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
         ctx.numbers, ctx.spec, ctx.plan = *operators.encode_options(problem, plan), plan
@@ -231,11 +237,11 @@ class _Logps(_Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
-        _refuse_vmap()
+        refuse_vmap()
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        _refuse_forward_mode()
+        refuse_forward_mode()
 
 
 def _keep_logps(
@@ -261,15 +267,17 @@ def _logps_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, T
                 grad_out, hidden, weight, bias, [*packed, *saved], ctx.numbers, ctx.spec
             )
         else:
-            _refuse_freed(weight)
+            refuse_freed(weight)
             problem = operators.decode_problem(hidden, weight, bias, packed, ctx.numbers, ctx.spec)
-            problem = replace(problem, shard=ctx.shard, sampling=ctx.sampling or problem.sampling)
+            packed_tokens = replace(problem.packed, shared=ctx.shared)
+            sampling = ctx.sampling or problem.sampling
+            problem = replace(problem, packed=packed_tokens, shard=ctx.shard, sampling=sampling)
             plan = ctx.plan or operators.plan_of(problem, ctx.numbers, ctx.spec)
             grads = saying_what_fits(plan, lambda: passes.logps_gradients(grad_out, problem, plan, saved, ctx.dtypes))
-    return _wrap_gradients(ctx, grads)
+    return wrap_gradients(ctx, grads)
 
 
-def _refuse_freed(weight: Tensor) -> None:
+def refuse_freed(weight: Tensor) -> None:
     """Raise where an engine has taken the weight's memory away since the forward pass, as FSDP2 or as ZeRO-3 does."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(weight)  # by torch.func, which shows no memory
     plain = type(weight) in (Tensor, torch.nn.Parameter) and not wrapped
@@ -282,14 +290,14 @@ def _times_upstream(ctx: Any, grad_out: Tensor, dlogp_dhidden: Tensor, packed: S
     if traced(grad_out):
         return operators.frozen_logps_backward_operator(grad_out, dlogp_dhidden, packed, ctx.spec, dtype)
     options = operators.decode_spec(ctx.spec)
-    tokens = operators.decode_packed(packed, options)
+    tokens = replace(operators.decode_packed(packed, options), shared=ctx.shared)
     return passes.derivative_times_upstream(grad_out, dlogp_dhidden, tokens, options.per_token, options.shift, dtype)
 
 
 # --- what both share ------------------------------------------------------------------------------------------------
 
 
-def _with_tensors(
+def with_tensors(
     problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor | None
 ) -> Problem:
     """Return the problem with the tensors that autograd passes, which ``torch.func`` has unwrapped."""
@@ -300,22 +308,23 @@ def _with_tensors(
     return replace(problem, hidden=hidden, head=head, packed=replace(problem.packed, weights=weights))
 
 
-def _keep_common(
+def keep_common(
     ctx: Any,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     needs: NeedsGrad,
     output: tuple[Tensor, ...],
+    differentiable: int = 1,
 ) -> None:
-    """Save what both functions need for the backward pass. Only the first output is differentiable."""
+    """Save what every function needs for the backward pass. The first outputs are ``differentiable``, one or more."""
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*output[differentiable:])
     ctx.dtypes, ctx.needs = GradDtypes.of(hidden, weight, bias), needs
     ctx.anchor = _anchor(hidden, weight, bias)
 
 
-def _wrap_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def wrap_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients that are wanted. Each raises an error if it is differentiated again."""
     dx, dw, db = (grad if need else None for grad, need in zip(grads, ctx.needs, strict=True))
     if torch.is_grad_enabled() and ctx.anchor is not None:  # create_graph=True
@@ -352,12 +361,13 @@ class _RefuseSecondDerivative(torch.autograd.Function):
         raise RuntimeError(SECOND_DERIVATIVE)
 
 
-def _refuse_vmap() -> None:
+def refuse_vmap() -> None:
     """Raise the error of ``vmap`` where nested transforms have hidden it from input validation."""
     raise RuntimeError(f"this is {checks.UNDER_VMAP}")
 
 
-def _refuse_forward_mode() -> None:
+def refuse_forward_mode() -> None:
+    """Raise the error of forward mode, as ``refuse_vmap`` does that of ``vmap``."""
     raise RuntimeError(f"this is {checks.IN_FORWARD_MODE}")
 
 
@@ -367,9 +377,9 @@ def _refuse_forward_mode() -> None:
 def _loss_operator_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, packed, loss_tensors, _, spec = inputs
     options = operators.decode_spec(spec)
-    _keep_common(ctx, hidden, weight, bias, options.needs_grad, output)
+    keep_common(ctx, hidden, weight, bias, options.needs_grad, output)
     _keep_loss(ctx, operators.decode_packed(packed, options).slot, output)
-    ctx.backend, ctx.main_grad = options.backend, None
+    ctx.backend, ctx.main_grad, ctx.shared = options.backend, None, None
     ctx.lists = (len(packed), len(loss_tensors))
 
 
@@ -381,11 +391,11 @@ def _loss_operator_backward(ctx: Any, grad_total: Tensor | None, *ignored: Tenso
 def _logps_operator_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, packed, numbers, spec = inputs
     options = operators.decode_spec(spec)
-    _keep_common(ctx, hidden, weight, bias, options.needs_grad, output)
+    keep_common(ctx, hidden, weight, bias, options.needs_grad, output)
     ctx.frozen = passes.saves_dlogp_dhidden(options.strategy, options.needs_grad)
     model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
     ctx.numbers, ctx.spec, ctx.plan = numbers, spec, None
-    ctx.shard = ctx.sampling = None
+    ctx.shard = ctx.sampling = ctx.shared = None
     _keep_logps(ctx, model, packed, output)
 
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernel_interface import RowKernels, RowResult
+from dpo_kernels.engine import places
+from dpo_kernels.kernel_interface import BothKernels, RowKernels, RowResult
 from dpo_kernels.planning.plan import Plan
 from dpo_kernels.planning.tables import BACKENDS, STRATEGIES
-from dpo_kernels.problem import Problem
-from dpo_kernels.segments import sequence_to_token
+from dpo_kernels.problem import Problem, ScoredReference
 from dpo_kernels.shapes import (
     MOST_EXPONENT,
     STATS,
@@ -25,14 +25,10 @@ from dpo_kernels.shapes import (
     NeedsGrad,
     PackedTokens,
     Schedule,
+    SharedRows,
     accumulation_dtype,
     row_indexed,
 )
-
-# Gradients are scaled and rounded in blocks of this many bytes, which caps the temporaries. Blocks on a GPU are large,
-# so that a few launches are enough for any batch. Both numbers are choices and not measured.
-CPU_COPY_BYTES = 16 * 2**20
-GPU_COPY_BYTES = 256 * 2**20
 
 
 class KeptGradients(NamedTuple):
@@ -65,6 +61,7 @@ class LossResult(NamedTuple):
     means: Tensor  # (k, S) statistics
     kept: KeptGradients
     tokens: Tensor  # (N,) log-probs, empty unless asked for
+    of_both: tuple[Tensor, ...] = ()  # (S,) reference's log-probs and KL divergences of a pass over both heads
 
 
 class SavedRows(NamedTuple):
@@ -92,24 +89,33 @@ def loss_and_gradients(problem: Problem, plan: Plan, ref_S: Tensor, denominator:
         problem: what is computed. With ``main_grad`` the head's gradient is added to that buffer, and all gradients
             are those of ``main_grad.scale`` times the loss.
         plan: how it is computed. Its strategy forms gradients with the loss.
-        ref_S: ``(S,)`` log-probs of the reference, float64.
+        ref_S: ``(S,)`` log-probs of the reference, float64. They are not read where the pass computes them itself.
         denominator: number that the sum of the losses is divided by, 0-d float64.
 
     """
-    algorithm = plan.algorithm.loss_and_gradients
+    algorithm, both = plan.algorithm.loss_and_gradients, plan.algorithm.both.loss_and_gradients
     assert algorithm is not None, "the plan forms gradients"
-    with _autocast_off(problem.hidden), torch.no_grad():
-        kernels, operands, schedule = _prepared(problem, plan)
-        result = algorithm(kernels, operands, schedule, ref_S, denominator)
-        means = _sequence_means(kernels, result.stats, problem)
+    of_both: list[Tensor] = []
+    with autocast_off(problem.hidden), torch.no_grad():
+        kernels, operands, schedule = prepared(problem, plan)
+        if both is not None and problem.kl:
+            result, *of_both = both(both_kernels(kernels, problem, plan), operands, schedule, denominator)
+        else:
+            result = algorithm(kernels, operands, schedule, ref_S, denominator)
+        means = sequence_means(kernels, result.stats, problem)
     nothing = torch.empty(0, dtype=accumulation_dtype(problem.compute_dtype), device=problem.hidden.device)
     grads = KeptGradients(*(nothing.clone() if g is None else g for g in (result.hidden, result.weight, result.bias)))
-    tokens = _checked_tokens(result.token_logps, problem, nothing)
-    return LossResult(result.total, result.losses, result.logps, means, grads, tokens)
+    tokens = checked_tokens(result.token_logps, problem, nothing)
+    return LossResult(result.total, result.losses, result.logps, means, grads, tokens, tuple(of_both))
 
 
 def scale_gradients(
-    grad_total: Tensor, kept: KeptGradients, slot: Tensor, dtypes: GradDtypes, needs: NeedsGrad
+    grad_total: Tensor,
+    kept: KeptGradients,
+    slot: Tensor,
+    dtypes: GradDtypes,
+    needs: NeedsGrad,
+    shared: SharedRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Multiply gradients by the upstream gradient and round them.
 
@@ -119,6 +125,7 @@ def scale_gradients(
         slot: ``(R,)`` int64 place of each input row among the packed tokens, N where not scored.
         dtypes: dtypes of the results.
         needs: which gradients are wanted.
+        shared: the rows that the tokens read, where several may read one. ``slot`` does not matter then.
 
     Returns:
         Gradients of the hidden states ``(R, H)``, the weight ``(V, H)`` and the bias ``(V,)``. Unwanted ones are empty.
@@ -127,14 +134,20 @@ def scale_gradients(
     dx, dw, db = kept
     factor = grad_total.to(dx.dtype) if any(needs) else grad_total
     return (
-        _to_input_rows(dx, slot, factor, dtypes.hidden) if needs.hidden else dx.new_zeros(0),
-        _scaled_copy(dw, factor, dtypes.weight) if needs.weight else dx.new_zeros(0),
-        _scaled_copy(db, factor, dtypes.bias) if needs.bias else dx.new_zeros(0),
+        places.to_input_rows(dx, slot, factor, dtypes.hidden, shared) if needs.hidden else dx.new_zeros(0),
+        places.scaled_copy(dw, factor, dtypes.weight) if needs.weight else dx.new_zeros(0),
+        places.scaled_copy(db, factor, dtypes.bias) if needs.bias else dx.new_zeros(0),
     )
 
 
 def finalize_gradients(
-    grad_total: Tensor, kept: KeptGradients, slot: Tensor, dtypes: GradDtypes, needs: NeedsGrad, backend: str
+    grad_total: Tensor,
+    kept: KeptGradients,
+    slot: Tensor,
+    dtypes: GradDtypes,
+    needs: NeedsGrad,
+    backend: str,
+    shared: SharedRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do the same as ``scale_gradients`` where nothing will read the gradients in ``kept`` again.
 
@@ -142,12 +155,12 @@ def finalize_gradients(
     time of its GEMM, and as much memory again.
     """
     kernels, hidden, weight = BACKENDS[backend].load(), None, None
-    if needs.hidden:
+    if needs.hidden and shared is None:
         hidden = kernels.to_input_rows(kept.hidden, slot, grad_total, dtypes.hidden)
     if needs.weight:
         weight = _finalized(kernels, kept.weight, grad_total.to(kept.weight.dtype), dtypes.weight)
     left = NeedsGrad(needs.hidden and hidden is None, needs.weight and weight is None, needs.bias)
-    dx, dw, db = scale_gradients(grad_total, kept, slot, dtypes, left)
+    dx, dw, db = scale_gradients(grad_total, kept, slot, dtypes, left, shared)
     return dx if hidden is None else hidden, dw if weight is None else weight, db
 
 
@@ -155,24 +168,24 @@ def logps(problem: Problem, plan: Plan) -> LogpsResult:
     """Compute log-probs of sequences or of tokens, and what their backward pass needs."""
     algorithm, packed = plan.algorithm.logps, problem.packed
     assert algorithm is not None, "the plan computes log-probs first"
-    with _autocast_off(problem.hidden), torch.no_grad():
-        kernels, operands, schedule = _prepared(problem, plan)
+    with autocast_off(problem.hidden), torch.no_grad():
+        kernels, operands, schedule = prepared(problem, plan)
         rows, dlogp_dhidden = algorithm(kernels, operands, schedule)
         _reduce_hidden_grad(problem, dlogp_dhidden)
         if problem.per_token:
-            out = by_label(rows.logp, packed.slot, problem.shift)
+            out = places.by_label(rows.logp, packed.slot, problem.shift)
         else:
             out = kernels.segment_sum(rows.logp, packed.weights, packed.counts)
         out = out + packed.nan_if_invalid.to(out.dtype)
         if problem.context is not None and not problem.per_token:
             out = problem.context.complete(out)
-        means = _sequence_means(kernels, rows.stats, problem)
+        means = sequence_means(kernels, rows.stats, problem)
     nothing = rows.logp.new_zeros(0)
     if dlogp_dhidden is None:
         saved = SavedRows(rows.max, rows.sumexp, rows.others, nothing)
     else:  # the derivative is all that the backward pass needs
         saved = SavedRows(nothing, nothing.clone(), nothing.clone(), dlogp_dhidden)
-    return LogpsResult(out, means, saved, _checked_tokens(rows.logp, problem, nothing))
+    return LogpsResult(out, means, saved, checked_tokens(rows.logp, problem, nothing))
 
 
 def saves_dlogp_dhidden(strategy: str, needs: NeedsGrad) -> bool:
@@ -195,9 +208,9 @@ def derivative_times_upstream(
 
     """
     with torch.no_grad():
-        grad_N = _upstream_of_tokens(grad_out, packed, per_token, shift)
+        grad_N = places.upstream_of_tokens(grad_out, packed, per_token, shift)
         scale = torch.cat([-grad_N, grad_N.new_zeros(1)]).to(dlogp_dhidden.dtype)
-        return _to_input_rows(dlogp_dhidden, packed.slot, scale, dtype)
+        return places.to_input_rows(dlogp_dhidden, packed.slot, scale, dtype, packed.shared)
 
 
 def logps_gradients(
@@ -216,46 +229,38 @@ def logps_gradients(
         Gradients of the hidden states ``(R, H)``, the weight ``(V, H)`` and the bias ``(V,)``. Unwanted ones are empty.
 
     """
-    algorithm, slot = plan.algorithm.gradients, problem.packed.slot
+    algorithm = plan.algorithm.gradients
     assert algorithm is not None, "strategies without a backward pass keep the derivative"
-    with _autocast_off(grad_out), torch.no_grad():
-        grad_N = _upstream_of_tokens(grad_out, problem.packed, problem.per_token, problem.shift)
-        kernels, operands, schedule = _prepared(problem, plan)
+    with autocast_off(grad_out), torch.no_grad():
+        grad_N = places.upstream_of_tokens(grad_out, problem.packed, problem.per_token, problem.shift)
+        kernels, operands, schedule = prepared(problem, plan)
         rows = RowResult(saved.max[:0], saved.max, saved.sumexp, saved.others)
-        in_float16 = kernels.dtype == torch.float16 and kernels.rounds_operands(grad_out)
-        power = _power_of_largest(grad_N) if in_float16 else None
-        dx, dw, db = algorithm(kernels, operands, schedule, rows, grad_N if power is None else grad_N / power)
-        one = saved.max.new_ones(())
-        factor = of_hidden = one if power is None else power.to(one.dtype)
-        if dx is not None and power is not None and problem.shard is not None:  # another rank may have another power
-            dx, of_hidden = dx.mul_(factor), one
-        _reduce_hidden_grad(problem, dx)
-        if power is not None and dw is not None:
-            finalized = _finalized(kernels, dw, factor, dtypes.weight)
-            dw = _scaled_copy(dw, factor, dtypes.weight) if finalized is None else finalized
-        if power is not None and db is not None:
-            db = db * factor
-        nothing = saved.dlogp_dhidden.new_zeros(0)
-        return (
-            nothing if dx is None else _to_input_rows(dx, slot, of_hidden, dtypes.hidden),
-            nothing.clone() if dw is None else _rounded(dw, dtypes.weight),
-            nothing.clone() if db is None else db.to(dtypes.bias),
-        )
+        power = power_of_largest(kernels, grad_N)
+        upstream_N = grad_N if power is None else grad_N / power
+        return finished(problem, kernels, algorithm(kernels, operands, schedule, rows, upstream_N), power, dtypes)
 
 
 # --- what they share ------------------------------------------------------------------------------------------------
 
 
-def _prepared(problem: Problem, plan: Plan) -> tuple[RowKernels, Problem, Schedule]:
+def prepared(problem: Problem, plan: Plan) -> tuple[RowKernels, Problem, Schedule]:
     """Return the kernels of one call, the problem with the head as the GEMMs read it, and the schedule."""
     assert plan.schedule is not None, "a plan is executed where the lengths are known"
     kernels = BACKENDS[plan.backend].make(problem.compute_dtype, plan.budget.workspace_bytes, plan.workload.narrow)
-    names = tuple(name for name in problem.stats if name in STATS)
-    return (
-        kernels,
-        replace(problem, head=_operand_head(problem.head, problem.compute_dtype), stats=names),
-        plan.schedule,
+    names, reference = tuple(name for name in problem.stats if name in STATS), problem.reference
+    if isinstance(reference, ScoredReference) and problem.kl:
+        reference = replace(reference, head=_operand_head(reference.head, reference.compute_dtype))
+    head = _operand_head(problem.head, problem.compute_dtype)
+    return kernels, replace(problem, head=head, reference=reference, stats=names), plan.schedule
+
+
+def both_kernels(kernels: RowKernels, problem: Problem, plan: Plan) -> BothKernels:
+    """Return the kernels of a call that reads both heads. ``kernels`` are those of the policy."""
+    assert isinstance(problem.reference, ScoredReference), "a divergence is one from a reference that is scored"
+    of_reference = BACKENDS[plan.backend].make(
+        problem.reference.compute_dtype, plan.budget.workspace_bytes, narrow=False
     )
+    return BothKernels(kernels, of_reference)
 
 
 def _reduce_hidden_grad(problem: Problem, grad: Tensor | None) -> None:
@@ -276,19 +281,20 @@ def _settled(tensor: Tensor) -> Tensor:
     return tensor.wait() if type(tensor).__name__ in WRAPPERS_THAT_UNWRAP else tensor  # type: ignore[attr-defined]
 
 
-def _checked_tokens(logp_N: Tensor, problem: Problem, nothing: Tensor) -> Tensor:
+def checked_tokens(logp_N: Tensor, problem: Problem, nothing: Tensor) -> Tensor:
     """Return the log-probs of tokens, NaN where the input is invalid, or an empty tensor unless asked for."""
     if TOKEN_LOGPS not in problem.stats:
         return nothing.clone()
     return logp_N + problem.packed.nan_if_invalid.to(logp_N.dtype)
 
 
-def _autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
+def autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which autocast changes no product on the device of a tensor."""
     device_type = tensor.device.type
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def _sequence_means(kernels: RowKernels, stats: dict[str, Tensor], problem: Problem) -> Tensor:
+def sequence_means(kernels: RowKernels, stats: dict[str, Tensor], problem: Problem) -> Tensor:
     """Return the means ``(k, S)`` float32 over scored tokens. They are 0 for a sequence without any."""
     packed = problem.packed
     names = [name for name in problem.stats if name in STATS]
@@ -300,50 +306,53 @@ def _sequence_means(kernels: RowKernels, stats: dict[str, Tensor], problem: Prob
     return (sums / problem.total_counts.clamp(min=1)).float()
 
 
-def by_label(logp_N: Tensor, slot: Tensor, shift: bool) -> Tensor:
-    """Return log-probs ``(R,)`` at the places of their labels, 0 where none is scored."""
-    out = torch.cat([logp_N, logp_N.new_zeros(1)]).index_select(0, slot)
-    return _labels_to_rows(out, shift, forward=True)
+def finished(
+    problem: Problem,
+    kernels: RowKernels,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    power: Tensor | None,
+    dtypes: GradDtypes,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return packed gradients times a factor, in their dtypes and at their places. Unwanted ones are empty.
 
+    Args:
+        problem: what was computed.
+        kernels: the row operations that the gradients come from.
+        grads: gradients of hidden states, weight and bias in accumulation precision, None where not wanted.
+        power: the factor, 0-d, or None for 1.
+        dtypes: dtypes of the results.
 
-def _labels_to_rows(values_R: Tensor, shift: bool, forward: bool) -> Tensor:
-    """Move values from a hidden row to the label that it predicts, or back if ``forward`` is false."""
-    if not shift or values_R.shape[0] == 0:
-        return values_R
-    zero = values_R.new_zeros(1)
-    return torch.cat([zero, values_R[:-1]]) if forward else torch.cat([values_R[1:], zero])
-
-
-def _upstream_of_tokens(grad_out: Tensor, packed: PackedTokens, per_token: bool, shift: bool) -> Tensor:
-    """Return the upstream gradient ``(N,)`` of each token's log-prob. It is NaN where the input is invalid."""
-    if not per_token:
-        return sequence_to_token(grad_out, packed.segments, packed.weights) + packed.nan_if_invalid
-    grad_R = _labels_to_rows(grad_out, shift, forward=False)
-    grad_N = grad_R.index_select(0, packed.index) if grad_R.shape[0] else grad_R.new_zeros(packed.capacity)
-    if packed.weights is not None:
-        grad_N = grad_N * packed.weights.to(grad_N.dtype)
-    return grad_N + packed.nan_if_invalid.to(grad_N.dtype)
-
-
-def _power_of_largest(grad_N: Tensor) -> Tensor:
-    """Return the power of two, 0-d, that the largest upstream gradient is at most, without a sync.
-
-    Where that is not finite the power is any. The rows of the others are right under any power.
     """
-    largest = torch.cat([grad_N.abs(), grad_N.new_zeros(1)]).amax()
-    return torch.ldexp(grad_N.new_ones(()), largest.frexp().exponent.clamp(-MOST_EXPONENT, MOST_EXPONENT))
+    (dx, dw, db), packed = grads, problem.packed
+    one = torch.ones((), dtype=accumulation_dtype(problem.compute_dtype), device=problem.hidden.device)
+    factor = of_hidden = one if power is None else power.to(one.dtype)
+    if dx is not None and power is not None and problem.shard is not None:  # another rank may have another power
+        dx, of_hidden = dx.mul_(factor), one
+    _reduce_hidden_grad(problem, dx)
+    if power is not None and dw is not None:
+        finalized = _finalized(kernels, dw, factor, dtypes.weight)
+        dw = places.scaled_copy(dw, factor, dtypes.weight) if finalized is None else finalized
+    if power is not None and db is not None:
+        db = db * factor
+    return (
+        one.new_zeros(0)
+        if dx is None
+        else places.to_input_rows(dx, packed.slot, of_hidden, dtypes.hidden, packed.shared),
+        one.new_zeros(0) if dw is None else _rounded(dw, dtypes.weight),
+        one.new_zeros(0) if db is None else db.to(dtypes.bias),
+    )
 
 
-def _to_input_rows(dx: Tensor, slot: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return packed rows at their places in the input, times one factor or one for each row. Other rows are 0."""
-    rows, width = slot.shape[0], dx.shape[1]
-    out = torch.empty(rows, width, dtype=dtype, device=dx.device)
-    step = max(1, (GPU_COPY_BYTES if dx.is_cuda else CPU_COPY_BYTES) // max(1, width * dx.dtype.itemsize))
-    for start in range(0, rows, step):
-        places = slot[start : start + step]
-        part = dx.index_select(0, places)
-        out[start : start + step] = part.mul_(scale if scale.dim() == 0 else scale.index_select(0, places)[:, None])
-    return out
+def power_of_largest(kernels: RowKernels, *grads: Tensor) -> Tensor | None:
+    """Return the power of two, 0-d, that the largest of all upstream gradients is at most, without a sync.
+
+    Where that is not finite the power is any. The rows of the others are right under any power. None stands for 1,
+    where gradients of logits are not rounded to float16.
+    """
+    if kernels.dtype != torch.float16 or not kernels.rounds_operands(grads[0]):
+        return None
+    largest = torch.cat([*(each.abs() for each in grads), grads[0].new_zeros(1)]).amax()
+    return torch.ldexp(largest.new_ones(()), largest.frexp().exponent.clamp(-MOST_EXPONENT, MOST_EXPONENT))
 
 
 def _finalized(
@@ -361,19 +370,3 @@ def _rounded(grad: Tensor, dtype: torch.dtype) -> Tensor:
     if grad.layout == torch.strided:
         return grad.to(dtype)
     return row_indexed(grad.indices()[0], grad.values().to(dtype), grad.shape)
-
-
-def _scaled_copy(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``grad``, which may be a sparse tensor of rows, times a 0-d factor, rounded once to ``dtype``."""
-    if grad.layout != torch.strided:
-        return row_indexed(grad.indices()[0], _scaled_copy(grad.values(), factor, dtype), grad.shape)
-    if grad.dtype == dtype:
-        return grad * factor
-    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-    if grad.is_cuda:
-        # One CUDA kernel rounds what it writes. On the CPU torch would make a float32 copy of everything first.
-        return torch.mul(grad, factor, out=out)
-    step = max(1, CPU_COPY_BYTES // max(1, grad[:1].numel() * grad.dtype.itemsize))
-    for start in range(0, grad.shape[0], step):
-        out[start : start + step] = grad[start : start + step] * factor
-    return out

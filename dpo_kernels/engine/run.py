@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels.engine import autograd
+from dpo_kernels.engine import autograd, both_heads, places
 from dpo_kernels.engine.out_of_memory import saying_what_fits
 from dpo_kernels.inputs.pair_order import to_callers_order
 from dpo_kernels.outputs import DPOLossOutput, SequenceLossOutput
 from dpo_kernels.planning.plan import Plan
-from dpo_kernels.problem import CachedReference, MainGrad, Problem, ScoredReference
-from dpo_kernels.shapes import STATS, TOKEN_LOGPS, number_like, sum_dtype
+from dpo_kernels.problem import CachedReference, CachedTokenReference, MainGrad, Problem, ScoredReference
+from dpo_kernels.shapes import KL, STATS, TOKEN_LOGPS, number_like, sum_dtype
 
 MAIN_GRAD_IS_LOST = (
     "dpo_kernels: the error came after a gradient was added to main_grad, or a part of one. main_grad is NaN now: zero "
@@ -34,16 +34,36 @@ class Result(NamedTuple):
 def run(problem: Problem, plan: Plan) -> Result:
     """Compute the loss of a problem, its log-probs and its statistics."""
     assert problem.loss is not None, "a problem without a loss is one of run_logps"
+    if problem.kl:
+        return _run_both(problem, plan)
     # The reference comes first. A pass that forms gradients needs the coefficients, and these need the reference.
     ref_S = _reference_logps(problem, plan)
     denominator = _denominator(problem, ref_S)
     if plan.forms_gradients:
-        loss, policy_S, means, tokens = autograd.loss_and_gradients(problem, plan, ref_S, denominator)
+        loss, policy_S, means, tokens, _ = autograd.loss_and_gradients(problem, plan, ref_S, denominator)
     else:
         policy_S, means, tokens = autograd.logps(problem, plan)
-        losses_E = problem.loss(policy_S, ref_S, problem.total_counts)
-        loss = losses_E if problem.reduction == "none" else losses_E.sum() / denominator
+        loss = _reduced(problem.loss(policy_S, ref_S, problem.total_counts), problem, denominator)
     return Result(loss, policy_S, ref_S, _statistics(problem, means, tokens))
+
+
+def _run_both(problem: Problem, plan: Plan) -> Result:
+    """Do the same where one pass reads the policy's head and the reference's."""
+    assert problem.loss is not None, "a divergence is asked for beside a loss"
+    zeros_S = torch.zeros_like(problem.packed.counts, dtype=sum_dtype(problem.hidden.device))
+    denominator = _denominator(problem, zeros_S)
+    if plan.forms_gradients:
+        loss, policy_S, means, tokens, of_both = autograd.loss_and_gradients(problem, plan, zeros_S, denominator)
+        ref_S, kl_S = of_both
+    else:
+        policy_S, kl_S, ref_S, means, tokens = both_heads.logps(problem, plan)
+        kl = (kl_S,) if problem.kl_grad else ()
+        loss = _reduced(problem.loss(policy_S, ref_S, problem.total_counts, *kl), problem, denominator)
+    return Result(loss, policy_S, ref_S, _statistics(problem, means, tokens, kl_S))
+
+
+def _reduced(losses_E: Tensor, problem: Problem, denominator: Tensor) -> Tensor:
+    return losses_E if problem.reduction == "none" else losses_E.sum() / denominator
 
 
 def run_logps(problem: Problem, plan: Plan) -> Tensor:
@@ -110,10 +130,12 @@ def _by_sequence(problem: Problem, result: Result) -> tuple[torch.dtype, Tensor,
     return problem.result_dtype, problem.loss.beta * (policy_S - ref_S), policy_S, ref_S
 
 
-def _statistics(problem: Problem, means: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+def _statistics(problem: Problem, means: Tensor, tokens: Tensor, kl_S: Tensor | None = None) -> dict[str, Tensor]:
     names, stacked = [name for name in problem.stats if name in STATS], problem.stacked
     stats = {name: to_callers_order(means[i], stacked, means.dtype) for i, name in enumerate(names)}
     stats["tokens"] = to_callers_order(problem.total_counts, stacked, torch.float32)
+    if KL in problem.stats and kl_S is not None:
+        stats[KL] = to_callers_order(kl_S.detach(), stacked, problem.result_dtype)
     if TOKEN_LOGPS in problem.stats:
         stats[TOKEN_LOGPS] = tokens.view(problem.labels_shape).to(problem.result_dtype)
     return stats
@@ -124,6 +146,8 @@ def _reference_logps(problem: Problem, plan: Plan) -> Tensor:
     device, reference = problem.hidden.device, problem.reference
     if isinstance(reference, CachedReference):
         return reference.logps
+    if isinstance(reference, CachedTokenReference):
+        return places.sums_by_sequence(reference.logps, problem)
     if not isinstance(reference, ScoredReference):
         return torch.zeros(problem.packed.counts.shape[0], dtype=sum_dtype(device), device=device)
     assert plan.reference is not None, "a plan has one for a reference that is scored"

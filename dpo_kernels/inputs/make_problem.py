@@ -11,13 +11,14 @@ from dpo_kernels.checks import check_device, refuse_batched, refuse_forward_mode
 from dpo_kernels.inputs.divisors import check_main_grad, check_reduction
 from dpo_kernels.inputs.options import Arguments, check_stats
 from dpo_kernels.inputs.pair_order import STACKED, to_alternating
-from dpo_kernels.inputs.reference import LossFacts, check_reference
+from dpo_kernels.inputs.reference import LossFacts, check_divergence, check_reference
 from dpo_kernels.inputs.shards import pack_labels_of, split_main_grad, split_reference, split_work
-from dpo_kernels.inputs.tensors import Batch, check_batch
+from dpo_kernels.inputs.tensors import Batch, check_batch, check_tensor
 from dpo_kernels.inputs.weight_layout import check_sparse_weight_grad
 from dpo_kernels.loss_interface import SequenceLoss
-from dpo_kernels.problem import CachedReference, Problem, ScoredReference
-from dpo_kernels.shapes import NeedsGrad, Sampling, sum_dtype
+from dpo_kernels.problem import CachedReference, CachedTokenReference, Problem, ScoredReference
+from dpo_kernels.shapes import KL, NeedsGrad, Sampling, sum_dtype
+from dpo_kernels.tiled_weight import TiledWeight
 
 # The loss is made once the batch is known, because options with one value for each pair must fit it.
 LossOfBatch = Callable[[Batch], SequenceLoss]
@@ -50,6 +51,7 @@ def sequence_problem(arguments: Arguments, loss_of: Callable[[Batch], SequenceLo
 def logps_problem(arguments: Arguments, *, per_token: bool) -> Problem:
     """Return the problem that asks for log-probs of sequences or of tokens."""
     layout = arguments.layout
+    _check_tiled(arguments)
     policy, shard = split_work(arguments.policy, layout)
     batch = check_batch(policy, arguments.head, paired=False)
     return Problem(
@@ -76,6 +78,7 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
         "ref_weight": ref_tensors.ref_weight,
         "ref_bias": ref_tensors.ref_bias,
         "ref_logps": ref_tensors.ref_logps,
+        "ref_token_logps": ref_tensors.ref_token_logps,
         "token_weights": arguments.policy.token_weights,
         "denominator": reduction.denominator,
         "token_denominator": reduction.token_denominator,
@@ -84,6 +87,7 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
     for name, value in tensors.items():
         refuse_batched(name, value)
         refuse_forward_mode(name, value)
+    _check_tiled(arguments)
     policy, shard = split_work(arguments.policy, arguments.layout)
     batch = check_batch(policy, arguments.head, paired=paired)
     ref_tensors = split_reference(ref_tensors, policy, arguments.policy.weight.shape[0])
@@ -94,6 +98,9 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
     buffer = check_main_grad(main_grad, batch)
     layout, stacked = arguments.layout, paired and arguments.layout.pairs == STACKED
     needs_grad, loss, cached = gradients_wanted(batch), loss_of(batch), _in_packed_order(reference, stacked)
+    kl = KL in stats or loss.needs_kl
+    if kl:
+        check_divergence(arguments, batch, reference, f"the loss {facts.name!r}" if loss.needs_kl else "stats='kl'")
     # Packing is the last step: the GPU waits from its sync to the first GEMM.
     packed = pack_labels_of(batch, layout, shard, stacked=stacked)
     return Problem(
@@ -106,6 +113,7 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
         loss=loss,
         shard=shard,
         reference=cached,
+        kl=kl,
         reduction=reduction.reduction,
         denominator=reduction.denominator,
         token_denominator=reduction.token_denominator,
@@ -117,6 +125,23 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
         labels_shape=arguments.policy.labels.shape,
         result_dtype=batch.result_dtype,
     )
+
+
+def _check_tiled(arguments: Arguments) -> None:
+    """Raise where a head in tiles cannot be used yet."""
+    policy = arguments.policy
+    for name, weight in (("weight", policy.weight), ("ref_weight", arguments.reference.ref_weight)):
+        if not isinstance(weight, TiledWeight):
+            continue
+        if policy.vocab_parallel is not None:
+            raise ValueError(f"{name} comes in tiles, which does not go with vocab_parallel yet")
+        if arguments.gradient.sampling is not None:
+            raise ValueError(f"{name} comes in tiles, which does not go with gradient='sparse'")
+        check_tensor("hidden", policy.hidden)
+        if traced(policy.hidden):
+            raise ValueError(
+                f"{name} comes in tiles, which torch.compile cannot trace: leave the call out of the graph"
+            )
 
 
 def _sampling(arguments: Arguments, batch: Batch) -> Sampling | None:
@@ -142,8 +167,8 @@ def _sampling(arguments: Arguments, batch: Batch) -> Sampling | None:
 
 
 def _in_packed_order(
-    reference: ScoredReference | Tensor | None, stacked: bool
-) -> CachedReference | ScoredReference | None:
+    reference: ScoredReference | CachedTokenReference | Tensor | None, stacked: bool
+) -> CachedReference | CachedTokenReference | ScoredReference | None:
     """Return the reference with its cached log-probs, if it has any, in the order of the packed sequences."""
     if not isinstance(reference, Tensor):
         return reference

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_kernels import checks
 from dpo_kernels.inputs.pair_order import PAIR_ORDERS, STACKED
-from dpo_kernels.shapes import STATS, TOKEN_LOGPS, Sampling
+from dpo_kernels.shapes import KL, STATS, TOKEN_LOGPS, Sampling
 
 REDUCTIONS = ("mean", "sum", "none")
 GRADIENTS = ("dense", "sparse")
@@ -28,6 +28,7 @@ class PolicyTensors:
     token_weights: Tensor | None = None  # like labels, in any floating-point dtype
     vocab_parallel: Any = None  # distributed.VocabParallel: weight and bias are this rank's rows of the head
     context_parallel: Any = None  # distributed.ContextParallel: the tokens are this rank's part of the sequences
+    rows: Tensor | None = None  # like labels, int32 or int64: the row of hidden (M, H) that predicts each label
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ReferenceTensors:
     ref_weight: Tensor | None = None  # (V, H_ref); None means that the policy's weight is used
     ref_bias: Tensor | None = None  # (V,)
     ref_logps: Tensor | None = None  # (S,) in the caller's order
+    ref_token_logps: Tensor | None = None  # like labels, in any floating-point dtype
     reference_free: bool = False
 
     def __post_init__(self) -> None:
@@ -177,8 +179,8 @@ FIELDS: dict[type, tuple[str, ...]] = {
 
 
 def check_stats(stats: Any) -> tuple[str, ...]:
-    """Return the names of the requested statistics in the order of ``STATS``, then ``"token_logps"``."""
-    known = (*STATS, TOKEN_LOGPS)
+    """Return the names of the requested statistics in the order of ``STATS``, then ``"kl"`` and ``"token_logps"``."""
+    known = (*STATS, KL, TOKEN_LOGPS)
     if isinstance(stats, str) or not isinstance(stats, tuple | list | set | frozenset):
         raise TypeError(f"stats must be a tuple of names, got {type(stats).__name__}; known: {', '.join(known)}")
     for name in stats:

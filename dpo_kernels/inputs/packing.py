@@ -15,7 +15,7 @@ from torch import Tensor
 from dpo_kernels.checks import check_cumulative, traced
 from dpo_kernels.inputs.options import Layout
 from dpo_kernels.inputs.tensors import Batch
-from dpo_kernels.shapes import PackedTokens, accumulation_dtype, sum_dtype
+from dpo_kernels.shapes import PackedTokens, SharedRows, accumulation_dtype, sum_dtype
 
 NOWHERE = 2**62  # the slot of a row that is not scored, past every capacity
 
@@ -151,6 +151,34 @@ def _pack_in_torch(labels_R: Tensor, cu_seqlens: Tensor, token_weights_R: Tensor
         counts_host=counts_host,
         nan_if_invalid=torch.where(invalid, zero + math.nan, zero),
     )
+
+
+def with_rows(packed: PackedTokens, rows_R: Tensor, num_rows: int, width: int) -> PackedTokens:
+    """Return packed tokens that read the rows of the hidden states that the caller names.
+
+    Args:
+        packed: the scored tokens.
+        rows_R: ``(R,)`` row of each label, anything where no label is scored.
+        num_rows: M, the rows of the hidden states.
+        width: T, or 0 for packed input.
+
+    Raises:
+        ValueError: on the CPU, a scored label has a row outside ``[0, M)``. On a GPU its ``nan_if_invalid`` is NaN.
+
+    """
+    place = torch.arange(packed.capacity, device=rows_R.device)
+    used = place < packed.counts.sum()
+    rows_N = rows_R.index_select(0, packed.index).to(torch.int64) if rows_R.shape[0] else packed.index
+    bad = used & ((rows_N < 0) | (rows_N >= num_rows))
+    if rows_R.device.type == "cpu" and bool(bad.any()):
+        row = int(packed.index[bad.nonzero()[0, 0]])
+        where = f"{row // width}, {row % width}" if width else f"{row}"
+        raise ValueError(f"rows[{where}] = {int(rows_R[row])} is outside [0, {num_rows}) (hidden has {num_rows} rows)")
+    index = rows_N.clamp(0, max(num_rows - 1, 0)).masked_fill(~used, 0)
+    by_row, order = index.masked_fill(~used, num_rows).sort(stable=True)  # unused capacity comes last
+    offsets = torch.searchsorted(by_row, torch.arange(num_rows + 1, device=rows_R.device))
+    invalid = packed.nan_if_invalid.masked_fill(bad.any(), math.nan)
+    return replace(packed, shared=SharedRows(index, order, offsets), nan_if_invalid=invalid)
 
 
 def _scored(labels_R: Tensor, cu_seqlens: Tensor, position: Tensor, how: Packing) -> tuple[Tensor, Tensor, Tensor]:

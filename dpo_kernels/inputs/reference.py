@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels.checks import check_device
+from dpo_kernels.checks import check_device, traced
 from dpo_kernels.inputs import notices
-from dpo_kernels.inputs.options import HeadOptions, PolicyTensors, ReferenceTensors
+from dpo_kernels.inputs.options import Arguments, HeadOptions, PolicyTensors, ReferenceTensors
 from dpo_kernels.inputs.tensors import Batch, check_float_tensor, check_floating, check_head, compute_dtype, shape
-from dpo_kernels.problem import ScoredReference
-from dpo_kernels.shapes import Head
+from dpo_kernels.problem import CachedTokenReference, ScoredReference
+from dpo_kernels.shapes import Head, accumulation_dtype
 
 
 class LossFacts(NamedTuple):
@@ -22,7 +22,7 @@ class LossFacts(NamedTuple):
 
 def check_reference(
     batch: Batch, policy: PolicyTensors, given: ReferenceTensors, options: HeadOptions, owner: LossFacts
-) -> ScoredReference | Tensor | None:
+) -> ScoredReference | CachedTokenReference | Tensor | None:
     """Check the reference, and return it in its form.
 
     Args:
@@ -33,13 +33,14 @@ def check_reference(
         owner: what errors say about the loss.
 
     Returns:
-        A reference to be scored, or cached log-probs ``(S,)`` in the caller's order, or None.
+        A reference to be scored, or cached log-probs by token, or those ``(S,)`` in the caller's order, or None.
 
     """
     ref_hidden, ref_logps, hidden = given.ref_hidden, given.ref_logps, policy.hidden
-    names = [n for n, t in (("ref_hidden", ref_hidden), ("ref_logps", ref_logps)) if t is not None]
-    if len(names) == 2:
-        raise ValueError("ref_hidden and ref_logps are both given; pass one of them")
+    forms = {"ref_hidden": ref_hidden, "ref_logps": ref_logps, "ref_token_logps": given.ref_token_logps}
+    names = [name for name, tensor in forms.items() if tensor is not None]
+    if len(names) > 1:
+        raise ValueError(f"{names[0]} and {names[1]} are both given; pass one of them")
     if given.reference_free and names:
         raise ValueError(f"reference_free=True and {names[0]} exclude each other")
     if names and not owner.needs_reference:
@@ -57,11 +58,13 @@ def check_reference(
         check_device("ref_logps", ref_logps, "hidden", batch.hidden)
         notices.warn_of_16_bits("ref_logps", ref_logps)
         return ref_logps.detach()
+    if given.ref_token_logps is not None:
+        return _of_tokens(policy, given.ref_token_logps)
     if ref_hidden is None:
         if owner.needs_reference and not given.reference_free:
             raise ValueError(
-                f"the loss {owner.name!r} needs a reference and got none: give ref_hidden or ref_logps, "
-                "or say reference_free=True"
+                f"the loss {owner.name!r} needs a reference and got none: give ref_hidden, ref_logps or "
+                "ref_token_logps, or say reference_free=True"
             )
         return None
     check_float_tensor("ref_hidden", ref_hidden)
@@ -69,6 +72,45 @@ def check_reference(
         raise ValueError(f"ref_hidden has shape {shape(ref_hidden)}, expected that of hidden {shape(hidden)} but for H")
     check_device("ref_hidden", ref_hidden, "hidden", batch.hidden)
     return _scored(batch, ref_hidden, given, options)
+
+
+def check_divergence(
+    arguments: Arguments,
+    batch: Batch,
+    reference: ScoredReference | CachedTokenReference | Tensor | None,
+    wanted_by: str,
+) -> None:
+    """Raise unless the KL divergence from the reference can be computed. ``wanted_by`` says in errors what reads it."""
+    if not isinstance(reference, ScoredReference):
+        raise ValueError(
+            f"{wanted_by} needs the KL divergence from the reference over the whole vocabulary: give ref_hidden, and "
+            "ref_weight unless the heads are the same. Log-probs of the labels are not enough"
+        )
+    policy = arguments.policy
+    for name, given in (("vocab_parallel", policy.vocab_parallel), ("context_parallel", policy.context_parallel)):
+        if given is not None:
+            raise ValueError(f"{wanted_by} does not go with {name} yet")
+    if arguments.gradient.sampling is not None:
+        raise ValueError(f"{wanted_by} does not go with gradient='sparse': the sample is one of the policy alone")
+    if traced(batch.hidden):
+        raise ValueError(f"{wanted_by} is not supported inside torch.compile yet: leave the call out of the graph")
+    if accumulation_dtype(reference.compute_dtype) != accumulation_dtype(batch.compute_dtype):
+        raise TypeError(
+            f"{wanted_by} needs logits of one dtype, but ref_hidden computes in {reference.compute_dtype} and "
+            f"hidden in {batch.compute_dtype}: convert one of them"
+        )
+
+
+def _of_tokens(policy: PolicyTensors, logps: Tensor) -> CachedTokenReference:
+    """Check cached log-probs of tokens, and return them flattened."""
+    check_floating("ref_token_logps", logps)
+    if logps.shape != policy.labels.shape:
+        raise ValueError(
+            f"ref_token_logps has shape {shape(logps)}, expected the shape of labels {shape(policy.labels)}: "
+            "one for each label, at its place"
+        )
+    check_device("ref_token_logps", logps, "hidden", policy.hidden)
+    return CachedTokenReference(logps.detach().reshape(-1))
 
 
 def _scored(batch: Batch, ref_hidden: Tensor, given: ReferenceTensors, options: HeadOptions) -> ScoredReference:

@@ -62,6 +62,24 @@ def check_logps(
     )
 
 
+def check_divergences(
+    given: tuple[Tensor | None, Tensor | None], like: Tensor, needs_kl: bool, loss_name: str
+) -> tuple[Tensor | None, ...]:
+    """Check the KL divergences of chosen and rejected sequences, both ``(P,)``. Return them in the dtype of ``like``.
+
+    A loss with ``needs_kl`` needs both. Another one takes neither.
+    """
+    for name, tensor in zip(("chosen_kl", "rejected_kl"), given, strict=True):
+        if needs_kl and tensor is None:
+            raise ValueError(f"the loss {loss_name!r} needs chosen_kl and rejected_kl, and {name} is missing")
+        if tensor is None:
+            continue
+        if not needs_kl:
+            raise ValueError(f"{name} is given, but the loss {loss_name!r} does not read it; leave it out")
+        _check_by_pair(name, tensor, like)
+    return tuple(None if tensor is None else tensor.to(like.dtype) for tensor in given)
+
+
 def _check_by_pair(name: str, tensor: Any, like: Tensor, *, floating: bool = True) -> None:
     check_floating(name, tensor) if floating else checks.check_real(name, tensor)
     if tensor.dim() != 1 or tensor.shape != like.shape:

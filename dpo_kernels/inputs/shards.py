@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
+from dpo_kernels.checks import traced
 from dpo_kernels.inputs.options import Layout, MainGradOptions, PolicyTensors, ReferenceTensors
-from dpo_kernels.inputs.packing import pack
+from dpo_kernels.inputs.packing import pack, with_rows
 from dpo_kernels.inputs.tensors import Batch, check_tensor
 from dpo_kernels.problem import VocabShard
 from dpo_kernels.shapes import PackedTokens
@@ -15,6 +16,7 @@ def split_work(policy: PolicyTensors, layout: Layout) -> tuple[PolicyTensors, Vo
     Returns the policy with the rows of its head that are tokens, and where they stand in the vocabulary.
     """
     _check_split_tokens(policy, layout)
+    _check_shared_rows(policy, layout)
     parallel = policy.vocab_parallel
     if parallel is None:
         return policy, None
@@ -43,6 +45,19 @@ def _check_split_tokens(policy: PolicyTensors, layout: Layout) -> None:
             "context_parallel goes with labels that were shifted before the split, shift=False: the label of a rank's "
             "last position lies on the next rank"
         )
+
+
+def _check_shared_rows(policy: PolicyTensors, layout: Layout) -> None:
+    if policy.rows is None:
+        return
+    if layout.shift:
+        raise ValueError("rows says which row predicts each label, so labels are not shifted: leave shift=False")
+    for name, given in (("vocab_parallel", policy.vocab_parallel), ("context_parallel", policy.context_parallel)):
+        if given is not None:
+            raise ValueError(f"rows does not go with {name} yet")
+    check_tensor("hidden", policy.hidden)
+    if traced(policy.hidden):
+        raise ValueError("rows is not supported inside torch.compile yet: leave the call out of the graph")
 
 
 def split_reference(reference: ReferenceTensors, policy: PolicyTensors, num_rows: int) -> ReferenceTensors:
@@ -81,6 +96,7 @@ def split_main_grad(options: MainGradOptions, policy: PolicyTensors, num_rows: i
 def pack_labels_of(batch: Batch, layout: Layout, shard: VocabShard | None, *, stacked: bool) -> PackedTokens:
     """Pack the scored tokens; with a shard their labels count from its first row, and may lie outside of it."""
     if shard is None:
-        return pack(batch, layout, stacked=stacked)
+        packed = pack(batch, layout, stacked=stacked)
+        return packed if batch.rows is None else with_rows(packed, batch.rows, batch.hidden.shape[0], batch.width)
     packed = pack(batch, layout, stacked=stacked, vocab=shard.total)
     return replace(packed, labels=packed.labels - shard.start)

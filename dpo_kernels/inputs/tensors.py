@@ -13,6 +13,7 @@ from dpo_kernels import checks
 from dpo_kernels.checks import FLOAT_DTYPES, INDEX_DTYPES, check_device, refuse_batched
 from dpo_kernels.inputs.options import HeadOptions, PolicyTensors
 from dpo_kernels.shapes import Head
+from dpo_kernels.tiled_weight import TiledWeight
 
 # What to do where an engine shards the head. A gradient through ``full_tensor()`` would be wrong without a word.
 GATHERED_BY = (
@@ -23,13 +24,14 @@ GATHERED_BY = (
 
 @dataclass(frozen=True)
 class Batch:
-    """The checked tensors of one model, flattened to R rows."""
+    """The checked tensors of one model. Labels and what goes with them are flattened to R rows."""
 
-    hidden: Tensor  # (R, H)
+    hidden: Tensor  # (R, H), or (M, H) with rows
     head: Head
     labels: Tensor  # (R,) int32 or int64
     cu_seqlens: Tensor | None  # (S + 1,) int32 or int64, None for padded input
     token_weights: Tensor | None  # (R,)
+    rows: Tensor | None  # (R,) int32 or int64, row of hidden that predicts each label
     sequences: int  # S
     width: int  # T, or 0 for packed input
     compute_dtype: torch.dtype  # dtype of the GEMM operands
@@ -45,30 +47,39 @@ def check_batch(policy: PolicyTensors, options: HeadOptions, *, paired: bool) ->
 
     """
     hidden, weight, labels, bias = policy.hidden, policy.weight, policy.labels, policy.bias
-    cu_seqlens, token_weights = policy.cu_seqlens, policy.token_weights
+    cu_seqlens, token_weights, rows = policy.cu_seqlens, policy.token_weights, policy.rows
     differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
     for name, tensor in (differentiable | {"labels": labels, "cu_seqlens": cu_seqlens}).items():
         refuse_batched(name, tensor)
     refuse_batched("token_weights", token_weights)
+    refuse_batched("rows", rows)
     for name, tensor in differentiable.items():
         checks.refuse_forward_mode(name, tensor)
     check_float_tensor("hidden", hidden)
-    _check_layout(hidden, cu_seqlens)
+    _check_rows(policy) if rows is not None else _check_layout(hidden, cu_seqlens)
     head = check_head(
         hidden, weight, bias, options, names=("hidden", "weight", "bias"), shard=policy.vocab_parallel is not None
     )
-    _check_labels(labels, hidden)
+    if rows is None:
+        _check_labels(labels, hidden.shape[:-1], "hidden", hidden)
+    else:
+        _check_labels(labels, rows.shape, "rows", rows)
     if token_weights is not None:
         check_floating("token_weights", token_weights)
         if token_weights.shape != labels.shape:
             raise ValueError(
                 f"token_weights has shape {shape(token_weights)}, expected the shape of labels {shape(labels)}"
             )
-    for name, tensor in (("labels", labels), ("token_weights", token_weights), ("cu_seqlens", cu_seqlens)):
+    for name, tensor in (
+        ("labels", labels),
+        ("token_weights", token_weights),
+        ("cu_seqlens", cu_seqlens),
+        ("rows", rows),
+    ):
         if tensor is not None:
             check_device(name, tensor, "hidden", hidden)
     if cu_seqlens is None:
-        sequences, width = hidden.shape[0], hidden.shape[1]
+        sequences, width = labels.shape[0], labels.shape[1]
     else:
         sequences, width = cu_seqlens.shape[0] - 1, 0
     if paired and sequences % 2:
@@ -81,6 +92,7 @@ def check_batch(policy: PolicyTensors, options: HeadOptions, *, paired: bool) ->
         labels=labels.reshape(-1),
         cu_seqlens=cu_seqlens,
         token_weights=None if token_weights is None else token_weights.detach().reshape(-1),
+        rows=None if rows is None else rows.reshape(-1),
         sequences=sequences,
         width=width,
         compute_dtype=compute_dtype(hidden, weight, ("hidden", "weight")),
@@ -164,6 +176,8 @@ def check_floating(name: str, tensor: Any) -> None:
 def check_weight(name: str, weight: Any, *, shard: bool = False) -> None:
     """Raise unless ``weight`` is a floating-point matrix ``(V, H)``. Only a ``shard`` of it may be empty."""
     check_float_tensor(name, weight)
+    if isinstance(weight, TiledWeight) and weight.requires_grad:
+        raise ValueError(f"{name} comes in tiles and is frozen: it gets no gradient, so it must not require one")
     if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and not shard):
         hint = f": DeepSpeed ZeRO-3 has partitioned it: {GATHERED_BY}"
         raise ValueError(
@@ -184,23 +198,45 @@ def _check_layout(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is None:
         if hidden.dim() != 3:
             raise ValueError(
-                f"hidden must have shape (2B, T, H), or (N, H) with cu_seqlens; got {shape(hidden)} without cu_seqlens"
+                "hidden must have shape (2B, T, H), or (N, H) with cu_seqlens or rows; "
+                f"got {shape(hidden)} without cu_seqlens and rows"
             )
         return
     check_tensor("cu_seqlens", cu_seqlens)
     if hidden.dim() != 2:
         raise ValueError(f"hidden must have shape (N, H) when cu_seqlens is given, got {shape(hidden)}")
+    _check_cumulative_lengths(cu_seqlens)
+
+
+def _check_cumulative_lengths(cu_seqlens: Any) -> None:
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in INDEX_DTYPES:
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape (S + 1,), got {shape(cu_seqlens)}")
 
 
-def _check_labels(labels: Any, hidden: Tensor) -> None:
+def _check_rows(policy: PolicyTensors) -> None:
+    """Raise unless ``hidden`` is ``(M, H)`` and ``rows`` are integers with the dimensions of labels."""
+    hidden, rows, cu_seqlens = policy.hidden, policy.rows, policy.cu_seqlens
+    check_tensor("rows", rows)
+    assert rows is not None, "there are rows to check"
+    if rows.dtype not in INDEX_DTYPES:
+        raise TypeError(f"rows must be int32 or int64, got {rows.dtype}")
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden must have shape (M, H) when rows is given, got {shape(hidden)}")
+    if rows.dim() != (2 if cu_seqlens is None else 1):
+        wanted = "(2B, T) without cu_seqlens" if cu_seqlens is None else "(N,) with cu_seqlens"
+        raise ValueError(f"rows has shape {shape(rows)}, expected {wanted}, as labels")
+    if cu_seqlens is not None:
+        _check_cumulative_lengths(cu_seqlens)
+
+
+def _check_labels(labels: Any, expected: tuple[int, ...], beside: str, like: Tensor) -> None:
     check_tensor("labels", labels)
     if labels.dtype not in INDEX_DTYPES:
         raise TypeError(f"labels must be int32 or int64, got {labels.dtype}")
-    if labels.shape != hidden.shape[:-1]:
+    if labels.shape != expected:
         raise ValueError(
-            f"labels has shape {shape(labels)}, expected {tuple(hidden.shape[:-1])} to match hidden {shape(hidden)}"
+            f"labels has shape {shape(labels)}, expected {tuple(expected)} to match {beside} {shape(like)}"
         )

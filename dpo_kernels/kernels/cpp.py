@@ -9,6 +9,7 @@ from dpo_kernels.kernels.installed import constant_in_graphs
 from dpo_kernels.kernels.sampling import most_entries
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.shapes import Head, Sampling, accumulation_dtype
+from dpo_kernels.tiled_weight import TiledWeight
 
 CODED_COLS = 256  # columns of a block of codes, as csrc/cpu/rows.h has it
 
@@ -183,7 +184,7 @@ class CppKernels(ExtensionKernels):
 
     def multiply(self, x_CH: Tensor, head: Head, start: int, tile: Tensor) -> None:
         """``tile = x_CH @ W[start:start+Vt]^T``."""
-        if not _multiplies(self.dtype):
+        if not _multiplies(self.dtype) or isinstance(head.weight, TiledWeight):
             return super().multiply(x_CH, head, start, tile)
         weight_VtH = _operand(head.weight[start : start + tile.shape[1]])
         torch.ops.dpo_kernels.matmul_bfloat16_(x_CH, weight_VtH.t(), tile, False)
@@ -195,7 +196,7 @@ class CppKernels(ExtensionKernels):
 
     def grad_hidden(self, d: LogitsGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """See ``RowKernels``."""
-        if d.values.dtype != torch.bfloat16:
+        if d.values.dtype != torch.bfloat16 or isinstance(head.weight, TiledWeight):
             return super().grad_hidden(d, head, start, out_CH, accumulate)
         weight_VtH = _operand(head.weight[start : start + d.values.shape[1]])
         torch.ops.dpo_kernels.matmul_bfloat16_(d.values, weight_VtH, out_CH, accumulate)

@@ -12,17 +12,21 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.kernel_interface import (
+    Coefficients,
     LogitsGradient,
     RowKernels,
     RowResult,
+    RowsOfBoth,
     RowState,
     SampledRows,
     SparseGradient,
     rescale,
 )
-from dpo_kernels.kernels import float16_range
+from dpo_kernels.kernels import divergence, float16_range
+from dpo_kernels.kernels.divergence import log_sumexp
 from dpo_kernels.kernels.sampling import most_entries, sample
 from dpo_kernels.shapes import Head, Sampling, accumulation_dtype, spans
+from dpo_kernels.tiled_weight import TiledWeight
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 # A row operation on the CPU works on blocks whose temporaries take at most this many bytes. That much usually fits the
@@ -101,9 +105,7 @@ class TorchKernels(RowKernels):
 
     def _reduce_block(self, state: RowState, z: Tensor, labels_C: Tensor, start: int, overwrite: bool) -> None:
         """Fold one block of logits ``z`` into the state; with ``overwrite`` the block then holds ``exp(z - max)``."""
-        column = labels_C - start
-        label_in_block = (column >= 0) & (column < z.shape[1])
-        label = column.clamp(0, z.shape[1] - 1)[:, None]
+        label, label_in_block = _columns(labels_C, start, z)
         label_logit = z.gather(1, label)[:, 0]
         block_max = z.amax(dim=1)
         highest = torch.maximum(state.max, block_max)
@@ -138,7 +140,7 @@ class TorchKernels(RowKernels):
         tokens' sum. Where another logit is the largest, that sum is at least 1.
         """
         shifted_target = state.target - state.max
-        log_sumexp = (state.others + shifted_target.expm1()).log1p()
+        log_total = log_sumexp(state)
         sumexp = state.sumexp
         stats = {}
         if state.entropy is not None:
@@ -146,14 +148,14 @@ class TorchKernels(RowKernels):
             label_term = torch.where(
                 shifted_target == -torch.inf, torch.zeros_like(shifted_target), shifted_target.exp() * shifted_target
             )
-            stats["entropy"] = log_sumexp + (state.entropy - label_term) / sumexp
+            stats["entropy"] = log_total + (state.entropy - label_term) / sumexp
         if state.logit_sum is not None:
             stats["mean_logits"] = state.logit_sum / vocab
         if state.argmax is not None:
             stats["top1"] = (state.argmax == labels_C).to(state.max.dtype)
         if state.square_sum is not None:
-            stats["log_sum_p2"] = (state.square_sum + (2.0 * shifted_target).expm1()).log1p() - 2.0 * log_sumexp
-        return RowResult(shifted_target - log_sumexp, state.max, sumexp, state.others, stats)
+            stats["log_sum_p2"] = (state.square_sum + (2.0 * shifted_target).expm1()).log1p() - 2.0 * log_total
+        return RowResult(shifted_target - log_total, state.max, sumexp, state.others, stats)
 
     def dlogits_(
         self,
@@ -174,9 +176,8 @@ class TorchKernels(RowKernels):
         derivative of the total by its log-prob. The product is ``g * logit_scale * (onehot - p)``, the gradient of the
         unscaled logits.
         """
-        column = labels_C - start
-        label_in_tile = (column >= 0) & (column < tile.shape[1])
-        label, label_value = column.clamp(0, tile.shape[1] - 1)[:, None], -others_C[:, None]
+        label, label_in_tile = _columns(labels_C, start, tile)
+        label_value = -others_C[:, None]
         if head.softcap is not None:
             assert not exponentiated, "the softcap's derivative needs the logits"
             # d z / d raw = scale * (1 - (z / softcap)^2). The label's is taken before the logits are overwritten.
@@ -189,13 +190,36 @@ class TorchKernels(RowKernels):
                 if slope is not None:
                     z.mul_(slope)
         tile.scatter_(1, label, torch.where(label_in_tile[:, None], label_value, tile.gather(1, label)))
+        return self._as_operands(tile, labels_C, start, scale_C, others_C, expected)
+
+    def _as_operands(
+        self,
+        tile: Tensor,
+        labels_C: Tensor,
+        start: int,
+        scale_C: Tensor | None,
+        largest_C: Tensor,
+        expected: float,
+    ) -> LogitsGradient:
+        """Return a tile of logits' gradients as the GEMMs read it. Where they read 16 bits it is scaled and rounded.
+
+        Args:
+            tile: ``(C, Vt)`` values, the labels' own included.
+            labels_C: ``(C,)`` int64 labels.
+            start: the vocabulary's column that comes first in the tile.
+            scale_C: ``(C,)`` factor of each row, or None for 1.
+            largest_C: ``(C,)`` bound of each row's values.
+            expected: see ``RowKernels.dlogits_``.
+
+        """
         if not self.rounds_operands(tile):
             return LogitsGradient(tile, scale_C, labels_C)
-        applied, left = self.scales_before_rounding(scale_C, others_C, expected)
+        applied, left = self.scales_before_rounding(scale_C, largest_C, expected)
         if applied is not None:
             tile.mul_(applied[:, None])
         operands = self.empty_operands_like(tile).copy_(tile)
-        residual_C = (tile.gather(1, label) - operands.gather(1, label).to(tile.dtype))[:, 0]
+        column, label_in_tile = _columns(labels_C, start, tile)
+        residual_C = (tile.gather(1, column) - operands.gather(1, column).to(tile.dtype))[:, 0]
         residual_C = residual_C.masked_fill(~label_in_tile, 0.0)
         return LogitsGradient(operands, left, labels_C, residual_C, self.x_exponent(expected))
 
@@ -346,28 +370,59 @@ class TorchKernels(RowKernels):
         row_K = torch.arange(counts.shape[0], device=counts.device).repeat_interleave(counts)
         return row_K, d.values * d.scale[row_K]
 
+    def kl_of_rows(self, rows: RowsOfBoth) -> Tensor:
+        """See ``RowKernels``."""
+        return divergence.kl_of_rows(rows, self._blocks(rows.tile, divergence.BLOCK_TEMPORARIES))
+
+    def dlogits_of_both_(
+        self,
+        rows: RowsOfBoth,
+        labels_C: Tensor,
+        head: Head,
+        coefficients: Coefficients,
+        expected: float = 1.0,
+    ) -> LogitsGradient:
+        """See ``RowKernels``."""
+        blocks = self._blocks(rows.tile, divergence.BLOCK_TEMPORARIES)
+        scale_C, largest_C = divergence.mix_(rows, labels_C, head, coefficients, blocks)
+        return self._as_operands(rows.tile, labels_C, 0, scale_C, largest_C, expected)
+
     def _weights(self, head: Head, start: int, stop: int, tile: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yield rows ``start..stop-1`` of the head as GEMM operands, each with its first and last column of the tile.
 
-        On devices other than CUDA, 16-bit rows are upcast in blocks that fit the workspace.
+        On devices other than CUDA, 16-bit rows are upcast in blocks that fit the workspace. So are those of a head that
+        comes in tiles, on every device.
         """
+        row_values = max(1, head.weight.shape[1])
+        if isinstance(head.weight, TiledWeight):
+            operand = self.dtype if tile.is_cuda else accumulation_dtype(self.dtype)
+            row_bytes = row_values * (self.dtype.itemsize + operand.itemsize)
+            for left, right in spans(stop - start, max(1, self.workspace_bytes // row_bytes)):
+                yield left, right, head.weight.rows_between(start + left, start + right).to(operand)
+            return
         if tile.is_cuda or self.dtype not in SIXTEEN_BIT:
             weight = head.weight if stop - start == head.vocab else head.weight[start:stop]
             yield 0, stop - start, weight.to(self.dtype)
             return
-        row_bytes = head.weight.shape[1] * accumulation_dtype(self.dtype).itemsize
-        for left, right in spans(stop - start, max(1, self.workspace_bytes // max(1, row_bytes))):
+        row_bytes = row_values * accumulation_dtype(self.dtype).itemsize
+        for left, right in spans(stop - start, max(1, self.workspace_bytes // row_bytes)):
             weight_VtH = head.weight[start + left : start + right]
             yield left, right, weight_VtH.to(self.dtype).to(accumulation_dtype(self.dtype))
 
-    def _blocks(self, tile: Tensor) -> Iterator[tuple[slice, slice]]:
+    def _blocks(self, tile: Tensor, temporaries: int = BLOCK_TEMPORARIES) -> Iterator[tuple[slice, slice]]:
         """Yield rows and columns of blocks whose temporaries fit the workspace, and on the CPU also the cache."""
         budget = self.workspace_bytes if tile.is_cuda else min(self.workspace_bytes, CACHED_BYTES)
-        elements = max(1, budget // (BLOCK_TEMPORARIES * tile.dtype.itemsize))
+        elements = max(1, budget // (temporaries * tile.dtype.itemsize))
         width = min(tile.shape[1], elements)
         for top, bottom in spans(tile.shape[0], max(1, elements // width)):
             for left, right in spans(tile.shape[1], width):
                 yield slice(top, bottom), slice(left, right)
+
+
+def _columns(labels_C: Tensor, start: int, tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a column ``(C, 1)`` of the tile for each label, and whether the label's own is among them, ``(C,)``."""
+    column = labels_C - start
+    return column.clamp(0, tile.shape[1] - 1)[:, None], (column >= 0) & (column < tile.shape[1])
 
 
 def _put(out: Tensor, value: Tensor, accumulate: bool) -> None:

@@ -1,7 +1,7 @@
 """The losses: pure functions of the sequences' log-probs, which know nothing of tokens, logits or vocabularies.
 
-- ``pairwise`` has the losses of pairs with a reference, ``reference_free`` those without one, and ``divergence`` the
-  scores of f-divergences.
+- ``pairwise`` has the losses of pairs with a reference, ``reference_free`` those without one, and ``token_level`` those
+  that read a KL divergence. ``divergence`` has the scores of f-divergences.
 - ``registry`` keeps the properties of each loss of pairs. ``bind`` checks a name and its options and makes a
   ``BoundLoss`` of them.
 - ``kto`` has the losses of single labelled sequences, and ``ranked`` those of ranked groups.
@@ -12,8 +12,8 @@ differentiates it on these few numbers. To add a loss, write a function, a row i
 the table of losses in the documentation.
 """
 
-from dpo_kernels.losses import pairwise, reference_free  # importing them registers their losses
-from dpo_kernels.losses.bind import Loss, bind, fit_to_batch
+from dpo_kernels.losses import pairwise, reference_free, token_level  # importing them registers their losses
+from dpo_kernels.losses.bind import Loss, bind, fit_to_batch, needs_kl
 from dpo_kernels.losses.bound_loss import BoundLoss, decode
 from dpo_kernels.losses.kto import KTO_LOSSES, LabelledLoss
 from dpo_kernels.losses.ranked import GROUP_LOSSES, GroupLoss
@@ -31,7 +31,9 @@ __all__ = [
     "bind",
     "decode",
     "fit_to_batch",
+    "needs_kl",
     "pairwise",
     "reference_free",
     "register",
+    "token_level",
 ]

@@ -82,6 +82,11 @@ def bind(loss_type: Loss, beta: float, label_smoothing: float, options: dict[str
     return BoundLoss(tuple(parts), beta, f_divergence, f_alpha, nll_weight, tensors)
 
 
+def needs_kl(loss_type: Loss) -> bool:
+    """Return whether a loss reads the KL divergence of the reference from the policy, before its options are known."""
+    return any(spec.needs_kl for spec in _find_all(loss_type))
+
+
 def fit_to_batch(loss: BoundLoss, pairs: int, device: torch.device) -> BoundLoss:
     """Return the loss with its tensors as ``(P,)`` float64 on the device of the log-probs (float32 on MPS).
 
@@ -106,7 +111,8 @@ def _find_all(loss_type: Loss) -> tuple[LossSpec, ...]:
     if callable(loss_type):
         # The author of the function binds its options, if it has any, with functools.partial or a closure.
         name = getattr(loss_type, "__name__", type(loss_type).__name__)
-        return (LossSpec(name, loss_type, separable=bool(getattr(loss_type, "separable", False))),)
+        separable, needs_kl = (bool(getattr(loss_type, each, False)) for each in ("separable", "needs_kl"))
+        return (LossSpec(name, loss_type, separable=separable, needs_kl=needs_kl),)
     if not isinstance(loss_type, tuple | list):
         raise TypeError(f"loss_type must be a name or a callable, or a list of names, got {type(loss_type).__name__}")
     if not loss_type:

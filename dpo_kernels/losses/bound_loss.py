@@ -61,6 +61,11 @@ class BoundLoss(AutogradLoss):
         return any(part.spec.needs_reference for part in self.parts)
 
     @property
+    def needs_kl(self) -> bool:
+        """See ``SequenceLoss``."""
+        return any(part.spec.needs_kl for part in self.parts)
+
+    @property
     def separable(self) -> bool:
         """Whether a pair's loss depends on that pair alone."""
         return all(part.spec.separable for part in self.parts)
@@ -124,7 +129,7 @@ class BoundLoss(AutogradLoss):
 
     # --- values and derivatives ---
 
-    def __call__(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> Tensor:
+    def __call__(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor, kl_S: Tensor | None = None) -> Tensor:
         """Return the losses ``(P,)`` from ``(S,)`` tensors in which chosen and rejected sequences alternate."""
         tokens_S = counts_S.to(policy_S.dtype)
         return self.evaluate(
@@ -136,6 +141,8 @@ class BoundLoss(AutogradLoss):
                 tokens_S[0::2],
                 tokens_S[1::2],
                 self.beta,
+                None if kl_S is None else kl_S[0::2],
+                None if kl_S is None else kl_S[1::2],
             )
         )
 
@@ -173,10 +180,11 @@ class BoundLoss(AutogradLoss):
             ref_rejected_logps=torch.zeros_like(x.ref_rejected_logps),
         )
 
-    def _check_graph(self, losses: Tensor, leaf_S: Tensor) -> None:
+    def _check_graph(self, losses: Tensor, leaves: Sequence[Tensor]) -> None:
         """Raise if a separable callable uses another tensor that requires a gradient.
 
-        The fused pass differentiates the loss by log-probs alone, so that tensor would silently get no gradient.
+        The fused pass differentiates the loss by log-probs and KL divergences alone, so that tensor would silently get
+        no gradient.
         """
         seen: set[Any] = set()
         todo = [losses.grad_fn]
@@ -186,7 +194,7 @@ class BoundLoss(AutogradLoss):
                 continue
             seen.add(node)
             variable = getattr(node, "variable", None)
-            if variable is not None and variable is not leaf_S:
+            if variable is not None and all(variable is not leaf for leaf in leaves):
                 raise ValueError(
                     f"loss_type: {self.name} is marked separable but uses a tensor of shape {tuple(variable.shape)} "
                     "that requires a gradient, which the fused pass cannot give; detach it, or leave `separable` unset"

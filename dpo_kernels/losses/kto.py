@@ -46,7 +46,7 @@ class LabelledLoss(UnnamedLoss):
         """See ``SequenceLoss``."""
         return replace(self, desirable_S=self.desirable_S[first:last], weights_S=self.weights_S[first:last])
 
-    def __call__(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> Tensor:
+    def __call__(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor, kl_S: Tensor | None = None) -> Tensor:
         """Return the losses ``(S,)``."""
         margin = self.beta * (policy_S - ref_S) - self.shift.to(policy_S.dtype)
         signed = torch.where(self.desirable_S, margin, -margin)

@@ -45,7 +45,7 @@ class GroupLoss(UnnamedLoss):
         """See ``SequenceLoss``."""
         return replace(self, sizes=self.sizes[first:last])
 
-    def __call__(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor) -> Tensor:
+    def __call__(self, policy_S: Tensor, ref_S: Tensor, counts_S: Tensor, kl_S: Tensor | None = None) -> Tensor:
         """Return the losses ``(G,)``."""
         scores = (self.beta * (policy_S - ref_S)).split(list(self.sizes))
         return torch.stack([self._of_one(group) for group in scores]) if scores else policy_S[:0]

@@ -34,6 +34,7 @@ class LossSpec:
     fn: LossFunction
     separable: bool = True
     needs_reference: bool = True
+    needs_kl: bool = False
     difference: str | None = None
     averages: bool = False
     beta_positive: bool = False
@@ -61,6 +62,7 @@ def register(
     *,
     separable: bool = True,
     needs_reference: bool = True,
+    needs_kl: bool = False,
     difference: str | None = None,
     averages: bool = False,
     beta_positive: bool = False,
@@ -80,6 +82,7 @@ def register(
         separable: whether a pair's loss depends on that pair alone. The engine computes the loss and its gradient chunk
             by chunk only then.
         needs_reference: whether the loss reads the reference's log-probs.
+        needs_kl: whether the loss reads ``chosen_kl`` or ``rejected_kl``. The call then needs ``ref_hidden``.
         difference: "sum" if the loss depends on log-probs only through the chosen sum minus the rejected sum, "mean" if
             the same holds for averages over tokens, else None.
         averages: whether the loss divides by numbers of tokens.
@@ -121,6 +124,7 @@ def register(
             fn=fn,
             separable=separable,
             needs_reference=needs_reference,
+            needs_kl=needs_kl,
             difference=difference,
             averages=averages,
             beta_positive=beta_positive,

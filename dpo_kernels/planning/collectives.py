@@ -101,10 +101,10 @@ def _of_split_sequences(policy: Pass, reference: Pass | None) -> list[Collective
     real, total = sum_dtype(workload.device).itemsize, workload.num_sequences
     sums = len(policy.schedule.chunks) if policy.forms_gradients else int(not workload.per_token)
     means = sum(name in STATS for name in workload.stats)
-    scored = int(reference is not None)
+    summed = int(reference is not None or workload.sums_reference)
     return [
         Collective("comparison of calls", "all-gather", compared, compared * INT64_BYTES),
         Collective("numbers of tokens", "all-gather", 1, (total + 1) * INT64_BYTES),
-        Collective("sums of sequences", "all-gather", sums + scored, (int(sums > 0) + scored) * total * real),
+        Collective("sums of sequences", "all-gather", sums + summed, (int(sums > 0) + summed) * total * real),
         Collective("sums of statistics", "all-gather", int(means > 0), means * total * real),
     ]

@@ -127,9 +127,9 @@ def tile_of_examples(budget: Budget, tokens: int, vocab: int, weight_grad_cols: 
     return Tile(max(1, min(tokens, budget.whole_rows(vocab))), vocab)
 
 
-def tile_of_logps(budget: Budget, tokens: int, vocab: int) -> Tile:
+def tile_of_logps(budget: Budget, tokens: int, vocab: int, fewest_whole_rows: int = FEWEST_WHOLE_ROWS) -> Tile:
     """Return the tile of a pass over log-probs. If too few whole rows fit, the vocabulary is cut."""
-    return _tile(budget, tokens, vocab, budget.tile_bytes, FEWEST_WHOLE_ROWS)
+    return _tile(budget, tokens, vocab, budget.tile_bytes, fewest_whole_rows)
 
 
 def tile_of_streaming(budget: Budget, tokens: int, vocab: int) -> Tile:

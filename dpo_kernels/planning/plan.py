@@ -11,7 +11,7 @@ from dpo_kernels import checks
 from dpo_kernels.planning.collectives import Collective, Pass, collectives_of
 from dpo_kernels.planning.free_memory import recommended, scratch_by_default
 from dpo_kernels.planning.memory_budget import MIB, Budget
-from dpo_kernels.planning.refusals import refuse_triton_on
+from dpo_kernels.planning.refusals import refuse_kl, refuse_triton_on
 from dpo_kernels.planning.schedules import extra_bytes, num_tiles
 from dpo_kernels.planning.tables import BACKEND_NAMES, BACKENDS, STRATEGIES, Strategy, divide_scratch
 from dpo_kernels.problem import Workload
@@ -69,7 +69,7 @@ class Plan:
         """How the scratch is divided."""
         if self.divided is not None:
             return self.divided
-        return _divided(self.scratch_bytes, self.backend, self.workload)
+        return _divided(self.workload, self.backend, self.scratch_bytes)
 
     @property
     def gemms(self) -> int:
@@ -79,6 +79,9 @@ class Plan:
     @property
     def reference_gemms(self) -> int:
         """GEMM passes of a reference that is scored in the call."""
+        if self.workload.kl:  # they are computed again with the policy's logits, if their divergence gets a gradient
+            again = self.algorithm.gradients is not None and self.workload.kl_grad and any(self.workload.needs_grad)
+            return 1 + int(again)
         return 0 if self.reference is None else self.reference.gemms
 
     @property
@@ -130,6 +133,8 @@ class Plan:
             grads += workload.vocab * row
         # The rows of a chunk are gathered, and scaled. A token has some forty numbers of at most eight bytes.
         rows = min(tokens, self.tile.rows) * 2 * (row + workload.width * workload.dtype.itemsize) + tokens * 40 * 8
+        if workload.kl and workload.reference is not None:  # the reference's rows of a chunk are gathered too
+            rows += min(tokens, self.tile.rows) * workload.reference.width * workload.reference.dtype.itemsize
         scratch = self.tile_bytes + self.budget.workspace_bytes + self.extra_bytes + self.sample_bytes
         return max(scratch + grads + rows, 0 if self.reference is None else self.reference.peak_bytes)
 
@@ -192,6 +197,8 @@ class Plan:
             *self._rows_of_weight_grad(),
             f"  logits tile {tile.rows} x {tile.cols} ({_size(used)}{limit}){self._number_of_chunks()}",
         ]
+        if workload.kl:
+            lines.append("  the reference's logits lie in the scratch beside those of the policy")
         if self.logits_in_weight_grad:
             lines.append("  logits in the memory of the head's gradient, which replaces them tile by tile")
         if self.extra_bytes:
@@ -262,7 +269,9 @@ def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
     scratch_bytes = wished.scratch_bytes
     if scratch_bytes is None:
         scratch_bytes = scratch_by_default(workload, partial(_peak_with, workload, wished))
-    budget = _divided(scratch_bytes, backend, workload)
+    budget = _divided(workload, backend, scratch_bytes)
+    if (reason := refuse_kl(workload, budget, scratch_bytes)) is not None:
+        raise ValueError(reason)
     strategy_name = wished.strategy
     if strategy_name == AUTO:
         strategy_name = next((name for name, each in STRATEGIES.items() if each.preferred(workload, backend)), AUTO)
@@ -273,21 +282,19 @@ def make_plan(workload: Workload, execution: Execution | None = None) -> Plan:
         lambda name: STRATEGIES[name].refuse(workload, budget, scratch_bytes),
     )
     samples_cut_rows = workload.samples and budget.whole_rows(workload.vocab) < 1
-    if not workload.needs_grad.head and not samples_cut_rows:
+    if workload.kl and not any(workload.needs_grad):
+        strategy = "recompute"
+    elif not workload.needs_grad.head and not samples_cut_rows and not workload.kl:
         strategy = STRATEGIES[strategy].with_frozen_head or strategy
     if workload.fills_main_grad and workload.needs_grad.head:
         _check_main_grad(workload, strategy, budget, scratch_bytes)
     asked, reference = wished, None
-    if workload.reference is not None:
+    if workload.reference is not None and not workload.kl:
         # The caller asks for a strategy of the policy. One that needs the loss cannot score the reference.
         forms_gradients = wished.strategy != AUTO and STRATEGIES[wished.strategy].loss_and_gradients is not None
         wished = Execution(wished.backend, AUTO if forms_gradients else wished.strategy, scratch_bytes)
         reference = make_plan(workload.reference, wished)
     return lay_out(workload, strategy, backend, scratch_bytes, reference, budget, asked)
-
-
-def _divided(scratch_bytes: int, backend: str, workload: Workload) -> Budget:
-    return divide_scratch(scratch_bytes, backend, workload.dtype, workload.device, workload.narrow)
 
 
 def lay_out(
@@ -302,9 +309,14 @@ def lay_out(
     """Return the plan with a chosen strategy and backend. Inside an operator this call makes the chunks."""
     schedule = None
     if not workload.tracing:
-        budget = budget or _divided(scratch_bytes, backend, workload)
+        budget = budget or _divided(workload, backend, scratch_bytes)
         schedule = STRATEGIES[strategy].schedule(workload, budget)
     return Plan(workload, strategy, backend, scratch_bytes, schedule, reference, budget, asked)
+
+
+def _divided(workload: Workload, backend: str, scratch_bytes: int) -> Budget:
+    how = {"narrow": workload.narrow, "kl": workload.kl}
+    return divide_scratch(scratch_bytes, backend, workload.dtype, workload.device, **how)
 
 
 def _peak_with(workload: Workload, asked: Execution, scratch_bytes: int) -> int | None:

@@ -29,12 +29,13 @@ def refuse_chunked(workload: Workload, budget: Budget, scratch_bytes: int) -> st
     if row_cap < 1 and not logits_in_grad:
         minimum = budget.minimum_scratch(workload.vocab, workload.device.type)
         return f"scratch_bytes={scratch_bytes} is less than the {minimum} bytes that one row of logits needs"
-    if not workload.needs_grad.head:
-        return None  # make_plan puts frozen_head in its place
+    if not any(workload.needs_grad) or (not workload.needs_grad.head and not workload.kl):
+        return None  # make_plan puts recompute or frozen_head in its place
     if workload.loss is None:
         return "log-probs have upstreams that are known only in the backward pass, and the head wants a gradient"
     if not workload.scalar:
-        return "reduction='none' has upstreams that are known only in the backward pass, and the head wants a gradient"
+        reason = "reduction='none' has upstreams that are known only in the backward pass"
+        return f"{reason}, and the head wants a gradient" if workload.needs_grad.head else reason
     if workload.loss.is_callable and workload.tracing:
         return "inside torch.compile a loss without a name is traced into the graph, not run by the fused operator"
     if logits_in_grad:
@@ -47,6 +48,8 @@ def refuse_chunked(workload: Workload, budget: Budget, scratch_bytes: int) -> st
     if workload.tracing:
         return None  # a tracer does not know the lengths
     schedule = schedule_examples(workload, budget)
+    if workload.kl and any(chunk.oversized for chunk in schedule.chunks):
+        return "an example is longer than the chunk, and its KL divergence would need an accumulator of its own"
     if oversized_buffers(schedule.chunks, workload.loss) > 2:
         return "a group of more than two sequences is longer than the chunk: each would need an accumulator of its own"
     if workload.device.type != "cuda" or workload.static or max(workload.shard_ranks, workload.context_ranks) > 1:
@@ -62,6 +65,8 @@ def refuse_frozen_head(workload: Workload, budget: Budget, scratch_bytes: int) -
     """``frozen_head`` needs a head that wants no gradient, and a tile."""
     if workload.needs_grad.head:
         return "the head wants a gradient"
+    if workload.kl:
+        return "it keeps the derivatives of log-probs, and not those of KL divergences"
     if workload.samples and budget.whole_rows(workload.vocab) < 1:
         return "a sample needs the sums of whole rows, which do not fit the scratch"
     return _refuse_small_tile(workload, budget, scratch_bytes)
@@ -73,8 +78,16 @@ def refuse_recompute(workload: Workload, budget: Budget, scratch_bytes: int) -> 
 
 
 def refuse_streaming(workload: Workload, budget: Budget, scratch_bytes: int) -> str | None:
-    """``streaming`` runs everything."""
-    return None
+    """``streaming`` runs everything but a KL divergence."""
+    return "a KL divergence needs whole rows of both heads' logits" if workload.kl else None
+
+
+def refuse_kl(workload: Workload, budget: Budget, scratch_bytes: int) -> str | None:
+    """A KL divergence needs room for one row of both heads' logits, whatever the strategy."""
+    if not workload.kl or budget.whole_rows(workload.vocab):
+        return None
+    minimum = budget.minimum_scratch(workload.vocab, workload.device.type)
+    return f"scratch_bytes={scratch_bytes} is less than the {minimum} bytes that one row of both heads' logits needs"
 
 
 def _refuse_small_tile(workload: Workload, budget: Budget, scratch_bytes: int) -> str | None:
@@ -89,6 +102,8 @@ def _refuse_small_tile(workload: Workload, budget: Budget, scratch_bytes: int) -
 
 def refuse_triton(workload: Workload, by_name: bool) -> str | None:
     """The Triton backend needs CUDA tensors, or Triton's interpreter if it was asked for by name."""
+    if workload.tiled:
+        return "the head comes in tiles, and these kernels read it as a matrix"
     return refuse_triton_on(workload.device, workload.dtype, by_name, tracing=workload.tracing)
 
 
@@ -114,6 +129,8 @@ def refuse_extension(device_type: str) -> Callable[[Workload, bool], str | None]
     def refuse(workload: Workload, by_name: bool) -> str | None:
         if workload.device.type != device_type:
             return f"hidden is on {workload.device.type}, these kernels are for {device_type}"
+        if workload.tiled and device_type == "cuda":
+            return "the head comes in tiles, which these kernels were not tried with"
         reason = extension.why_not(device_type) or extension.why_not_on(workload.device)
         if reason is None and device_type == "cuda":
             reason = _verdict("cuda", workload.device, workload.dtype, by_name, workload.tracing)

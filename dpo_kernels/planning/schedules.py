@@ -6,7 +6,13 @@ from dataclasses import replace
 from dpo_kernels.device_specs import ChunkCosts, gpu_at
 from dpo_kernels.kernels.sampling import BLOCK
 from dpo_kernels.planning.chunks import oversized_buffers, plan_chunks, with_counts
-from dpo_kernels.planning.memory_budget import Budget, tile_of_examples, tile_of_logps, tile_of_streaming
+from dpo_kernels.planning.memory_budget import (
+    FEWEST_WHOLE_ROWS,
+    Budget,
+    tile_of_examples,
+    tile_of_logps,
+    tile_of_streaming,
+)
 from dpo_kernels.problem import Workload
 from dpo_kernels.shapes import Chunk, Schedule, Tile, accumulation_dtype, spans
 
@@ -21,7 +27,8 @@ def tile_with_gradients(workload: Workload, budget: Budget) -> Tile:
     """Return the tile of a pass that forms gradients with the loss."""
     # A tracer must not look at the number of tokens. The operator makes its own schedule.
     aliases = workload.loss is not None and workload.scalar and workload.needs_grad.weight
-    aliases = aliases and not workload.fills_main_grad and not workload.tracing and not workload.samples
+    aliases = aliases and not workload.fills_main_grad and not workload.tracing
+    aliases = aliases and not workload.samples and not workload.kl
     return tile_of_examples(budget, workload.shared_tokens, workload.vocab, workload.width if aliases else 0)
 
 
@@ -52,8 +59,12 @@ def schedule_examples(workload: Workload, budget: Budget) -> Schedule:
 
 
 def schedule_logps(workload: Workload, budget: Budget) -> Schedule:
-    """Return the schedule of log-probs with as large a tile as the scratch allows."""
-    tile = _of_whole_blocks(workload, tile_of_logps(budget, workload.num_tokens, workload.vocab))
+    """Return the schedule of log-probs with as large a tile as the scratch allows.
+
+    A KL divergence needs whole rows, however few.
+    """
+    fewest = 1 if workload.kl else FEWEST_WHOLE_ROWS
+    tile = _of_whole_blocks(workload, tile_of_logps(budget, workload.num_tokens, workload.vocab, fewest))
     return _of_tokens(workload, tile, budget.scratch_logits(tile, budget.tile_bytes))
 
 

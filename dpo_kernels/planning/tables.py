@@ -1,12 +1,19 @@
 """The tables of strategies and backends, best first. A new one takes a file and a record here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernel_interface import RowKernels, RowResult
+from dpo_kernels.kernel_interface import (
+    BothKernels,
+    Coefficients,
+    RowKernels,
+    RowResult,
+    RowsAndDivergences,
+    SumsOfBoth,
+)
 from dpo_kernels.kernels.cpp import CppKernels
 from dpo_kernels.kernels.cuda import CudaKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels
@@ -15,9 +22,19 @@ from dpo_kernels.planning.memory_budget import Budget
 from dpo_kernels.planning.schedules import schedule_examples, schedule_logps, schedule_streaming, streams_faster
 from dpo_kernels.problem import Problem, Workload
 from dpo_kernels.shapes import Schedule, accumulation_dtype
-from dpo_kernels.strategies import chunked, frozen_head, recompute, streaming
+from dpo_kernels.strategies import both_heads, chunked, frozen_head, recompute, streaming
+from dpo_kernels.strategies.both_heads import LossOfBoth
 from dpo_kernels.strategies.buffers import LossAndGradients
 from dpo_kernels.strategies.recompute import Gradients
+
+
+@dataclass(frozen=True)
+class BothHeads:
+    """The functions of a strategy that reads the logits of the policy and of the reference side by side."""
+
+    loss_and_gradients: Callable[[BothKernels, Problem, Schedule, Tensor], LossOfBoth] | None = None
+    logps: Callable[[BothKernels, Problem, Schedule], RowsAndDivergences] | None = None
+    gradients: Callable[[BothKernels, Problem, Schedule, SumsOfBoth, Coefficients], Gradients] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,7 @@ class Strategy:
     loss_and_gradients: Callable[[RowKernels, Problem, Schedule, Tensor, Tensor], LossAndGradients] | None = None
     logps: Callable[[RowKernels, Problem, Schedule], tuple[RowResult, Tensor | None]] | None = None
     gradients: Callable[[RowKernels, Problem, Schedule, RowResult, Tensor], Gradients] | None = None
+    both: BothHeads = field(default_factory=BothHeads)  # its functions where a KL divergence is wanted
     with_frozen_head: str | None = None  # the strategy that replaces it where the head is frozen
     # This says whether the strategy goes before all others for a workload and the name of a backend.
     preferred: Callable[[Workload, str], bool] = lambda workload, backend: False
@@ -65,6 +83,7 @@ STRATEGIES = {
         _forward_and_backward(0),
         schedule_examples,
         loss_and_gradients=chunked.loss_and_gradients,
+        both=BothHeads(loss_and_gradients=both_heads.loss_and_gradients),
         with_frozen_head="frozen_head",
     ),
     "frozen_head": Strategy(
@@ -76,6 +95,7 @@ STRATEGIES = {
         schedule_logps,
         logps=recompute.logps,
         gradients=recompute.gradients,
+        both=BothHeads(logps=both_heads.logps, gradients=both_heads.gradients),
         with_frozen_head="frozen_head",
     ),
     "streaming": Strategy(
@@ -120,14 +140,23 @@ CODE_BYTES = 2  # of a logit where a backend ``codes_logits``
 
 
 def divide_scratch(
-    scratch_bytes: int, backend: str, dtype: torch.dtype, device: torch.device, narrow: bool = False
+    scratch_bytes: int,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    narrow: bool = False,
+    kl: bool = False,
 ) -> Budget:
     """Return how a scratch is divided for a backend, see ``Budget.of``.
 
-    ``dtype`` is that of the GEMM operands. With ``narrow`` logits may be kept in 16 bits.
+    ``dtype`` is that of the GEMM operands. With ``narrow`` logits may be kept in 16 bits. With ``kl`` the logits of the
+    reference lie beside those of the policy.
     """
     kernels = BACKENDS[backend].load()
     codes = narrow and kernels.can_code_logits(dtype)
     per_logit = CODE_BYTES if codes else kernels.bytes_per_logit(dtype, device.type)
+    if kl:
+        per_logit += accumulation_dtype(dtype).itemsize  # no GEMM reads the reference's logits again
     aliased = kernels.can_alias_weight_grad * (accumulation_dtype(dtype).itemsize // CODE_BYTES if codes else 1)
     return Budget.of(scratch_bytes, device.type, per_logit, kernels.row_alignment(device.type), aliased)

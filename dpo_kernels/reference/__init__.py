@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels.reference.losses import family_loss
+from dpo_kernels.reference.losses import family_loss, reads_kl
 
 
 class ReferenceOutput(NamedTuple):
@@ -31,7 +31,7 @@ class ReferenceOutput(NamedTuple):
         rejected_logps: The policy's log-prob of each rejected sequence, ``(P,)``.
         ref_chosen_logps: The reference's log-prob of each chosen sequence, ``(P,)``.
         ref_rejected_logps: The reference's log-prob of each rejected sequence, ``(P,)``.
-        stats: Each requested statistic by name, and always "tokens", ``(S,)`` each.
+        stats: Each requested statistic by name, and always "tokens", ``(S,)`` each. None carries a gradient.
     """
 
     loss: Tensor
@@ -51,6 +51,7 @@ def token_logps_reference(
     *,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    rows: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -67,6 +68,8 @@ def token_logps_reference(
         bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
         cu_seqlens: Cumulative lengths of packed sequences, ``(S + 1,)``, int32 or int64. None means that the input is
             padded.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows. None means that each label has the row at its own place.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -90,6 +93,7 @@ def token_logps_reference(
         >>> [round(logp, 3) for logp in logps[0].tolist()]
         [0.0, -1.386, -1.386]
     """
+    hidden = _of_labels(hidden, rows)
     hidden, targets, places = _align(hidden, labels, cu_seqlens, shift, ignore_index)
     keep = targets != ignore_index
     logits = _logits(hidden[keep], weight, bias, logit_scale, softcap)
@@ -120,6 +124,8 @@ def sequence_logps_reference(
             no gradient.
         **options: The other keyword arguments of ``token_logps_reference``. They follow here.
         bias: Bias of the LM head, ``(V,)``, in the dtype of ``hidden``. None means no bias. It is differentiable.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows. None means that each label has the row at its own place.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -158,6 +164,7 @@ def dpo_loss_reference(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    ref_token_logps: Tensor | None = None,
     reference_free: bool = False,
     loss_type: str | Sequence[str] | Callable[..., Tensor] = "sigmoid",
     beta: float = 0.1,
@@ -165,6 +172,7 @@ def dpo_loss_reference(
     cu_seqlens: Tensor | None = None,
     pairs: str = "stacked",
     token_weights: Tensor | None = None,
+    rows: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -194,6 +202,8 @@ def dpo_loss_reference(
             ``weight`` and ``bias``.
         ref_bias: Bias of the reference's LM head, ``(V,)``, in the dtype of ``ref_hidden``.
         ref_logps: Cached log-probs of the reference, ``(2B,)``, floating point, in the order of the input sequences.
+        ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating point.
+            ``token_weights`` apply to them. What stands where no label is scored does not matter.
         reference_free: bool. If true, there is no reference, and its log-probs count as 0.
         loss_type: Name of a loss, a list of names or a callable. A list is summed with ``loss_weights``. A callable
             maps an object with the fields of ``LossInputs`` to ``(P,)`` losses.
@@ -206,6 +216,8 @@ def dpo_loss_reference(
             chosen and rejected.
         token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
             applies to the policy and to a reference that is scored here. It gets no gradient.
+        rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
+            ``(M, H)`` with any number of rows, and so is ``ref_hidden``. None means that each label has its own row.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -217,7 +229,8 @@ def dpo_loss_reference(
             tokens (``sft``, ``nll_weight``).
         stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
             and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
-            squared probabilities.
+            squared probabilities. "kl" is the sum over a sequence's scored tokens of ``KL(reference || policy)``, with
+            ``token_weights``. It needs ``ref_hidden``.
         **loss_options: Options of the loss by name, numbers or ``(P,)`` tensors. The options that follow go with every
             loss, unless they say otherwise.
         pair_weights: Factor on each pair's loss, ``(P,)`` or 0-d, floating point or integer.
@@ -249,9 +262,13 @@ def dpo_loss_reference(
         >>> round(out.loss.item(), 3)
         0.524
     """
+    hidden = _of_labels(hidden, rows)
+    ref_hidden = None if ref_hidden is None else _of_labels(ref_hidden, rows)
     layout: dict[str, Any] = {"cu_seqlens": cu_seqlens, "shift": shift, "ignore_index": ignore_index}
     cap: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap}
     policy = sequence_logps_reference(hidden, weight, labels, bias=bias, token_weights=token_weights, **layout, **cap)
+    scored = _scored(hidden, labels, cu_seqlens, shift, ignore_index)
+    kl = None
     if ref_hidden is not None:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
@@ -259,25 +276,33 @@ def dpo_loss_reference(
             reference = sequence_logps_reference(
                 ref_hidden, ref_weight, labels, bias=ref_bias, token_weights=token_weights, **layout, **cap
             )
+        if "kl" in stats or reads_kl(loss_type):
+            both = ((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias))
+            kl = _sequence_kl(*both, labels, token_weights, layout, cap)
     elif ref_logps is not None:
         reference = ref_logps.detach().to(policy.dtype)
+    elif ref_token_logps is not None:
+        values = ref_token_logps.detach().to(policy.dtype)
+        if token_weights is not None:
+            values = values * token_weights.detach().to(policy.dtype)
+        reference = _sums(torch.where(scored, values, 0.0), cu_seqlens)
     else:
         reference = torch.zeros_like(policy)
-    _, targets, places = _align(hidden, labels, cu_seqlens, shift, ignore_index)
-    scored = torch.zeros(labels.numel(), dtype=policy.dtype, device=labels.device)
-    scored[places] = (targets != ignore_index).to(policy.dtype)
-    counts = _sums(scored.view(labels.shape), cu_seqlens)
+    counts = _sums(scored.to(policy.dtype), cu_seqlens)
     s_w, s_l = _split(policy, pairs)
     r_w, r_l = _split(reference, pairs)
     n_w, n_l = _split(counts, pairs)
     over = s_w.shape[0] if denominator is None else denominator
     nll_scale = over / (n_w.sum().clamp(min=1) if token_denominator is None else token_denominator)
-    loss = family_loss(loss_type, beta, label_smoothing, s_w, s_l, r_w, r_l, n_w, n_l, nll_scale, loss_options)
+    kls = (None, None) if kl is None else _split(kl, pairs)
+    loss = family_loss(loss_type, beta, label_smoothing, s_w, s_l, r_w, r_l, n_w, n_l, nll_scale, loss_options, kls)
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
         loss = loss / (s_w.shape[0] if denominator is None else denominator)
-    measured = _stats(hidden, weight, labels, bias, stats, layout, cap)
+    measured = _stats(hidden, weight, labels, bias, tuple(name for name in stats if name != "kl"), layout, cap)
+    if "kl" in stats and kl is not None:
+        measured["kl"] = kl.detach()
     return ReferenceOutput(
         loss,
         (beta * (s_w - r_w)).detach(),
@@ -288,6 +313,41 @@ def dpo_loss_reference(
         r_l,
         {**measured, "tokens": counts},
     )
+
+
+def _of_labels(hidden: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the hidden states of each label. A row of a label that is not scored may be any number."""
+    return hidden if rows is None else hidden[rows.long().clamp(0, hidden.shape[0] - 1)]
+
+
+def _sequence_kl(
+    policy: tuple[Tensor, Tensor, Tensor | None],
+    reference: tuple[Tensor, Tensor, Tensor | None],
+    labels: Tensor,
+    token_weights: Tensor | None,
+    layout: dict[str, Any],
+    cap: dict[str, Any],
+) -> Tensor:
+    """Return the weighted sum over each sequence's scored tokens of ``KL(reference || policy)``, ``(S,)``.
+
+    This is ``D_SeqKL(x, y; reference || policy)`` of Zeng et al., arXiv 2404.11999. Only the policy gets a
+    gradient. Each model is hidden states, weight and bias of its head.
+    """
+    cu_seqlens, shift, ignore_index = layout.values()
+    logps, (ref_hidden, ref_weight, ref_bias) = [], reference
+    constant = (ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
+    for hidden, weight, bias in (policy, constant):
+        rows, targets, places = _align(hidden, labels, cu_seqlens, shift, ignore_index)
+        keep = targets != ignore_index
+        logps.append(_logits(rows[keep], weight, bias, **cap).log_softmax(-1))
+    ours, theirs = logps
+    impossible = theirs == -torch.inf  # such a token adds nothing, where 0 * -inf would be NaN
+    difference = torch.where(impossible, 0.0, theirs) - torch.where(impossible, 0.0, ours)
+    scored = (theirs.exp() * difference).sum(-1)
+    values = scored.new_zeros(labels.numel()).index_put((places[keep],), scored).view(labels.shape)
+    if token_weights is not None:
+        values = values * token_weights.detach().to(values.dtype)
+    return _sums(values, cu_seqlens)
 
 
 def _stats(
@@ -346,6 +406,14 @@ def _align(
         torch.cat([flat[a + 1 : b] for a, b in pieces]),
         torch.cat([places[a + 1 : b] for a, b in pieces]),
     )
+
+
+def _scored(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
+    """Return whether each label is scored, a bool tensor in the shape of the labels."""
+    _, targets, places = _align(hidden, labels, cu_seqlens, shift, ignore_index)
+    scored = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
+    scored[places] = targets != ignore_index
+    return scored.view(labels.shape)
 
 
 def _sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:

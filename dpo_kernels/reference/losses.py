@@ -20,6 +20,14 @@ def _softplus(z: Tensor) -> Tensor:
     return torch.logaddexp(z, torch.zeros_like(z))
 
 
+def reads_kl(loss_type: str | Sequence[str] | Callable[..., Tensor]) -> bool:
+    """Return whether a loss may read the KL divergence of the reference from the policy."""
+    if callable(loss_type):
+        return True
+    names = (loss_type,) if isinstance(loss_type, str) else loss_type
+    return any(name in ("tdpo1", "tdpo2") for name in names)
+
+
 def family_loss(
     loss_type: str | Sequence[str] | Callable[..., Tensor],
     beta: float,
@@ -32,11 +40,13 @@ def family_loss(
     n_l: Tensor,
     nll_scale: Tensor | float,
     options: dict[str, Any],
+    kls: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """Return the losses by pair.
 
     The formulas are written a second time here, apart from the library's, so that a slip in one of them is seen.
-    ``nll_scale`` turns a pair's sum of chosen log-probs into its part of the mean over tokens.
+    ``nll_scale`` turns a pair's sum of chosen log-probs into its part of the mean over tokens. ``kls`` are the KL
+    divergences of the reference from the policy, summed over chosen and over rejected tokens.
     """
     options = dict(options)
     weights, nll_weight = options.pop("pair_weights", 1.0), options.pop("nll_weight", None)
@@ -50,6 +60,8 @@ def family_loss(
                 chosen_tokens=n_w,
                 rejected_tokens=n_l,
                 beta=beta,
+                chosen_kl=kls[0],
+                rejected_kl=kls[1],
             )
         )
         return total * weights + (nll_weight or 0.0) * -s_w * nll_scale
@@ -69,6 +81,8 @@ def family_loss(
         n_c=n_w.clamp(min=1),
         n_r=n_l.clamp(min=1),
         nll=-s_w * nll_scale,
+        k_c=kls[0],
+        k_r=kls[1],
         o=SimpleNamespace(**options),
     )
     total = sum(weight * _FAMILY[name](sides) for weight, name in zip(mix, names, strict=True))
@@ -143,6 +157,10 @@ _FAMILY: dict[str, Callable[[Any], Tensor]] = {
     "cpo": lambda x: _smoothed(x, x.b * (x.p_c - x.p_r)),
     "orpo": _odds_ratio,
     "sft": lambda x: x.nll,
+    "tdpo1": lambda x: _softplus(x.b * (x.k_r - x.k_c) - x.b * (x.c - x.r)),
+    "tdpo2": lambda x: _softplus(
+        _option(x, "tdpo_alpha", 0.5) * (x.b * x.k_r - (x.b * x.k_c).detach()) - x.b * (x.c - x.r)
+    ),
 }
 
 _SCORES: dict[str, Callable[[Tensor, float], Tensor]] = {

@@ -1,7 +1,7 @@
 """The memory of a pass that forms gradients with the loss, and the steps that its strategies share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -171,8 +171,10 @@ class Buffers:
         scale = RowScale(state, packed.segments[start:stop], chunk.sequences[0], self.problem.head.logit_scale)
         return scale.factors(grad_S, weights_C)
 
-    def forward(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, RowState]:
+    def forward(self, start: int, stop: int, *, keep_logits: bool = False) -> tuple[Tensor, Tensor, Tensor, RowState]:
         """Compute logits of whole rows in the scratch, and record the log-probs.
+
+        With ``keep_logits`` the tile still holds the logits afterwards.
 
         Returns hidden states ``(C, H)``, labels ``(C,)``, the tile ``(C, V)`` and the state of its rows.
         """
@@ -180,7 +182,7 @@ class Buffers:
         x_CH, labels_C = self.gather(start, stop)
         tile = kernels.tile_in(self.scratch, stop - start, head.vocab)
         # The softcap's derivative needs the logits, and so does a maximum that other ranks may raise.
-        keep_logits = head.softcap is not None or self.problem.shard is not None
+        keep_logits |= head.softcap is not None or self.problem.shard is not None
         only_logps = self.problem.shard is None and not self.problem.stats and not kernels.codes_logits
         if stop > start and only_logps:
             kernels.project(x_CH, head, 0, tile)
@@ -218,9 +220,7 @@ class Buffers:
         if power is not None:
             scale_C = scale_C / power
         d = kernels.dlogits_of_state(tile, labels_C, 0, state, head, scale_C, expected)
-        if power is None or d.scale is None:
-            return d
-        return replace(d, scale=d.scale * power, x_scale=d.scale)
+        return d.with_power(power)
 
     def backward(
         self,

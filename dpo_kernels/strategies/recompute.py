@@ -58,7 +58,7 @@ def gradients(kernels: RowKernels, problem: Problem, schedule: Schedule, saved: 
 
     """
     head, packed, tile = problem.head, problem.packed, schedule.tile
-    dx, dw, db = _allocate(kernels, problem)
+    dx, dw, db = allocate(kernels, problem)
     scale_N = (-grad_N * head.logit_scale / saved.sumexp).to(saved.sumexp.dtype)
     if problem.sampling is not None:
         sampled.gradients(kernels, problem, schedule, saved, scale_N, (dx, dw, db))
@@ -92,7 +92,7 @@ def gradients(kernels: RowKernels, problem: Problem, schedule: Schedule, saved: 
     return dx, dw, db
 
 
-def _allocate(kernels: RowKernels, problem: Problem) -> Sums:
+def allocate(kernels: RowKernels, problem: Problem) -> Sums:
     """Allocate the gradients that are wanted. Those that no tile will write are set to 0."""
     need, device, (vocab, width) = problem.needs_grad, problem.hidden.device, problem.head.weight.shape
     dx = kernels.buffer(device, problem.packed.capacity + 1, width).zero_() if need.hidden else None

@@ -476,14 +476,15 @@ def test_forward_mode_is_refused_in_a_graph_too(function):
 
 
 @forward_mode
-@pytest.mark.parametrize("name", ["ref_logps", "denominator", "token_weights", "kl", "delta"])
+@pytest.mark.parametrize("name", ["ref_logps", "ref_token_logps", "denominator", "token_weights", "kl", "delta"])
 def test_what_is_never_differentiated_is_not_either_in_forward_mode(name):
     """A tangent of 0 would be a number and wrong."""
     inputs = Case(F64).tensors()
     hidden, weight, labels = (inputs[each].detach() for each in ("hidden", "weight", "labels"))
-    shapes = {"ref_logps": (labels.shape[0],), "token_weights": tuple(labels.shape)}
+    by_token = tuple(labels.shape)
+    shapes = {"ref_logps": (labels.shape[0],), "token_weights": by_token, "ref_token_logps": by_token}
     value = torch.ones(shapes.get(name, ()), dtype=F64)
-    free = {} if name == "ref_logps" else {"reference_free": True}
+    free = {} if name.startswith("ref_") else {"reference_free": True}
 
     def call(given):
         if name in ("kl", "delta"):
@@ -512,6 +513,8 @@ ONE_BATCHED = {
     "bias": lambda x: {"bias": x["bias"].expand(2, -1)},
     "token_weights": lambda x: {"token_weights": torch.ones(2, *x["labels"].shape)},
     "ref_logps": lambda x: {"ref_logps": torch.zeros(2, 4)},
+    "rows": lambda x: {"hidden": x["hidden"][0], "rows": torch.zeros(2, *x["labels"].shape, dtype=torch.int64)},
+    "ref_token_logps": lambda x: {"ref_token_logps": torch.zeros(2, *x["labels"].shape)},
     "ref_hidden": lambda x: {"ref_hidden": x["hidden"].expand(2, -1, -1, -1)},
     "denominator": lambda x: {"denominator": torch.ones(2)},
     "margin": lambda x: {"margin": torch.ones(2, 2), "loss_type": "odpo"},
@@ -524,7 +527,7 @@ def test_the_argument_that_is_batched_is_named(name):
     inputs = {name: value.detach() for name, value in small().items()} | {"ref_logps": torch.zeros(4)}
     options = ONE_BATCHED[name](inputs)
     batched = options.pop(name)
-    if name == "ref_hidden":
+    if name in ("ref_hidden", "ref_token_logps"):
         del inputs["ref_logps"]
     with pytest.raises(RuntimeError, match=f"{name} {VMAP}"):
         torch.func.vmap(lambda one: dk.fused_dpo_loss(**inputs | options | {name: one}).loss)(batched)

@@ -57,6 +57,16 @@ def scored_here(**changes):
     return {"ref_logps": None, "ref_hidden": rand(S, T, 4), "ref_weight": rand(V, 4)} | changes
 
 
+def by_token(**changes):
+    """A reference that is cached by token, changed."""
+    return {"ref_logps": None, "ref_token_logps": -rand(S, T)} | changes
+
+
+def over_rows(**changes):
+    """Labels that share two rows of the hidden states, changed."""
+    return {"hidden": rand(2, H), "rows": torch.arange(S * T).view(S, T) % 2} | changes
+
+
 def a_callable(x):
     return x.policy_rejected_logps - x.policy_chosen_logps
 
@@ -138,9 +148,9 @@ VALUE_ERRORS = {
     "logit_scale inf": ({"logit_scale": -math.inf}, "logit_scale must be finite ... got -inf"),
     # the reference
     "no reference": ({"ref_logps": None},
-        "'sigmoid' ... needs a reference and got none ... ref_hidden or ref_logps ... reference_free=True"),
+        "'sigmoid' ... needs a reference and got none ... ref_hidden, ref_logps or ... reference_free=True"),
     "no reference for ipo": ({"ref_logps": None, "loss_type": "ipo"},
-        "'ipo' ... needs a reference and got none ... ref_hidden or ref_logps ... reference_free=True"),
+        "'ipo' ... needs a reference and got none ... ref_hidden, ref_logps or ... reference_free=True"),
     "two references": ({"ref_hidden": rand(S, T, H)}, "ref_hidden and ref_logps are both given ... pass one"),
     "reference_free with ref_logps": ({"reference_free": True}, "reference_free=True and ref_logps exclude each other"),
     "reference_free with ref_hidden": (scored_here(reference_free=True),
@@ -148,6 +158,16 @@ VALUE_ERRORS = {
     "ref_logps shape": ({"ref_logps": rand(2)},
         "ref_logps has shape (2,) ... expected (4,) ... in the order of the input"),
     "ref_logps by pair": ({"ref_logps": rand(2, 2)}, "ref_logps has shape (2, 2) ... expected (4,)"),
+    "two cached references": ({"ref_token_logps": -rand(S, T)},
+        "ref_logps and ref_token_logps are both given ... pass one"),
+    "reference_free with ref_token_logps": (by_token(reference_free=True),
+        "reference_free=True and ref_token_logps exclude each other"),
+    "ref_token_logps shape": (by_token(ref_token_logps=-rand(S)),
+        "ref_token_logps has shape (4,) ... labels (4, 3) ... one for each label"),
+    "ref_token_logps elsewhere": (by_token(ref_token_logps=rand(S, T, **META)),
+        "ref_token_logps is on meta but hidden is on cpu"),
+    "ref_token_logps for a loss without a reference": (by_token(loss_type="simpo"),
+        "ref_token_logps is given, but the loss 'simpo' has no reference"),
     "ref_weight without ref_hidden": ({"ref_weight": rand(V, H)}, "ref_weight is given without ref_hidden"),
     "ref_bias without ref_hidden": ({"ref_bias": rand(V)}, "ref_bias is given without ref_hidden"),
     "ref_hidden shape": (scored_here(ref_hidden=rand(S, T + 1, 4)),
@@ -159,6 +179,38 @@ VALUE_ERRORS = {
     "ref_weight of another V": (scored_here(ref_weight=rand(V + 2, 4)),
         "ref_weight has V = 9 ... weight has V = 7 ... labels are shared"),
     "ref_bias shape": (scored_here(ref_bias=rand(V + 1)), "ref_bias has shape (8,) ... expected (7,)"),
+    # rows
+    "rows with a shift": (over_rows(shift=True), "rows says which row predicts each label ... leave shift=False"),
+    "rows without their hidden": (over_rows(hidden=rand(S, T, H)), "hidden must have shape (M, H) ... (4, 3, 5)"),
+    "rows of another shape": (over_rows(rows=whole(*LABELS)[:, :2]),
+        "labels has shape (4, 3), expected (4, 2) to match rows (4, 2)"),
+    "rows packed without cu_seqlens": (over_rows(rows=whole(*range(4))),
+        "rows has shape (4,), expected (2B, T) without cu_seqlens"),
+    "rows padded with cu_seqlens": (over_rows(cu_seqlens=whole(0, 3, 6, 9, 12)),
+        "rows has shape (4, 3), expected (N,) with cu_seqlens"),
+    "rows elsewhere": (over_rows(rows=torch.zeros(S, T, dtype=torch.int64, **META)),
+        "rows is on meta but hidden is on cpu"),
+    "rows and another ref_hidden": (over_rows(ref_logps=None, ref_hidden=rand(S, T, 4), ref_weight=rand(V, 4)),
+        "ref_hidden has shape (4, 3, 4), expected that of hidden (2, 5)"),
+    # the KL divergence from the reference
+    "kl of a cached reference": ({"stats": ("kl",)},
+        "stats='kl' needs the KL divergence ... give ref_hidden, and ref_weight ... not enough"),
+    "kl of a reference by token": (by_token(loss_type="tdpo1"),
+        "the loss 'tdpo1' needs the KL divergence ... give ref_hidden"),
+    "kl without a reference": ({"ref_logps": None, "reference_free": True, "loss_type": "tdpo2"},
+        "the loss 'tdpo2' needs the KL divergence ... give ref_hidden"),
+    "kl of a sample": (scored_here(loss_type=("sigmoid", "tdpo1"), gradient="sparse"),
+        "the loss 'sigmoid+tdpo1' does not go with gradient='sparse'"),
+    "kl by streaming": (scored_here(loss_type="tdpo1", strategy="streaming"),
+        "strategy='streaming' cannot run this: a KL divergence needs whole rows of both heads' logits"),
+    "kl by frozen_head": (scored_here(loss_type="tdpo1", strategy="frozen_head"),
+        "strategy='frozen_head' cannot run this: it keeps the derivatives of log-probs"),
+    "kl in too small a scratch": (scored_here(loss_type="tdpo1", scratch_bytes=73),
+        "scratch_bytes=73 is less than the 74 bytes that one row of both heads' logits needs"),
+    "tdpo_alpha negative": (scored_here(loss_type="tdpo2", tdpo_alpha=-0.5),
+        "tdpo_alpha must lie in [0.0, ... got -0.5"),
+    "tdpo_alpha for tdpo1": (scored_here(loss_type="tdpo1", tdpo_alpha=0.5),
+        "tdpo_alpha is not an option of the loss 'tdpo1' ... it has: none"),
     # the loss
     "loss_type unknown": ({"loss_type": "dpo"},
         "unknown loss_type 'dpo' ... known: ... hinge ... ipo ... sigmoid ... callable"),
@@ -196,7 +248,7 @@ VALUE_ERRORS = {
     # how to run
     "pairs unknown": ({"pairs": "zipped"}, "unknown pairs 'zipped' ... known: stacked, interleaved"),
     "stats unknown": ({"stats": ("entropy", "top5")},
-        "unknown stats 'top5' ... known: entropy, mean_logits, top1, log_sum_p2, token_logps"),
+        "unknown stats 'top5' ... known: entropy, mean_logits, top1, log_sum_p2, kl, token_logps"),
     "backend unknown": ({"backend": "cutlass"}, "unknown backend 'cutlass' ... known: auto, triton, cuda, cpp, torch"),
     "backend triton": ({"backend": "triton", **{n: valid()[n].double() for n in ("hidden", "weight")}},
         "backend='triton' cannot run this: ... float64"),
@@ -249,6 +301,13 @@ TYPE_ERRORS = {
     "logit_scale a str": ({"logit_scale": "1"}, "logit_scale must be a real number ... got str"),
     "ref_logps int64": ({"ref_logps": torch.ones(S, dtype=torch.int64)},
         "ref_logps must be floating point ... got torch.int64"),
+    "rows of floats": (over_rows(rows=rand(S, T)), "rows must be int32 or int64 ... got torch.float32"),
+    "rows and hidden a list": (over_rows(hidden=[[0.0] * H] * 2), "hidden must be a tensor, got list"),
+    "rows a list": (over_rows(rows=[[0] * T] * S), "rows must be a tensor, got list"),
+    "kl of other widths": (scored_here(ref_hidden=rand(S, T, 4).double(), ref_weight=rand(V, 4).double(),
+        stats=("kl",)), "stats='kl' needs logits of one dtype ... torch.float64 ... torch.float32"),
+    "ref_token_logps int64": (by_token(ref_token_logps=torch.ones(S, T, dtype=torch.int64)),
+        "ref_token_logps must be floating point ... got torch.int64"),
     "ref_logps a list": ({"ref_logps": [0.0] * 4}, "ref_logps must be a tensor ... got list"),
     "ref_hidden int64": (scored_here(ref_hidden=torch.ones(S, T, 4, dtype=torch.int64)), "ref_hidden must be float32"),
     "loss_type a number": ({"loss_type": 3}, "loss_type must be a name or a callable ... got int"),

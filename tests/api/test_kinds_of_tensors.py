@@ -29,6 +29,7 @@ def padded(**more):
 
 
 PAIRED = {"ref_logps": -rand(S), "token_weights": rand(S, T)}
+BY_TOKEN = {"ref_token_logps": -rand(S, T)}
 SCORED = {"ref_hidden": rand(S, T, 4), "ref_weight": rand(V, 4), "ref_bias": rand(V)}
 PACKED = {
     "hidden": rand(12, H),
@@ -56,6 +57,8 @@ def updated(**rewards):
 FUNCTIONS = {
     "fused_dpo_loss": (dk.fused_dpo_loss, padded(**PAIRED), ("hidden", "weight", "labels", "bias", *PAIRED)),
     "a scored reference": (dk.fused_dpo_loss, padded(**SCORED), tuple(SCORED)),
+    "by token": (dk.fused_dpo_loss, padded(**BY_TOKEN), tuple(BY_TOKEN)),
+    "rows": (dk.fused_dpo_loss, padded(hidden=rand(5, H), rows=torch.arange(12).view(S, T) % 5, **PAIRED), ("rows",)),
     "packed": (dk.fused_dpo_loss, PACKED, tuple(PACKED)),
     "numbers": (dk.fused_dpo_loss, padded(**PAIRED, **NUMBERS), tuple(NUMBERS)[:2]),
     "by pair": (

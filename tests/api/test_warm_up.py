@@ -99,6 +99,11 @@ def test_tensors_of_a_batch_stand_for_those_of_the_call(monkeypatch):
     )
     assert (seen["ref_logps"].shape, seen["margin"].shape) == ((2,), (1,))
     assert "reference_free" not in seen
+    for packed in ({}, {"cu_seqlens": torch.tensor([0, 4, 8])}):
+        seen.clear()
+        dk.warm_up(head(), rows=256, ref_token_logps=torch.zeros(8), **packed)
+        assert seen["ref_token_logps"].shape == ((256,) if packed else (2, 128))
+        assert "reference_free" not in seen
 
 
 @pytest.mark.parametrize("name", module.NOT_FOR_WARM_UP)

@@ -77,7 +77,7 @@ def positions(split: str, length: int) -> list[list[int]]:
 
 def local_part(made: dict[str, Tensor], case: dict[str, Any], kept: list[int]) -> dict[str, Tensor]:
     """The tensors of a rank that holds ``kept`` positions of each sequence, or of the packed rows."""
-    by_token = ("hidden", "ref_hidden", "labels", "token_weights")
+    by_token = ("hidden", "ref_hidden", "ref_token_logps", "labels", "token_weights")
     if not case.get("PACKED"):
         return made | {name: made[name][:, kept] for name in by_token}
     lengths = [

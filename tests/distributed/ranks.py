@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "head alone": {"TRAINED": "weight"},
     "scored reference": {"REFERENCE": "own"},
     "shared reference": {"REFERENCE": "shared", "TRAINED": "hidden"},
+    "reference by token": {"REFERENCE": "tokens", "WEIGHTS": True},
     "ipo": {"loss_type": "ipo"},
     "orpo": {"loss_type": "orpo", "REFERENCE": "none"},
     "mix": {"loss_type": ("sigmoid", "sft"), "loss_weights": (0.8, 0.2)},
@@ -69,6 +70,7 @@ def problem(case: dict[str, Any], vocab: int, dtype: torch.dtype) -> dict[str, T
     }
     labels = torch.randint(0, vocab, (S, T), generator=g)
     labels[0, :2] = labels[2, 4:] = -100
+    made["ref_token_logps"] = -torch.rand(S, T, generator=g, dtype=F64).masked_fill(labels < 0, torch.nan)
     if case.get("MASKED"):
         labels[1] = -100
     if case.get("FAR"):
@@ -94,6 +96,8 @@ def step(case: dict[str, Any], made: dict[str, Tensor], rows: slice, **how: Any)
         tensors |= {"ref_bias": torch.zeros_like(made["bias"][rows])} if case.get("BIAS") else {}
     elif reference == "shared":
         tensors["ref_hidden"] = made["hidden"] * 0.9
+    elif reference == "tokens":
+        tensors["ref_token_logps"] = made["ref_token_logps"]
     elif reference == "cached" and case.get("FUNCTION") not in ("sequences", "tokens"):
         tensors["ref_logps"] = made["ref_logps"]
     tensors["labels"] = made["labels"]

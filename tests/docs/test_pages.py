@@ -149,6 +149,8 @@ def test_the_recipes_for_losses_run():
         "weight": torch.randn(11, 4, requires_grad=True),
         "labels": labels,
         "ref_logps": -8 - torch.rand(8),
+        "ref_hidden": torch.randn(8, 5, 3),
+        "ref_weight": torch.randn(11, 3),
         "sample": lambda prompts: [["bad", "fine", "good"] for _ in prompts],
         "reward": lambda texts: [{"bad": -1.0, "fine": 0.2, "good": 1.0}[text] for text in texts],
     }

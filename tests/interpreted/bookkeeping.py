@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import losses
-from dpo_kernels.engine import passes
+from dpo_kernels.engine import places
 from dpo_kernels.kernel_interface import LogitsGradient, RowScale, RowState
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.kernels.triton.backend import TritonKernels
@@ -120,7 +120,7 @@ def input_rows() -> Iterator[Compared]:
     dx[5] = 0
     slot, factor = torch.tensor([5, 3, 0, 5, 4, 1, 2]), torch.tensor(1.7, dtype=torch.float64)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        expected = passes._to_input_rows(dx, slot, factor.float(), dtype)
+        expected = places.to_input_rows(dx, slot, factor.float(), dtype)
         got = TritonKernels.to_input_rows(dx, slot, factor, dtype)
         assert got.dtype == dtype
         yield f"input rows {dtype}", expected, got, 0.0

@@ -9,6 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import dpo_kernels as dk
 from dpo_kernels.device_specs import ChunkCosts
+from dpo_kernels.kernel_interface import Coefficients, RowsOfBoth
 from dpo_kernels.kernels import float16_range
 from dpo_kernels.kernels.triton import (
     autotune,
@@ -295,6 +296,42 @@ def test_coupled_family(loss, strategy):
 
 def test_coupled_callable():
     assert not broken_rules(Case(torch.bfloat16, options={"loss_type": coupled}), "recompute", "triton")
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "recompute"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", ["tdpo1", "tdpo2"])
+def test_divergences(loss, dtype, strategy):
+    """The rows of both heads are Triton's. torch's operations on the two tiles compute divergence and gradient."""
+    for rich, upstream in zip((False, True), UPSTREAMS, strict=True):
+        options = {"loss_type": loss, "stats": ("kl",)} | ({"softcap": 12.0, "logit_scale": 0.7} if rich else {})
+        case = Case(dtype, reference="hidden", weights=rich, bias=rich, options=options)
+        assert not broken_rules(case, strategy, "triton", 1.0 if dtype == torch.float16 else upstream), rich
+
+
+def test_divergences_that_cancel_at_the_label():
+    """The label's own value is 0, and those of the others are not: float16 holds them all the same."""
+    g = torch.Generator().manual_seed(0)
+    labels, kernels = torch.randint(0, 50, (6,), generator=g), TritonKernels(torch.float16, 2**20)
+    tiles = [3 * torch.randn(6, 50, generator=g) for _ in range(2)]
+    p, q = (tile.double().softmax(-1) for tile in tiles)
+    of_label = [each.gather(1, labels[:, None])[:, 0] for each in (p, q)]
+    of_logp = torch.full((6,), 0.25, dtype=torch.float64)
+    of_kl = of_logp * (1 - of_label[0]) / (of_label[1] - of_label[0])
+    want = (of_logp - of_kl)[:, None] * p + of_kl[:, None] * q
+    want[torch.arange(6), labels] -= of_logp
+    assert float(want.gather(1, labels[:, None]).abs().max()) < 1e-9
+    states = []
+    for tile in tiles:
+        state = kernels.new_state(6, tile.device, ())
+        kernels.reduce(state, tile, labels, 0)
+        states.append(state)
+    rows = RowsOfBoth(tiles[0], states[0], tiles[1], states[1])
+    d = kernels.dlogits_of_both_(rows, labels, Head(torch.zeros(50, 4)), Coefficients(of_logp, of_kl))
+    assert d.values.dtype == torch.float16
+    got = d.values.double() * d.scale.double()[:, None]  # D is g onehot - (g - k) p - k q
+    for row, right in zip(got, -want, strict=True):
+        torch.testing.assert_close(row, right, rtol=0, atol=2**-10 * float(right.abs().max()))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -56,7 +56,7 @@ def products():
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.Tensor, "is_cuda", property(lambda tensor: True)))
         stack.enter_context(patch("dpo_kernels.problem.traced", lambda tensor: False))
-        stack.enter_context(patch.object(passes, "_autocast_off", lambda tensor: ExitStack()))
+        stack.enter_context(patch.object(passes, "autocast_off", lambda tensor: ExitStack()))
         stack.enter_context(patch.object(torch.cuda, "device", lambda device: ExitStack()))
         if HAS_TRITON:
             stack.enter_context(patch("triton.runtime.jit.JITFunction.run", lambda kernel, *given, **options: None))

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from dpo_kernels.losses import LOSSES, LossSpec, registry
 from dpo_kernels.reference import dpo_loss_reference
 from dpo_kernels.reference.losses import family_loss as oracle_losses
 from dpo_kernels.shapes import sum_dtype
-from tests.hand_worked import F64, HAND, LN2, LN3, OPTIONS, Row, at, f64, half, parts_of, referenced
+from tests.hand_worked import F64, HAND, HAND_KL, LN2, LN3, OPTIONS, Row, at, f64, half, parts_of, referenced
 from tests.problems import META, rand, says, whole
 
 close = torch.testing.assert_close
@@ -35,7 +36,9 @@ def losses_of(policy, reference, tokens, **options):
 
 
 def test_every_loss_has_a_row():
-    assert {spec.name for case in HAND for spec in parts_of(case)} == set(LOSSES)
+    with_kl = {with_kl.row.options["loss_type"] for with_kl in HAND_KL.values()}
+    assert with_kl == {name for name, spec in LOSSES.items() if spec.needs_kl}
+    assert {spec.name for case in HAND for spec in parts_of(case)} | with_kl == set(LOSSES)
 
 
 @pytest.mark.parametrize("case", HAND)
@@ -50,6 +53,52 @@ def test_value_and_gradient_by_hand(case):
     beta, (s_w, s_l, r_w, r_l) = row.options["beta"], (value or 0.0 for value in row.logps)
     close(chosen_rewards, f64(beta * (s_w - r_w)), rtol=1e-15, atol=0)
     close(rejected_rewards, f64(beta * (s_l - r_l)), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("case", HAND_KL)
+def test_value_and_gradient_by_hand_with_kl(case):
+    given = HAND_KL[case]
+    kl = [f64(value).requires_grad_() for value in given.kl]
+    sides, (loss, *_) = given.row.call(requires_grad=True, chosen_kl=kl[0], rejected_kl=kl[1])
+    close(loss.detach(), f64(given.row.loss), rtol=1e-14, atol=0)
+    loss.sum().backward()
+    wanted = (given.row.chosen_grad, given.row.rejected_grad, given.chosen_kl_grad, given.rejected_kl_grad)
+    for leaf, grad in zip((*sides, *kl), wanted, strict=True):
+        close(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, f64(grad), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("case", HAND_KL)
+def test_the_oracle_agrees_with_kl(case):
+    """The oracle's formula, on the same numbers, which are no two alike."""
+    policy, reference, tokens = batch()
+    kl = [torch.rand(6, generator=torch.Generator().manual_seed(seed), dtype=F64).requires_grad_() for seed in (3, 4)]
+    options = dict(HAND_KL[case].row.options)
+    got = losses_of(policy, reference, tokens, **options, chosen_kl=kl[0], rejected_kl=kl[1])
+    name, beta = options.pop("loss_type"), options.pop("beta")
+    want = oracle_losses(name, beta, 0.0, *policy, *reference, *tokens, 1.0, options, tuple(kl))
+    close(got, want, rtol=1e-13, atol=0)
+    ours, theirs = (torch.autograd.grad(each.sum(), kl, allow_unused=True) for each in (got, want))
+    for one, two in zip(ours, theirs, strict=True):
+        close(one, two, rtol=1e-13, atol=0)
+
+
+BAD_KL = {
+    "the loss 'tdpo1' needs chosen_kl and rejected_kl, and rejected_kl is missing": {"chosen_kl": torch.zeros(6)},
+    "needs chosen_kl and rejected_kl, and chosen_kl is missing": {"rejected_kl": torch.zeros(6)},
+    "chosen_kl has shape (5,), expected (P,)": {"chosen_kl": torch.zeros(5), "rejected_kl": torch.zeros(6)},
+    "rejected_kl must be floating point": {"chosen_kl": torch.zeros(6), "rejected_kl": torch.zeros(6).long()},
+    "chosen_kl is given, but the loss 'sigmoid' does not read it": {
+        "chosen_kl": torch.zeros(6),
+        "loss_type": "sigmoid",
+    },
+}
+
+
+@pytest.mark.parametrize("words", BAD_KL)
+def test_bad_kl(words):
+    policy, reference, tokens = batch()
+    with pytest.raises((ValueError, TypeError), match=re.escape(words)):
+        losses_of(policy, reference, tokens, **{"loss_type": "tdpo1"} | BAD_KL[words])
 
 
 # Where an argument lies on a bound: torch's own clamp has the slope 1 there up to 2.13 and 0 from 2.14 on. A bound on
@@ -339,6 +388,7 @@ def test_register_has_the_properties_of_an_entry(monkeypatch):
     values = {
         "separable": False,
         "needs_reference": False,
+        "needs_kl": True,
         "difference": "mean",
         "averages": True,
         "beta_positive": True,
@@ -413,9 +463,12 @@ def test_a_callable_sees_every_field():
 
     got = losses_of(policy, reference, tokens, loss_type=mine, beta=0.3)
     close(got, 0.3 * policy[0], rtol=0, atol=0)
-    given = (*policy, *reference, *tokens, 0.3)
     assert tuple(seen) == LossInputs._fields
-    for name, value in zip(LossInputs._fields, given, strict=True):
+    assert seen["chosen_kl"] is seen["rejected_kl"] is None
+    kl = f64(*range(6)), f64(*range(6, 12))
+    mine.needs_kl = True
+    losses_of(policy, reference, tokens, loss_type=mine, beta=0.3, chosen_kl=kl[0], rejected_kl=kl[1])
+    for name, value in zip(LossInputs._fields, (*policy, *reference, *tokens, 0.3, *kl), strict=True):
         close(seen[name], value, rtol=0, atol=0)
 
 

@@ -6,6 +6,7 @@ green, write the test that goes red, and enter both. ``records.py`` says what an
 
 from tests.mutants.around import AROUND
 from tests.mutants.core import CORE
+from tests.mutants.divergence import DIVERGENCE
 from tests.mutants.gpu import GPU
 from tests.mutants.kernels import KERNELS
 from tests.mutants.memory import MEMORY
@@ -19,5 +20,5 @@ from tests.mutants.trl_engines import TRL_ENGINES
 
 MUTANTS: tuple[Mutant, ...] = (
     *(*CORE, *KERNELS, *AROUND, *PATHS, *SAMPLED),
-    *(*TENSOR_PARALLEL, *SHARDED, *TRL_ENGINES, *STACKS, *GPU, *MEMORY),
+    *(*TENSOR_PARALLEL, *SHARDED, *TRL_ENGINES, *STACKS, *GPU, *MEMORY, *DIVERGENCE),
 )

@@ -4,6 +4,86 @@ from tests.mutants.records import Mutant
 
 _EQUIVALENCE = "tests/strategies/test_equivalence.py::test_equivalence[torch.float64"
 
+_REFERENCE = [
+    Mutant(
+        "dpo_kernels/engine/places.py",
+        "sums_S = segment_sum(_of_packed_tokens(values_R, packed, problem.shift), packed.weights, packed.counts)",
+        "sums_S = segment_sum(_of_packed_tokens(values_R, packed, problem.shift), None, packed.counts)",
+        "tests/api/test_token_references.py::test_agrees_with_the_oracle",
+        "a reference that is cached by token is summed without the tokens' weights",
+    ),
+    Mutant(
+        "dpo_kernels/engine/places.py",
+        "moved_R = _labels_to_rows(values_R, shift, forward=False)",
+        "moved_R = values_R",
+        "tests/api/test_token_references.py::test_agrees_with_the_oracle",
+        "a reference that is cached by token is not shifted",
+    ),
+    Mutant(
+        "dpo_kernels/engine/places.py",
+        "return sums_S if problem.context is None else problem.context.complete(sums_S)",
+        "return sums_S",
+        "tests/distributed/test_context_parallel.py::test_split_equals_whole",
+        "a reference that is cached by token is summed over this rank's tokens only",
+    ),
+]
+
+_TILED = [
+    Mutant(
+        "dpo_kernels/tiled_weight.py",
+        "found = torch.where(here[:, None], part, found)",
+        "found = part",
+        "tests/api/test_tiled_weight.py::test_is_the_whole_weight",
+        "labels' rows come from the last tile alone",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/torch_kernels.py",
+        "head.weight.rows_between(start + left, start + right)",
+        "head.weight.rows_between(left, right)",
+        "tests/api/test_tiled_weight.py::test_is_the_whole_weight",
+        "cut rows are multiplied by the first tiles of the head",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/torch_kernels.py",
+        "row_bytes = row_values * (self.dtype.itemsize + operand.itemsize)",
+        "row_bytes = 1",
+        "tests/api/test_tiled_weight.py::test_the_head_is_never_whole",
+        "a head that comes in tiles is made whole",
+    ),
+]
+
+_SHARED = "tests/api/test_shared_rows.py::"
+_SHARED_ROWS = [
+    Mutant(
+        "dpo_kernels/shapes.py",
+        "index = self.index if self.shared is None else self.shared.index",
+        "index = self.index.clamp(max=hidden_RH.shape[0] - 1)",
+        _SHARED + "test_agrees_with_the_oracle",
+        "labels read the row at their own place",
+    ),
+    Mutant(
+        "dpo_kernels/engine/places.py",
+        "scale.index_select(0, shared.order)[:, None]",
+        "scale[: shared.order.shape[0], None]",
+        _SHARED + "test_log_probs",
+        "tokens of a shared row get the upstream gradients of others",
+    ),
+    Mutant(
+        "dpo_kernels/engine/autograd.py",
+        "packed_tokens = replace(problem.packed, shared=ctx.shared)",
+        "packed_tokens = problem.packed",
+        _SHARED + "test_log_probs",
+        "the backward pass reads other rows than the forward pass",
+    ),
+    Mutant(
+        "dpo_kernels/inputs/packing.py",
+        "bad = used & ((rows_N < 0) | (rows_N >= num_rows))",
+        "bad = used & ((rows_N < 0) | (rows_N > num_rows))",
+        _SHARED + "test_a_row_that_is_not_there_is_named",
+        "a row one past the last is read",
+    ),
+]
+
 _ROWS = [
     Mutant(
         "dpo_kernels/inputs/packing.py",
@@ -352,28 +432,28 @@ _STRATEGIES = [
         "the last block in the weight gradient's memory alone reaches the hidden states",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
+        "dpo_kernels/engine/places.py",
         "part = dx.index_select(0, places)",
         "part = dx.index_select(0, slot[: places.shape[0]])",
         "tests/strategies/test_sums.py::test_every_block_of_a_copied_gradient_is_the_gradient",
         "hidden states beyond the first block of the copy get the gradients of the first",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
+        "dpo_kernels/engine/places.py",
         "part.mul_(scale if scale.dim() == 0 else scale.index_select(0, places)[:, None])",
         "part.mul_(scale if scale.dim() == 0 else scale.index_select(0, slot[: places.shape[0]])[:, None])",
         "tests/strategies/test_sums.py::test_every_block_of_a_copied_gradient_is_the_gradient",
         "upstreams by row beyond the first block of the copy are those of the first",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
+        "dpo_kernels/engine/places.py",
         "out[start : start + step] = grad[start : start + step] * factor",
         "out[start : start + step] = grad[:step][: grad.shape[0] - start] * factor",
         "tests/strategies/test_sums.py::test_every_block_of_a_copied_gradient_is_the_gradient",
         "the head's gradient beyond the first block of the copy is that of the first",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
+        "dpo_kernels/engine/places.py",
         "= grad[start : start + step] * factor",
         "= grad[start : start + step] * (factor if start == 0 else 1.0)",
         "tests/strategies/test_sums.py::test_every_block_of_a_copied_gradient_is_the_gradient",
@@ -401,9 +481,9 @@ _STRATEGIES = [
         "log-probs of a bad label are a number",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
-        "grad_R = _labels_to_rows(grad_out, shift, forward=False)",
-        "grad_R = _labels_to_rows(grad_out, shift, forward=True)",
+        "dpo_kernels/engine/places.py",
+        "moved_R = _labels_to_rows(values_R, shift, forward=False)",
+        "moved_R = _labels_to_rows(values_R, shift, forward=True)",
         "tests/api/test_autograd.py::test_gradcheck_logps",
         "upstreams of shifted tokens move the wrong way",
     ),
@@ -724,8 +804,8 @@ _SHARDS = [
     ),
     Mutant(
         "dpo_kernels/strategies/buffers.py",
-        "keep_logits = head.softcap is not None or self.problem.shard is not None",
-        "keep_logits = head.softcap is not None",
+        "keep_logits |= head.softcap is not None or self.problem.shard is not None",
+        "keep_logits |= head.softcap is not None",
         _SPLIT,
         "a tile holds exponentials under a maximum that another rank has raised",
     ),
@@ -830,6 +910,9 @@ _CONTEXTS = [
 CORE: tuple[Mutant, ...] = (
     *_CONTEXTS,
     *_SHARDS,
+    *_REFERENCE,
+    *_SHARED_ROWS,
+    *_TILED,
     *_ROWS,
     *_CALLS,
     *_PLAN,

@@ -44,8 +44,8 @@ SAMPLED = (
     ),
     Mutant(
         "dpo_kernels/engine/autograd.py",
-        "sampling=ctx.sampling or problem.sampling)",
-        "sampling=None)",
+        "sampling = ctx.sampling or problem.sampling",
+        "sampling = None",
         f"{_TEST}test_log_probs[True-torch]",
         "the backward pass forgets that gradients are sampled",
     ),
@@ -113,8 +113,8 @@ SAMPLED = (
         "indices of a coalesced tensor do not ascend",
     ),
     Mutant(
-        "dpo_kernels/engine/passes.py",
-        "_scaled_copy(grad.values(), factor, dtype), grad.shape)",
+        "dpo_kernels/engine/places.py",
+        "scaled_copy(grad.values(), factor, dtype), grad.shape)",
         "grad.values().to(dtype), grad.shape)",
         f"{_ROWS}test_dtypes_and_loss_scales_round_once[1024.0-chunked-torch.bfloat16-torch]",
         "a sparse gradient misses the upstream gradient",

@@ -15,8 +15,8 @@ SHARDED = (
     ),
     Mutant(
         "dpo_kernels/engine/autograd.py",
-        "    return total, logps, means, _by_label(tokens, problem)\n",
-        "    return total if problem.packed.used else total.detach(), logps, means, _by_label(tokens, problem)\n",
+        "    return total, logps, means, by_label(tokens, problem), tuple(of_both)\n",
+        "    return total if problem.packed.used else total.detach(), logps, means, by_label(tokens, problem), ()\n",
         f"{FOUR}::test_training_equals_one_process[training on four: nothing scored]",
         "a micro-batch in which nothing is scored is not connected to the graph",
     ),

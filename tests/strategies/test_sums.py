@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from dpo_kernels.engine import passes
+from dpo_kernels.engine import places
 from dpo_kernels.kernels import extension
 from dpo_kernels.kernels.cpp import CppKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels
@@ -44,7 +44,7 @@ def test_every_block_of_a_copied_gradient_is_the_gradient(monkeypatch, dtype, st
     """Gradients of more than 16 MiB are copied in several blocks: here of three rows, with the bits of one block."""
     case = Case(dtype, bias=True, weights=True, frozen=frozen)
     whole = gradients(case, strategy, upstream=1 / 3)
-    monkeypatch.setattr(passes, "CPU_COPY_BYTES", 3 * case.tensors()["hidden"].shape[-1] * 4)
+    monkeypatch.setattr(places, "CPU_COPY_BYTES", 3 * case.tensors()["hidden"].shape[-1] * 4)
     for got, wanted in zip(gradients(case, strategy, upstream=1 / 3), whole, strict=True):
         assert wanted.any()
         assert torch.equal(got, wanted)

@@ -92,6 +92,8 @@ NAMES = (
     *("sigmoid", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"),
     *("discopop", "sigmoid_norm", "odpo", "rebel", "cal_dpo", "dpop", "aot", "aot_unpaired", *NO_REFERENCE),
 )
+# These read a KL divergence, and have no case: the record is of one machine, and older than they are.
+WITHOUT_CASES = ("tdpo1", "tdpo2")
 SMOOTHED = ("sigmoid", "robust", "exo_pair", "odpo", "aot", "aot_unpaired", "simpo", "cpo")
 SCORED = ("sigmoid", "robust", "hinge", "nca_pair", "bco_pair", "sppo_hard", "cal_dpo", "dpop", "aot_unpaired")
 FAMILY: dict[str, dict[str, Any]] = {
