@@ -131,7 +131,6 @@ DPO_AVX512_BF16 inline void strip(int64_t pairs, const uint16_t* a, int64_t a_st
 
 using Strip = void (*)(int64_t, const uint16_t*, int64_t, const uint16_t*, float*, int64_t, int64_t, bool);
 constexpr Strip kStrips[] = {nullptr, strip<1>, strip<2>, strip<3>, strip<4>, strip<5>, strip<6>};
-constexpr int64_t kStripRows = 6;
 
 }  // namespace
 

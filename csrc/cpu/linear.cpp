@@ -59,13 +59,13 @@ Matrix even_rows(const Linear& of, Aligned<uint16_t>& copy) {
 }
 
 // Computes all logits, block by block. `on_block` is called for each, by many threads. `on_group` is called after each
-// group of whole columns with the first of these, and how many there are.
+// group of blocks of columns with the number of these.
 template <typename OnBlock, typename OnGroup>
 void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_group) {
     const Product* product = product_of_this_machine();
     DPO_CHECK(product != nullptr, "this machine has no fast product of bfloat16 matrices, or "
               "torch.backends.mkldnn is switched off");
-    const int64_t reach = up(of.width, 2), row_blocks = (of.rows + kRows - 1) / kRows;
+    const int64_t reach = up(of.width, 2), row_blocks = (of.rows + product->rows - 1) / product->rows;
     const int64_t group = std::max(kCols, kPackedElements / std::max<int64_t>(reach, 1) / kCols * kCols);
     Aligned<uint16_t> right, copy;
     right.reserve(std::min(group, up(of.cols, kCols)) * reach);
@@ -86,8 +86,8 @@ void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_gr
             Aligned<float> logits;
             logits.reserve(kRows * kCols);
             for (int64_t task = first; task < last; task++) {
-                const int64_t row = task / col_blocks * kRows, n = task % col_blocks, col = first_col + n * kCols;
-                const LogitsBlock block{logits.data(), row, std::min(kRows, of.rows - row), col,
+                const int64_t row = task / col_blocks * product->rows, n = task % col_blocks, col = first_col + n * kCols;
+                const LogitsBlock block{logits.data(), row, std::min(product->rows, of.rows - row), col,
                                         std::min(kCols, of.cols - col)};
                 for (int64_t k = 0; k < of.width; k += kDepth) {
                     product->block(block.rows, block.cols, up(std::min(kDepth, of.width - k), 2), x.at(row, k),
@@ -102,7 +102,7 @@ void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_gr
             }
             if (product->finish) product->finish();
         });
-        on_group(first_col / kCols, col_blocks);
+        on_group(col_blocks);
     }
 }
 
@@ -197,7 +197,7 @@ void linear_reduce_(const Tensor& x, const Tensor& weight, const std::optional<T
             pass.encode(block.tile(0), {all.data + block.row * all.stride + block.col, all.stride, largest, 0}, 0,
                         block.rows);
         },
-        [&](int64_t, int64_t blocks) {
+        [&](int64_t blocks) {
             parallel_for(0, of.rows, kRows, [&](int64_t first, int64_t last) {
                 pass.merge(state, parts.at(0, 0), blocks, of.rows, first, last);
             });
@@ -252,7 +252,7 @@ void linear_dlogits_(const Tensor& x, const Tensor& weight, const std::optional<
             how.residual = moved(how.residual, block.row);
             passes<float>().dlogits(block.tile(start), how, 0, block.rows);
         },
-        [](int64_t, int64_t) {});
+        [](int64_t) {});
 }
 
 void dlogits_of_codes_(const Tensor& codes, const Tensor& highest, const Tensor& out, const Tensor& labels,

@@ -9,7 +9,7 @@
 
 namespace dpo_kernels {
 
-constexpr int64_t kRows = 126;                // rows of a block of the result, a multiple of what our block kernel takes
+constexpr int64_t kRows = 128;                // rows of a block of the result, at most
 constexpr int64_t kCols = 256;                // columns of a block, the most that brgemm takes
 constexpr int64_t kDepth = 2048;              // products that are summed at a time
 constexpr int64_t kDepthStep = 32;            // depths are multiples of it, as torch keeps a kernel for each depth
@@ -53,6 +53,7 @@ private:
 struct Product {
     const char* name;
     Block block;
+    int64_t rows;      // of a block of the result, at most kRows
     int64_t panel;     // columns of a panel of the packed right operand, a divisor of kCols
     void (*finish)();  // called by each thread after its last block; null for nothing
 };
