@@ -280,6 +280,11 @@ class RowKernels(ABC):
 
     # --- optional: a sample of the logits' gradient ---
 
+    @staticmethod
+    def sample_bytes(dtype: torch.dtype, rows: int, cols: int, tau: float) -> int:
+        """Return the most bytes that the sample of a tile ``(rows, cols)`` and its products take beside the tile."""
+        return 0
+
     def sample_dlogits(
         self,
         tile: Tensor,
@@ -288,16 +293,21 @@ class RowKernels(ABC):
         head: Head,
         sampling: Sampling,
         exponentiated: bool = False,
+        expected: float = 1.0,
     ) -> SparseGradient | None:
         """Return an unbiased sample of what ``dlogits_`` returns, or None where it has too many entries to pay.
 
+        A backend where a device decides that returns a gradient of its own, which may be the exact one. It lies in the
+        tile, which nobody may then overwrite before the products.
+
         Args:
-            tile: ``(C, Vt)`` logits, or ``exp(z - max)`` if ``exponentiated``. It is not changed.
+            tile: ``(C, Vt)`` logits, or ``exp(z - max)`` if ``exponentiated``. Where None is returned it is as before.
             start: the vocabulary's column that comes first in the tile, a multiple of ``sampling.BLOCK``.
             of_rows: what is known of the rows.
             head: the head that made the logits. Its softcap is differentiated.
             sampling: threshold and seed.
             exponentiated: whether ``reduce`` has left ``exp(z - max)`` in the tile.
+            expected: see ``dlogits_``.
 
         """
         raise NotImplementedError(f"{self.name} samples no gradients")

@@ -133,7 +133,7 @@ class Problem:
             static=self.static,
             tracing=tracing,
             fills_main_grad=self.main_grad is not None,
-            samples=self.sampling is not None,
+            tau=None if self.sampling is None else self.sampling.tau,
             shard_ranks=0 if self.shard is None else self.shard.ranks,
             context_ranks=0 if self.context is None else self.context.ranks,
             most_counts=None if self.context is None else self.context.most,
@@ -177,7 +177,7 @@ class Workload:
     static: bool = False  # the host never learns the counts
     tracing: bool = False  # the call is inside torch.compile or torch.export
     fills_main_grad: bool = False  # the head's gradient is added to the caller's buffer
-    samples: bool = False  # gradients are those of a sample of the logits' gradient
+    tau: float | None = None  # threshold of the sample that gradients are made of; None means exact ones
     shard_ranks: int = (
         0  # ranks that the vocabulary is split over, 0 for a whole one; ``vocab`` is then the largest shard
     )
@@ -190,6 +190,11 @@ class Workload:
     gathered_bytes: tuple[int, int] = (0, 0)
     schedules: dict[Any, Schedule] = field(init=False, default_factory=dict, compare=False, repr=False)  # by budget
     reference: "Workload | None" = None  # the workload of a reference that is scored in the call
+
+    @property
+    def samples(self) -> bool:
+        """Whether gradients are those of a sample of the logits' gradient."""
+        return self.tau is not None
 
     @property
     def shared_counts(self) -> Sequence[int] | None:

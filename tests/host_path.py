@@ -93,7 +93,7 @@ def on_a_gpu_of_stubs(scored: int | Sequence[int]) -> Iterator[Stubs]:
 
     from dpo_kernels.inputs import packing
     from dpo_kernels.kernels import torch_kernels
-    from dpo_kernels.kernels.triton import backend
+    from dpo_kernels.kernels.triton import backend, launch_matmul
     from dpo_kernels.planning import plan, refusals
     from dpo_kernels.planning.tables import divide_scratch
 
@@ -105,6 +105,7 @@ def on_a_gpu_of_stubs(scored: int | Sequence[int]) -> Iterator[Stubs]:
         patch.object(JITFunction, "run", lambda kernel, *given, **options: stubs.kernel(kernel, *given, **options)),
         patch.object(torch_kernels, "_matmul_into", stubs.gemm),
         patch.object(packing, "_on_the_host", stubs.sync(packing._on_the_host)),
+        patch.object(launch_matmul, "target_of", lambda device: "sm_90"),
         patch.object(refusals, "refuse_triton_on", lambda *given, **facts: None),
         patch.object(plan, "refuse_triton_on", lambda *given, **facts: None),
         patch.object(plan, "divide_scratch", lambda size, name, dtype, device: divide_scratch(size, name, dtype, GPU)),
@@ -128,6 +129,7 @@ def step_of(
     trainable: bool = True,
     scores_reference: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    gradient: str = "dense",
 ) -> Callable[[], None]:
     """Return a forward and backward pass of DPO in 16 bits, with a cached reference or one that is scored in it."""
     vocab, width = 512, 64
@@ -140,6 +142,7 @@ def step_of(
         reference = {"ref_hidden": hidden.detach().clone(), "ref_weight": weight.detach().clone()}
     tile_bytes = 2 * pairs * length // chunks * vocab * 6  # a quarter more is the workspace
     options = {"strategy": "chunked", "backend": "triton", "scratch_bytes": -(-tile_bytes * 4 // 3)}
+    options["gradient"] = gradient
 
     def step() -> None:
         hidden.grad = weight.grad = None

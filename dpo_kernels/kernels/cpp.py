@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowState, SampledRows, SparseGradient
-from dpo_kernels.kernels import torch_kernels
 from dpo_kernels.kernels.extension import ExtensionKernels
 from dpo_kernels.kernels.installed import constant_in_graphs
+from dpo_kernels.kernels.sampling import most_entries
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.shapes import Head, Sampling, accumulation_dtype
 
@@ -73,6 +73,12 @@ class CppKernels(ExtensionKernels):
         # torch does not count what our operators write, and out_VtH may be the caller's main_grad.
         torch.autograd.graph.increment_version(out_VtH)
 
+    @staticmethod
+    def sample_bytes(dtype: torch.dtype, rows: int, cols: int, tau: float) -> int:
+        """See ``RowKernels``; threads collect entries in memory that may be twice too large, which is then copied."""
+        _, entries = most_entries(rows, cols, CppKernels.most_sampled(dtype), tau)
+        return 3 * entries * (4 + accumulation_dtype(dtype).itemsize)
+
     def sample_dlogits(
         self,
         tile: Tensor,
@@ -81,6 +87,7 @@ class CppKernels(ExtensionKernels):
         head: Head,
         sampling: Sampling,
         exponentiated: bool = False,
+        expected: float = 1.0,
     ) -> SparseGradient | None:
         """See ``RowKernels``; one pass over the tile."""
         offsets, columns, values = torch.ops.dpo_kernels.sample_rows(
@@ -95,7 +102,7 @@ class CppKernels(ExtensionKernels):
             sampling.tau,
             head.softcap,
             exponentiated,
-            int(torch_kernels.MOST_SAMPLED * tile.numel()),
+            int(self.most_sampled(self.dtype) * tile.numel()),
         )
         return SparseGradient(offsets, columns, values, of_rows.scale) if offsets.shape[0] else None
 

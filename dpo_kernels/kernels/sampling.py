@@ -31,6 +31,17 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
+def most_entries(rows: int, cols: int, share: float, tau: float) -> tuple[int, int]:
+    """Return how many entries of a tile may be expected where its sample is taken, and how many are kept at most.
+
+    ``share`` is the part of the tile whose products cost as much as those of the whole tile. A row of finite logits is
+    expected to keep ``1 / tau`` entries at most, the label, and what rounding adds. A block keeps at most one entry
+    more than is expected of it.
+    """
+    limit = min(int(share * rows * cols), rows * (int(min(1.01 / tau, cols)) + 2))
+    return limit, min(limit + rows * -(-cols // BLOCK), rows * cols)
+
+
 def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, ...]) -> tuple[Tensor | int, ...]:
     """Return four words of Philox-4x32-10. Counters are four words, and keys two, as int64 in ``[0, 2**32)``."""
     c0, c1, c2, c3 = counter

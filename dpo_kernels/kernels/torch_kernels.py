@@ -21,7 +21,7 @@ from dpo_kernels.kernel_interface import (
     rescale,
 )
 from dpo_kernels.kernels import float16_range
-from dpo_kernels.kernels.sampling import sample
+from dpo_kernels.kernels.sampling import most_entries, sample
 from dpo_kernels.shapes import Head, Sampling, accumulation_dtype, spans
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -33,6 +33,8 @@ BLOCK_TEMPORARIES = 2
 # A sample with more entries than this part of the tile is given up for the products of the whole tile. The number is a
 # choice: an entry costs several times its part of a product.
 MOST_SAMPLED = 1 / 16
+# Numbers of 8 bytes, and values, that an entry of a sample has at most while the head's gradient is formed from it.
+ENTRY_INDICES, ENTRY_VALUES = 8, 4
 SAMPLING_BYTES = 64  # of temporaries for each logit while a sample is drawn
 
 
@@ -224,16 +226,19 @@ class TorchKernels(RowKernels):
 
     def grad_weight(self, d: LogitsGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
         """See ``RowKernels``."""
+        _matmul_into(d.values.t(), self.scaled_rows(d, x_CH), out_VtH, accumulate, alpha=2.0**-d.x_exponent)
+
+    @staticmethod
+    def scaled_rows(d: LogitsGradient, x_CH: Tensor) -> Tensor:
+        """Return rows of X as the product for the head's gradient reads them, times what ``d`` leaves to them."""
         scale_C = d.scale if d.x_scale is None else d.x_scale
         if scale_C is None:
-            x_CH = x_CH.to(d.values.dtype)
-        else:
-            scale_C = scale_C * 2.0**d.x_exponent if d.x_exponent else scale_C
-            x_CH = torch.mul(x_CH, scale_C[:, None], out=torch.empty_like(x_CH, dtype=d.values.dtype))
-        _matmul_into(d.values.t(), x_CH, out_VtH, accumulate, alpha=2.0**-d.x_exponent)
+            return x_CH.to(d.values.dtype)
+        scale_C = scale_C * 2.0**d.x_exponent if d.x_exponent else scale_C
+        return torch.mul(x_CH, scale_C[:, None], out=torch.empty_like(x_CH, dtype=d.values.dtype))
 
     def grad_bias(self, d: LogitsGradient, start: int, out_Vt: Tensor, accumulate: bool) -> None:
-        """See ``RowKernels``. The rounding residual of the labels' values is added back."""
+        """See ``RowKernels``."""
         if d.scale is None:
             product = d.values.sum(dim=0, dtype=out_Vt.dtype)
         elif d.values.dtype == d.scale.dtype:
@@ -242,12 +247,28 @@ class TorchKernels(RowKernels):
             product = torch.empty_like(out_Vt)
             self.grad_weight(d, d.values.new_ones(d.values.shape[0], 1), product[:, None], accumulate=False)
         _put(out_Vt, product, accumulate)
+        self.add_residual_to_bias(d, start, out_Vt)
+
+    @staticmethod
+    def add_residual_to_bias(d: LogitsGradient, start: int, out_Vt: Tensor) -> None:
+        """Add the rounding residuals of the labels' values to the columns from ``start``."""
         if d.residual is not None:
             # The residual is 0 where the label is not among these columns. index_put_ adds in a fixed order.
             column = (d.labels - start).clamp(0, out_Vt.shape[0] - 1)
             scale_C = d.scale if d.x_scale is None else d.x_scale
             residual_C = d.residual if scale_C is None else d.residual * scale_C
             out_Vt.index_put_((column,), residual_C.to(out_Vt.dtype), accumulate=True)
+
+    @staticmethod
+    def most_sampled(dtype: torch.dtype) -> float:
+        """Return the part of a tile's entries above which its sample is given up, for a dtype of the operands."""
+        return MOST_SAMPLED
+
+    @staticmethod
+    def sample_bytes(dtype: torch.dtype, rows: int, cols: int, tau: float) -> int:
+        """See ``RowKernels``. Sorting by column takes most of them."""
+        _, entries = most_entries(rows, cols, TorchKernels.most_sampled(dtype), tau)
+        return entries * (ENTRY_INDICES * 8 + ENTRY_VALUES * accumulation_dtype(dtype).itemsize)
 
     def sample_dlogits(
         self,
@@ -257,10 +278,11 @@ class TorchKernels(RowKernels):
         head: Head,
         sampling: Sampling,
         exponentiated: bool = False,
+        expected: float = 1.0,
     ) -> SparseGradient | None:
         """See ``RowKernels``. On a GPU each block of rows costs a sync."""
         rows, cols = tile.shape
-        most, kept = int(MOST_SAMPLED * rows * cols), 0
+        most, kept = int(self.most_sampled(self.dtype) * rows * cols), 0
         counts: list[Tensor] = []
         columns: list[Tensor] = []
         values: list[Tensor] = []
@@ -268,14 +290,14 @@ class TorchKernels(RowKernels):
             z, part = tile[top:bottom], slice(top, bottom)
             e = z if exponentiated else (z - of_rows.max[part, None]).exp_()
             label = (of_rows.labels[part] - start)[:, None] == torch.arange(cols, device=tile.device)
-            chosen, value, expected = sample(e, label, of_rows.sumexp[part], of_rows.tokens[part], start, sampling)
+            chosen, value, likely = sample(e, label, of_rows.sumexp[part], of_rows.tokens[part], start, sampling)
             value = torch.where(label, -of_rows.others[part, None], value)
             if head.softcap is not None:
                 value = value * (z / head.softcap).square_().neg_().add_(1.0)
             counts.append(chosen.sum(dim=1))
             columns.append(chosen.nonzero()[:, 1])
             values.append(value[chosen])
-            kept += int(expected.sum())
+            kept += int(likely.sum())
             if kept > most:
                 return None
         offsets = torch.cat([of_rows.labels.new_zeros(1), torch.cat(counts).cumsum(0)])

@@ -108,6 +108,15 @@ class Plan:
         return 0 if self.schedule is None else extra_bytes(self.workload, self.schedule)
 
     @property
+    def sample_bytes(self) -> int:
+        """The most bytes that the entries of a sampled tile take, or 0 where gradients are exact."""
+        workload = self.workload
+        if workload.tau is None or not any(workload.needs_grad):
+            return 0
+        kernels = BACKENDS[self.backend].load()
+        return kernels.sample_bytes(workload.dtype, self.tile.rows, self.tile.cols, workload.tau)
+
+    @property
     def peak_bytes(self) -> int:
         """The most bytes that the pass with the scratch holds beside its inputs, or the reference's if that holds more.
 
@@ -120,7 +129,7 @@ class Plan:
             grads += workload.vocab * row
         # The rows of a chunk are gathered, and scaled. A token has some forty numbers of at most eight bytes.
         rows = min(tokens, self.tile.rows) * 2 * (row + workload.width * workload.dtype.itemsize) + tokens * 40 * 8
-        scratch = self.tile_bytes + self.budget.workspace_bytes + self.extra_bytes
+        scratch = self.tile_bytes + self.budget.workspace_bytes + self.extra_bytes + self.sample_bytes
         return max(scratch + grads + rows, 0 if self.reference is None else self.reference.peak_bytes)
 
     def out_of_memory(self) -> str:
@@ -178,7 +187,7 @@ class Plan:
             f"  N={workload.num_tokens} scored tokens{most}, H={workload.width}, V={workload.vocab}, "
             + str(workload.dtype).removeprefix("torch."),
             f"  GEMM passes (2 N H V FLOP each): {self.gemms} policy + {self.reference_gemms} reference",
-            *(["  gradients are those of a sample of the logits' gradient"] if workload.samples else []),
+            *self._about_the_sample(),
             f"  logits tile {tile.rows} x {tile.cols} ({_size(used)}{limit}){self._number_of_chunks()}",
         ]
         if self.logits_in_weight_grad:
@@ -193,6 +202,12 @@ class Plan:
             lines.append(f"  collectives: {number}, to which this rank brings {_size(sent)}: {what}")
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
         return "\n".join(lines)
+
+    def _about_the_sample(self) -> list[str]:
+        """Return the line about gradients of a sample, if they are."""
+        if not self.workload.samples:
+            return []
+        return [f"  gradients are those of a sample of the logits' gradient, {_size(self.sample_bytes)} at most"]
 
     def _number_of_chunks(self) -> str:
         """Return the end of the line about the tile, or nothing where the host does not know the lengths."""

@@ -213,7 +213,7 @@ class Buffers:
         if sampling is not None:
             tokens_C = self.problem.packed.index[start : start + labels_C.shape[0]]
             of_rows = SampledRows.of(labels_C, state.max, state.others, state.sumexp, scale_C, tokens_C)
-            sampled = kernels.sample_dlogits(tile, 0, of_rows, head, sampling, state.exponentiated)
+            sampled = kernels.sample_dlogits(tile, 0, of_rows, head, sampling, state.exponentiated, expected)
             if sampled is not None:
                 return sampled
         if power is not None:

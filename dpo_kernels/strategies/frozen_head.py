@@ -63,7 +63,7 @@ def _whole_rows(
         tokens_C = problem.packed.index[start : start + labels_C.shape[0]]
         scale_C = head.logit_scale / state.sumexp
         of_rows = SampledRows.of(labels_C, state.max, state.others, state.sumexp, scale_C, tokens_C)
-        sampled = kernels.sample_dlogits(z, 0, of_rows, head, sampling, state.exponentiated)
+        sampled = kernels.sample_dlogits(z, 0, of_rows, head, sampling, state.exponentiated, head.logit_scale)
         if sampled is not None:
             kernels.sparse_grad_hidden(sampled, head, 0, out_CH, accumulate=False)
             return

@@ -85,7 +85,7 @@ def gradients(
             z = kernels.tile_in(scratch, chunk.stop - chunk.start, right - left)
             kernels.project(x_CH, head, left, z)
             d: LogitsGradient | SparseGradient | None
-            d = kernels.sample_dlogits(z, left, of_rows, head, problem.sampling)
+            d = kernels.sample_dlogits(z, left, of_rows, head, problem.sampling, expected=head.logit_scale)
             if d is None:
                 d = kernels.dlogits_(z, labels_C, left, *sums, head, scale_C, False, head.logit_scale)
             of_tile = (

@@ -14,15 +14,17 @@ from dpo_kernels.kernels.triton import (
     launch_matmul,
     launch_pack,
     launch_rows,
+    launch_sparse,
     matmul_kernels,
     pack_kernels,
     row_kernels,
     sequence_loss,
+    sparse_kernels,
 )
 from dpo_kernels.shapes import Head
 from tests.cases import Case, broken_rules
 from tests.certain import broken, certain, off_log_probs
-from tests.interpreted import bookkeeping
+from tests.interpreted import bookkeeping, sparse
 from tests.triton_tools.interpreter import IntegerOverflow, sanitize
 
 # The modules of the kernels, and those that launch them.
@@ -32,6 +34,7 @@ MODULES = {
     "matmul_kernels": matmul_kernels,
     "pack_kernels": pack_kernels,
     "hidden_kernels": hidden_kernels,
+    "sparse_kernels": sparse_kernels,
 }
 LAUNCHED_BY = {
     "row_kernels": launch_rows,
@@ -39,6 +42,7 @@ LAUNCHED_BY = {
     "matmul_kernels": launch_matmul,
     "pack_kernels": launch_pack,
     "hidden_kernels": launch_hidden,
+    "sparse_kernels": launch_sparse,
 }
 
 # what: (module, text of the kernel, text instead of its first occurrence)
@@ -185,6 +189,63 @@ MUTATIONS = {
         "tl.load(token_weights_ptr + at + SHIFT",
         "tl.load(token_weights_ptr + at",
     ),
+    "the same random number for all rows": ("sparse_kernels", "low = token.to(tl.int32) + zero", "low = zero"),
+    "the upper half of a token's row": ("sparse_kernels", "(token >> 32).to(tl.int32) + zero", "zero"),
+    "every tile begins with the first block": ("sparse_kernels", "(start + left) // SAMPLED +", "left // SAMPLED +"),
+    "a grid of another width": ("sparse_kernels", "word // (2**32 // UNITS)", "word // (2**33 // UNITS)"),
+    "lengths are cut and not rounded": ("sparse_kernels", "e * per_unit + 0.5", "e * per_unit"),
+    "entries of less than half a unit": ("sparse_kernels", ", 1.0), 0.0)", ", 0.0), 0.0)"),
+    "the label takes a place on the line": ("sparse_kernels", "inside & (own == 0) & (e > 0)", "inside & (e > 0)"),
+    "truncation": ("sparse_kernels", "(large | hit).to(tl.int32)", "(large | (hit & large)).to(tl.int32)"),
+    "the label is kept only if large": ("sparse_kernels", "inside & (own | (", "inside & (("),
+    "padding is sampled": ("sparse_kernels", "    inside = at < cols\n    own", "    inside = at < cols + 7\n    own"),
+    "small entries count as they are": (
+        "sparse_kernels",
+        "value = tl.where(lengths > 0, ",
+        "value = tl.where(lengths < 0, ",
+    ),
+    "the label's value lacks the one": ("sparse_kernels", "tl.where(at == column, -others, value)", "value"),
+    "a sample without the softcap's slope": (
+        "sparse_kernels",
+        "value = value * _cap_slope(z, softcap)",
+        "value = value",
+    ),
+    "a limit that is exceeded by one": ("sparse_kernels", "axis=0) > limit)", "axis=0) > limit + 1)"),
+    "certain entries are not expected": ("sparse_kernels", "tl.sum(certain, axis=0) + tl.sum(units", "tl.sum(units"),
+    "blocks of rows on top of each other": ("sparse_kernels", "placed += tl.sum", "placed = tl.sum"),
+    "entries of groups on top of each other": ("sparse_kernels", "place + before[:, None] + tl", "place + tl"),
+    "entries of a row without its factor": (
+        "sparse_kernels",
+        "tl.load(scale_ptr + of_tile,",
+        "tl.load(scale_ptr + of_tile * 0,",
+    ),
+    "the tile's first column is forgotten": (
+        "sparse_kernels",
+        "(of_tile.to(tl.int64) + first)",
+        "(of_tile.to(tl.int64))",
+    ),
+    "a sum that is not added": ("sparse_kernels", "total += tl.load(out, mask=inside, other=0.0)", "total += 0.0"),
+    "a sample beside the exact gradient": (
+        "sparse_kernels",
+        "    if tl.load(too_many_ptr) != 0:\n        return\n    row = tl.program_id(0).to(tl.int64)\n    begin",
+        "    row = tl.program_id(0).to(tl.int64)\n    begin",
+    ),
+    "the exact gradient beside a sample": (
+        "sparse_kernels",
+        "if tl.load(flag_ptr) == 0:",
+        "if tl.load(flag_ptr) == 2:",
+    ),
+    "a product that forgets its factor": (
+        "sparse_kernels",
+        "total *= tl.load(scale_ptr + rows,",
+        "total *= tl.load(scale_ptr + 0 * rows,",
+    ),
+    "a product that is not added": (
+        "sparse_kernels",
+        "total += tl.load(places, mask=written, other=0.0)",
+        "total += 0.0",
+    ),
+    "float16's power is left in": ("sparse_kernels", "        total *= alpha\n", "        total *= 1.0\n"),
     "bias of the wrong columns": ("matmul_kernels", "tl.load(b_ptr + cols, ", "tl.load(b_ptr + cols - cols, "),
 }
 
@@ -207,6 +268,8 @@ def _caught(module: str = "") -> bool:
     """By any of the cases; those that say the most about ``module`` come first."""
     if module == "pack_kernels":
         return _packing_differs()
+    if module == "sparse_kernels":
+        return _samples_differ()
     if module in ("hidden_kernels", "sequence_loss", "row_kernels") and _bookkeeping_differs():
         return True
     strategies = STRATEGIES[::-1] if module == "matmul_kernels" else STRATEGIES
@@ -261,6 +324,27 @@ def _packing_differs() -> bool:
     return False
 
 
+def _samples_differ() -> bool:
+    """Samples and products beside the oracle's, in each way that they may be taken or given up."""
+    share = "dpo_kernels.kernels.torch_kernels.MOST_SAMPLED"
+    try:
+        with sanitize(), pytest.MonkeyPatch.context() as patch:
+            if sparse.differences_of_the_lengths():
+                return True
+            patch.setattr(share, 16.0)
+            sampled = (sparse.problem("peaked"), sparse.problem("gaussian", cols=300, softcap=5.0))
+            if any(sparse.differences_of_the_sample(given) for given in sampled):
+                return True
+            few = sparse.problem("peaked", cols=70)
+            for most, differs in ((16.0, sparse.differences_of_the_products), (1e-4, sparse.differences_of_the_exact)):
+                patch.setattr(share, most)
+                if differs(few, torch.float32, True) or differs(few, torch.float16, False):
+                    return True
+            return bool(sparse.differences_of_the_limit(sampled[0])) or bool(sparse.differences_of_the_places())
+    except Exception:  # noqa: BLE001 - any report of the sanitizer counts
+        return True
+
+
 def _ties_are_broken() -> bool:
     """Equal logits in different tiles: the first column must win."""
     case = Case(torch.float32, options={"stats": ("top1",)})
@@ -295,6 +379,7 @@ def _one_reading_differs() -> bool:
 def test_the_kernels_as_they_are_pass():
     assert not _caught()
     assert not _packing_differs()
+    assert not _samples_differ()
     assert not _bookkeeping_differs()
 
 

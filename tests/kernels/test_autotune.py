@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from dpo_kernels import losses
-from dpo_kernels.kernel_interface import LogitsGradient
+from dpo_kernels.kernel_interface import LogitsGradient, SampledRows
 from dpo_kernels.kernels import kept_files
 from dpo_kernels.kernels.triton import (
     autotune,
@@ -26,14 +26,16 @@ from dpo_kernels.kernels.triton import (
     launch_matmul,
     launch_pack,
     launch_rows,
+    launch_sparse,
     matmul_kernels,
     pack_kernels,
     row_kernels,
     sequence_loss,
+    sparse_kernels,
 )
 from dpo_kernels.kernels.triton.autotune import FULL_ROWS, Choice
 from dpo_kernels.kernels.triton.configs import MatrixLaunch
-from dpo_kernels.shapes import Head
+from dpo_kernels.shapes import Head, Sampling
 from tests.triton_tools.configurations import CONFIGURATIONS
 
 FAMILY = (MatrixLaunch(128, 128, 64, 8, 3), MatrixLaunch(64, 256, 32, 8, 4), MatrixLaunch(128, 256, 64, 8, 3, tma=True))
@@ -461,7 +463,7 @@ def launched(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: seen.setdefault(self.name, (guarding[-1] if guarding else None, kwargs))
 
-    for module in (launch_rows, launch_matmul, launch_pack, launch_hidden):
+    for module in (launch_rows, launch_matmul, launch_pack, launch_hidden, launch_sparse):
         monkeypatch.setattr(module, "on_device", on)
     for module, names in (
         (row_kernels, ("apply_bias_scale_cap", "reduce_rows", "dlogits_rows", "softmax_grad_rows", "float16_scales")),
@@ -469,6 +471,7 @@ def launched(monkeypatch):
         (matmul_kernels, ("linear_logps", "linear_dlogits")),
         (pack_kernels, ("count_scored", "write_packed")),
         (hidden_kernels, ("add_label_rows", "to_input_rows", "scale_and_round")),
+        (sparse_kernels, ("count_sample", "place_rows", "write_sample", "add_kept_rows", "product_if")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Kernel(name))
@@ -495,6 +498,9 @@ def launch_every_kernel():
     launch_pack.write(given, launch_pack.count(given), None, 4, static=False)
     kernels.sequence_loss(state.max, None, counts, zero.expand(2), zero, losses.bind("sigmoid", 0.1, 0.0, {}))
     kernels.stream_logps(x, head, labels, ())
+    of_rows = SampledRows.of(labels, *[state.max] * 4, labels)
+    d = kernels.sample_dlogits(tile, 0, of_rows, head, Sampling(0.5, 0))
+    kernels.sparse_grad_hidden(d, head, 0, torch.zeros(4, 8), accumulate=False)
 
 
 def test_every_launch_is_guarded(launched):
@@ -513,6 +519,11 @@ def test_every_launch_is_guarded(launched):
         "sigmoid_sequence_loss",
         "linear_logps",
         "linear_dlogits",
+        "count_sample",
+        "place_rows",
+        "write_sample",
+        "add_kept_rows",
+        "product_if",
     }
     assert launched.keys() == names
     assert [name for name, (tensor, _) in launched.items() if tensor is None] == []
@@ -521,12 +532,12 @@ def test_every_launch_is_guarded(launched):
 def test_the_gate_compiles_with_the_options_of_the_launches(launched):
     """What would be launched under another default of Triton, or by another number of warps, was judged by nobody."""
     launch_every_kernel()
-    assert len(launched) == 13
+    assert len(launched) == 18
     for name, (_, given) in launched.items():
         judged = [each.options for each in CONFIGURATIONS if each.kernel.__name__ == name]
         assert judged
         for options in judged:
             assert options.keys() <= given.keys()
-            assert options["enable_fp_fusion"] is given["enable_fp_fusion"] is True
-            if not name.startswith("linear"):  # whose launches are families
+            assert options["enable_fp_fusion"] is given["enable_fp_fusion"] is not name.endswith("_sample")
+            if not name.startswith(("linear", "product")):  # whose launches are families
                 assert options == {option: given[option] for option in options}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from benchmarks import model
+from benchmarks import model, sparse_model
 from dpo_kernels.api.warm_up import LENGTH
 from tests import host_path
 from tests.host_path import Launches, cost, on_a_gpu_of_stubs, step_of
@@ -46,6 +46,18 @@ def test_the_model_of_gpus_has_the_launches(dtype, trainable, scores_reference):
     for chunks in (1, 2, 4):
         found = cost(step_of(8, 64, chunks, **facts, dtype=getattr(torch, dtype)), 64)
         assert found.total == model.launches_of_ours(chunks, **facts, dtype=dtype), (chunks, found)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_sparse_step_has_the_launches_of_its_model_and_no_further_sync(dtype):
+    """Whether a sample is taken is decided on the device. Both ways are launched, and no number comes to the host."""
+    for chunks in (1, 2, 4):
+        found = cost(step_of(8, 64, chunks, dtype=getattr(torch, dtype), gradient="sparse"), 64)
+        assert found.total == sparse_model.launches_of_sparse(chunks, dtype), (chunks, found)
+        assert found.gemms == chunks
+        assert found.ours["product_if"] == found.ours["add_kept_rows"] == 2 * chunks
+        assert found.torch["copy to the host"] == 1
+        assert found.torch.keys().isdisjoint({"_local_scalar_dense", "nonzero", "is_nonzero", "equal"})
 
 
 def test_the_way_to_the_first_product_does_not_grow_with_the_pairs():

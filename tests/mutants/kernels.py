@@ -98,8 +98,8 @@ _TORCH = [
     ),
     Mutant(
         "dpo_kernels/kernels/torch_kernels.py",
-        "x_CH = torch.mul(x_CH, scale_C[:, None], out=",
-        "x_CH = torch.mul(x_CH, 1.0, out=",
+        "return torch.mul(x_CH, scale_C[:, None], out=",
+        "return torch.mul(x_CH, 1.0, out=",
         f"{_EQUIVALENCE}float64-chunked-torch]",
         "the head's gradient forgets the coefficients",
     ),

@@ -36,8 +36,8 @@ SAMPLED = (
     ),
     Mutant(
         "dpo_kernels/strategies/sampled.py",
-        "z, left, of_rows, head, problem.sampling)",
-        "z, 0, of_rows, head, problem.sampling)",
+        "z, left, of_rows, head, problem.sampling, ",
+        "z, 0, of_rows, head, problem.sampling, ",
         f"{_MEAN}[gaussian-cut rows-40-torch]",
         "a tile forgets which column comes first",
     ),

@@ -319,3 +319,33 @@ def test_the_estimate_is_what_a_forward_pass_takes(name):
         if name == "recompute":
             kept[0].backward()
     assert live.peak <= plan.peak_bytes <= 1.4 * live.peak
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "recompute"])
+def test_the_estimate_counts_the_entries_of_a_sample(monkeypatch, strategy):
+    """Logits that are all equal keep the most. What entries take is told from a step with next to none."""
+    monkeypatch.setattr("dpo_kernels.kernels.torch_kernels.MOST_SAMPLED", 1.0)
+    hidden, weight = torch.zeros(8, 64, 16).requires_grad_(), torch.randn(2048, 16).requires_grad_()
+    labels = torch.randint(0, 2048, (8, 64))
+    peaks, plans = [], []
+    for tau in (1.0, 2.0**-9):
+        options = {
+            "gradient": "sparse",
+            "tau": tau,
+            "scratch_bytes": 8 * 2**20,
+            "backend": "torch",
+            "strategy": strategy,
+            "reference_free": True,
+        }
+        plans.append(dk.explain(hidden, weight, labels, **options))
+        live = Live()
+        live.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in (hidden, weight, labels)}
+        with live:
+            dk.fused_dpo_loss(hidden, weight, labels, **options).loss.backward()
+        peaks.append(live.peak)
+    few, many = plans
+    assert many.sample_bytes > 20 * few.sample_bytes
+    assert peaks[1] <= many.peak_bytes
+    assert peaks[1] - peaks[0] <= many.sample_bytes <= 2.5 * (peaks[1] - peaks[0])
+    assert f"{many.sample_bytes / 2**20:.1f}" in str(many)
+    assert dk.explain(hidden, weight, labels, reference_free=True).sample_bytes == 0

@@ -11,10 +11,19 @@ from typing import Any
 import torch
 
 from dpo_kernels.kernels import float16_range
+from dpo_kernels.kernels.sampling import BLOCK, UNITS
 from dpo_kernels.kernels.torch_kernels import SIXTEEN_BIT
-from dpo_kernels.kernels.triton import hidden_kernels, matmul_kernels, pack_kernels, row_kernels, sequence_loss
+from dpo_kernels.kernels.triton import (
+    hidden_kernels,
+    matmul_kernels,
+    pack_kernels,
+    row_kernels,
+    sequence_loss,
+    sparse_kernels,
+)
 from dpo_kernels.kernels.triton.configs import (
     COMPILE_OPTIONS,
+    ENTRIES,
     HIDDEN_BLOCK,
     HIDDEN_WARPS,
     PACK_BLOCK,
@@ -22,6 +31,9 @@ from dpo_kernels.kernels.triton.configs import (
     ROW_BLOCK,
     ROW_WARPS,
     SAFE_SHIFT,
+    SAMPLE_GROUPS,
+    SAMPLE_OPTIONS,
+    SAMPLE_WARPS,
     SUM_BLOCK,
     SUM_WARPS,
     MatrixLaunch,
@@ -125,10 +137,11 @@ def _softmax_grad(cols: int) -> Configuration:
     )
 
 
-def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
+def _dlogits(cols: int, dtype: torch.dtype, softcap: bool, conditional: bool = False) -> Configuration:
     rounded = dtype in SIXTEEN_BIT
     arguments: dict[str, Any] = {
         "tile_ptr": torch.float32,
+        "flag_ptr": torch.int32 if conditional else torch.int64,
         "out_ptr": dtype,
         "labels_ptr": torch.int64,
         **dict.fromkeys(("max_ptr", "others_ptr", "scale_ptr", "residual_ptr"), torch.float32),
@@ -138,9 +151,10 @@ def _dlogits(cols: int, dtype: torch.dtype, softcap: bool) -> Configuration:
         "softcap": 30.0,
         **dict.fromkeys(("HAS_SCALE", "HAS_RESIDUAL"), rounded),
         "HAS_SOFTCAP": softcap,
+        "CONDITIONAL": conditional,
     }
     return Configuration(
-        f"dlogits_rows V={cols} {_plain(dtype)}{' softcap' if softcap else ''}",
+        f"dlogits_rows V={cols} {_plain(dtype)}{' softcap' if softcap else ''}{' conditional' if conditional else ''}",
         row_kernels.dlogits_rows,
         {**arguments, **PADDED_ROWS},
         ROWS,
@@ -172,6 +186,7 @@ def _of_row_kernels() -> Iterator[Configuration]:
         yield _softmax_grad(cols)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield _dlogits(128256, dtype, softcap=False)
+        yield _dlogits(128256, dtype, softcap=False, conditional=True)
     yield _dlogits(50257, torch.bfloat16, softcap=False)
     yield _dlogits(256000, torch.bfloat16, softcap=True)
     yield _float16_scales()
@@ -253,21 +268,24 @@ def _packing(labels: torch.dtype, weights: torch.dtype | None, bounds: bool) -> 
 def _of_hidden_kernels() -> Iterator[Configuration]:
     width, options = 4096, {"num_warps": HIDDEN_WARPS}
     sizes: dict[str, Any] = {"width": width, "BLOCK": HIDDEN_BLOCK}
-    yield Configuration(
-        "add_label_rows",
-        hidden_kernels.add_label_rows,
-        {
-            **sizes,
-            "out_ptr": torch.float32,
-            "weight_ptr": torch.bfloat16,
-            "labels_ptr": torch.int64,
-            "residual_ptr": torch.float32,
-            "vocab": 128256,
-            **dict.fromkeys(("out_stride", "weight_stride"), width),
-            "weight_col_stride": 1,
-        },
-        options,
-    )
+    for conditional in (False, True):
+        yield Configuration(
+            f"add_label_rows{' conditional' if conditional else ''}",
+            hidden_kernels.add_label_rows,
+            {
+                **sizes,
+                "flag_ptr": torch.int32 if conditional else torch.int64,
+                "out_ptr": torch.float32,
+                "weight_ptr": torch.bfloat16,
+                "labels_ptr": torch.int64,
+                "residual_ptr": torch.float32,
+                "vocab": 128256,
+                **dict.fromkeys(("out_stride", "weight_stride"), width),
+                "weight_col_stride": 1,
+                "CONDITIONAL": conditional,
+            },
+            options,
+        )
     for dtype in (torch.bfloat16, torch.float16):
         yield Configuration(
             f"scale_and_round {_plain(dtype)}",
@@ -294,6 +312,75 @@ def _of_hidden_kernels() -> Iterator[Configuration]:
             },
             options,
         )
+
+
+# --- sparse gradients ------------------------------------------------------------------------------------------
+
+
+def _sample(cols: int, softcap: bool) -> Iterator[Configuration]:
+    """Both passes over a tile."""
+    int32 = ("rows_ptr", "columns_ptr", "too_many_ptr")
+    arguments: dict[str, Any] = {
+        "tile_ptr": torch.float32,
+        **dict.fromkeys(("labels_ptr", "tokens_ptr", "seed_ptr"), torch.int64),
+        **dict.fromkeys(("max_ptr", "sumexp_ptr"), torch.float32),
+        "cols": cols,
+        "row_stride": padded(cols, GPU_ROW_ALIGNMENT),
+        "start": 0,
+        "tau": 2.0**-12,
+        "UNITS": UNITS,
+        "PADDED": True,
+        "GROUPS": SAMPLE_GROUPS,
+        "SAMPLED": BLOCK,
+    }
+    options, kind = {"num_warps": SAMPLE_WARPS, **SAMPLE_OPTIONS}, f"V={cols}{' softcap' if softcap else ''}"
+    counted = {"counts_ptr": torch.int32, "expected_ptr": torch.int64}
+    if not softcap:
+        yield Configuration(f"count_sample {kind}", sparse_kernels.count_sample, {**arguments, **counted}, options)
+    written = {"offsets_ptr": torch.int64, **dict.fromkeys(int32, torch.int32), "values_ptr": torch.float32}
+    given = {"others_ptr": torch.float32, "softcap": 30.0, "HAS_SOFTCAP": softcap}
+    yield Configuration(f"write_sample {kind}", sparse_kernels.write_sample, {**arguments, **written, **given}, options)
+
+
+def _kept_rows(matrix: torch.dtype, by_column: bool, add: bool) -> Configuration:
+    width = 4096
+    arguments: dict[str, Any] = {
+        **dict.fromkeys(("begins_ptr", "order_ptr"), torch.int64),
+        **dict.fromkeys(("rows_ptr", "columns_ptr", "too_many_ptr"), torch.int32),
+        **dict.fromkeys(("values_ptr", "scale_ptr", "out_ptr"), torch.float32),
+        "matrix_ptr": matrix,
+        "first": 0,
+        **dict.fromkeys(("width", "matrix_stride", "out_stride"), width),
+        "matrix_col_stride": 1,
+        "BY_COLUMN": by_column,
+        "ADD": add,
+        "ENTRIES": ENTRIES,
+        "BLOCK": HIDDEN_BLOCK,
+    }
+    kind = f"{_plain(matrix)}{' by column' if by_column else ''}{' add' if add else ''}"
+    return Configuration(f"add_kept_rows {kind}", sparse_kernels.add_kept_rows, arguments, {"num_warps": HIDDEN_WARPS})
+
+
+def _of_sparse_kernels() -> Iterator[Configuration]:
+    yield from _sample(128256, softcap=False)
+    yield from _sample(50257, softcap=False)
+    yield from _sample(256000, softcap=True)
+    yield Configuration(
+        "place_rows",
+        sparse_kernels.place_rows,
+        {
+            "counts_ptr": torch.int32,
+            **dict.fromkeys(("expected_ptr", "offsets_ptr"), torch.int64),
+            "too_many_ptr": torch.int32,
+            "rows": 2048,
+            "limit": 2048 * 1002,
+            "BLOCK": PACK_BLOCK,
+        },
+        {"num_warps": PACK_WARPS},
+    )
+    for matrix in (torch.float32, torch.bfloat16, torch.float16):
+        yield _kept_rows(matrix, by_column=False, add=False)
+        yield _kept_rows(matrix, by_column=True, add=True)
 
 
 # --- matmul kernels -----------------------------------------------------------------------------------------
@@ -363,6 +450,36 @@ def _logits_gradient(
     )
 
 
+def _product(target: str, dtype: torch.dtype, transposed: bool) -> Configuration:
+    """A product for dX, or for dW. The vocabulary is a multiple of 16, without which loads of a tile are narrow."""
+    launch, rows, width, vocab = family_of("product_if", target, dtype)[0], 2048, 4096, 128256
+    arguments: dict[str, Any] = {
+        "flag_ptr": torch.int32,
+        **dict.fromkeys(("d_ptr", "b_ptr"), dtype),
+        **dict.fromkeys(("scale_ptr", "out_ptr"), torch.float32),
+        "total_rows": rows,
+        **dict.fromkeys(("tile_cols", "d_stride"), vocab),
+        "width": width,
+        **dict.fromkeys(("b_stride", "out_stride"), width),
+        "alpha": 1.0,
+        "TRANSPOSED": transposed,
+        "HAS_SCALE": not transposed,
+        "ADD": transposed,
+        "BLOCK_M": launch.block_rows,
+        "BLOCK_N": launch.block_cols,
+        "BLOCK_K": launch.block_width,
+        "PRECISION": "ieee",
+    }
+    return Configuration(
+        f"product_if {_plain(dtype)}{' transposed' if transposed else ''} {launch}",
+        sparse_kernels.product_if,
+        arguments,
+        launch.options,
+        dtype != torch.float32,
+        (target,),
+    )
+
+
 def _kind(dtype: torch.dtype, width: int, vocab: int, extras: bool, stats: bool) -> str:
     sizes = f"H={width} V={vocab} {_plain(dtype)}"
     return f"{sizes}{' bias softcap' if extras else ''}{' stats' if stats else ''}"
@@ -389,6 +506,9 @@ def _of_matmul_kernels() -> Iterator[Configuration]:
             logps, gradient = (family_of(name, target, dtype)[0] for name in ("linear_logps", "linear_dlogits"))
             yield _logps(target, logps, dtype, width, vocab, extras, stats=False)
             yield _logits_gradient(target, gradient, dtype, width, vocab, extras)
+        for dtype in (bf16, torch.float16, torch.float32):
+            for transposed in (False, True):
+                yield _product(target, dtype, transposed)
 
 
 _WITHOUT_COMPILE_OPTIONS = [
@@ -396,8 +516,9 @@ _WITHOUT_COMPILE_OPTIONS = [
     *(_sequence_loss(weights, scale=False) for weights in (None, torch.float32, torch.float64)),
     *(_sequence_loss(weights, scale=True) for weights in (None, torch.float32, torch.float64)),
     *_of_hidden_kernels(),
+    *_of_sparse_kernels(),
     *_packing(torch.int64, None, bounds=False),
     *_packing(torch.int32, torch.bfloat16, bounds=True),
     *_of_matmul_kernels(),
 ]
-CONFIGURATIONS = [replace(each, options={**each.options, **COMPILE_OPTIONS}) for each in _WITHOUT_COMPILE_OPTIONS]
+CONFIGURATIONS = [replace(each, options={**COMPILE_OPTIONS, **each.options}) for each in _WITHOUT_COMPILE_OPTIONS]

@@ -2,16 +2,23 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_kernels.kernel_interface import LogitsGradient, RowScale, RowState
+from dpo_kernels.kernel_interface import LogitsGradient, RowScale, RowState, SampledRows, SparseGradient
+from dpo_kernels.kernels.sampling import most_entries
 from dpo_kernels.kernels.torch_kernels import SIXTEEN_BIT, TorchKernels
-from dpo_kernels.kernels.triton import autotune, launch_hidden, launch_matmul, launch_rows
+from dpo_kernels.kernels.triton import autotune, launch_hidden, launch_matmul, launch_rows, launch_sparse
+from dpo_kernels.kernels.triton.launch_sparse import ENTRY_BYTES, DeviceSample
 from dpo_kernels.loss_interface import SequenceLoss
-from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head
+from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head, Sampling
+
+# With matrix instructions a sample is given up at a part of the tile that is so many times smaller. By the model of
+# GPUs (benchmarks/sparse_model.py) that pays from 1/123 of the tile on an H100, 1/83 on an H200 and 1/59 on an A100.
+MATRIX_INSTRUCTIONS = 8
 
 
 class TritonKernels(TorchKernels):
@@ -77,12 +84,28 @@ class TritonKernels(TorchKernels):
     ) -> LogitsGradient:
         """See ``RowKernels``; 16-bit operands are scaled, and written beside the tile."""
         assert not exponentiated, "this backend keeps the logits"
+        return self._dlogits_if(None, tile, labels_C, start, max_C, others_C, head, scale_C, expected)
+
+    def _dlogits_if(
+        self,
+        flag: Tensor | None,
+        tile: Tensor,
+        labels_C: Tensor,
+        start: int,
+        max_C: Tensor,
+        others_C: Tensor,
+        head: Head,
+        scale_C: Tensor | None,
+        expected: float,
+    ) -> LogitsGradient:
+        """Do ``dlogits_``. Where a flag, 0-d int32, is 0 the values are undefined and the residual is 0."""
         if not self.rounds_operands(tile):
-            launch_rows.dlogits_rows(tile, tile, labels_C, start, max_C, others_C, None, None, head.softcap)
+            launch_rows.dlogits_rows(tile, tile, labels_C, start, max_C, others_C, None, None, head.softcap, flag)
             return LogitsGradient(tile, scale_C, labels_C)
-        out, residual = self.empty_operands_like(tile), torch.empty_like(max_C)
+        out = self.empty_operands_like(tile)
+        residual = torch.empty_like(max_C) if flag is None else torch.zeros_like(max_C)
         applied, left = self.scales_before_rounding(scale_C, others_C, expected)
-        launch_rows.dlogits_rows(tile, out, labels_C, start, max_C, others_C, applied, residual, head.softcap)
+        launch_rows.dlogits_rows(tile, out, labels_C, start, max_C, others_C, applied, residual, head.softcap, flag)
         return LogitsGradient(out, left, labels_C, residual, self.x_exponent(expected))
 
     def reduce_and_dlogits(self, state: RowState, tile: Tensor, labels_C: Tensor, head: Head) -> LogitsGradient:
@@ -160,6 +183,64 @@ class TritonKernels(TorchKernels):
         return LogitsGradient(out, left, labels_C, residual, self.x_exponent(expected))
 
     @staticmethod
+    def most_sampled(dtype: torch.dtype) -> float:
+        """See ``TorchKernels``; matrix instructions multiply whole tiles faster."""
+        return TorchKernels.most_sampled(dtype) / (MATRIX_INSTRUCTIONS if dtype in SIXTEEN_BIT else 1)
+
+    @staticmethod
+    def sample_bytes(dtype: torch.dtype, rows: int, cols: int, tau: float) -> int:
+        """See ``RowKernels``; the memory for entries has a fixed size, and is sorted whole."""
+        _, entries = most_entries(rows, cols, TritonKernels.most_sampled(dtype), tau)
+        return entries * ENTRY_BYTES + (cols + 1) * 16
+
+    def sample_dlogits(
+        self,
+        tile: Tensor,
+        start: int,
+        of_rows: SampledRows,
+        head: Head,
+        sampling: Sampling,
+        exponentiated: bool = False,
+        expected: float = 1.0,
+    ) -> DeviceSample:
+        """See ``RowKernels``; the device decides whether the sample is taken, so the exact gradient comes with it."""
+        assert not exponentiated, "this backend keeps the logits"
+        d = launch_sparse.sample_rows(tile, start, of_rows, head.softcap, sampling, self.most_sampled(self.dtype))
+        of_rows_exactly = (of_rows.labels, start, of_rows.max, of_rows.others, head, of_rows.scale)
+        return replace(d, exact=self._dlogits_if(d.too_many, tile, *of_rows_exactly, expected))
+
+    def sparse_grad_hidden(self, d: SparseGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
+        """See ``RowKernels``; one of two sums is taken, as the device decides."""
+        sample, exact = _parts(d)
+        if not out_CH.numel():
+            return
+        launch_sparse.add_kept_rows(sample, head.weight, start, out_CH, by_column=False, accumulate=accumulate)
+        weight_VtH, values = self._weight(head)[start : start + sample.cols], exact.values
+        how: dict[str, Any] = {"transposed": False, "accumulate": accumulate}
+        launch_sparse.product_if(sample.too_many, values, weight_VtH, exact.scale, out_CH, **how)
+        if exact.residual is not None:
+            lost = exact.residual if exact.scale is None else exact.residual * exact.scale
+            launch_hidden.add_label_rows(out_CH, head.weight, exact.labels, lost, sample.too_many)
+
+    def sparse_grad_weight(self, d: SparseGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
+        """See ``RowKernels``; entries are sorted by column, so that the order of the additions is fixed."""
+        sample, exact = _parts(d)
+        if out_VtH.numel():
+            launch_sparse.add_kept_rows(sample, x_CH, 0, out_VtH, by_column=True, accumulate=accumulate)
+            x_CH = launch_matmul.aligned_rows(self.scaled_rows(exact, x_CH))
+            how: dict[str, Any] = {"transposed": True, "accumulate": accumulate, "alpha": 2.0**-exact.x_exponent}
+            launch_sparse.product_if(sample.too_many, exact.values, x_CH, None, out_VtH, **how)
+            # torch does not count what a kernel writes, and out_VtH may be the caller's main_grad.
+            torch.autograd.graph.increment_version(out_VtH)
+
+    def sparse_grad_bias(self, d: SparseGradient, out_Vt: Tensor, accumulate: bool) -> None:
+        """See ``RowKernels``; it is the gradient of a weight whose hidden states are 1."""
+        sample, exact = _parts(d)
+        ones = exact.values.new_ones(d.scale.shape[0], 1)
+        self.sparse_grad_weight(d, ones, out_Vt[:, None], accumulate)
+        self.add_residual_to_bias(exact, sample.start, out_Vt)
+
+    @staticmethod
     def to_input_rows(dx: Tensor, slot: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
         """See ``RowKernels``; one kernel gathers, multiplies and rounds."""
         return launch_hidden.to_input_rows(dx, slot, factor, dtype)
@@ -205,3 +286,10 @@ class TritonKernels(TorchKernels):
         rows, pitch = tile.shape[0], tile.stride(0)
         memory = tile.as_strided((rows * pitch,), (1,)).view(self.dtype)
         return memory[: rows * pitch].view(rows, pitch)[:, : tile.shape[1]]
+
+
+def _parts(d: SparseGradient) -> tuple[DeviceSample, LogitsGradient]:
+    """The sample and the exact gradient of ``TritonKernels.sample_dlogits``."""
+    assert isinstance(d, DeviceSample), "the sample of another backend"
+    assert d.exact is not None, "sample_dlogits has set it"
+    return d, d.exact

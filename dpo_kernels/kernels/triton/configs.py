@@ -12,6 +12,12 @@ COMPILE_OPTIONS = {"enable_fp_fusion": True}
 # Columns that a program of a row kernel reads at once, and its warps. In the gate 8192 columns with 16 warps do as
 # well, and 32768 with 32 spill.
 ROW_BLOCK, ROW_WARPS = 4096, 8
+# The two passes over a sample must agree in every bit, and with other backends. So a product is rounded.
+SAMPLE_OPTIONS = {"enable_fp_fusion": False}
+# Blocks of the sampler that a program reads at once, and its warps. The numbers are choices and not measured.
+SAMPLE_GROUPS, SAMPLE_WARPS = 8, 8
+# Rows of the head or of X that a program adds at once. They are loads that wait for each other less.
+ENTRIES = 8
 # Elements of a row of hidden states' gradients that a program handles, and its warps. The numbers are choices and not
 # measured.
 HIDDEN_BLOCK, HIDDEN_WARPS = 1024, 4
@@ -97,6 +103,8 @@ FAMILIES = {
     ("linear_dlogits", "sm_120"): _AMPERE,
     ("linear_dlogits", "gfx942"): _CDNA,
     ("linear_dlogits", "gfx950"): _CDNA,
+    **{("product_if", target): (_AMPERE[1],) for target in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_103", "sm_120")},
+    **{("product_if", target): _CDNA for target in ("gfx942", "gfx950")},
 }
 # The interpreter's blocks are large enough to be quick in numpy. They are small enough that tests run several programs
 # and ragged edges.

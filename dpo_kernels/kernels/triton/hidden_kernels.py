@@ -9,6 +9,7 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize_on_alignment=["labels_ptr", "residual_ptr"])
 def add_label_rows(
+    flag_ptr,  # () int32, read with CONDITIONAL: nothing is added where it is 0
     out_ptr,  # (C, H) float32, added to
     weight_ptr,  # (V, H), rows of the head in the dtype of the operands
     labels_ptr,  # (C,) int64
@@ -18,9 +19,13 @@ def add_label_rows(
     out_stride,
     weight_stride,
     weight_col_stride,
+    CONDITIONAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Add to each row ``residual`` times the head's row of its label; grid (C, ceil(H / BLOCK))."""
+    if CONDITIONAL:  # noqa: SIM102 (the compiler takes no constant and a tensor with "and")
+        if tl.load(flag_ptr) == 0:
+            return
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width

@@ -9,11 +9,14 @@ from dpo_kernels.kernels.triton.configs import COMPILE_OPTIONS, HIDDEN_BLOCK, HI
 from dpo_kernels.kernels.triton.launch_rows import on_device
 
 
-def add_label_rows(out_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, residual_C: Tensor) -> None:
-    """Add ``residual`` times the head's row of its label to each row of ``out``."""
+def add_label_rows(
+    out_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, residual_C: Tensor, flag: Tensor | None = None
+) -> None:
+    """Add ``residual`` times the head's row of its label to each row of ``out``, unless the flag, 0-d int32, is 0."""
     count, width = out_CH.shape
     with on_device(out_CH):
         hidden_kernels.add_label_rows[(count, triton.cdiv(width, HIDDEN_BLOCK))](
+            labels_C if flag is None else flag,
             out_CH,
             weight_VH,
             labels_C,
@@ -22,6 +25,7 @@ def add_label_rows(out_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, residual
             weight_VH.shape[0],
             out_CH.stride(0),
             *weight_VH.stride(),
+            CONDITIONAL=flag is not None,
             BLOCK=HIDDEN_BLOCK,
             num_warps=HIDDEN_WARPS,
             **COMPILE_OPTIONS,

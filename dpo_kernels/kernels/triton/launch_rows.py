@@ -27,7 +27,7 @@ def scale_and_softcap(head: Head) -> tuple[float, float]:
 def apply_bias_scale_cap(tile: Tensor, head: Head, start: int) -> None:
     """Turn the raw products in ``tile`` into final logits of columns ``start..start+Vt-1``."""
     count, cols = tile.shape
-    (whole,), reaches = _with_padding(tile)
+    (whole,), reaches = with_padding(tile)
     bias = tile  # a placeholder, which the kernel does not read
     if head.bias is not None:
         bias = pad(head.bias[start : start + cols], (0, whole.shape[1] - cols)).contiguous()
@@ -54,7 +54,7 @@ def reduce_rows(state: RowState, tile: Tensor, labels_C: Tensor, start: int, log
     labels' log-probs.
     """
     count, cols = tile.shape
-    (whole,), reaches = _with_padding(tile)
+    (whole,), reaches = with_padding(tile)
     no_float, no_index = state.max, labels_C  # placeholders, which the kernel does not touch
     with on_device(tile):
         row_kernels.reduce_rows[(count,)](
@@ -93,15 +93,18 @@ def dlogits_rows(
     scale_C: Tensor | None,
     residual_C: Tensor | None,
     softcap: float | None,
+    flag: Tensor | None = None,
 ) -> None:
     """Write the gradient of the tile's logits into ``out``, which may be the tile, and its rounding into the residual.
 
     The residual is 0 in rows whose label is not among these columns.
+    Where the flag, 0-d int32, is 0 nothing is written.
     """
     count, cols = tile.shape
-    (read, written), reaches = _with_padding(tile, out)
+    (read, written), reaches = with_padding(tile, out)
     with on_device(tile):
         row_kernels.dlogits_rows[(count, triton.cdiv(cols, ROW_BLOCK))](
+            labels_C if flag is None else flag,
             read,
             written,
             labels_C,
@@ -117,6 +120,7 @@ def dlogits_rows(
             HAS_SCALE=scale_C is not None,
             HAS_RESIDUAL=residual_C is not None,
             HAS_SOFTCAP=softcap is not None,
+            CONDITIONAL=flag is not None,
             PADDED=reaches,
             BLOCK=ROW_BLOCK,
             num_warps=ROW_WARPS,
@@ -151,7 +155,7 @@ def softmax_grad_rows(state: RowState, tile: Tensor, out: Tensor, labels_C: Tens
     """Fill the state of whole rows and write their gradient into ``out``; returns the rows' factor and residual."""
     factor_C, residual_C = torch.empty_like(state.max), torch.empty_like(state.max)
     count, cols = tile.shape
-    (read, written), reaches = _with_padding(tile, out)
+    (read, written), reaches = with_padding(tile, out)
     with on_device(tile):
         row_kernels.softmax_grad_rows[(count,)](
             read,
@@ -219,7 +223,7 @@ def sigmoid_sequence_loss(
     return sums_S, losses_P, last
 
 
-def _with_padding(*tiles: Tensor) -> tuple[list[Tensor], bool]:
+def with_padding(*tiles: Tensor) -> tuple[list[Tensor], bool]:
     """Tiles of one shape with the padding of their rows, if all have it, and whether accesses may reach that far."""
     cols = tiles[0].shape[1]
     reach = triton.cdiv(cols, GPU_ROW_ALIGNMENT) * GPU_ROW_ALIGNMENT

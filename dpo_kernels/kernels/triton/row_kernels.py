@@ -269,6 +269,7 @@ def float16_scales(
 
 @triton.jit(do_not_specialize_on_alignment=["labels_ptr", "max_ptr", "others_ptr", "scale_ptr", "residual_ptr"])
 def dlogits_rows(
+    flag_ptr,  # () int32, read with CONDITIONAL: nothing is written where it is 0
     tile_ptr,  # (C, Vt) float32, final logits; overwritten unless out_ptr is another tensor
     out_ptr,  # (C, Vt) float32 (the tile itself) or the dtype of the GEMM operands
     labels_ptr,  # (C,) int64
@@ -284,6 +285,7 @@ def dlogits_rows(
     HAS_SCALE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    CONDITIONAL: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -291,6 +293,9 @@ def dlogits_rows(
 
     For the label the first two factors are minus the sum of the others.
     """
+    if CONDITIONAL:  # noqa: SIM102 (the compiler takes no constant and a tensor with "and")
+        if tl.load(flag_ptr) == 0:
+            return
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
     at = first + tl.arange(0, BLOCK)

@@ -1,0 +1,44 @@
+"""The static model of sparse steps: what it says of each GPU, and that its steps are those of the backend."""
+
+import pytest
+
+from benchmarks import sparse_model
+from benchmarks.model import chunk_rows, floor, ours_chunked
+from benchmarks.sparse_model import break_even, launches_of_sparse, llama, ours_sparse, share_sampled
+from dpo_kernels.device_specs import GPUS
+
+
+@pytest.mark.parametrize("gpu", [GPUS[name] for name in ("A100", "H100", "H200")], ids=lambda gpu: gpu.name)
+def test_a_sparse_step_is_predicted_between_one_product_and_the_dense_step(gpu):
+    case = llama()
+    one = floor(case, gpu).seconds / 3
+    kept = [ours_sparse(case, gpu, number).seconds for number in (0, 200, 400, 600)]
+    assert one < kept[0]
+    assert kept == sorted(kept)
+    assert kept[2] < ours_chunked(case, gpu).seconds < ours_sparse(case, gpu, taken=False).seconds
+
+
+def test_launches_are_those_of_the_step():
+    case, gpu = llama(), GPUS["H200"]
+    chunks = -(-case.tokens // chunk_rows(case))
+    for taken in (True, False):
+        assert ours_sparse(case, gpu, taken=taken).launches == launches_of_sparse(chunks)
+
+
+def test_a_sample_is_given_up_no_sooner_than_that_pays():
+    """The share of the backend is at most that of the GPU on which giving up pays first, within a tenth."""
+    case = llama()
+    assert share_sampled(case) <= 1.1 * min(break_even(case, gpu) for gpu in GPUS.values())
+
+
+def test_the_share_is_that_of_the_backend():
+    backend = pytest.importorskip("dpo_kernels.kernels.triton.backend")
+    import torch
+
+    assert share_sampled(llama()) == backend.TritonKernels.most_sampled(torch.bfloat16)
+
+
+def test_predictions_are_printed(capsys):
+    sparse_model.main()
+    lines = capsys.readouterr().out
+    assert all(f"{name}: dense " in lines for name in ("A100", "H100", "H200"))
