@@ -221,7 +221,7 @@ class _Logps(_Function):
         ctx.grad_scale = 1.0 if problem.context is None else problem.context.grad_scale
         model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
         ctx.numbers, ctx.spec, ctx.plan = *operators.encode_options(problem, plan), plan
-        _keep_logps(ctx, model, operators.packed_tensors(problem.packed), output)
+        _keep_logps(ctx, model, operators.packed_tensors(problem), output)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *ignored: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -263,7 +263,7 @@ def _logps_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, T
         else:
             _refuse_freed(weight)
             problem = operators.decode_problem(hidden, weight, bias, packed, ctx.numbers, ctx.spec)
-            problem = replace(problem, shard=ctx.shard, sampling=ctx.sampling)
+            problem = replace(problem, shard=ctx.shard, sampling=ctx.sampling or problem.sampling)
             plan = ctx.plan or operators.plan_of(problem, ctx.numbers, ctx.spec)
             grads = saying_what_fits(plan, lambda: passes.logps_gradients(grad_out, problem, plan, saved, ctx.dtypes))
     return _wrap_gradients(ctx, grads)

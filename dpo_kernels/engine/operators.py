@@ -17,7 +17,7 @@ from dpo_kernels.engine import passes
 from dpo_kernels.engine.passes import GradDtypes, KeptGradients, SavedRows
 from dpo_kernels.planning.plan import Plan, lay_out
 from dpo_kernels.problem import Problem
-from dpo_kernels.shapes import STATS, TOKEN_LOGPS, Head, NeedsGrad, PackedTokens, accumulation_dtype
+from dpo_kernels.shapes import STATS, TOKEN_LOGPS, Head, NeedsGrad, PackedTokens, Sampling, accumulation_dtype
 
 # The string names dtypes in this way.
 DTYPES = {
@@ -27,7 +27,7 @@ DTYPES = {
     torch.float16: "float16",
 }
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
-NUM_PACKED = 8  # the number of tensors of PackedTokens
+NUM_PACKED = 9  # the number of tensors of PackedTokens, and the seed of a sample
 
 
 class Spec(NamedTuple):
@@ -43,6 +43,7 @@ class Spec(NamedTuple):
     per_token: bool
     shift: bool
     static: bool
+    samples: bool
     loss: str  # the string of ``losses.encode``, empty where log-probs are the result
 
 
@@ -54,8 +55,9 @@ class Encoded(NamedTuple):
     spec: str
 
 
-def packed_tensors(packed: PackedTokens) -> list[Tensor | None]:
-    """Return the fields of packed tokens in the order that ``decode_packed`` expects."""
+def packed_tensors(problem: Problem) -> list[Tensor | None]:
+    """Return the fields of packed tokens, and the seed of a sample if it is a tensor, as ``decode_packed`` expects."""
+    packed, sampling = problem.packed, problem.sampling
     return [
         packed.index,
         packed.labels,
@@ -65,6 +67,7 @@ def packed_tensors(packed: PackedTokens) -> list[Tensor | None]:
         packed.counts,
         packed.counts_host,
         packed.nan_if_invalid,
+        sampling.seed if sampling is not None and isinstance(sampling.seed, Tensor) else None,
     ]
 
 
@@ -80,6 +83,7 @@ def encode_options(
         problem.per_token,
         problem.shift,
         problem.static,
+        problem.sampling is not None,
     )
     words = (
         plan.strategy,
@@ -91,13 +95,14 @@ def encode_options(
     )
     softcap = 0.0 if head.softcap is None else head.softcap
     # A scratch that changes from call to call must not make another graph: it is a number, not a part of the string.
-    return [head.logit_scale, softcap, float(plan.scratch_bytes), *loss_numbers], "|".join(words)
+    tau = 0.0 if problem.sampling is None else problem.sampling.tau
+    return [head.logit_scale, softcap, float(plan.scratch_bytes), tau, *loss_numbers], "|".join(words)
 
 
 def encode(problem: Problem, plan: Plan, loss_code: str = "", loss_numbers: Sequence[float] = ()) -> Encoded:
-    """Return the arguments of an operator after the tensors of the model. Missing weights become an empty tensor."""
+    """Return the arguments of an operator after the tensors of the model. Missing tensors become empty ones."""
     nothing = problem.packed.nan_if_invalid.new_zeros(0)
-    packed = [nothing if tensor is None else tensor for tensor in packed_tensors(problem.packed)]
+    packed = [nothing if tensor is None else tensor for tensor in packed_tensors(problem)]
     return Encoded(packed, *encode_options(problem, plan, loss_code, loss_numbers))
 
 
@@ -105,7 +110,7 @@ def encode(problem: Problem, plan: Plan, loss_code: str = "", loss_numbers: Sequ
 def decode_spec(spec: str) -> Spec:
     """Return the options that ``encode_options`` has written into a string."""
     strategy, backend, dtype, flags, stats, loss = spec.split("|")
-    hidden, weight, bias, has_weights, has_softcap, per_token, shift, static = (flag == "1" for flag in flags)
+    hidden, weight, bias, has_weights, has_softcap, per_token, shift, static, samples = (flag == "1" for flag in flags)
     return Spec(
         strategy,
         backend,
@@ -117,13 +122,14 @@ def decode_spec(spec: str) -> Spec:
         per_token,
         shift,
         static,
+        samples,
         loss,
     )
 
 
 def decode_packed(tensors: Sequence[Tensor], spec: Spec) -> PackedTokens:
-    """Return packed tokens from the list of their fields."""
-    index, labels, weights, segments, slot, counts, counts_host, nan_if_invalid = tensors
+    """Return packed tokens from the list of their fields, which ends with a seed."""
+    index, labels, weights, segments, slot, counts, counts_host, nan_if_invalid, _ = tensors
     has = weights if spec.has_weights else None
     if spec.static:  # nothing that the host knows, so no operator's argument is a tensor on the CPU
         counts_host = torch.full((counts.shape[0],), -1, dtype=torch.int64, device="cpu")
@@ -139,9 +145,12 @@ def decode_problem(
     spec: str,
     loss: losses.BoundLoss | None = None,
 ) -> Problem:
-    """Return the problem without its reference and its reduction. ``packed`` is a list of ``NUM_PACKED`` tensors."""
+    """Return the problem without its reference and its reduction. ``packed`` is a list of ``NUM_PACKED`` tensors.
+
+    The seed is the last of them. Outside a tracer it may be a number, which the list lacks and the caller sets.
+    """
     said = decode_spec(spec)
-    logit_scale, softcap, *_ = numbers
+    logit_scale, softcap, _, tau, *_ = numbers
     return Problem(
         hidden=hidden,
         head=Head(weight, bias, logit_scale, softcap if said.has_softcap else None),
@@ -150,6 +159,7 @@ def decode_problem(
         needs_grad=said.needs_grad,
         stats=said.stats,
         loss=loss,
+        sampling=Sampling(tau, packed[-1]) if said.samples else None,
         per_token=said.per_token,
         shift=said.shift,
         static=said.static,
@@ -193,7 +203,7 @@ def _loss(
     total, losses, log-probs, means, gradients (hidden, weight, bias) and log-probs of tokens.
     """
     ref_S, denominator, by_pair = loss_tensors
-    _, _, _, beta, *loss_numbers = numbers
+    _, _, _, _, beta, *loss_numbers = numbers
     loss = losses.decode(decode_spec(spec).loss, beta, loss_numbers, by_pair)
     problem = decode_problem(hidden, weight, bias, packed, numbers, spec, loss)
     result = passes.loss_and_gradients(problem, plan_of(problem, numbers, spec), ref_S, denominator)

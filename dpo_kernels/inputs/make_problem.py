@@ -118,7 +118,10 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
 
 
 def _sampling(arguments: Arguments, batch: Batch) -> Sampling | None:
-    """Return how gradients are sampled. Raise where that cannot be done yet."""
+    """Return how gradients are sampled. Raise where that cannot be done yet.
+
+    Inside a tracer the seed is a tensor. A number would be a part of the graph, which another one would need anew.
+    """
     sampling = arguments.gradient.sampling
     if sampling is None:
         return None
@@ -126,10 +129,10 @@ def _sampling(arguments: Arguments, batch: Batch) -> Sampling | None:
     for name, given in (("vocab_parallel", policy.vocab_parallel), ("context_parallel", policy.context_parallel)):
         if given is not None:
             raise ValueError(f"gradient='sparse' does not go with {name} yet: the samples of ranks would be the same")
-    if traced(batch.hidden):
-        raise ValueError("gradient='sparse' is not supported inside torch.compile yet: leave the call out of the graph")
     if not isinstance(sampling.seed, Tensor):
-        return sampling
+        if not traced(batch.hidden):
+            return sampling
+        return Sampling(sampling.tau, torch.full((), sampling.seed, dtype=torch.int64, device=batch.hidden.device))
     refuse_batched("seed", sampling.seed)
     check_device("seed", sampling.seed, "hidden", batch.hidden)
     return Sampling(sampling.tau, sampling.seed.clone())  # which the caller may change before the backward pass

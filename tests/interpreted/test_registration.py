@@ -24,13 +24,14 @@ def test_every_operator_is_checked(monkeypatch):
     assert names == registered_operators()
 
 
+@pytest.mark.parametrize("gradient", ["dense", "sparse"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_compile_fullgraph(strategy):
+def test_compile_fullgraph(strategy, gradient):
     torch._dynamo.reset()
     case = Case(torch.bfloat16, reference="hidden", bias=True, weights=True)
     inputs = case.tensors()
     name, scratch = STRATEGIES[strategy]
-    how = {**case.keywords(), "strategy": name, "scratch_bytes": scratch, "backend": "triton"}
+    how = {**case.keywords(), "strategy": name, "scratch_bytes": scratch, "backend": "triton", "gradient": gradient}
     with sanitize() as launches:
         eager = run(dk.fused_dpo_loss, inputs, 1.7, **how)
         eagerly = dict(launches)

@@ -43,8 +43,8 @@ SAMPLED = (
     ),
     Mutant(
         "dpo_kernels/engine/autograd.py",
-        "problem = replace(problem, shard=ctx.shard, sampling=ctx.sampling)",
-        "problem = replace(problem, shard=ctx.shard)",
+        "sampling=ctx.sampling or problem.sampling)",
+        "sampling=None)",
         f"{_TEST}test_log_probs[True-torch]",
         "the backward pass forgets that gradients are sampled",
     ),

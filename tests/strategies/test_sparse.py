@@ -367,11 +367,54 @@ def test_the_plan_says_so():
     assert dk.explain(**inputs, backend="torch", strategy="chunked").gemms == 3
 
 
-def test_compiled_calls_are_refused_by_name():
-    inputs = batch()
+@BY_BACKEND
+@pytest.mark.parametrize("way", ["chunked", "recompute"])
+def test_a_compiled_call_has_the_gradients_of_an_eager_one(way, backend):
+    """In one graph, forward and backward. Another seed needs no other graph where it is a tensor, else one at most."""
+    inputs, graphs = batch(), []
+    how = {"gradient": "sparse", "tau": TAU, "backend": backend, **WAYS[way]}
+
+    def loss(hidden, weight, labels, ref_logps, seed):
+        return dk.fused_dpo_loss(hidden, weight, labels, ref_logps=ref_logps, seed=seed, **how).loss
+
+    def counted(graph, example):
+        graphs.append(graph)
+        return aot_eager(graph, example)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
     torch.compiler.reset()
-    with pytest.raises(Exception, match=r"gradient='sparse' is not supported inside torch\.compile"):
-        torch.compile(lambda: dk.fused_dpo_loss(**inputs, gradient="sparse").loss, fullgraph=True, backend="eager")()
+    compiled = torch.compile(loss, fullgraph=True, backend=counted)
+    for seeds, most in (([torch.tensor(3), torch.tensor(-(2**40))], 1), ([3, 4, -5], 2)):
+        before, found = len(graphs), []
+        for seed in seeds:
+            pair = [call(*inputs.values(), seed) for call in (loss, compiled)]
+            eager, other = (torch.autograd.grad(value, leaves(inputs)) for value in pair)
+            assert torch.equal(*pair)
+            assert all(torch.equal(a, b) for a, b in zip(eager, other, strict=True)), seed
+            found.append(other)
+        assert not torch.equal(found[0][1], found[1][1]), "another seed, another sample"
+        assert 1 <= len(graphs) - before <= most
+    torch.compiler.reset()
+
+
+@BY_BACKEND
+def test_a_compiled_frozen_head_samples(backend):
+    inputs = batch()
+    inputs["weight"].requires_grad_(False)
+
+    def logps(hidden, seed):
+        rest = {name: inputs[name] for name in ("weight", "labels")}
+        how = {"gradient": "sparse", "tau": TAU, "backend": backend, "seed": seed}
+        return dk.fused_token_logps(hidden, **rest, **how).sum()
+
+    torch.compiler.reset()
+    compiled, seed = torch.compile(logps, fullgraph=True, backend="aot_eager"), torch.tensor(3)
+    eager, other = (
+        torch.autograd.grad(call(inputs["hidden"], seed), inputs["hidden"])[0] for call in (logps, compiled)
+    )
+    assert torch.equal(eager, other)
+    exact = dk.fused_token_logps(inputs["hidden"], inputs["weight"], inputs["labels"])
+    assert 1e-3 < relative_l2(other, torch.autograd.grad(exact.sum(), inputs["hidden"])[0]) < 1
     torch.compiler.reset()
 
 

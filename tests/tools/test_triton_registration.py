@@ -90,7 +90,7 @@ def _gradients(output, leaves):
     return [found[leaf] for leaf in leaves]
 
 
-def _call(strategy):
+def _call(strategy, gradient="dense"):
     def call(hidden, weight, labels):
         out = dk.fused_dpo_loss(
             hidden,
@@ -101,6 +101,7 @@ def _call(strategy):
             backend="triton",
             strategy=strategy,
             scratch_bytes=2**20,
+            gradient=gradient,
         )
         return out.loss, out.chosen_logps, out.stats["entropy"], *_gradients(out.loss, (hidden, weight))
 
@@ -122,10 +123,10 @@ def run_fake(dtype, strategy):
         return _described(_call(strategy)(*inputs))
 
 
-def trace(dtype, strategy):
+def trace(dtype, strategy, gradient):
     mode, inputs = _fake_inputs(dtype)
     with mode:
-        graph = make_fx(_call(strategy))(*inputs).graph
+        graph = make_fx(_call(strategy, gradient))(*inputs).graph
     return _described(node.meta["val"] for node in graph.output_node().args[0]), _operators(graph)
 
 
@@ -162,9 +163,10 @@ def test_fake_cuda_tensors_forward_and_backward(elsewhere, strategy, dtype):
     assert elsewhere(run_fake, dtype, strategy) == expected(dtype)
 
 
+@pytest.mark.parametrize("gradient", ["dense", "sparse"])
 @pytest.mark.parametrize("strategy", OPERATORS)
-def test_the_traced_graph_holds_the_operators(elsewhere, strategy):
-    described, operators = elsewhere(trace, torch.bfloat16, strategy)
+def test_the_traced_graph_holds_the_operators(elsewhere, strategy, gradient):
+    described, operators = elsewhere(trace, torch.bfloat16, strategy, gradient)
     assert described == expected(torch.bfloat16)
     assert operators == OPERATORS[strategy]
 
