@@ -32,6 +32,7 @@ from dpo_kernels.integrations.trl.head_calls import HeadCalls
 from dpo_kernels.integrations.trl.metrics import STATS, record
 from dpo_kernels.integrations.trl.options import LossOptions
 from dpo_kernels.integrations.trl.reference_check import check_reference
+from dpo_kernels.integrations.trl.sparse import Calls, SparseGradients
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,11 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
 
     Args:
         *args, **kwargs: as for ``trl.DPOTrainer``.
+        gradient: ``"dense"`` for exact gradients of the LM head and the hidden states, or ``"sparse"`` for unbiased
+            estimates of them, see docs/sparse-gradient.md. The loss and everything that is logged are exact.
+        tau: threshold of the estimates, a number in (0, 1].
+        seed: seed of the estimates, an int, or None for ``args.seed``. Each step, micro-batch and rank has a seed of
+            its own that follows from it. A resumed run goes on with the same ones.
 
     Attributes:
         fallback_reason: why TRL's own loss is used, or an empty string.
@@ -59,8 +65,8 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
             sets it to False leaves that out.
 
     Raises:
-        ValueError: an option would have no effect, or the fused loss cannot be used while ``padding_free=True`` or an
-            adapter on the LM head needs it.
+        ValueError: an option would have no effect, or the fused loss cannot be used while ``padding_free=True``,
+            ``gradient="sparse"`` or an adapter on the LM head needs it.
 
     Example::
 
@@ -78,7 +84,10 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
     _reason: str | None = None
     _packing_checked = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, gradient: str = "dense", tau: float = 2.0**-12, seed: int | None = None, **kwargs: Any
+    ) -> None:
+        self._sparse, self._calls = SparseGradients(gradient, tau, seed), Calls()
         given: Any = inspect.signature(DPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments.get("args")
         padding_free = bool(getattr(given, "padding_free", False))
         if padding_free:
@@ -89,6 +98,8 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
             given.padding_free = self.padding_free = True
             if reason := self.fallback_reason:
                 raise ValueError(f"padding_free=True needs the fused loss, which cannot be used: {reason}")
+        if self._sparse.sampled and self.fallback_reason:
+            raise ValueError(f"gradient='sparse' needs the fused loss, which cannot be used: {self.fallback_reason}")
         if not self.fallback_reason:
             settle_router_loss(self, innermost(self.model))
             self._attach(self.model)
@@ -165,7 +176,9 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
                 self.check_reference = not self._check_reference(inputs, reference)
         else:
             reference = self._reference(batch, self._reference_model)
-        result = self._within(model, self._inputs_of_policy(batch), partial(self._policy, batch, reference))
+        sampling = self._sampling() if mode == "train" else {}
+        work = partial(self._policy, batch, reference, sampling)
+        result = self._within(model, self._inputs_of_policy(batch), work)
         out, aux_loss = result["out"], result["aux_loss"]
         loss = out.loss
         if aux_loss is not None:
@@ -175,6 +188,12 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
             return loss
         with torch.no_grad():  # compute_metrics wants logits, which the fused loss never had
             return loss, model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}, use_cache=False)
+
+    def _sampling(self) -> dict[str, Any]:
+        """Return the arguments of a call whose gradients may be those of a sample."""
+        accelerator, micro_batches = self.accelerator, self.args.gradient_accumulation_steps
+        ranks = (accelerator.process_index, accelerator.num_processes)
+        return self._sparse.arguments(self.args.seed, self._calls.next(self.state.global_step, micro_batches, *ranks))
 
     def _batch(self, inputs: dict[str, Any], model: Any) -> PairBatch:
         padding_free = bool(self.padding_free)
@@ -240,7 +259,14 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
         return check_reference(inputs, precomputed, score, self.accelerator.gather)
 
     def _policy(
-        self, batch: PairBatch, reference: Tensor, outputs: Any, hidden: Tensor, weight: Tensor, options: dict[str, Any]
+        self,
+        batch: PairBatch,
+        reference: Tensor,
+        sampling: dict[str, Any],
+        outputs: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        options: dict[str, Any],
     ) -> dict[str, Any]:
         """Compute the fused loss and the router loss. The policy's forward calls this."""
         assert self._loss_options is not None, "set when it was decided to come here"
@@ -258,7 +284,7 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
                 arguments["pair_weights"] = wpo_pair_weights(call(reference_free=True, stats=("log_sum_p2",)))
         if self._loss_options.needs_reference:
             arguments["ref_logps"] = reference.to(hidden.device)
-        out = call(**arguments, **batch.weights(hidden.device), stats=STATS)
+        out = call(**arguments, **sampling, **batch.weights(hidden.device), stats=STATS)
         return {"out": out, "aux_loss": aux_loss}
 
     # --- what surrounds the loss ---
