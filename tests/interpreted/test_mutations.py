@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dpo_kernels.inputs.packing import Packing, pack_labels
+from dpo_kernels.kernel_interface import SampledRows
 from dpo_kernels.kernels.triton import (
     backend,
     hidden_kernels,
@@ -21,7 +22,7 @@ from dpo_kernels.kernels.triton import (
     sequence_loss,
     sparse_kernels,
 )
-from dpo_kernels.shapes import Head
+from dpo_kernels.shapes import Head, Sampling
 from tests.cases import Case, broken_rules
 from tests.certain import broken, certain, off_log_probs
 from tests.interpreted import bookkeeping, sparse
@@ -422,6 +423,18 @@ def _differentiated(place):
     return [kernels.dlogits_(place(logits), labels, 0, *saved, Head(weight), None).values]
 
 
+def _sampled(place):
+    kernels, _, weight, logits, labels, (highest, _) = _operands()
+    own = (logits.gather(1, labels[:, None])[:, 0] - highest).exp()
+    sums = (logits - highest[:, None]).exp().sum(dim=1)
+    of_rows = SampledRows.of(labels, highest, sums - own, sums, torch.ones(3), torch.arange(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpo_kernels.kernels.torch_kernels.MOST_SAMPLED", 16.0)
+        d = kernels.sample_dlogits(place(logits), 0, of_rows, Head(weight), Sampling(0.25, 0))
+    used = int(d.offsets[-1])
+    return [d.offsets, d.columns[:used], d.values[:used]]
+
+
 def _streamed(x_at=torch.clone, w_at=torch.clone):
     kernels, x, weight, _, labels, _ = _operands()
     state = kernels.stream_logps(x_at(x), Head(w_at(weight)), labels, ())
@@ -446,6 +459,8 @@ OFFSETS = {
     "rows of reduce_rows": ("row_kernels", "row = tl.program_id(0).to(tl.int64)\n    base", _reduced),
     "rows of apply_bias_scale_cap": ("row_kernels", "tl.program_id(0).to(tl.int64) * row_stride", _finished),
     "rows of dlogits_rows": ("row_kernels", "row = tl.program_id(0).to(tl.int64)\n    first", _differentiated),
+    "rows of count_sample": ("sparse_kernels", "row = tl.program_id(0).to(tl.int64)\n    base", _sampled),
+    "rows of write_sample": ("sparse_kernels", "return\n    row = tl.program_id(0).to(tl.int64)\n    base", _sampled),
     "hidden rows of linear_logps": ("matmul_kernels", ROWS + "    labels", lambda place: _streamed(x_at=place)),
     "head rows of linear_logps": (
         "matmul_kernels",

@@ -5,7 +5,6 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 import dpo_kernels as dk
-from dpo_kernels.kernels import sampling
 from dpo_kernels.kernels.triton import sparse_kernels
 from tests.interpreted.sparse import (
     KINDS,
@@ -83,23 +82,6 @@ def test_the_expectation_decides_on_the_device():
     assert not differences_of_the_places()
 
 
-@pytest.mark.parametrize("tau", [2.0**-4, 2.0**-9, 1e-320])
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_sample_exceeds_its_memory(kind, tau):
-    """A hundred seeds of the reference, beside the memory for entries that are known beforehand."""
-    given = problem(kind, tau=tau)
-    rows, cols = given.tile.shape
-    limit, capacity = sampling.most_entries(rows, cols, 1.0, tau)
-    label = (given.rows.labels - given.start)[:, None] == torch.arange(cols)
-    e = (given.tile - given.rows.max[:, None]).exp()
-    for seed in range(100):
-        how = dk.shapes.Sampling(tau, seed)
-        kept, _, expected = sampling.sample(e, label, given.rows.sumexp, given.rows.tokens, given.start, how)
-        assert int(expected.sum()) <= limit
-        assert int(kept.sum()) <= capacity <= rows * cols
-    assert sampling.most_entries(4, 1024, 1 / 16, 2.0**-20)[0] == 4 * 1024 // 16
-
-
 @pytest.mark.usefixtures("sanitized")
 def test_nan_is_not_hidden():
     """A row that holds one is kept whole, or is one of too many entries."""
@@ -111,6 +93,19 @@ def test_nan_is_not_hidden():
     kernels.sparse_grad_weight(d, torch.full((ROWS, WIDTH), torch.nan), dw, False)
     assert dw.isnan().all()
     assert dx[[0, 2, 3, 4]].isfinite().all()
+
+
+@pytest.mark.usefixtures("sanitized")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_memory_of_entries_is_what_the_plan_counts(dtype):
+    """Sorting takes as much again as what it returns. To find where a column begins takes its number, in 32 bits."""
+    given = problem(cols=1000, dtype=dtype)
+    kernels, d = taken(given, dtype)
+    begins, order = d.by_column
+    of_sort = order.nbytes + d.columns.nbytes
+    held = d.rows.nbytes + d.columns.nbytes + d.values.nbytes + 2 * of_sort + begins.nbytes * 3 // 2
+    counted = kernels.sample_bytes(dtype, *given.tile.shape, given.sampling.tau)
+    assert counted == held
 
 
 def test_programs_may_run_in_any_order():

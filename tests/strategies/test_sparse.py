@@ -100,6 +100,32 @@ def test_no_entry_of_a_tail_is_beyond_reach():
     assert abs(float(mean[1]) - 1e-9) < 4 * math.sqrt(1e-9 * tau / (64 * tries))
 
 
+@pytest.mark.parametrize("tau", [2.0**-2, 2.0**-9, 1e-320])
+@pytest.mark.parametrize("kind", ["uniform", "gaussian", "peaked"])
+def test_no_sample_exceeds_the_memory_that_is_known_beforehand(kind, tau):
+    """One row, whose blocks may all keep an entry more than is expected of them."""
+    e = exponentials(kind, rows=1, vocab=9 * sampling.BLOCK)
+    label = torch.zeros_like(e, dtype=torch.bool).index_fill_(1, torch.tensor([5]), True)
+    limit, capacity = sampling.most_entries(*e.shape, 1.0, tau)
+    for seed in range(200):
+        kept, _, expected = sampling.sample(e, label, e.sum(1), torch.tensor([0]), 0, Sampling(tau, seed))
+        assert int(expected) <= limit
+        assert int(kept.sum()) <= capacity <= e.numel()
+    assert sampling.most_entries(4, 1024, 1 / 16, 2.0**-20)[0] == 4 * 1024 // 16
+
+
+@BY_BACKEND
+def test_the_memory_of_entries_is_within_what_the_plan_counts(backend):
+    """Logits that are all equal keep about as many entries as there may be."""
+    kernels = {"torch": TorchKernels, "cpp": CppKernels}[backend](torch.float32, 2**20)
+    zero, one = torch.zeros(8), torch.ones(8)
+    of_rows = SampledRows.of(torch.arange(8), zero, VOCAB * one - 1, VOCAB * one, one, torch.arange(8))
+    d = kernels.sample_dlogits(torch.zeros(8, VOCAB), 0, of_rows, Head(torch.zeros(VOCAB, 1)), Sampling(TAU, 0))
+    counted = kernels.sample_bytes(torch.float32, 8, VOCAB, TAU)
+    assert 3 * (d.columns.nbytes + d.values.nbytes) <= counted <= 12 * (d.columns.nbytes + d.values.nbytes)
+    assert kernels.sample_bytes(torch.float32, 8, VOCAB, 1.0) < counted / 4
+
+
 def test_small_entries_add_up_to_their_mass():
     """Systematic sampling hardly varies in the number that it keeps, so that a hundredth would show."""
     e = exponentials("gaussian", rows=1)
@@ -279,6 +305,7 @@ def test_log_probs(trainable, backend):
             total = [t + g.double() / 100 for t, g in zip(total, found, strict=True)]
             spread = [s + float((g - e).norm()) ** 2 / 100**2 for s, g, e in zip(spread, found, true, strict=True)]
         for mean, square, exact_grad in zip(total, spread, true, strict=True):
+            assert math.sqrt(square) > 1e-4 * float(exact_grad.norm()), "gradients of samples, which vary"
             assert float((mean - exact_grad).norm()) <= 1.5 * math.sqrt(square) + 1e-6
 
 

@@ -79,5 +79,5 @@ def test_no_package_of_the_demo_is_needed_and_a_part_is_a_part():
     counts = {
         line.split(":")[0]: int(line.split(":")[1]) for line in done.stdout.splitlines() if re.search(r": \d+$", line)
     }
-    assert set(counts) == {"tests/kernels/test_gpu.py", "tests/gpu/test_steps.py"}
+    assert set(counts) == {"tests/kernels/test_gpu.py", "tests/gpu/test_steps.py", "tests/gpu/test_sparse.py"}
     assert sum(counts.values()) > 200

@@ -51,7 +51,7 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
     Args:
         *args, **kwargs: as for ``trl.DPOTrainer``.
         gradient: ``"dense"`` for exact gradients of the LM head and the hidden states, or ``"sparse"`` for unbiased
-            estimates of them, see docs/sparse-gradient.md. The loss and everything that is logged are exact.
+            estimates of them, see docs/sparse-gradient.md. What is logged is exact, except for ``grad_norm``.
         tau: threshold of the estimates, a number in (0, 1].
         seed: seed of the estimates, an int, or None for ``args.seed``. Each step, micro-batch and rank has a seed of
             its own that follows from it. A resumed run goes on with the same ones.

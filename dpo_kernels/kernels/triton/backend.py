@@ -12,7 +12,7 @@ from dpo_kernels.kernel_interface import LogitsGradient, RowScale, RowState, Sam
 from dpo_kernels.kernels.sampling import most_entries
 from dpo_kernels.kernels.torch_kernels import SIXTEEN_BIT, TorchKernels
 from dpo_kernels.kernels.triton import autotune, launch_hidden, launch_matmul, launch_rows, launch_sparse
-from dpo_kernels.kernels.triton.launch_sparse import ENTRY_BYTES, DeviceSample
+from dpo_kernels.kernels.triton.launch_sparse import COLUMN_BYTES, ENTRY_BYTES, DeviceSample
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head, Sampling
 
@@ -191,7 +191,7 @@ class TritonKernels(TorchKernels):
     def sample_bytes(dtype: torch.dtype, rows: int, cols: int, tau: float) -> int:
         """See ``RowKernels``; the memory for entries has a fixed size, and is sorted whole."""
         _, entries = most_entries(rows, cols, TritonKernels.most_sampled(dtype), tau)
-        return entries * ENTRY_BYTES + (cols + 1) * 16
+        return entries * ENTRY_BYTES + (cols + 1) * COLUMN_BYTES
 
     def sample_dlogits(
         self,

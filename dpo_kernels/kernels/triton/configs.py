@@ -12,7 +12,7 @@ COMPILE_OPTIONS = {"enable_fp_fusion": True}
 # Columns that a program of a row kernel reads at once, and its warps. In the gate 8192 columns with 16 warps do as
 # well, and 32768 with 32 spill.
 ROW_BLOCK, ROW_WARPS = 4096, 8
-# The two passes over a sample must agree in every bit, and with other backends. So a product is rounded.
+# The two passes over a sample must agree in every bit, and with other backends. So a product is rounded before a sum.
 SAMPLE_OPTIONS = {"enable_fp_fusion": False}
 # Blocks of the sampler that a program reads at once, and its warps. The numbers are choices and not measured.
 SAMPLE_GROUPS, SAMPLE_WARPS = 8, 8

@@ -26,6 +26,7 @@ from dpo_kernels.shapes import Sampling
 
 # Bytes of an entry: row, column and value, then the sorted column, its place, and as much again while it is sorted.
 ENTRY_BYTES = 3 * 4 + 2 * (4 + 8)
+COLUMN_BYTES = 4 + 8  # of a column: its number, and where its entries begin
 
 
 @dataclass(frozen=True)
