@@ -1,6 +1,9 @@
 """The static model of sparse steps: what it says of each GPU, and that its steps are those of the backend."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from benchmarks import sparse_model
 from benchmarks.model import chunk_rows, floor, ours_chunked
@@ -33,9 +36,17 @@ def test_a_sample_is_given_up_no_sooner_than_that_pays():
 
 def test_the_share_is_that_of_the_backend():
     backend = pytest.importorskip("dpo_kernels.kernels.triton.backend")
-    import torch
-
     assert share_sampled(llama()) == backend.TritonKernels.most_sampled(torch.bfloat16)
+
+
+def test_the_page_says_what_the_model_says():
+    case, page = llama(), (Path(__file__).parents[2] / "docs/sparse-gradient.md").read_text()
+    for name in ("A100", "H100", "H200"):
+        gpu = GPUS[name]
+        least = floor(case, gpu).seconds
+        ways = [ours_chunked(case, gpu), *(ours_sparse(case, gpu, kept) for kept in (200, 400, 600))]
+        ways.append(ours_sparse(case, gpu, taken=False))
+        assert f"| {name} | " + " | ".join(f"{work.seconds / least:.2f}" for work in ways) + " |" in page
 
 
 def test_predictions_are_printed(capsys):
