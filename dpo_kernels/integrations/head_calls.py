@@ -1,6 +1,7 @@
 """Calls of a trainer's model that return what a piece of work makes of hidden states and LM head."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -13,10 +14,10 @@ from dpo_kernels.integrations.transformers import FusedLMHead, fused_lm_head
 
 
 class HeadCalls:
-    """What the fused trainers share. It stands before TRL's class among the bases of a trainer.
+    """What the fused trainers share. It stands before the stack's class among the bases of a trainer.
 
     Attributes:
-        accelerator: accelerate's, which TRL's constructor makes.
+        accelerator: accelerate's, which the trainer's constructor makes.
         check_head: whether the fused head is compared with the model's own logits at the first batch. A subclass that
             sets it to False leaves that out.
 
@@ -42,7 +43,7 @@ class HeadCalls:
 
     @property
     def fallback_reason(self) -> str:
-        """Why TRL's own step is used, or an empty string."""
+        """Why the stack's own step is used, or an empty string."""
         return ""
 
     def _attach(self, model: Any) -> None:
@@ -73,3 +74,22 @@ class HeadCalls:
     @cached_property
     def _rows(self) -> SplitHeads:
         return SplitHeads(self.accelerator)
+
+
+def attach_heads(check_head: bool, *models: Any) -> None:
+    """Attach a fused head to each model that can have one, before a constructor lets an engine shard them.
+
+    Args:
+        check_head: as ``check`` of ``fused_lm_head``.
+        *models: causal models of transformers, or None. One that can have no fused head is left as it is: the trainer's
+            ``fallback_reason`` says why.
+
+    Example::
+
+        attach_heads(True, model, ref_model)
+
+    """
+    for model in models:
+        if model is not None:
+            with suppress(TypeError, ValueError):
+                fused_lm_head(model, check=check_head).attach()

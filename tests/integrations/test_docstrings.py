@@ -18,11 +18,17 @@ MODULES = sorted(
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-OTHER_STACKS = ("axolotl", "torchtitan")  # of which a module of the same name here needs the package
+# Modules that need another package, by their names here.
+OTHER_STACKS = {
+    "axolotl": "axolotl",
+    "llamafactory.dpo": "llamafactory",
+    "llamafactory.kto": "llamafactory",
+    "torchtitan": "torchtitan",
+}
 
 
 def imported(name):
-    if (stack := name.rpartition(".")[2]) in OTHER_STACKS:
+    if stack := OTHER_STACKS.get(name.removeprefix(f"{integrations.__name__}.")):
         pytest.importorskip(stack, reason=f"{stack} is not installed", exc_type=ImportError)
     return importlib.import_module(name)
 

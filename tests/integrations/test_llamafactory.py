@@ -332,6 +332,7 @@ def test_the_command_line_hands_the_patch_to_its_processes(factory, monkeypatch)
     monkeypatch.setattr(factory("launcher"), "__file__", "launcher.py")
     monkeypatch.setattr(sys, "argv", ["x", "train", "dpo.yaml"])
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delitem(sys.modules, f"{module}.__main__", raising=False)  # runpy warns of what is imported already
     runpy.run_module(module, run_name="__main__")
     for arguments in (["dpo.yaml"], ["train", "dpo.yaml"]):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

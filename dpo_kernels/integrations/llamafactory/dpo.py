@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpo_kernels import DPOLossOutput, LossInputs, fused_dpo_loss, fused_sequence_logps, ld_token_weights
 from dpo_kernels.integrations.fused_step import FusedStep, separable, why_no_fused_head, why_not_split
-from dpo_kernels.integrations.llamafactory.attached import attached
+from dpo_kernels.integrations.head_calls import attach_heads
 
 AVERAGED = ("ipo", "orpo", "simpo")  # the losses that LLaMA-Factory gives averages over tokens
 LEAST = 1e-6  # the weight of a term of the loss below which LLaMA-Factory leaves it out
@@ -49,7 +49,7 @@ class FusedCustomDPOTrainer(FusedStep, CustomDPOTrainer):
     _known: tuple[dict[str, Tensor], Logps] | None = None  # what the own step reads, while it computes the log
 
     def __init__(self, model: Any, ref_model: Any, *args: Any, **kwargs: Any) -> None:
-        attached(self.check_head, model, ref_model)
+        attach_heads(self.check_head, model, ref_model)
         super().__init__(model, ref_model, *args, **kwargs)
 
     def _why_not(self) -> str:

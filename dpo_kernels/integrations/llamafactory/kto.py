@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpo_kernels import SequenceLossOutput, fused_kto_loss, fused_sequence_logps
 from dpo_kernels.integrations.fused_step import FusedStep, why_no_fused_head, why_not_split
-from dpo_kernels.integrations.llamafactory.attached import attached
+from dpo_kernels.integrations.head_calls import attach_heads
 
 KL = "kl_"  # the prefix of the KL sequences' entries in a batch
 # What the model gets of a batch: with the prefix for the KL sequences, and the same for both.
@@ -48,7 +48,7 @@ class FusedCustomKTOTrainer(FusedStep, CustomKTOTrainer):
     _known: tuple[dict[str, Forward], Reference] | None = None  # what the own step reads, while it computes the log
 
     def __init__(self, model: Any, ref_model: Any, *args: Any, **kwargs: Any) -> None:
-        attached(self.check_head, model, ref_model)
+        attach_heads(self.check_head, model, ref_model)
         super().__init__(model, ref_model, *args, **kwargs)
 
     def _why_not(self) -> str:

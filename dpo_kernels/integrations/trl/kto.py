@@ -4,6 +4,7 @@ The reference and the policy's KL sequences are scored first. The policy's loss 
 pass. TRL's own step computes every logged value from the results.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -188,7 +189,7 @@ class FusedKTOTrainer(FusedStep, KTOTrainer):
         return out, aux_loss
 
     @contextmanager
-    def _known(self, outputs: Any, kl_logps: Tensor | None) -> Any:
+    def _known(self, outputs: Any, kl_logps: Tensor | None) -> Iterator[None]:
         """Let TRL's step read what is known already, of policy and reference, instead of running the models."""
         precomputed = self.precompute_ref_logps
         self.precompute_ref_logps, self._scored = True, (outputs, kl_logps)
