@@ -134,6 +134,7 @@ class Problem:
             tracing=tracing,
             fills_main_grad=self.main_grad is not None,
             samples=self.sampling is not None,
+            sparse_weight_grad=self.sampling is not None and self.sampling.sparse_weight_grad,
             shard_ranks=0 if self.shard is None else self.shard.ranks,
             context_ranks=0 if self.context is None else self.context.ranks,
             most_counts=None if self.context is None else self.context.most,
@@ -178,6 +179,7 @@ class Workload:
     tracing: bool = False  # the call is inside torch.compile or torch.export
     fills_main_grad: bool = False  # the head's gradient is added to the caller's buffer
     samples: bool = False  # gradients are those of a sample of the logits' gradient
+    sparse_weight_grad: bool = False  # that of the head's weight is a sparse tensor of the rows it reaches
     shard_ranks: int = (
         0  # ranks that the vocabulary is split over, 0 for a whole one; ``vocab`` is then the largest shard
     )

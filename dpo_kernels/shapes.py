@@ -16,7 +16,7 @@ k     statistics that were requested
 ====  =================================================================
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -45,6 +45,7 @@ class Sampling:
 
     tau: float  # probabilities above it are kept as they are
     seed: int | Tensor  # an int, or a 0-d int64 tensor
+    sparse_weight_grad: bool = False  # the gradient of the head's weight is a sparse tensor of the rows it reaches
 
 
 # Powers of two that bring numbers near 1 have at most this exponent, so that they are float32 numbers.
@@ -194,6 +195,12 @@ class Schedule:
     def oversized_rows(self) -> int:
         """The most rows of a tile of an oversized example: whole blocks of the GEMM, if one fits."""
         return self.tile.rows // self.block_rows * self.block_rows or self.tile.rows
+
+
+def row_indexed(rows_K: Tensor, values_KH: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a coalesced sparse COO tensor ``(V, H)`` of whole rows. Their indices ascend, and none occurs twice."""
+    parts = rows_K[None], values_KH, tuple(shape)
+    return torch.sparse_coo_tensor(*parts, is_coalesced=True, check_invariants=False)
 
 
 def number_like(value: float | Tensor, like: Tensor) -> Tensor:

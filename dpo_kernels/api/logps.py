@@ -38,6 +38,7 @@ def fused_sequence_logps(
     gradient: str = "dense",
     tau: float = 2.0**-12,
     seed: int | Tensor = 0,
+    sparse_weight_grad: bool = False,
     vocab_parallel: VocabParallel | None = None,
     context_parallel: ContextParallel | None = None,
 ) -> Tensor:
@@ -76,6 +77,8 @@ def fused_sequence_logps(
             about ``1 / tau`` entries at the most.
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
             Take another one at each step, for each micro-batch and on each rank.
+        sparse_weight_grad: bool. If true, the gradient of ``weight`` is a sparse COO tensor of the rows that the sample
+            reaches, for optimizers that take one. ``weight`` must be a parameter of its own.
         vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             Labels stay ids of the whole vocabulary.
         context_parallel: a ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
@@ -106,7 +109,7 @@ def fused_sequence_logps(
     policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, token_weights, vocab_parallel, context_parallel)
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)
     head = HeadOptions(logit_scale, softcap)
-    how = GradientOptions(gradient, tau, seed)
+    how = GradientOptions(gradient, tau, seed, sparse_weight_grad)
     arguments = Arguments(policy, head, ReferenceTensors(), layout, Reduction(), MainGradOptions(), how)
     execution = Execution(backend, strategy, scratch_bytes)
     return run_logps(*planned(lambda given: logps_problem(given, per_token=False), arguments, execution))
@@ -130,6 +133,7 @@ def fused_token_logps(
     gradient: str = "dense",
     tau: float = 2.0**-12,
     seed: int | Tensor = 0,
+    sparse_weight_grad: bool = False,
     vocab_parallel: VocabParallel | None = None,
 ) -> Tensor:
     """Compute the log-prob of each token from hidden states, differentiably and without vocabulary-sized logits.
@@ -165,6 +169,8 @@ def fused_token_logps(
             about ``1 / tau`` entries at the most.
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
             Take another one at each step, for each micro-batch and on each rank.
+        sparse_weight_grad: bool. If true, the gradient of ``weight`` is a sparse COO tensor of the rows that the sample
+            reaches, for optimizers that take one. ``weight`` must be a parameter of its own.
         vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             Labels stay ids of the whole vocabulary.
 
@@ -194,7 +200,7 @@ def fused_token_logps(
     policy = PolicyTensors(hidden, weight, labels, bias, cu_seqlens, None, vocab_parallel)
     layout = Layout(shift=shift, ignore_index=ignore_index, max_scored_tokens=max_scored_tokens)
     head = HeadOptions(logit_scale, softcap)
-    how = GradientOptions(gradient, tau, seed)
+    how = GradientOptions(gradient, tau, seed, sparse_weight_grad)
     arguments = Arguments(policy, head, ReferenceTensors(), layout, Reduction(), MainGradOptions(), how)
     execution = Execution(backend, strategy, scratch_bytes)
     return run_logps(*planned(lambda given: logps_problem(given, per_token=True), arguments, execution))

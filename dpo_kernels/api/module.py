@@ -46,6 +46,8 @@ class FusedDPOLoss(nn.Module):
             products. The loss and the log-probs are exact. See docs/sparse-gradient.md.
         tau: Threshold of the sample, a number in (0, 1]. Probabilities above it are kept as they are. A token keeps
             about ``1 / tau`` entries at the most.
+        sparse_weight_grad: bool. If true, the gradient of ``weight`` is a sparse COO tensor of the rows that the sample
+            reaches, for optimizers that take one. ``weight`` must be a parameter of its own.
         **loss_options: Options of the loss by name; ``dpo_kernels.LOSSES[name].options`` lists those of one loss.
             "odpo" has ``margin``, "rebel" ``reward_gap``, "bco_pair" ``delta``, and these three may be ``(P,)``
             tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, and "alphapo" ``alpha``
@@ -96,6 +98,7 @@ class FusedDPOLoss(nn.Module):
         max_scored_tokens: int | None = None,
         gradient: str = "dense",
         tau: float = 2.0**-12,
+        sparse_weight_grad: bool = False,
         **loss_options: Any,
     ) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ class FusedDPOLoss(nn.Module):
         HeadOptions(logit_scale, softcap)
         Layout(pairs, shift, ignore_index, max_scored_tokens)
         Execution(backend, strategy, scratch_bytes)
-        GradientOptions(gradient, tau)
+        GradientOptions(gradient, tau, sparse_weight_grad=sparse_weight_grad)
         self.options = {
             "loss_type": loss_type,
             "beta": beta,
@@ -124,6 +127,7 @@ class FusedDPOLoss(nn.Module):
             "max_scored_tokens": max_scored_tokens,
             "gradient": gradient,
             "tau": tau,
+            "sparse_weight_grad": sparse_weight_grad,
             **loss_options,
         }
 

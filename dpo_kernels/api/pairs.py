@@ -66,6 +66,7 @@ def fused_dpo_loss(
     gradient: str = "dense",
     tau: float = 2.0**-12,
     seed: int | Tensor = 0,
+    sparse_weight_grad: bool = False,
     vocab_parallel: VocabParallel | None = None,
     context_parallel: ContextParallel | None = None,
     **loss_options: Any,
@@ -143,6 +144,8 @@ def fused_dpo_loss(
             about ``1 / tau`` entries at the most.
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
             Take another one at each step, for each micro-batch and on each rank.
+        sparse_weight_grad: bool. If true, the gradient of ``weight`` is a sparse COO tensor of the rows that the sample
+            reaches, for optimizers that take one. ``weight`` must be a parameter of its own.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
         context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
@@ -194,7 +197,7 @@ def fused_dpo_loss(
         Layout(pairs, shift, ignore_index, max_scored_tokens),
         Reduction(reduction, denominator, token_denominator),
         MainGradOptions(main_grad, main_grad_scale),
-        GradientOptions(gradient, tau, seed),
+        GradientOptions(gradient, tau, seed, sparse_weight_grad),
         stats,
     )
     execution = Execution(backend, strategy, scratch_bytes)
@@ -271,6 +274,8 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
             about ``1 / tau`` entries at the most.
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
             Take another one at each step, for each micro-batch and on each rank.
+        sparse_weight_grad: bool. If true, the gradient of ``weight`` is a sparse COO tensor of the rows that the sample
+            reaches, for optimizers that take one. ``weight`` must be a parameter of its own.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
         context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of

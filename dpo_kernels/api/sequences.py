@@ -44,6 +44,7 @@ OPTIONS = (
     "gradient",
     "tau",
     "seed",
+    "sparse_weight_grad",
     "vocab_parallel",
     "context_parallel",
 )
@@ -131,6 +132,8 @@ def fused_kto_loss(
             about ``1 / tau`` entries at the most.
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
             Take another one at each step, for each micro-batch and on each rank.
+        sparse_weight_grad: bool. If true, the gradient of ``weight`` is a sparse COO tensor of the rows that the sample
+            reaches, for optimizers that take one. ``weight`` must be a parameter of its own.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
         context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
@@ -262,6 +265,8 @@ def fused_group_loss(
             about ``1 / tau`` entries at the most.
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
             Take another one at each step, for each micro-batch and on each rank.
+        sparse_weight_grad: bool. If true, the gradient of ``weight`` is a sparse COO tensor of the rows that the sample
+            reaches, for optimizers that take one. ``weight`` must be a parameter of its own.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
         context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 FSDP1 = "_fsdp_wrapped_module"
 FSDP2 = "FSDPModule"
 ZERO3 = "ds_tensor"
+# ``unsharded`` gives the parameters that FSDP2 has gathered this attribute.
+GATHERED_BY = "gathered_by"
 
 
 def engine_of(module: nn.Module) -> str | None:
@@ -173,8 +175,10 @@ def _fsdp2(module: Any) -> Iterator[None]:
         return grad
 
     if torch.is_grad_enabled():
-        gathered = (p for p in module.parameters() if type(p).__name__ != "DTensor")
-        handles += [p.register_hook(begin) for p in gathered if p.requires_grad]
+        gathered = [p for p in module.parameters() if type(p).__name__ != "DTensor" and p.requires_grad]
+        handles += [p.register_hook(begin) for p in gathered]
+        for parameter in gathered:
+            setattr(parameter, GATHERED_BY, "FSDP2")
     try:
         yield
     except BaseException:

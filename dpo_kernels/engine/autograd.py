@@ -341,7 +341,7 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(anchor: Tensor, grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
+        return grad.view_as(grad) if grad.layout == torch.strided else grad.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

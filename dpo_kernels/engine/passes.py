@@ -26,6 +26,7 @@ from dpo_kernels.shapes import (
     PackedTokens,
     Schedule,
     accumulation_dtype,
+    row_indexed,
 )
 
 # Gradients are scaled and rounded in blocks of this many bytes, which caps the temporaries. Blocks on a GPU are large,
@@ -38,7 +39,7 @@ class KeptGradients(NamedTuple):
     """Gradients of the loss that wait for the backward pass, in accumulation precision. Unwanted ones are empty."""
 
     hidden: Tensor  # (N + 1, H), last row 0
-    weight: Tensor  # (V, H)
+    weight: Tensor  # (V, H), a sparse tensor of rows where the sampling says so
     bias: Tensor  # (V,)
 
 
@@ -144,7 +145,7 @@ def finalize_gradients(
     if needs.hidden:
         hidden = kernels.to_input_rows(kept.hidden, slot, grad_total, dtypes.hidden)
     if needs.weight:
-        weight = kernels.finalize_weight_grad(kept.weight, grad_total.to(kept.weight.dtype), dtypes.weight)
+        weight = _finalized(kernels, kept.weight, grad_total.to(kept.weight.dtype), dtypes.weight)
     left = NeedsGrad(needs.hidden and hidden is None, needs.weight and weight is None, needs.bias)
     dx, dw, db = scale_gradients(grad_total, kept, slot, dtypes, left)
     return dx if hidden is None else hidden, dw if weight is None else weight, db
@@ -230,14 +231,14 @@ def logps_gradients(
             dx, of_hidden = dx.mul_(factor), one
         _reduce_hidden_grad(problem, dx)
         if power is not None and dw is not None:
-            finalized = kernels.finalize_weight_grad(dw, factor, dtypes.weight)
+            finalized = _finalized(kernels, dw, factor, dtypes.weight)
             dw = _scaled_copy(dw, factor, dtypes.weight) if finalized is None else finalized
         if power is not None and db is not None:
             db = db * factor
         nothing = saved.dlogp_dhidden.new_zeros(0)
         return (
             nothing if dx is None else _to_input_rows(dx, slot, of_hidden, dtypes.hidden),
-            nothing.clone() if dw is None else dw.to(dtypes.weight),
+            nothing.clone() if dw is None else _rounded(dw, dtypes.weight),
             nothing.clone() if db is None else db.to(dtypes.bias),
         )
 
@@ -345,8 +346,27 @@ def _to_input_rows(dx: Tensor, slot: Tensor, scale: Tensor, dtype: torch.dtype) 
     return out
 
 
+def _finalized(
+    kernels: RowKernels | type[RowKernels], grad: Tensor, factor: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """Do ``RowKernels.finalize_weight_grad`` with a gradient that may be a sparse tensor of rows."""
+    if grad.layout == torch.strided:
+        return kernels.finalize_weight_grad(grad, factor, dtype)
+    values = kernels.finalize_weight_grad(grad.values(), factor, dtype)
+    return None if values is None else row_indexed(grad.indices()[0], values, grad.shape)
+
+
+def _rounded(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a gradient, which may be a sparse tensor of rows, in ``dtype``."""
+    if grad.layout == torch.strided:
+        return grad.to(dtype)
+    return row_indexed(grad.indices()[0], grad.values().to(dtype), grad.shape)
+
+
 def _scaled_copy(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``grad`` times a 0-d factor, rounded once to ``dtype``."""
+    """Return ``grad``, which may be a sparse tensor of rows, times a 0-d factor, rounded once to ``dtype``."""
+    if grad.layout != torch.strided:
+        return row_indexed(grad.indices()[0], _scaled_copy(grad.values(), factor, dtype), grad.shape)
     if grad.dtype == dtype:
         return grad * factor
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)

@@ -1,6 +1,7 @@
 """The arguments of a public function become a ``Problem``: they are checked, flattened and packed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from dpo_kernels.inputs.pair_order import STACKED, to_alternating
 from dpo_kernels.inputs.reference import LossFacts, check_reference
 from dpo_kernels.inputs.shards import pack_labels_of, split_main_grad, split_reference, split_work
 from dpo_kernels.inputs.tensors import Batch, check_batch
+from dpo_kernels.inputs.weight_layout import check_sparse_weight_grad
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.problem import CachedReference, Problem, ScoredReference
 from dpo_kernels.shapes import NeedsGrad, Sampling, sum_dtype
@@ -123,6 +125,7 @@ def _sampling(arguments: Arguments, batch: Batch) -> Sampling | None:
     if sampling is None:
         return None
     policy = arguments.policy
+    check_sparse_weight_grad(arguments, tracing=traced(batch.hidden))
     for name, given in (("vocab_parallel", policy.vocab_parallel), ("context_parallel", policy.context_parallel)):
         if given is not None:
             raise ValueError(f"gradient='sparse' does not go with {name} yet: the samples of ranks would be the same")
@@ -132,7 +135,7 @@ def _sampling(arguments: Arguments, batch: Batch) -> Sampling | None:
         return sampling
     refuse_batched("seed", sampling.seed)
     check_device("seed", sampling.seed, "hidden", batch.hidden)
-    return Sampling(sampling.tau, sampling.seed.clone())  # which the caller may change before the backward pass
+    return replace(sampling, seed=sampling.seed.clone())  # which the caller may change before the backward pass
 
 
 def _in_packed_order(

@@ -109,9 +109,13 @@ class GradientOptions:
     gradient: str = "dense"
     tau: float = 2.0**-12  # probabilities above it are kept as they are
     seed: int | Tensor = 0  # an int, or a 0-d int64 tensor
+    sparse_weight_grad: bool = False  # the gradient of the weight is a sparse tensor of the rows that are reached
 
     def __post_init__(self) -> None:
         checks.check_choice("gradient", self.gradient, GRADIENTS)
+        checks.check_flag("sparse_weight_grad", self.sparse_weight_grad)
+        if self.sparse_weight_grad and self.gradient != "sparse":
+            raise ValueError("sparse_weight_grad goes with gradient='sparse' only: an exact gradient has every row")
         if not 0 < checks.check_number("tau", self.tau) <= 1:
             raise ValueError(f"tau must be in (0, 1], got {self.tau}")
         if not isinstance(self.seed, Tensor):
@@ -126,7 +130,7 @@ class GradientOptions:
     @property
     def sampling(self) -> Sampling | None:
         """The threshold and the seed of a sparse gradient, or None for an exact one."""
-        return None if self.gradient == "dense" else Sampling(float(self.tau), self.seed)
+        return None if self.gradient == "dense" else Sampling(float(self.tau), self.seed, self.sparse_weight_grad)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ class Plan:
     def peak_bytes(self) -> int:
         """The most bytes that the pass with the scratch holds beside its inputs, or the reference's if that holds more.
 
-        Copies of a head under autocast are not counted.
+        Copies of a head under autocast are not counted. A sparse gradient of the head counts as if every row were
+        reached.
         """
         workload, wide = self.workload, accumulation_dtype(self.workload.dtype).itemsize
         tokens, row = workload.num_tokens, workload.width * wide
@@ -179,6 +180,7 @@ class Plan:
             + str(workload.dtype).removeprefix("torch."),
             f"  GEMM passes (2 N H V FLOP each): {self.gemms} policy + {self.reference_gemms} reference",
             *(["  gradients are those of a sample of the logits' gradient"] if workload.samples else []),
+            *self._rows_of_weight_grad(),
             f"  logits tile {tile.rows} x {tile.cols} ({_size(used)}{limit}){self._number_of_chunks()}",
         ]
         if self.logits_in_weight_grad:
@@ -193,6 +195,17 @@ class Plan:
             lines.append(f"  collectives: {number}, to which this rank brings {_size(sent)}: {what}")
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
         return "\n".join(lines)
+
+    def _rows_of_weight_grad(self) -> list[str]:
+        """Return the line about a sparse gradient of the head."""
+        workload = self.workload
+        if not (workload.sparse_weight_grad and workload.needs_grad.weight):
+            return []
+        row = workload.width * accumulation_dtype(workload.dtype).itemsize
+        return [
+            f"  the head's gradient holds only the rows that the sample reaches, of {_size(row)} each; all "
+            f"{workload.vocab} would be {_size(workload.vocab * row)}"
+        ]
 
     def _number_of_chunks(self) -> str:
         """Return the end of the line about the tile, or nothing where the host does not know the lengths."""

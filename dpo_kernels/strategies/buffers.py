@@ -13,6 +13,7 @@ from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import MOST_EXPONENT, Chunk, Schedule
 from dpo_kernels.strategies.row_results import RowResults
 from dpo_kernels.strategies.sampled import add_products
+from dpo_kernels.strategies.weight_rows import WeightRows, weight_grad
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class LossAndGradients:
     stats: dict[str, Tensor]  # name -> (N,)
     token_logps: Tensor  # (N,)
     hidden: Tensor | None  # (N + 1, H), last row 0
-    weight: Tensor | None  # (V, H)
+    weight: Tensor | None  # (V, H), a sparse tensor where the sampling says so
     bias: Tensor | None  # (V,)
 
 
@@ -100,12 +101,10 @@ class Buffers:
         return self.scratch.new_zeros(rows, width) if self.problem.needs_grad.hidden else None
 
     @cached_property
-    def dw(self) -> Tensor | None:
+    def dw(self) -> Tensor | WeightRows | None:
         """The gradient ``(V, H)`` of the head's weight, which is the caller's buffer if there is one, or None."""
-        if self.problem.main_grad is not None:
-            return self.problem.main_grad.buffer
-        hidden, vocab = self.problem.hidden, self.problem.head.vocab
-        return self.kernels.buffer(hidden.device, vocab, hidden.shape[1]) if self.problem.needs_grad.weight else None
+        main_grad = self.problem.main_grad
+        return weight_grad(self.kernels, self.problem) if main_grad is None else main_grad.buffer
 
     @cached_property
     def db(self) -> Tensor | None:
@@ -228,7 +227,7 @@ class Buffers:
         d: LogitsGradient | SparseGradient,
         x_CH: Tensor,
         start: int,
-        dw: Tensor | None,
+        dw: Tensor | WeightRows | None,
         db: Tensor | None,
         accumulate: bool,
         last: bool = False,
@@ -239,7 +238,7 @@ class Buffers:
             d: gradient ``(C, V)`` of whole rows of logits.
             x_CH: hidden states of these rows.
             start: packed token of the first row.
-            dw: ``(V, H)`` buffer, or None if it is not wanted.
+            dw: ``(V, H)`` buffer, rows of it, or None if it is not wanted.
             db: ``(V,)`` buffer, or None if it is not wanted.
             accumulate: whether products are added to ``dw`` and ``db``, or replace them.
             last: whether no later rows change the gradient of the hidden states.
@@ -264,14 +263,18 @@ class Buffers:
         if self.reducing is not None:
             self.reducing()
         for grad in (self.dw, self.db):
-            if grad is not None and not self.written:
+            if not isinstance(grad, Tensor):
+                continue
+            if not self.written:
                 grad.zero_()
-            elif grad is not None and self.powers is not None:
+            elif self.powers is not None:
                 grad.mul_(self.powers[1])
         losses = _joined(self.losses) if self.losses else self.ref[:0]
         logps = _joined(self.logps) if self.logps else self.ref
         total = losses.sum() / self.denominator
-        dw = self.dw if self.problem.main_grad is None else None
+        dw = self.dw.gradient() if isinstance(self.dw, WeightRows) else self.dw
+        if self.problem.main_grad is not None:
+            dw = None
         rows = self.rows.result
         return LossAndGradients(total, losses, logps, rows.stats, rows.logp, self.dx, dw, self.db)
 

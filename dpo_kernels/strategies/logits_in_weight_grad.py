@@ -16,7 +16,7 @@ from dpo_kernels.strategies.buffers import Buffers
 def run(buffers: Buffers, chunk: Chunk) -> None:
     """Compute the chunk of all tokens. It writes every gradient for the first and last time."""
     kernels, head, dw = buffers.kernels, buffers.problem.head, buffers.dw
-    assert dw is not None, "the schedule lets logits lie in a gradient that is formed"
+    assert isinstance(dw, Tensor), "the schedule lets logits lie in a gradient that is formed"
     if chunk.stop == chunk.start:  # the tokens of all sequences are on other ranks
         buffers.close_examples(chunk)
         return

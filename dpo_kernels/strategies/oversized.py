@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpo_kernels.shapes import Chunk
 from dpo_kernels.strategies.buffers import Buffers
+from dpo_kernels.strategies.weight_rows import WeightRows, weight_grad
 
 
 def run(buffers: Buffers, chunk: Chunk) -> None:
@@ -16,12 +17,12 @@ def run(buffers: Buffers, chunk: Chunk) -> None:
     packed, head = buffers.problem.packed, buffers.problem.head
     one_S = _derivative_by_difference(buffers, chunk)
     power = None if buffers.powers is None else buffers.powers[0]
-    unscaled: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+    unscaled: dict[int, tuple[Tensor | WeightRows | None, Tensor | None]] = {}
     for start, stop, side in _tiles(buffers, chunk):
         x_CH, labels_C, tile, state = buffers.forward(start, stop)
         first_of_side = side not in unscaled
         if first_of_side:
-            unscaled[side] = _buffer_like(buffers, buffers.dw), _buffer_like(buffers, buffers.db)
+            unscaled[side] = weight_grad(buffers.kernels, buffers.problem), _buffer_like(buffers, buffers.db)
         if stop == start or not head.vocab:
             continue
         scale_C = buffers.row_scale(one_S, chunk, start, stop, state)
@@ -78,12 +79,17 @@ def _buffer_like(buffers: Buffers, grad: Tensor | None) -> Tensor | None:
     return None if grad is None else buffers.kernels.buffer(grad.device, *grad.shape)
 
 
-def _add_scaled(buffers: Buffers, unscaled: tuple[Tensor | None, Tensor | None], factor: Tensor) -> None:
+def _add_scaled(
+    buffers: Buffers, unscaled: tuple[Tensor | WeightRows | None, Tensor | None], factor: Tensor
+) -> None:
     """Add accumulators of weight and bias, times a 0-d factor, to the gradients."""
     for total, part in zip((buffers.dw, buffers.db), unscaled, strict=True):
         if total is None or part is None:
             continue
-        if buffers.written:
+        if isinstance(total, WeightRows) or isinstance(part, WeightRows):
+            assert isinstance(total, WeightRows) and isinstance(part, WeightRows), "both are rows, or neither"
+            total.add_scaled(part, factor)
+        elif buffers.written:
             total.addcmul_(part, factor)
         else:
             torch.mul(part, factor, out=total)

@@ -12,7 +12,8 @@ from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import Schedule, spans
 from dpo_kernels.strategies import sampled
 from dpo_kernels.strategies.row_results import RowResults
-from dpo_kernels.strategies.sampled import Gradients
+from dpo_kernels.strategies.sampled import Gradients, Sums
+from dpo_kernels.strategies.weight_rows import WeightRows, weight_grad
 
 
 def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[RowResult, Tensor | None]:
@@ -52,7 +53,8 @@ def gradients(kernels: RowKernels, problem: Problem, schedule: Schedule, saved: 
 
     Returns:
         Gradients of the packed hidden states ``(N + 1, H)`` with a zero last row, of the weight ``(V, H)`` and of the
-        bias ``(V,)``, in accumulation precision. Unwanted ones are None.
+        bias ``(V,)``, in accumulation precision. Unwanted ones are None. That of the weight is a sparse tensor where
+        the sampling says so.
 
     """
     head, packed, tile = problem.head, problem.packed, schedule.tile
@@ -60,7 +62,8 @@ def gradients(kernels: RowKernels, problem: Problem, schedule: Schedule, saved: 
     scale_N = (-grad_N * head.logit_scale / saved.sumexp).to(saved.sumexp.dtype)
     if problem.sampling is not None:
         sampled.gradients(kernels, problem, schedule, saved, scale_N, (dx, dw, db))
-        return dx, dw, db
+        return dx, dw.gradient() if isinstance(dw, WeightRows) else dw, db
+    assert not isinstance(dw, WeightRows), "an exact gradient has every row"
     scratch = kernels.scratch(problem.hidden.device, schedule.scratch_logits)
     for chunk in schedule.chunks:
         start, stop = chunk.start, chunk.stop
@@ -89,13 +92,13 @@ def gradients(kernels: RowKernels, problem: Problem, schedule: Schedule, saved: 
     return dx, dw, db
 
 
-def _allocate(kernels: RowKernels, problem: Problem) -> Gradients:
+def _allocate(kernels: RowKernels, problem: Problem) -> Sums:
     """Allocate the gradients that are wanted. Those that no tile will write are set to 0."""
     need, device, (vocab, width) = problem.needs_grad, problem.hidden.device, problem.head.weight.shape
     dx = kernels.buffer(device, problem.packed.capacity + 1, width).zero_() if need.hidden else None
-    dw = kernels.buffer(device, vocab, width) if need.weight else None
+    dw = weight_grad(kernels, problem)
     db = kernels.buffer(device, vocab) if need.bias else None
     for grad in (dw, db):
-        if grad is not None and not problem.packed.used:
+        if isinstance(grad, Tensor) and not problem.packed.used:
             grad.zero_()  # no tile writes it if there are no tokens
     return dx, dw, db

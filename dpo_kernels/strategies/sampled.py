@@ -8,9 +8,12 @@ from torch import Tensor
 from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowResult, SampledRows, SparseGradient
 from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import Head, Schedule, spans
+from dpo_kernels.strategies.weight_rows import WeightRows
 
 # These are gradients of the hidden states, the weight and the bias, each None where not wanted.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+# The same while products are added to them.
+Sums = tuple[Tensor | None, Tensor | WeightRows | None, Tensor | None]
 
 
 def add_products(
@@ -19,7 +22,7 @@ def add_products(
     head: Head,
     start: int,
     x_CH: Tensor,
-    grads: Gradients,
+    grads: Sums,
     *,
     first_columns: bool,
     first_rows: bool,
@@ -32,7 +35,7 @@ def add_products(
         head: the head that made the logits.
         start: the vocabulary's column that comes first in the tile.
         x_CH: hidden states of its rows.
-        grads: ``(C, H)``, ``(Vt, H)`` and ``(Vt,)``, None where not wanted.
+        grads: ``(C, H)``, ``(Vt, H)`` or rows of ``(V, H)``, and ``(Vt,)``, None where not wanted.
         first_columns: whether the first gradient holds nothing yet.
         first_rows: whether the others hold nothing yet.
 
@@ -41,7 +44,9 @@ def add_products(
     if isinstance(d, SparseGradient):
         if dx is not None:
             kernels.sparse_grad_hidden(d, head, start, dx, accumulate=not first_columns)
-        if dw is not None:
+        if isinstance(dw, WeightRows):
+            dw.add_sample(d, start, x_CH)
+        elif dw is not None:
             kernels.sparse_grad_weight(d, x_CH, dw, accumulate=not first_rows)
         if db is not None:
             kernels.sparse_grad_bias(d, db, accumulate=not first_rows)
@@ -53,14 +58,16 @@ def add_products(
             part.mul_(d.scale[:, None])
         if not first_columns:
             dx.add_(part)
-    if dw is not None:
+    if isinstance(dw, WeightRows):
+        dw.add_exact(d, start, x_CH)
+    elif dw is not None:
         kernels.grad_weight(d, x_CH, dw, accumulate=not first_rows)
     if db is not None:
         kernels.grad_bias(d, start, db, accumulate=not first_rows)
 
 
 def gradients(
-    kernels: RowKernels, problem: Problem, schedule: Schedule, saved: RowResult, scale_N: Tensor, grads: Gradients
+    kernels: RowKernels, problem: Problem, schedule: Schedule, saved: RowResult, scale_N: Tensor, grads: Sums
 ) -> None:
     """Write the gradients of log-probs from logits that are computed again, see ``recompute.gradients``.
 
@@ -70,7 +77,7 @@ def gradients(
         schedule: tile and chunks. A tile begins at a multiple of ``sampling.BLOCK`` columns.
         saved: sums of all rows.
         scale_N: ``(N,)`` factor of each row of the logits' gradient.
-        grads: ``(N + 1, H)``, ``(V, H)`` and ``(V,)``, None where not wanted.
+        grads: ``(N + 1, H)``, ``(V, H)`` or its rows, and ``(V,)``, None where not wanted.
 
     """
     head, packed, (dx, dw, db) = problem.head, problem.packed, grads
@@ -90,7 +97,7 @@ def gradients(
                 d = kernels.dlogits_(z, labels_C, left, *sums, head, scale_C, False, head.logit_scale)
             of_tile = (
                 None if dx is None else dx[rows],
-                None if dw is None else dw[left:right],
+                dw[left:right] if isinstance(dw, Tensor) else dw,
                 None if db is None else db[left:right],
             )
             add_products(kernels, d, head, left, x_CH, of_tile, first_columns=left == 0, first_rows=chunk.start == 0)
