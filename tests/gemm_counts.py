@@ -22,23 +22,25 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:  # the parts of others are tensors too
                 storage = leaf.untyped_storage()
                 self.sizes.setdefault(storage._cdata, (storage.nbytes(), tuple(leaf.shape)))
                 self.kept.append(leaf)  # a freed storage's address would be used again
         return out
 
-    def largest(self):
-        return max(self.sizes.values())
+    def largest(self, besides=()):
+        """(bytes, shape) of the largest, of which the tensors ``besides`` are none."""
+        given = {tensor.untyped_storage()._cdata for tensor in besides}
+        return max(size for storage, size in self.sizes.items() if storage not in given)
 
 
-def costs(call):
-    """(GEMM FLOPs, largest allocation) of a forward and backward."""
+def costs(call, besides=()):
+    """(GEMM FLOPs, largest allocation) of a forward and backward. The caller's tensors ``besides`` do not count."""
     with FlopCounterMode(display=False) as flops, Allocations() as allocations:
         loss = call()
         if loss.requires_grad:
             loss.sum().backward()
-    return flops.get_total_flops(), allocations.largest()
+    return flops.get_total_flops(), allocations.largest(besides)
 
 
 MEASURE = """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 FSDP1 = "_fsdp_wrapped_module"
 FSDP2 = "FSDPModule"
 ZERO3 = "ds_tensor"
-# ``unsharded`` gives the parameters that FSDP2 has gathered this attribute.
+# ``mark_gathered`` gives the parameters that FSDP2 has gathered this attribute. They look like any others otherwise.
 GATHERED_BY = "gathered_by"
 
 
@@ -86,6 +86,26 @@ def return_unrounded(module: nn.Module | None, result: Any) -> None:
         return result
 
     handle = module.register_forward_hook(instead)
+
+
+def mark_gathered(module: nn.Module, unit: nn.Module | None = None) -> None:
+    """Let the parameters of a module say that FSDP2 has gathered them, if it has.
+
+    A gradient of such a parameter is reduced over the ranks as a dense tensor.
+
+    Args:
+        module: a module whose unit is gathered.
+        unit: the module that ``fully_shard`` was called with. None stands for ``module``.
+
+    Example:
+        >>> from torch import nn
+        >>> mark_gathered(nn.Linear(4, 8))
+    """
+    if engine_of(module if unit is None else unit) != "FSDP2":
+        return
+    for parameter in module.parameters():
+        if type(parameter).__name__ != "DTensor":
+            setattr(parameter, GATHERED_BY, "FSDP2")
 
 
 @contextmanager
@@ -175,10 +195,9 @@ def _fsdp2(module: Any) -> Iterator[None]:
         return grad
 
     if torch.is_grad_enabled():
-        gathered = [p for p in module.parameters() if type(p).__name__ != "DTensor" and p.requires_grad]
-        handles += [p.register_hook(begin) for p in gathered]
-        for parameter in gathered:
-            setattr(parameter, GATHERED_BY, "FSDP2")
+        gathered = (p for p in module.parameters() if type(p).__name__ != "DTensor")
+        handles += [p.register_hook(begin) for p in gathered if p.requires_grad]
+    mark_gathered(module)
     try:
         yield
     except BaseException:

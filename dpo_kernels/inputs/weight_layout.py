@@ -7,7 +7,7 @@ from torch import Tensor
 from dpo_kernels.inputs.options import Arguments
 
 # An engine that shards the head tells so by one of these attributes of the weight that it has gathered: ZeRO-3 by the
-# first, and ``distributed.unsharded`` by the second.
+# first, and ``distributed.sharded_heads`` marks those of FSDP2 by the second.
 ENGINES = {"ds_tensor": "ZeRO-3", "gathered_by": "FSDP2"}
 
 
@@ -30,7 +30,7 @@ def check_sparse_weight_grad(arguments: Arguments, *, tracing: bool) -> None:
         return
     for attribute, engine in ENGINES.items():
         if hasattr(weight, attribute):
-            raise ValueError(f"sparse_weight_grad does not go with {engine}, which adds up dense gradients of the ranks")
+            raise ValueError(f"sparse_weight_grad does not go with {engine}, which reduces dense gradients over ranks")
     if not weight.is_leaf:
         raise ValueError(
             "sparse_weight_grad needs a weight that is a parameter itself: this one comes out of an operation (a view, "

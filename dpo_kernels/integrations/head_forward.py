@@ -75,6 +75,7 @@ def call(module: Any, hidden: Tensor, read: Callable[[Any, Tensor], Any]) -> Any
     attach(module)
 
     def unrounded(inner: Any, hidden: Tensor) -> Any:
+        sharded_heads.mark_gathered(inner, module)
         result = read(inner, hidden)
         sharded_heads.return_unrounded(module, result)
         return result

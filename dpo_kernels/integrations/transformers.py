@@ -269,6 +269,7 @@ class FusedLMHead:
             if sharded_heads.gathers(head.output_embedding):
                 result = head.inside(outputs[0], functools.partial(fused_call, outputs))
             else:  # in this frame: where a graph breaks, few are compiled
+                sharded_heads.mark_gathered(head.output_embedding, model)
                 result = fused_call(outputs, *head.operands(outputs[0]))
             for unit in (head.peft_model, model):
                 sharded_heads.return_unrounded(unit, result)

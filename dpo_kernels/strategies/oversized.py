@@ -79,15 +79,14 @@ def _buffer_like(buffers: Buffers, grad: Tensor | None) -> Tensor | None:
     return None if grad is None else buffers.kernels.buffer(grad.device, *grad.shape)
 
 
-def _add_scaled(
-    buffers: Buffers, unscaled: tuple[Tensor | WeightRows | None, Tensor | None], factor: Tensor
-) -> None:
+def _add_scaled(buffers: Buffers, unscaled: tuple[Tensor | WeightRows | None, Tensor | None], factor: Tensor) -> None:
     """Add accumulators of weight and bias, times a 0-d factor, to the gradients."""
     for total, part in zip((buffers.dw, buffers.db), unscaled, strict=True):
         if total is None or part is None:
             continue
         if isinstance(total, WeightRows) or isinstance(part, WeightRows):
-            assert isinstance(total, WeightRows) and isinstance(part, WeightRows), "both are rows, or neither"
+            assert isinstance(total, WeightRows), "both are rows, or neither"
+            assert isinstance(part, WeightRows), "both are rows, or neither"
             total.add_scaled(part, factor)
         elif buffers.written:
             total.addcmul_(part, factor)

@@ -15,6 +15,8 @@ from tests.distributed import training
 from tests.distributed.engines import FSDP1, FSDP2, Engine, ZeRO, fully_shard, parts
 from tests.distributed.training import differences_from, fused, model_of
 
+IDS = torch.arange(6).view(2, 3)
+
 
 def opened(case: dict[str, Any], model: Any) -> ExitStack:
     """Whatever a step reads outside of a forward, gathered."""
@@ -227,6 +229,41 @@ def refusals() -> dict[str, str]:
         "FSDP1": said(fsdp1.lm_head),
         "FSDP1, own": said(own.lm_head),
         "adapter apart": adapter_apart(),
+        **rows_refused(),
+    }
+
+
+def rows_refused() -> dict[str, str]:
+    """What a sparse gradient of the head is told, wherever an engine has gathered the head."""
+
+    def said(call: Any) -> str:
+        def work(outputs: Any, hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+            sparse = {"gradient": "sparse", "sparse_weight_grad": True}
+            return fused_sequence_logps(hidden, weight, torch.ones_like(IDS), **options, **sparse)
+
+        try:
+            call(work)
+        except ValueError as error:
+            return str(error)
+        return "no error"
+
+    def in_the_forward(engine: Any, unit: str) -> str:
+        model = model_of({}, training.F64)
+        fused_lm_head(model).attach()
+        wrapped = engine(model, {"ENGINE": engine.__name__, "UNIT": unit}).wrapped
+        return said(lambda work: wrapped(input_ids=IDS, fused_call=work))
+
+    own = FSDP2(model_of({}, training.F64), {"ENGINE": "FSDP2", "UNIT": "own"}).model
+
+    def outside(work: Any) -> None:
+        with unsharded(own), unsharded(own.lm_head):
+            work(None, own.model(input_ids=IDS)[0], own.lm_head.weight, {})
+
+    return {
+        "rows, outside": said(outside),
+        "rows, own unit": in_the_forward(FSDP2, "own"),
+        "rows, larger unit": in_the_forward(FSDP2, "root"),
+        "rows, FSDP1": in_the_forward(FSDP1, "root"),
     }
 
 

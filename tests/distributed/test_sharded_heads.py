@@ -82,6 +82,10 @@ def test_results_keep_their_precision_whatever_the_unit_returns(found_by):
         "FSDP1, own": "FSDP1 does not reduce gradients of weights that are gathered outside of a forward",
         "not attached": "an engine shards the head, and its weight is whole in the head's own forward only",
         "adapter apart": "the head has an adapter whose weight is sharded",
+        "rows, outside": "sparse_weight_grad does not go with FSDP2, which reduces dense gradients over ranks",
+        "rows, own unit": "sparse_weight_grad does not go with FSDP2, which reduces dense gradients over ranks",
+        "rows, larger unit": "sparse_weight_grad does not go with FSDP2, which reduces dense gradients over ranks",
+        "rows, FSDP1": "sparse_weight_grad needs a weight that is a parameter itself",
     }.items(),
 )
 def test_what_cannot_be_is_said(found_by, case, words):

@@ -113,18 +113,11 @@ PATHS: tuple[Mutant, ...] = (
         "the scratch of a backward pass outlives it",
     ),
     Mutant(
-        "dpo_kernels/strategies/buffers.py",
-        "if self.problem.needs_grad.weight else None",
-        "if self.problem.needs_grad.head else None",
+        "dpo_kernels/strategies/weight_rows.py",
+        "if not problem.needs_grad.weight:",
+        "if not problem.needs_grad.head:",
         "tests/api/test_execution.py::test_a_frozen_weight_costs_nothing_where_the_bias_is_trained",
         "a frozen weight gets a gradient where the bias is trained",
-    ),
-    Mutant(
-        "dpo_kernels/strategies/recompute.py",
-        "if need.weight else None",
-        "if need.weight or need.bias else None",
-        "tests/api/test_execution.py::test_a_frozen_weight_costs_nothing_where_the_bias_is_trained",
-        "recomputing, a frozen weight gets a gradient where the bias is trained",
     ),
     Mutant(
         "dpo_kernels/planning/plan.py",

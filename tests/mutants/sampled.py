@@ -3,6 +3,7 @@
 from tests.mutants.records import Mutant
 
 _TEST = "tests/strategies/test_sparse.py::"
+_ROWS = "tests/strategies/test_sparse_weight_grad.py::"
 _MEAN = f"{_TEST}test_the_mean_over_seeds_is_the_exact_gradient"
 
 SAMPLED = (
@@ -68,5 +69,61 @@ SAMPLED = (
         "",
         f"{_TEST}test_the_cpp_sample_is_that_of_torch",
         "the label takes a place on the grid's line",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/weight_rows.py",
+        "        self.memory[before:count].zero_()\n",
+        "        self.memory[before:count].fill_(1.0)\n",
+        f"{_ROWS}test_rows_are_added_where_they_belong",
+        "a row of a sparse gradient begins with what its memory held",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/weight_rows.py",
+        "places = self._places(d.columns + start)",
+        "places = self._places(d.columns)",
+        f"{_ROWS}test_rows_have_the_bits_of_the_dense_gradient[gaussian-cut rows-torch]",
+        "rows of a sample are counted from the first column of its tile",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/weight_rows.py",
+        "torch.arange(start + left, start + right, device=self.device)",
+        "torch.arange(left, right, device=self.device)",
+        f"{_ROWS}test_rows_are_added_where_they_belong",
+        "rows of an exact tile are counted from the first column of the tile",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/weight_rows.py",
+        "            memory[:before] = self.memory[:before]\n",
+        "            memory[:before] = 0\n",
+        f"{_ROWS}test_rows_are_added_where_they_belong",
+        "rows are forgotten when their memory grows",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/weight_rows.py",
+        "self._add(other.rows, other.values.mul_(factor))",
+        "self._add(other.rows, other.values)",
+        f"{_ROWS}test_rows_have_the_bits_of_the_dense_gradient[gaussian-oversized-torch]",
+        "rows of an oversized pair keep the coefficient of 1",
+    ),
+    Mutant(
+        "dpo_kernels/strategies/weight_rows.py",
+        "return row_indexed(self.rows[order], self.values.index_select(0, order), self.shape)",
+        "return row_indexed(self.rows, self.values, self.shape)",
+        f"{_ROWS}test_rows_are_added_where_they_belong",
+        "indices of a coalesced tensor do not ascend",
+    ),
+    Mutant(
+        "dpo_kernels/engine/passes.py",
+        "_scaled_copy(grad.values(), factor, dtype), grad.shape)",
+        "grad.values().to(dtype), grad.shape)",
+        f"{_ROWS}test_dtypes_and_loss_scales_round_once[1024.0-chunked-torch-torch.bfloat16]",
+        "a sparse gradient misses the upstream gradient",
+    ),
+    Mutant(
+        "dpo_kernels/inputs/weight_layout.py",
+        "        waiting += [following for following, _ in node.next_functions]\n",
+        "",
+        f"{_ROWS}test_a_tied_head_is_refused",
+        "only the last operation on the hidden states is searched for a tied head",
     ),
 )
