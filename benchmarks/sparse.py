@@ -1,15 +1,18 @@
 """Sparse gradients on the logits of a real model: entries that are kept, errors, and time beside the exact gradient.
 
 ``python -m benchmarks.sparse`` takes the hidden states of SmolLM2-135M-Instruct on the demo's pairs of reviews, both of
-which it downloads, and writes a JSON file. Every time is taken in one interleaved run with the three bare GEMMs of the
-head. For H = 2048 hidden states and head are rotated into a wider space, where the logits are the same.
+which it downloads, and writes ``benchmarks/results/sparse-cpu.json``, from which ``python -m benchmarks.sparse_page``
+makes tables and pictures. Times are CPU time of the process, because the machine may do other work. Each is taken in
+one interleaved run with the three bare GEMMs of the head. For H = 2048 hidden states and head are rotated into a wider
+space, where the logits are the same.
 """
 
 import argparse
 import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +30,9 @@ from demo.options import at_least
 TAUS = tuple(2.0**-k for k in (8, 10, 12, 14))
 SEEDS = 4  # samples over which errors are averaged
 ROWS = 64  # of logits at a time
+FEWER = (4, 16)  # of so many sequences, and of all, the rows of the head that a sample reaches are counted
+TAU = 2.0**-12  # of the cases that are timed with one threshold
+RESULTS = Path(__file__).parent / "results" / "sparse-cpu.json"
 
 
 @dataclass
@@ -51,6 +57,10 @@ class Material:
         g = torch.Generator().manual_seed(0)
         basis = torch.linalg.qr(torch.randn(width, self.hidden.shape[-1], generator=g, device="cpu")).Q.T
         return Material(self.hidden @ basis, self.weight @ basis, self.labels)
+
+    def first(self, sequences: int) -> "Material":
+        """Return some of the sequences."""
+        return Material(self.hidden[:sequences], self.weight, self.labels[:sequences])
 
     def flat(self) -> "Material":
         """Return the same with hidden states of 0, so that all tokens are equally likely."""
@@ -96,6 +106,12 @@ def kept_entries(material: Material, tau: float) -> tuple[float, float]:
     return float(torch.cat(counts).mean()), float(torch.cat(counts).quantile(0.9))
 
 
+def reached_rows(material: Material, tau: float) -> int:
+    """Return how many rows of the head a sample of the batch reaches."""
+    _, dw = gradients(material, gradient="sparse", tau=tau, sparse_weight_grad=True)
+    return int(dw.indices().shape[1])
+
+
 def from_logits(material: Material, probabilities: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Return what ``gradients`` returns, from changed probabilities. The label's own entry is always exact."""
     x_NH, labels_N = material.hidden[:, :-1][material.scored], material.labels[:, 1:][material.scored]
@@ -136,7 +152,7 @@ def errors(material: Material) -> dict[str, dict[str, float]]:
 
 
 def seconds(material: Material, tries: int, taus: tuple[float, ...]) -> dict[str, float]:
-    """Return the least seconds of the bare GEMMs, and of steps with exact and with sparse gradients."""
+    """Return the least CPU seconds of the bare GEMMs, and of steps with exact and with sparse gradients."""
     x, w = material.hidden[:, :-1][material.scored].detach(), material.weight.detach()
 
     def gemms() -> None:
@@ -149,9 +165,9 @@ def seconds(material: Material, tries: int, taus: tuple[float, ...]) -> dict[str
     least = dict.fromkeys(ways, math.inf)
     for _ in range(tries):
         for name, way in ways.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             way()
-            least[name] = min(least[name], time.perf_counter() - begin)
+            least[name] = min(least[name], time.process_time() - begin)
     return least
 
 
@@ -159,41 +175,57 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=at_least(1), default=2048)
-    parser.add_argument("--tries", type=at_least(1), default=5)
+    parser.add_argument("--tries", type=at_least(1), default=5, help="rounds of which the least time counts")
     parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
     parser.add_argument("--cache", type=Path, default=Path(".demo_cache"))
-    parser.add_argument("--out", type=Path, default=Path("build/sparse.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     material = real_material(options.tokens, options.cache)
-    record: dict[str, Any] = {
+    record = without_times(material) | {
         "machine": environment.processor()[0],
         **environment.record("cpu", options.threads),
-        "tokens": int(material.scored.sum()),
-        "shape": tuple(material.weight.shape),
-        "kept": {f"{tau:g}": kept_entries(material, tau) for tau in TAUS},
-        "errors": errors(material),
+        "tries": options.tries,
+        "load_before": os.getloadavg()[0],
         "seconds": {},
     }
     print(f"{record['tokens']} tokens, V={record['shape'][0]}, H={record['shape'][1]}, {record['machine']}")
     for tau, (mean, most) in record["kept"].items():
         print(f"tau {tau}: {mean:.0f} entries a token are kept, 90th percentile {most:.0f}")
     for name, error in record["errors"].items():
-        print(f"{name}: error of dX {error['dX']:.1e}, of dW {error['dW']:.1e}")
-    cases = {
-        "float32": material,
-        "float32, H=2048": material.widened(2048),
-        "bfloat16": material.to(torch.bfloat16),
-        "bfloat16, H=2048": material.widened(2048).to(torch.bfloat16),
-        "float32, equal logits": material.flat(),
-    }
-    for name, case in cases.items():
-        found = seconds(case, options.tries, TAUS if name == "float32" else (2.0**-12,))
+        print(f"{name}: error of dX {error['dX']:.1e}, of dW {error['dW']:.1e}", flush=True)
+    for name, case in cases(material):
+        found = seconds(case, options.tries, TAUS if name == "float32" else (TAU,))
         record["seconds"][name] = found
         ratios = ", ".join(f"{way} {taken / found['three GEMMs']:.2f}" for way, taken in found.items())
         print(f"{name}: three GEMMs {found['three GEMMs']:.3f} s; over them {ratios}", flush=True)
+    record["load_after"] = os.getloadavg()[0]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def without_times(material: Material) -> dict[str, Any]:
+    """Return what does not depend on the machine: numbers of entries and rows, and errors."""
+    parts = [material.first(count) for count in FEWER] + [material]
+    return {
+        "tokens": int(material.scored.sum()),
+        "shape": tuple(material.weight.shape),
+        "seeds": SEEDS,
+        "kept": {f"{tau:g}": kept_entries(material, tau) for tau in TAUS},
+        "reached": {
+            f"{tau:g}": {str(int(part.scored.sum())): reached_rows(part, tau) for part in parts} for tau in TAUS
+        },
+        "errors": errors(material),
+    }
+
+
+def cases(material: Material) -> Iterator[tuple[str, Material]]:
+    """Yield what is timed, by name, one at a time in memory."""
+    yield "float32", material
+    yield "float32, H=2048", material.widened(2048)
+    yield "bfloat16", material.to(torch.bfloat16)
+    yield "bfloat16, H=2048", material.widened(2048).to(torch.bfloat16)
+    yield "float32, equal logits", material.flat()
 
 
 if __name__ == "__main__":

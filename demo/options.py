@@ -17,6 +17,8 @@ class Options:
     beta: float = 0.1
     loss: str = "sigmoid"
     label_smoothing: float = 0.0
+    gradient: str = "dense"
+    tau: float = 2.0**-12
     lr: float = 4e-5
     seed: int = 0
     max_length: int = 40
@@ -43,6 +45,10 @@ class Options:
     def loss_settings(self) -> dict[str, Any]:
         """Return the loss's keyword arguments for `fused_dpo_loss`."""
         return {"beta": self.beta, "loss_type": self.loss, "label_smoothing": self.label_smoothing}
+
+    def gradient_settings(self, step: int) -> dict[str, Any]:
+        """Return what a training step adds to them: its own sample, where gradients are sparse."""
+        return {"gradient": self.gradient, "tau": self.tau, "seed": self.seed * 2**32 + step}
 
 
 # A model of a million parameters takes, and needs, other steps than one of 135 million.
@@ -84,6 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     number("--beta", 0.0, "beta of the loss", float)
     add("--loss", metavar="NAME", help=f"a loss of dpo_kernels that uses a reference (default {Options.loss})")
     number("--label-smoothing", 0.0, "share of preferences taken to be wrong", float)
+    add("--gradient", choices=("dense", "sparse"), help="sparse trains with gradients of samples (default dense)")
+    number("--tau", 0.0, "threshold of the samples", float)
     number("--lr", 0.0, "AdamW's learning rate, after a short warm-up", float)
     number("--seed", 0, "seed of the pairs, the batches and the samples")
     number("--max-length", 8, "longest prompt and completion, in tokens")

@@ -51,7 +51,14 @@ def _check(options: Options) -> None:
         raise ValueError("--device cuda: torch finds no GPU here")
     hidden, head = torch.zeros(2, 1, 2, device="cpu"), torch.zeros(3, 2, device="cpu")
     labels = torch.zeros(2, 1, dtype=torch.int64, device="cpu")
-    fused_dpo_loss(hidden, head, labels, ref_logps=torch.zeros(2, device="cpu"), **options.loss_settings())
+    fused_dpo_loss(
+        hidden,
+        head,
+        labels,
+        ref_logps=torch.zeros(2, device="cpu"),
+        **options.loss_settings(),
+        **options.gradient_settings(1),
+    )
 
 
 class _Demo:

@@ -70,8 +70,8 @@ def cache_reference(lm: LanguageModel, pairs: list[Pair], description: str) -> S
     return Scored(pairs, ref_logps)
 
 
-def pair_loss(lm: LanguageModel, scored: Scored, options: Options) -> DPOLossOutput:
-    """Return the fused loss of the model on `scored`: the training step's forward."""
+def pair_loss(lm: LanguageModel, scored: Scored, options: Options, step: int) -> DPOLossOutput:
+    """Return the fused loss of the model on `scored`: the forward of training step `step`."""
     batch = lm.batch(scored.pairs)
     return fused_dpo_loss(
         lm.hidden(batch),
@@ -80,6 +80,7 @@ def pair_loss(lm: LanguageModel, scored: Scored, options: Options) -> DPOLossOut
         ref_logps=scored.stacked_ref(),
         shift=True,
         **options.loss_settings(),
+        **options.gradient_settings(step),
     )
 
 
@@ -90,7 +91,7 @@ def evaluate(lm: LanguageModel, held_out: Scored, options: Options, step: int) -
     with torch.no_grad():
         for start in range(0, count, EVALUATION_PAIRS):
             part = held_out.take(list(range(start, min(start + EVALUATION_PAIRS, count))))
-            metrics = metrics_of(pair_loss(lm, part, options), options, step)
+            metrics = metrics_of(pair_loss(lm, part, options, step), options, step)
             means = torch.tensor([metrics.loss, metrics.margin, metrics.accuracy], dtype=torch.float64, device="cpu")
             total += metrics.pairs * means
     loss, margin, accuracy = (total / count).tolist()
@@ -105,7 +106,7 @@ def train(lm: LanguageModel, data: Scored, held_out: Scored, options: Options, h
     batches = batches_forever(len(data.pairs), options.batch, options.seed)
     with tqdm(total=options.steps, desc="DPO training", unit="step") as bar:
         for step in range(1, options.steps + 1):
-            out = pair_loss(lm, data.take(next(batches)), options)
+            out = pair_loss(lm, data.take(next(batches)), options, step)
             optimizer.zero_grad()
             out.loss.backward()
             with uninterrupted():

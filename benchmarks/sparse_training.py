@@ -1,0 +1,86 @@
+"""The demo's training with exact and with sparse gradients: what a sample changes, beside what another data order does.
+
+``python -m benchmarks.sparse_training`` trains SmolLM2-135M-Instruct on the demo's pairs once for each kind of gradient
+and each order of the batches. The pairs, the held-out pairs and the model at the start are the same for all runs, and
+runs of one order see the same batches. The losses go to ``benchmarks/results/sparse-training-cpu.json``.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.demo_table import processor
+from demo.data import fetch_ratings, read_ratings
+from demo.model import load_smollm2
+from demo.options import Options, at_least
+from demo.preparation import get_pairs
+from demo.train import History, cache_reference, train
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "sparse-training-cpu.json"
+GRADIENTS = ("dense", "sparse")
+CURVES = ("loss", "held_out_loss", "held_out_margin")
+Run = dict[str, Any]  # gradient, order, and a list of numbers for each of CURVES
+
+
+def measure(options: Options, orders: int) -> dict[str, Any]:
+    """Train with each kind of gradient and each order of the batches."""
+    lm = load_smollm2(options.cache)
+    training, held_out = get_pairs(lm, read_ratings(fetch_ratings(options.cache)), options)
+    held_out_scored = cache_reference(lm, held_out, "reference, held out")
+    training_scored = cache_reference(lm, training, "reference, training")
+    begin = {name: value.clone() for name, value in lm.causal.state_dict().items()}
+    runs: list[Run] = []
+    for order in range(orders):
+        for gradient in GRADIENTS:
+            lm.causal.load_state_dict(begin)
+            history = History()
+            how = replace(options, gradient=gradient, seed=order)
+            train(lm, training_scored, held_out_scored, how, history)
+            runs.append({"gradient": gradient, "order": order, **_curves(history)})
+            print(f"{gradient}, order {order}: held-out loss {runs[-1]['held_out_loss'][-1]:.4f}", flush=True)
+    return {
+        "model": lm.name,
+        "steps": options.steps,
+        "batch": options.batch,
+        "tau": options.tau,
+        "lr": options.lr,
+        "eval_every": options.eval_every,
+        "held_out": len(held_out),
+        "processor": processor(),
+        "torch": torch.__version__,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "runs": runs,
+    }
+
+
+def _curves(history: History) -> dict[str, list[float]]:
+    return {
+        "loss": [each.loss for each in history.steps],
+        "held_out_loss": [each.loss for each in history.evaluations],
+        "held_out_margin": [each.margin for each in history.evaluations],
+    }
+
+
+def main() -> None:
+    """Train and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=at_least(1), default=Options.steps)
+    parser.add_argument("--orders", type=at_least(2), default=2, help="orders of the batches")
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
+    parser.add_argument("--cache", type=Path, default=Options.cache)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    found = measure(Options(steps=asked.steps, cache=asked.cache), asked.orders)
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
