@@ -29,7 +29,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test test-gpu first-light mutants kernels-check gpu-arithmetic sanitize bench bench-quick report docs demo wheel wheel-check lint format clean
+.PHONY: help venv test test-gpu first-light mutants kernels-check gpu-arithmetic sanitize bench bench-quick report docs demo wheel wheel-check hub lint format clean
 
 help: ## show this list
 	@echo 'usage: make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]'
@@ -97,6 +97,10 @@ wheel: $(VENV)/.wheel ## build the wheel in an isolated environment, give it the
 TORCHES ?= 2.11.0 2.13.0
 wheel-check: $(VENV)/.wheel ## install dist/*.whl into fresh environments, TORCHES='2.11.0 2.15.0', and run the extension's tests there
 	$(PY) -m tests.tools.wheel check dist/dpo_kernels-*.whl $(addprefix --torch ,$(TORCHES)) $(ARGS)
+
+hub: $(VENV)/.test $(VENV)/.hub $(VENV)/.extension ## write the package as a kernel of the Hugging Face Hub to build/hub, and load it with `kernels`
+	$(PY) -m tests.tools.hub $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/tools/test_hub.py
 
 lint: $(VENV)/.lint ## ruff's rules and formatting, and mypy; changes nothing
 	$(PY) -m ruff check
@@ -166,6 +170,10 @@ $(VENV)/.docs: $(VENV)/.base pyproject.toml
 
 $(VENV)/.demo: $(VENV)/.base pyproject.toml
 	$(EDITABLE) '.[demo]'
+	@touch $@
+
+$(VENV)/.hub: $(VENV)/.base pyproject.toml
+	$(EDITABLE) '.[hub]'
 	@touch $@
 
 $(VENV)/.wheel: $(VENV)/.base pyproject.toml

@@ -38,8 +38,9 @@ BY_KERNELS = """if True:
     folder = Path(sys.argv[1])
     builds = [kernels.get_local_kernel(folder, backend="cpu")]
     builds.append(kernels.get_local_kernel(folder / "build" / "torch-cuda"))
-    from kernels._rust import Digest, DigestAlgorithm
+    from kernels._rust import Build, Digest, DigestAlgorithm
     import json
+    assert sorted(map(str, Build.open(folder).general.backends)) == ["cpu", "cuda"]
     for variant in sorted((folder / "build").iterdir()):
         actual = Digest.hash_variant(DigestAlgorithm.SHA256, variant).files
         actual = {name: value for name, value in actual.items() if not name.endswith(".pyc")}
