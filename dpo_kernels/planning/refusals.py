@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from dpo_kernels.kernels import extension, installed, verdicts
+from dpo_kernels.kernels import extension, installed
 from dpo_kernels.planning.chunks import oversized_buffers
 from dpo_kernels.planning.free_memory import free_bytes
 from dpo_kernels.planning.memory_budget import LEAST_TILE_BYTES, MIB, Budget
@@ -102,7 +102,7 @@ def refuse_triton_on(device: torch.device, dtype: torch.dtype, by_name: bool, *,
     if reason := installed.why_no_triton():
         return reason
     if device.type == "cuda":
-        return verdicts.why_not("triton", device, dtype, by_name, tracing)
+        return _verdict("triton", device, dtype, by_name, tracing)
     if os.environ.get("TRITON_INTERPRET") != "1":
         return f"hidden is on {device.type}: the kernels need CUDA, or TRITON_INTERPRET=1 to step through them"
     return None if by_name else "its interpreter is for stepping through the kernels: ask for it by name"
@@ -116,10 +116,17 @@ def refuse_extension(device_type: str) -> Callable[[Workload, bool], str | None]
             return f"hidden is on {workload.device.type}, these kernels are for {device_type}"
         reason = extension.why_not(device_type) or extension.why_not_on(workload.device)
         if reason is None and device_type == "cuda":
-            reason = verdicts.why_not("cuda", workload.device, workload.dtype, by_name, workload.tracing)
+            reason = _verdict("cuda", workload.device, workload.dtype, by_name, workload.tracing)
         return reason
 
     return refuse
+
+
+def _verdict(backend: str, device: torch.device, dtype: torch.dtype, by_name: bool, tracing: bool) -> str | None:
+    """Say what the self-check of a backend says. It is imported where there is a GPU."""
+    from dpo_kernels.kernels import verdicts
+
+    return verdicts.why_not(backend, device, dtype, by_name, tracing)
 
 
 def refuse_torch(workload: Workload, by_name: bool) -> str | None:
