@@ -130,6 +130,7 @@ class _Demo:
             written += plot_history(record.history, record.options.out, record.model or "")
         print(f"\n{table(record)}\n")
         print("Written: " + " ".join(str(path) for path in written))
+        print("python -m dpo_kernels says what can run on this machine, how to have the rest, and how fast it is.")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

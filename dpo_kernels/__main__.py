@@ -1,14 +1,17 @@
-"""``python -m dpo_kernels``: versions, devices, what can run and why not, self-checks and timings, for bug reports."""
+"""``python -m dpo_kernels``: what can run here, how to have the rest, self-checks, and times beside full logits."""
 
 import argparse
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
+from torch import Tensor
 
 from dpo_kernels import __version__, fused_dpo_loss
 from dpo_kernels.kernels import extension, installed, verdicts
@@ -24,6 +27,8 @@ FAILED = "its self-check"  # how every reason of ``verdicts.checked`` begins
 TIMINGS = 3
 # The step that is timed: pairs, tokens of a sequence, H and V. A CPU takes some 100 ms for it.
 PAIRS, LENGTH, WIDTH, VOCAB = 4, 32, 512, 16384
+BETA = 0.1
+FULL_LOGITS = "full logits"
 DIALS = ("DPO_KERNELS_", "TRITON_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_ALLOC", "PYTORCH_CUDA_ALLOC")
 
 
@@ -62,14 +67,15 @@ def report(device: torch.device) -> Iterator[str]:
         for reason in dict.fromkeys(reasons.values()):
             which = ", ".join(_short(dtype) for dtype in DTYPES if reasons[dtype] == reason)
             yield f"  {name}: {'can run' if reason is None else 'cannot run: ' + reason} ({which})"
+            if reason is not None:
+                yield f"    to have it: {_cure(name, reason, device)}"
     yield f"self-checks on {device.type}, beside torch in float64 on the CPU"
     for name, dtypes in able.items():
         for dtype in dtypes:
             yield from _checked(name, device, dtype)
     sizes = f"{PAIRS} pairs of 2 x {LENGTH} tokens, H={WIDTH}, V={VOCAB}, float32"
     yield f"{TIMINGS} timings of a step, {sizes}, forward and backward, after one that warms up"
-    for name in (name for name, dtypes in able.items() if torch.float32 in dtypes):
-        yield f"  {name}: {_timings(name, device)}"
+    yield from _timings([name for name, dtypes in able.items() if torch.float32 in dtypes], device)
 
 
 def _versions() -> Iterator[str]:
@@ -132,23 +138,77 @@ def _checked(backend: str, device: torch.device, dtype: torch.dtype) -> Iterator
             yield f"    {mismatch}"
 
 
-def _timings(backend: str, device: torch.device) -> str:
+def _cure(backend: str, reason: str, device: torch.device) -> str:
+    """Return what to do so that a backend can run, in one sentence."""
+    if reason.startswith(FAILED):
+        return "report it with this output; backend='torch' runs meanwhile"
+    if backend == "cpp" and device.type != "cpu":
+        return "it is for tensors on a CPU: run with --device cpu"
+    if backend in ("triton", "cuda") and device.type != "cuda":
+        return _cure_without_gpu()
+    if backend == "triton":
+        return f"pip install 'triton>={installed.OLDEST_TRITON}'"
+    return extension.HOW
+
+
+def _cure_without_gpu() -> str:
+    if torch.cuda.is_available():
+        return "it is for tensors on a GPU: run with --device cuda"
+    if torch.version.cuda is None and torch.version.hip is None:
+        driver = installed.driver_version()
+        return "it needs a GPU and a torch for it: " + (
+            f"the driver is there ({driver}), so install a torch that is built for CUDA"
+            if driver
+            else "this torch is built for CPUs only"
+        )
+    return f"it needs a GPU: torch is built for CUDA {torch.version.cuda or torch.version.hip}, but finds none here"
+
+
+def _timings(backends: Sequence[str], device: torch.device) -> Iterator[str]:
+    """Yield a line for full logits, and one for each backend with its time over theirs. They take turns."""
     random = torch.Generator("cpu").manual_seed(0)
     hidden = torch.randn(2 * PAIRS, LENGTH, WIDTH, generator=random, device="cpu").to(device).requires_grad_()
     weight = (torch.randn(VOCAB, WIDTH, generator=random, device="cpu") * WIDTH**-0.5).to(device).requires_grad_()
     labels = torch.randint(0, VOCAB, (2 * PAIRS, LENGTH), generator=random, device="cpu").to(device)
-    took = []
-    try:
-        for _ in range(TIMINGS + 1):
+    ways: dict[str, Callable[[], Tensor]] = {FULL_LOGITS: partial(_full_logits, hidden, weight, labels)}
+    for name in backends:
+        ways[name] = partial(_fused, hidden, weight, labels, name)
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    failed: dict[str, str] = {}
+    for _ in range(TIMINGS + 1):
+        for name in (name for name in ways if name not in failed):
+            try:
+                took[name].append(_milliseconds(ways[name], device))
+            except (RuntimeError, ValueError) as error:
+                failed[name] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
             hidden.grad = weight.grad = None
-            begin = time.perf_counter()
-            fused_dpo_loss(hidden, weight, labels, reference_free=True, backend=backend).loss.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            took.append(1e3 * (time.perf_counter() - begin))
-    except (RuntimeError, ValueError) as error:
-        return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
-    return ", ".join(f"{ms:.3g}" for ms in took[1:]) + " ms"
+    for name in ways:
+        if name in failed:
+            yield f"  {name}: {failed[name]}"
+            continue
+        line = f"  {name}: " + ", ".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in took[name][1:]) + " ms"
+        if name != FULL_LOGITS and FULL_LOGITS not in failed:
+            line += f" ({median(took[name][1:]) / median(took[FULL_LOGITS][1:]):.2f} of {FULL_LOGITS})"
+        yield line
+
+
+def _fused(hidden: Tensor, weight: Tensor, labels: Tensor, backend: str) -> Tensor:
+    return fused_dpo_loss(hidden, weight, labels, reference_free=True, beta=BETA, backend=backend).loss
+
+
+def _full_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Return the same loss as plain torch computes it."""
+    logps = (hidden @ weight.t()).log_softmax(dim=-1).gather(-1, labels[..., None])[..., 0].sum(dim=-1)
+    chosen, rejected = logps.chunk(2)
+    return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def _milliseconds(loss: Callable[[], Tensor], device: torch.device) -> float:
+    begin = time.perf_counter()
+    loss().backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - begin)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """``python -m dpo_kernels``: the report runs as it is, names what is wrong, and ends in an error then."""
 
+import re
 import runpy
 import sys
 
@@ -44,9 +45,53 @@ def test_it_says_versions_devices_backends_verdicts_and_timings(capsys, monkeypa
     ):
         assert words in text
     assert all(any(line.startswith(f"  {name}: ") for line in found) for name in tables.BACKENDS)
-    timings = next(line for line in reversed(found) if line.startswith("  torch: "))
-    assert len(timings.split(", ")) == report.TIMINGS
-    assert timings.endswith(" ms")
+    assert "    to have it: it needs a GPU" in text
+    full, timed = (
+        next(line for line in reversed(found) if line.startswith(f"  {n}: ")) for n in ("full logits", "torch")
+    )
+    assert re.fullmatch(r"  full logits: (\S+, ){2}\S+ ms", full)
+    assert re.fullmatch(r"  torch: (\S+, ){2}\S+ ms \([\d.]+ of full logits\)", timed)
+
+
+def test_full_logits_are_the_loss_that_is_timed():
+    hidden, weight = torch.randn(4, 3, 8, requires_grad=True), torch.randn(32, 8, requires_grad=True)
+    labels = torch.randint(32, (4, 3))
+    theirs, ours = report._full_logits(hidden, weight, labels), report._fused(hidden, weight, labels, "torch")
+    torch.testing.assert_close(theirs, ours)
+    for one, other in zip(
+        torch.autograd.grad(theirs, (hidden, weight)), torch.autograd.grad(ours, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason", "device", "available", "built", "words"),
+    [
+        ("triton", "its self-check failed: once", "cuda", True, "13.0", "backend='torch' runs meanwhile"),
+        ("cpp", "hidden is on cuda, these kernels are for cpu", "cuda", True, "13.0", "run with --device cpu"),
+        ("cpp", "the C++ extension was not built (...)", "cpu", False, None, "pip install "),
+        ("cuda", "the extension's CUDA part was not built (...)", "cuda", True, "13.0", "pip install "),
+        ("triton", "triton is not installed", "cuda", True, "13.0", "pip install 'triton>="),
+        ("triton", "hidden is on cpu", "cpu", True, "13.0", "run with --device cuda"),
+        ("cuda", "hidden is on cpu", "cpu", False, "13.0", "torch is built for CUDA 13.0, but finds none here"),
+        ("cuda", "hidden is on cpu", "cpu", False, None, "this torch is built for CPUs only"),
+    ],
+)
+def test_every_no_has_a_cure(monkeypatch, backend, reason, device, available, built, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(report.installed, "driver_version", lambda: None)
+    assert words in report._cure(backend, reason, torch.device(device))
+
+
+def test_a_driver_without_a_torch_for_it_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(report.installed, "driver_version", lambda: "580.65")
+    cure = report._cure("triton", "hidden is on cpu", torch.device("cpu"))
+    assert cure.endswith("the driver is there (580.65), so install a torch that is built for CUDA")
 
 
 @pytest.mark.parametrize("fault", [WrongScale, DoesNotRun], ids=lambda fault: fault.__name__)
