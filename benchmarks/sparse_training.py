@@ -7,6 +7,7 @@ runs of one order see the same batches. The losses go to ``benchmarks/results/sp
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,17 +25,28 @@ from demo.train import History, cache_reference, train
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sparse-training-cpu.json"
 GRADIENTS = ("dense", "sparse")
+SETTINGS = ("steps", "batch", "max_length", "tau", "beta", "lr", "eval_every")
 CURVES = ("loss", "held_out_loss", "held_out_margin")
+ASKED = ("steps", "batch", "max_length", "held_out", "eval_every")  # options with the demo's names and defaults
 Run = dict[str, Any]  # gradient, order, and a list of numbers for each of CURVES
 
 
-def measure(options: Options, orders: int) -> dict[str, Any]:
-    """Train with each kind of gradient and each order of the batches."""
+def measure(options: Options, orders: int) -> Iterator[dict[str, Any]]:
+    """Train with each kind of gradient and each order of the batches. Yields what there is after each run."""
     lm = load_smollm2(options.cache)
     training, held_out = get_pairs(lm, read_ratings(fetch_ratings(options.cache)), options)
     held_out_scored = cache_reference(lm, held_out, "reference, held out")
     training_scored = cache_reference(lm, training, "reference, training")
     begin = {name: value.clone() for name, value in lm.causal.state_dict().items()}
+    about = {
+        "model": lm.name,
+        **{name: getattr(options, name) for name in SETTINGS},
+        "pairs": len(training),
+        "held_out": len(held_out),
+        "processor": processor(),
+        "torch": torch.__version__,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
     runs: list[Run] = []
     for order in range(orders):
         for gradient in GRADIENTS:
@@ -44,19 +56,7 @@ def measure(options: Options, orders: int) -> dict[str, Any]:
             train(lm, training_scored, held_out_scored, how, history)
             runs.append({"gradient": gradient, "order": order, **_curves(history)})
             print(f"{gradient}, order {order}: held-out loss {runs[-1]['held_out_loss'][-1]:.4f}", flush=True)
-    return {
-        "model": lm.name,
-        "steps": options.steps,
-        "batch": options.batch,
-        "tau": options.tau,
-        "lr": options.lr,
-        "eval_every": options.eval_every,
-        "held_out": len(held_out),
-        "processor": processor(),
-        "torch": torch.__version__,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "runs": runs,
-    }
+            yield about | {"runs": runs}
 
 
 def _curves(history: History) -> dict[str, list[float]]:
@@ -70,16 +70,18 @@ def _curves(history: History) -> dict[str, list[float]]:
 def main() -> None:
     """Train and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=at_least(1), default=Options.steps)
+    for name in ASKED:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=at_least(1), default=getattr(Options, name))
     parser.add_argument("--orders", type=at_least(2), default=2, help="orders of the batches")
     parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
     parser.add_argument("--cache", type=Path, default=Options.cache)
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    found = measure(Options(steps=asked.steps, cache=asked.cache), asked.orders)
+    options = Options(**{name: getattr(asked, name) for name in ASKED}, cache=asked.cache)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for found in measure(options, asked.orders):
+        asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

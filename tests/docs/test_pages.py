@@ -166,8 +166,19 @@ def test_the_recipes_for_losses_run():
         assert dpo_kernels.explain(*call, ref_logps=space["ref_logps"], loss_type=loss).units == gemms
 
 
+def test_the_example_of_a_sparse_head_runs(monkeypatch):
+    monkeypatch.setattr("dpo_kernels.inputs.notices.warn_once", lambda message: None)
+    before = run_page("docs/sparse-gradient.md", {})["head"].weight.grad
+    assert 0 < before._nnz() < 5000
+
+
 FOLDERS = ("dpo_kernels", "tests", "benchmarks", "demo", "examples")
-RUN = {"README.md", "docs/quickstart.md", "docs/losses.md"}  # the pages whose code runs above
+RUN = {
+    "README.md",
+    "docs/quickstart.md",
+    "docs/losses.md",
+    "docs/sparse-gradient.md",
+}  # the pages whose code runs above
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,0 +1,140 @@
+"""Measurements of sparse gradients: how errors and rows are counted, and that the page shows what was measured."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from matplotlib import pyplot
+
+from benchmarks import sparse, sparse_page, sparse_training
+from demo.train import History, Metrics
+
+
+def material(width=6, vocab=300):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, vocab, (4, 7), generator=g)
+    labels[:, :2] = -100
+    hidden, weight = torch.randn(4, 7, width, generator=g), 2 * torch.randn(vocab, width, generator=g)
+    return sparse.Material(hidden, weight, labels)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setattr("dpo_kernels.inputs.notices.warn_once", lambda message: None)
+    monkeypatch.setattr("dpo_kernels.kernels.torch_kernels.MOST_SAMPLED", 1.0)
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_the_truth_of_the_errors_is_the_dense_gradient():
+    one = material()
+    with torch.no_grad():
+        truth = sparse.from_logits(one, lambda z: z.softmax(dim=1))
+    for found, wanted in zip(sparse.gradients(one), truth, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_smaller_thresholds_and_no_truncation_have_smaller_errors():
+    found = sparse.errors(material())
+    for what in ("dX", "dW"):
+        sampled, truncated = (
+            [found[f"{way} {tau:g}"][what] for tau in sparse.TAUS] for way in ("sampled", "truncated")
+        )
+        assert sampled == sorted(sampled, reverse=True)
+        assert truncated == sorted(truncated, reverse=True)
+        assert 0 < sampled[0] < truncated[0]
+        assert 1e-4 < found["bfloat16 logits"][what] < 0.1
+
+
+def test_kept_entries_and_reached_rows_are_counted():
+    flat = material().flat()
+    mean, most = sparse.kept_entries(flat, 2.0**-8)  # 300 entries with p = 1/300 < tau, and all sums are 256
+    assert (mean, most) == pytest.approx((256, 256), rel=1e-3)
+    one = material()
+    assert sparse.reached_rows(one, 1e-9) == 300
+    assert sparse.reached_rows(one.first(1), 1.0) < sparse.reached_rows(one, 2.0**-4) < 300
+    assert sparse.reached_rows(one.first(1), 1.0) >= one.labels[0, 2:].unique().numel()
+
+
+def test_a_wider_space_has_the_same_logits():
+    one = material()
+    wide = one.widened(16)
+    assert wide.hidden.shape[-1] == 16
+    torch.testing.assert_close(wide.hidden @ wide.weight.T, one.hidden @ one.weight.T, rtol=1e-4, atol=1e-4)
+
+
+def test_every_way_is_timed():
+    found = sparse.seconds(material(), 1, (2.0**-8, 2.0**-4))
+    assert list(found) == ["three GEMMs", "dense", "sparse 0.00390625", "sparse 0.0625"]
+    assert all(0 <= taken < 60 for taken in found.values())
+
+
+def test_curves_are_those_of_the_history():
+    history = History([Metrics(1, 0.7, 0.0, 0.5, 4), Metrics(2, 0.6, 0.1, 0.5, 4)], [Metrics(2, 0.65, 0.2, 0.5, 8)])
+    assert sparse_training._curves(history) == {
+        "loss": [0.7, 0.6],
+        "held_out_loss": [0.65],
+        "held_out_margin": [0.2],
+    }
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def runs(**losses):
+    """Runs whose curves are all the same list."""
+    return {
+        "runs": [
+            {"gradient": name[:-1], "order": int(name[-1]), **dict.fromkeys(sparse_training.CURVES, values)}
+            for name, values in losses.items()
+        ]
+    }
+
+
+def test_differences_of_curves_by_hand():
+    found = sparse_page.differences(runs(dense0=[1.0, 2.0], sparse0=[1.0, 2.5], dense1=[4.0, 6.0], sparse1=[4.5, 6.0]))
+    assert found["sparse and dense"]["loss"] == pytest.approx((2 * 0.25 / 4) ** 0.5)
+    assert found["two orders"]["held_out_loss"] == pytest.approx((25 / 2) ** 0.5)
+
+
+def test_the_page_shows_the_results():
+    page = sparse_page.PAGE.read_text("utf-8")
+    made = sparse_page.sections()
+    assert sparse_page.with_sections(page, made) == page
+    for name, section in made.items():
+        assert page.count(f"<!-- {name}: begin -->") == page.count(f"<!-- {name}: end -->") == 1
+        assert section in page
+
+
+def test_the_results_hold_what_the_page_promises():
+    """An unbiased gradient at 2**-12 is closer than that of bfloat16 logits, and truncation is further away."""
+    found = json.loads(sparse.RESULTS.read_text("utf-8"))
+    assert found["tokens"] >= 2048
+    for what in ("dX", "dW"):
+        sampled, truncated = (found["errors"][f"{way} {sparse.TAU:g}"][what] for way in ("sampled", "truncated"))
+        assert sampled <= found["errors"]["bfloat16 logits"][what] < truncated
+
+
+def test_pictures_are_drawn_from_the_results():
+    swept, trained = (
+        draw(json.loads(path.read_text("utf-8")))
+        for draw, path in (
+            (sparse_page.draw_sweep, sparse.RESULTS),
+            (sparse_page.draw_training, sparse_training.RESULTS),
+        )
+    )
+    try:
+        left, right = swept.axes
+        assert len(left.get_lines()) == 6
+        assert len([line for line in right.get_lines() if line.get_marker() == "o"]) == len(sparse.TAUS)
+        assert all(len(axes.get_lines()) == 4 for axes in trained.axes)
+    finally:
+        pyplot.close(swept)
+        pyplot.close(trained)
+    for name in ("tau", "training"):
+        assert (sparse_page.IMAGES / f"sparse-{name}.png").stat().st_size > 10_000
