@@ -68,7 +68,7 @@ def report(device: torch.device) -> Iterator[str]:
             which = ", ".join(_short(dtype) for dtype in DTYPES if reasons[dtype] == reason)
             yield f"  {name}: {'can run' if reason is None else 'cannot run: ' + reason} ({which})"
             if reason is not None:
-                yield f"    to have it: {_cure(name, reason, device)}"
+                yield f"    to have it: {_cure(reason)}"
     yield f"self-checks on {device.type}, beside torch in float64 on the CPU"
     for name, dtypes in able.items():
         for dtype in dtypes:
@@ -138,15 +138,15 @@ def _checked(backend: str, device: torch.device, dtype: torch.dtype) -> Iterator
             yield f"    {mismatch}"
 
 
-def _cure(backend: str, reason: str, device: torch.device) -> str:
-    """Return what to do so that a backend can run, in one sentence."""
+def _cure(reason: str) -> str:
+    """Return what to do about a reason why a backend cannot run, in one sentence."""
     if reason.startswith(FAILED):
         return "report it with this output; backend='torch' runs meanwhile"
-    if backend == "cpp" and device.type != "cpu":
-        return "it is for tensors on a CPU: run with --device cpu"
-    if backend in ("triton", "cuda") and device.type != "cuda":
-        return _cure_without_gpu()
-    if backend == "triton":
+    if reason.startswith("hidden is on"):
+        return (
+            "it is for tensors on a CPU: run with --device cpu" if reason.endswith("for cpu") else _cure_without_gpu()
+        )
+    if reason.startswith("triton "):
         return f"pip install 'triton>={installed.OLDEST_TRITON}'"
     return extension.HOW
 

@@ -65,24 +65,24 @@ def test_full_logits_are_the_loss_that_is_timed():
 
 
 @pytest.mark.parametrize(
-    ("backend", "reason", "device", "available", "built", "words"),
+    ("reason", "available", "built", "words"),
     [
-        ("triton", "its self-check failed: once", "cuda", True, "13.0", "backend='torch' runs meanwhile"),
-        ("cpp", "hidden is on cuda, these kernels are for cpu", "cuda", True, "13.0", "run with --device cpu"),
-        ("cpp", "the C++ extension was not built (...)", "cpu", False, None, "pip install "),
-        ("cuda", "the extension's CUDA part was not built (...)", "cuda", True, "13.0", "pip install "),
-        ("triton", "triton is not installed", "cuda", True, "13.0", "pip install 'triton>="),
-        ("triton", "hidden is on cpu", "cpu", True, "13.0", "run with --device cuda"),
-        ("cuda", "hidden is on cpu", "cpu", False, "13.0", "torch is built for CUDA 13.0, but finds none here"),
-        ("cuda", "hidden is on cpu", "cpu", False, None, "this torch is built for CPUs only"),
+        ("its self-check failed: once", True, "13.0", "backend='torch' runs meanwhile"),
+        ("hidden is on cuda, these kernels are for cpu", True, "13.0", "run with --device cpu"),
+        ("the C++ extension was not built (...)", False, None, "pip install "),
+        ("triton is not installed (pip install triton)", True, "13.0", "pip install 'triton>="),
+        ("triton 3.5 is older than 3.6", True, "13.0", "pip install 'triton>="),
+        ("hidden is on cpu, these kernels are for cuda", True, "13.0", "run with --device cuda"),
+        ("hidden is on cpu: the kernels need CUDA", False, "13.0", "torch is built for CUDA 13.0, but finds none here"),
+        ("hidden is on cpu: the kernels need CUDA", False, None, "this torch is built for CPUs only"),
     ],
 )
-def test_every_no_has_a_cure(monkeypatch, backend, reason, device, available, built, words):
+def test_every_no_has_a_cure(monkeypatch, reason, available, built, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.version, "cuda", built)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(report.installed, "driver_version", lambda: None)
-    assert words in report._cure(backend, reason, torch.device(device))
+    assert words in report._cure(reason)
 
 
 def test_a_driver_without_a_torch_for_it_is_told_so(monkeypatch):
@@ -90,7 +90,7 @@ def test_a_driver_without_a_torch_for_it_is_told_so(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(report.installed, "driver_version", lambda: "580.65")
-    cure = report._cure("triton", "hidden is on cpu", torch.device("cpu"))
+    cure = report._cure("hidden is on cpu: the kernels need CUDA")
     assert cure.endswith("the driver is there (580.65), so install a torch that is built for CUDA")
 
 
