@@ -101,7 +101,7 @@ def mark_gathered(module: nn.Module, unit: nn.Module | None = None) -> None:
         >>> from torch import nn
         >>> mark_gathered(nn.Linear(4, 8))
     """
-    if engine_of(module if unit is None else unit) != "FSDP2":
+    if torch.compiler.is_compiling() or engine_of(module if unit is None else unit) != "FSDP2":
         return
     for parameter in module.parameters():
         if type(parameter).__name__ != "DTensor":

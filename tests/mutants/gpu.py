@@ -63,7 +63,7 @@ GPU: tuple[Mutant, ...] = (
     ),
     Mutant(
         "dpo_kernels/planning/refusals.py",
-        'return verdicts.why_not("triton", device, dtype, by_name, tracing)',
+        'return _verdict("triton", device, dtype, by_name, tracing)',
         "return None",
         f"{_TESTS}test_a_fault_is_an_error_by_name_and_a_warning_otherwise",
         "the plan does not ask for the verdict",
