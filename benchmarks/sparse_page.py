@@ -63,17 +63,18 @@ def times(found: Results) -> str:
     table = []
     for name, seconds in found["seconds"].items():
         dense, sample = (seconds[way] / seconds[GEMMS] for way in ("dense", f"sparse {sparse.TAU:g}"))
-        table.append(f"| {name.replace('H=', 'H = ')} | {dense:.2f} | {sample:.2f} |")
+        width = "" if "H=" in name else f", H = {found['shape'][1]}"
+        table.append(f"| {name.replace('H=', 'H = ')}{width} | {dense:.2f} | {sample:.2f} |")
     of_tau = found["seconds"]["float32"]
     others = [tau for tau in sparse.TAUS if tau != sparse.TAU]
     ratios = [f"{of_tau[f'sparse {tau:g}'] / of_tau[GEMMS]:.2f}" for tau in others]
-    load = f"{found['load_before']:.0f} and {found['load_after']:.0f}"
+    load = f"{found['load_before']:.0f} before and {found['load_after']:.0f} after the run"
     return "\n".join(
         [
             "A step of DPO with these tokens, forward and backward, over the three bare GEMMs in the same run. The "
             f"backend is `cpp`, with {found['threads']} thread of {found['machine']}, torch {found['torch']}, "
             f"{found['date']}.",
-            f"**The machine was busy with other work**, at a load average of {load} before and after. So these are "
+            f"**The machine was busy with other work**, at a load average of {load}. So these are "
             f"ratios of CPU time, each of the least of {found['tries']} rounds:",
             "",
             f"| | dense | sparse, {_power(sparse.TAU)} |",
@@ -106,12 +107,13 @@ def rows(found: Results) -> str:
 def training(found: Results) -> str:
     """What the curves of the training say."""
     apart = differences(found)
+    asked = " ".join(f"--{name.replace('_', '-')} {found[name]}" for name in sparse_training.ASKED)
     own, orders = (_short(apart[name]["held_out_loss"]) for name in ("sparse and dense", "two orders"))
     return "\n".join(
         [
-            f"{found['model']} was trained on the demo's data: {found['steps']} steps of {found['batch']} pairs, "
+            f"{found['model']} was trained on {found['pairs']} of the demo's pairs: {found['steps']} steps, "
             f"AdamW, {_power(found['tau'])}, and another seed at each step. Runs of one order see the same batches. "
-            "`python -m benchmarks.sparse_training` trains "
+            f"`python -m benchmarks.sparse_training {asked}` trains "
             f"([raw numbers](../benchmarks/results/{sparse_training.RESULTS.name})).",
             "",
             "![Losses of the training with dense and with sparse gradients](images/sparse-training.png)",
@@ -191,7 +193,7 @@ def draw_sweep(found: Results) -> Figure:
     right.axvline(found["errors"]["bfloat16 logits"]["dX"], color=GREY, label="bfloat16 logits")
     right.axhline(seconds["dense"] / seconds[GEMMS], color=BLUE, linestyle=":", label="dense gradient")
     right.set(xlabel="relative L2 error of dX", ylabel="CPU time / three bare GEMMs", xscale="log")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.4)  # room for the legend
     right.legend(fontsize=7)
     _plain(left, right)
     return figure
@@ -202,12 +204,12 @@ def draw_training(found: Results) -> Figure:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     every = found["eval_every"]
     for run in found["runs"]:
-        colour = BLUE if run["gradient"] == "sparse" else ORANGE
-        style = "-" if run["order"] == 0 else "--"
+        sampled, style = run["gradient"] == "sparse", "-" if run["order"] == 0 else "--"
+        form = {"color": BLUE, "linewidth": 1} if sampled else {"color": ORANGE, "linewidth": 4, "alpha": 0.45}
         label = f"{run['gradient']}, order {run['order']}"
-        left.plot(range(1, len(run["loss"]) + 1), run["loss"], style, color=colour, linewidth=1, label=label)
+        left.plot(range(1, len(run["loss"]) + 1), run["loss"], style, label=label, **form)
         steps = [min(every * (at + 1), found["steps"]) for at in range(len(run["held_out_loss"]))]
-        right.plot(steps, run["held_out_loss"], f"o{style}", color=colour, markersize=4, label=label)
+        right.plot(steps, run["held_out_loss"], f"o{style}", markersize=3, label=label, **form)
     left.set(xlabel="step", ylabel="loss of the batch")
     right.set(xlabel="step", ylabel=f"loss of {found['held_out']} held-out pairs")
     right.legend(fontsize=8)

@@ -120,6 +120,12 @@ def test_the_results_hold_what_the_page_promises():
         assert sampled <= found["errors"]["bfloat16 logits"][what] < truncated
 
 
+def test_the_training_changes_less_than_by_another_order():
+    apart = sparse_page.differences(json.loads(sparse_training.RESULTS.read_text("utf-8")))
+    for curve in sparse_training.CURVES:
+        assert 0 < apart["sparse and dense"][curve] < apart["two orders"][curve]
+
+
 def test_pictures_are_drawn_from_the_results():
     swept, trained = (
         draw(json.loads(path.read_text("utf-8")))
