@@ -48,7 +48,7 @@ class Options:
 
     def gradient_settings(self, step: int) -> dict[str, Any]:
         """Return what a training step adds to them: its own sample, where gradients are sparse."""
-        return {"gradient": self.gradient, "tau": self.tau, "seed": self.seed * 2**32 + step}
+        return {"gradient": self.gradient, "tau": self.tau, "seed": (self.seed * 2**32 + step) % 2**63}
 
 
 # A model of a million parameters takes, and needs, other steps than one of 135 million.

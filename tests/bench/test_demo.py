@@ -119,6 +119,7 @@ def test_whole_run(tmp_path, ratings_file):
         "peak extra memory",
     ):
         assert words in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("python -m dpo_kernels says what can run on this machine")
     for bar in ("reference, training", "DPO training"):
         assert bar in done.stderr
 
@@ -208,6 +209,7 @@ def test_says_so_where_the_model_cannot_be_had(tmp_path, ratings_file, monkeypat
     [
         (["--loss", "nonsense"], 2, "nonsense"),
         (["--label-smoothing", "2"], 2, "label_smoothing"),
+        (["--gradient", "sparse", "--tau", "0"], 2, "tau must be in (0, 1]"),
         (["--ratings", "no-such-file"], 1, "no-such-file"),
     ],
 )
@@ -215,6 +217,16 @@ def test_wrong_options_are_told_plainly(tmp_path, capsys, arguments, code, words
     folders = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
     assert run.run(options.parse_options([*TINY, *folders, *arguments])) == code
     assert words in capsys.readouterr().err
+
+
+def test_every_step_has_a_sample_of_its_own():
+    """Seeds of the run are far apart, and any fits the package's 64 bits."""
+    asked = options.parse_options(["--gradient", "sparse", "--tau", "0.25", "--seed", "3"])
+    found = [asked.gradient_settings(step) for step in (1, 2)]
+    assert [each["seed"] for each in found] == [3 * 2**32 + 1, 3 * 2**32 + 2]
+    assert {(each["gradient"], each["tau"]) for each in found} == {("sparse", 0.25)}
+    assert 0 <= options.Options(seed=2**80).gradient_settings(7)["seed"] < 2**63
+    assert options.Options().gradient_settings(1)["gradient"] == "dense"
 
 
 def test_an_argument_out_of_range_is_refused(capsys):
