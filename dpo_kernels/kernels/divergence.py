@@ -16,9 +16,12 @@ from dpo_kernels.shapes import Head
 BLOCK_TEMPORARIES = 6
 
 
-def log_sumexp(state: RowState) -> Tensor:
-    """Return ``log sum exp(z - max)`` of each row, ``(C,)``, with the digits of a sum that is nearly 1."""
-    return (state.others + (state.target - state.max).expm1()).log1p()
+def log_sumexp(state: RowState, shifted_target_C: Tensor) -> Tensor:
+    """Return ``log sum exp(z - max)`` of each row, ``(C,)``, with the digits of a sum that is nearly 1.
+
+    ``shifted_target_C`` is the label's logit minus the maximum.
+    """
+    return (state.others + shifted_target_C.expm1()).log1p()
 
 
 def kl_of_rows(rows: RowsOfBoth, blocks: Iterable[tuple[slice, slice]]) -> Tensor:
@@ -26,7 +29,9 @@ def kl_of_rows(rows: RowsOfBoth, blocks: Iterable[tuple[slice, slice]]) -> Tenso
 
     ``blocks`` are slices of rows and columns that make up the tile. Their temporaries fit the workspace.
     """
-    shift_C, ref_shift_C = (each.max + log_sumexp(each) for each in (rows.state, rows.ref_state))
+    shift_C, ref_shift_C = (
+        state.max + log_sumexp(state, state.target - state.max) for state in (rows.state, rows.ref_state)
+    )
     total_C = torch.zeros_like(shift_C)
     for top, cols in blocks:
         block = (rows.tile[top, cols], shift_C[top], rows.ref_tile[top, cols], ref_shift_C[top])

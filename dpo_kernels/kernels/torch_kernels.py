@@ -140,7 +140,7 @@ class TorchKernels(RowKernels):
         tokens' sum. Where another logit is the largest, that sum is at least 1.
         """
         shifted_target = state.target - state.max
-        log_total = log_sumexp(state)
+        log_total = log_sumexp(state, shifted_target)
         sumexp = state.sumexp
         stats = {}
         if state.entropy is not None:
