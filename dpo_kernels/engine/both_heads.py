@@ -67,7 +67,7 @@ class _BothLogps(PlainFunction):
         ctx.kl_grad, ctx.head, ctx.shared = problem.kl_grad, reference.head, problem.packed.shared
         ctx.numbers, ctx.spec = operators.encode_options(problem, plan)
         tensors = (hidden, weight, bias, reference.hidden, reference.head.weight, reference.head.bias)
-        ctx.save_for_backward(*tensors, *output[-NUM_SAVED:], *operators.packed_tensors(problem.packed))
+        ctx.save_for_backward(*tensors, *output[-NUM_SAVED:], *operators.packed_tensors(problem))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
