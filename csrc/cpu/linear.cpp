@@ -65,7 +65,8 @@ void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_gr
     const Product* product = product_of_this_machine();
     DPO_CHECK(product != nullptr, "this machine has no fast product of bfloat16 matrices, or "
               "torch.backends.mkldnn is switched off");
-    const int64_t reach = up(of.width, 2), row_blocks = (of.rows + product->rows - 1) / product->rows;
+    const int64_t reach = up(of.width, 2);
+    const RowBlocks row_blocks(of.rows, *product);
     const int64_t group = std::max(kCols, kPackedElements / std::max<int64_t>(reach, 1) / kCols * kCols);
     Aligned<uint16_t> right, copy;
     right.reserve(std::min(group, up(of.cols, kCols)) * reach);
@@ -82,15 +83,15 @@ void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_gr
                 }
             }
         });
-        parallel_for(0, row_blocks * col_blocks, 1, [&](int64_t first, int64_t last) {
+        parallel_for(0, row_blocks.number() * col_blocks, 1, [&](int64_t first, int64_t last) {
             Aligned<float> logits;
             logits.reserve(kRows * kCols);
             for (int64_t task = first; task < last; task++) {
-                const int64_t row = task / col_blocks * product->rows, n = task % col_blocks, col = first_col + n * kCols;
-                const LogitsBlock block{logits.data(), row, std::min(product->rows, of.rows - row), col,
+                const int64_t m = task / col_blocks, n = task % col_blocks, col = first_col + n * kCols;
+                const LogitsBlock block{logits.data(), row_blocks.start(m), row_blocks.height(m), col,
                                         std::min(kCols, of.cols - col)};
                 for (int64_t k = 0; k < of.width; k += kDepth) {
-                    product->block(block.rows, block.cols, up(std::min(kDepth, of.width - k), 2), x.at(row, k),
+                    product->block(block.rows, block.cols, up(std::min(kDepth, of.width - k), 2), x.at(block.row, k),
                                    x.row_stride, right.data() + n * kCols * reach + k * kCols, block.data, kCols, k > 0);
                 }
                 if (of.width == 0) std::fill_n(block.data, kRows * kCols, 0.0f);

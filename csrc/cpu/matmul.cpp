@@ -45,7 +45,7 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const 
               bool accumulate, const Product& product) {
     const int64_t deep = std::min(kDepth, up(depth, kDepthStep));
     const int64_t wide = std::max(kCols, kPackedElements / deep / kCols * kCols);
-    const int64_t row_blocks = (rows + product.rows - 1) / product.rows;
+    const RowBlocks row_blocks(rows, product);
     Aligned<uint16_t> right;
     right.reserve(std::min(wide, up(cols, kCols)) * deep);
     for (int64_t n0 = 0; n0 < cols; n0 += wide) {
@@ -61,11 +61,11 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const 
                 }
             });
             // Blocks of the same rows follow one another, so that a thread packs these once.
-            parallel_for(0, row_blocks * blocks, 1, [&](int64_t first, int64_t last) {
+            parallel_for(0, row_blocks.number() * blocks, 1, [&](int64_t first, int64_t last) {
                 Left left;
                 for (int64_t task = first; task < last; task++) {
-                    const int64_t m = task / blocks, n = task % blocks, m0 = m * product.rows;
-                    const int64_t height = std::min(product.rows, rows - m0);
+                    const int64_t m = task / blocks, n = task % blocks, m0 = row_blocks.start(m);
+                    const int64_t height = row_blocks.height(m);
                     const uint16_t* a_data = a.at(m0, k0);
                     int64_t a_stride = a.row_stride;
                     if (packs) {

@@ -53,9 +53,25 @@ private:
 struct Product {
     const char* name;
     Block block;
-    int64_t rows;      // of a block of the result, at most kRows
+    int64_t rows;      // of a block of the result, at most kRows and a multiple of `step`
+    int64_t step;      // rows that the block kernel takes at a time
     int64_t panel;     // columns of a panel of the packed right operand, a divisor of kCols
     void (*finish)();  // called by each thread after its last block; null for nothing
+};
+
+// Cuts rows into blocks of about the same height, so that threads with the same number of blocks do the same work.
+class RowBlocks {
+public:
+    RowBlocks(int64_t rows, const Product& product)
+        : rows_(rows), step_(product.step), steps_((rows + step_ - 1) / step_),
+          blocks_((rows + product.rows - 1) / product.rows) {}
+
+    int64_t number() const { return blocks_; }
+    int64_t start(int64_t block) const { return std::min(rows_, block * steps_ / blocks_ * step_); }
+    int64_t height(int64_t block) const { return start(block + 1) - start(block); }
+
+private:
+    int64_t rows_, step_, steps_, blocks_;
 };
 
 // The way that is fastest here. It is null if none is fast, or if torch may use none now (torch.backends.mkldnn).
