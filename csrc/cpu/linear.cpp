@@ -58,7 +58,17 @@ Matrix even_rows(const Linear& of, Aligned<uint16_t>& copy) {
     return {copy.data(), reach, 1};
 }
 
-// Computes all logits, block by block. `on_block` is called for each, by many threads. `on_group` is called after each
+// The rows of the head that a block of logits is made of, as panels.
+void pack_head(const Linear& of, const LogitsBlock& block, int64_t panel, uint16_t* out) {
+    for (int64_t k = 0; k < of.width; k += kDepth) {
+        const int64_t depth = std::min(kDepth, of.width - k);
+        pack_right(of.weight, k, depth, up(depth, 2), block.col, block.cols, panel, out + k * kCols);
+    }
+}
+
+constexpr int64_t kGroup = 64;  // blocks of columns whose states are kept side by side before they are folded
+
+// Computes all logits, block by block. A thread packs the head's rows into its own cache. `on_block` is called for each, by many threads. `on_group` is called after each
 // group of blocks of columns with the number of these.
 template <typename OnBlock, typename OnGroup>
 void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_group) {
@@ -67,32 +77,26 @@ void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_gr
               "torch.backends.mkldnn is switched off");
     const int64_t reach = up(of.width, 2);
     const RowBlocks row_blocks(of.rows, *product);
-    const int64_t group = std::max(kCols, kPackedElements / std::max<int64_t>(reach, 1) / kCols * kCols);
-    Aligned<uint16_t> right, copy;
-    right.reserve(std::min(group, up(of.cols, kCols)) * reach);
+    Aligned<uint16_t> copy;
     const Matrix x = even_rows(of, copy);
-    for (int64_t first_col = 0; first_col < of.cols; first_col += group) {
-        const int64_t width = std::min(group, of.cols - first_col), col_blocks = (width + kCols - 1) / kCols;
-        parallel_for(0, col_blocks, 1, [&](int64_t first, int64_t last) {
-            for (int64_t n = first; n < last; n++) {
-                for (int64_t k = 0; k < of.width; k += kDepth) {
-                    const int64_t depth = std::min(kDepth, of.width - k);
-                    pack_right(of.weight, k, depth, up(depth, 2), first_col + n * kCols,
-                               std::min(kCols, width - n * kCols), product->panel,
-                               right.data() + n * kCols * reach + k * kCols);
-                }
-            }
-        });
+    for (int64_t first_col = 0; first_col < of.cols; first_col += kGroup * kCols) {
+        const int64_t col_blocks = std::min(kGroup, (of.cols - first_col + kCols - 1) / kCols);
         parallel_for(0, row_blocks.number() * col_blocks, 1, [&](int64_t first, int64_t last) {
             Aligned<float> logits;
             logits.reserve(kRows * kCols);
+            Aligned<uint16_t> right;
+            right.reserve(kCols * reach);
+            int64_t held = -1;
             for (int64_t task = first; task < last; task++) {
-                const int64_t m = task / col_blocks, n = task % col_blocks, col = first_col + n * kCols;
+                const int64_t n = task / row_blocks.number(), m = task % row_blocks.number();
+                const int64_t col = first_col + n * kCols;
                 const LogitsBlock block{logits.data(), row_blocks.start(m), row_blocks.height(m), col,
                                         std::min(kCols, of.cols - col)};
+                if (held != n) pack_head(of, block, product->panel, right.data());
+                held = n;
                 for (int64_t k = 0; k < of.width; k += kDepth) {
                     product->block(block.rows, block.cols, up(std::min(kDepth, of.width - k), 2), x.at(block.row, k),
-                                   x.row_stride, right.data() + n * kCols * reach + k * kCols, block.data, kCols, k > 0);
+                                   x.row_stride, right.data() + k * kCols, block.data, kCols, k > 0);
                 }
                 if (of.width == 0) std::fill_n(block.data, kRows * kCols, 0.0f);
                 if (of.bias != nullptr || of.scale != 1.0f || of.softcap != 0.0f) {
@@ -183,14 +187,13 @@ void linear_reduce_(const Tensor& x, const Tensor& weight, const std::optional<T
                                 argmax.has_value() ? argmax->mutable_data_ptr<int64_t>() : nullptr,
                                 float_or_null(square_sum)};
     const int64_t* labels_data = labels.const_data_ptr<int64_t>();
-    const int64_t most = std::max<int64_t>(1, kPackedElements / std::max<int64_t>(up(of.width, 2), 1) / kCols);
-    Parts parts(std::min(most, (of.cols + kCols - 1) / kCols), of.rows, state);
+    Parts parts(std::min(kGroup, (of.cols + kCols - 1) / kCols), of.rows, state);
     const Passes<float>& pass = passes<float>();
     over_blocks(
         of,
         [&](const LogitsBlock& block) {
             const int64_t n = block.col / kCols;
-            const RowState<float> part = parts.at(n % most, block.row);
+            const RowState<float> part = parts.at(n % kGroup, block.row);
             pass.reduce(block.tile(start), labels_data + block.row, part, false, 0, block.rows);
             if (all.data == nullptr) return;
             float* largest = all.highest + n * all.highest_stride + block.row;

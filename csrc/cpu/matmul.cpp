@@ -33,56 +33,88 @@ void pack_left(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t de
 
 namespace {
 
-// What one thread keeps: the block of the left operand that it packed last.
-struct Left {
-    Aligned<uint16_t> packed;
-    int64_t held = -1;
+// A chunk of the sum: elements k.. of both operands, and zeros up to `reach`.
+struct Chunk {
+    int64_t k;
+    int64_t length;
+    int64_t reach;
 };
+
+struct Result {
+    float* data;
+    int64_t stride;
+    int64_t cols;
+    bool accumulate;
+
+    float* at(int64_t row, int64_t col) const { return data + row * stride + col; }
+};
+
+// The left operand is read as it lies. A thread packs the columns that it multiplies next into its own cache. Blocks of the same
+// columns follow one another, so that few are packed twice.
+void multiply_rows(const Matrix& a, const Matrix& b, const Result& c, const RowBlocks& row_blocks, const Chunk& chunk,
+                   const Product& product) {
+    const int64_t col_blocks = (c.cols + kCols - 1) / kCols;
+    parallel_for(0, row_blocks.number() * col_blocks, 1, [&](int64_t first, int64_t last) {
+        Aligned<uint16_t> right;
+        right.reserve(kCols * chunk.reach);
+        int64_t held = -1;
+        for (int64_t task = first; task < last; task++) {
+            const int64_t n = task / row_blocks.number(), m = task % row_blocks.number(), n0 = n * kCols;
+            const int64_t width = std::min(kCols, c.cols - n0), m0 = row_blocks.start(m);
+            if (held != n) pack_right(b, chunk.k, chunk.length, chunk.reach, n0, width, product.panel, right.data());
+            held = n;
+            product.block(row_blocks.height(m), width, chunk.reach, a.at(m0, chunk.k), a.row_stride, right.data(),
+                          c.at(m0, n0), c.stride, c.accumulate || chunk.k > 0);
+        }
+        if (product.finish) product.finish();
+    });
+}
+
+// Both operands are packed: the right one for all threads, as many columns at a time as the cache holds, and each block of rows by
+// the thread that multiplies it. Blocks of the same rows follow one another.
+void multiply_columns(const Matrix& a, const Matrix& b, const Result& c, const RowBlocks& row_blocks,
+                      const Chunk& chunk, const Product& product) {
+    const int64_t most = std::max(kCols, kPackedElements / chunk.reach / kCols * kCols);
+    Aligned<uint16_t> right;
+    right.reserve(std::min(most, up(c.cols, kCols)) * chunk.reach);
+    for (int64_t n0 = 0; n0 < c.cols; n0 += most) {
+        const int64_t width = std::min(most, c.cols - n0), col_blocks = (width + kCols - 1) / kCols;
+        parallel_for(0, col_blocks, 1, [&](int64_t first, int64_t last) {
+            for (int64_t n = first; n < last; n++) {
+                pack_right(b, chunk.k, chunk.length, chunk.reach, n0 + n * kCols, std::min(kCols, width - n * kCols),
+                           product.panel, right.data() + n * kCols * chunk.reach);
+            }
+        });
+        parallel_for(0, row_blocks.number() * col_blocks, 1, [&](int64_t first, int64_t last) {
+            Aligned<uint16_t> left;
+            left.reserve(product.rows * chunk.reach);
+            int64_t held = -1;
+            for (int64_t task = first; task < last; task++) {
+                const int64_t m = task / col_blocks, n = task % col_blocks, m0 = row_blocks.start(m);
+                const int64_t height = row_blocks.height(m);
+                if (held != m) pack_left(a, m0, height, chunk.k, chunk.length, chunk.reach, left.data());
+                held = m;
+                product.block(height, std::min(kCols, width - n * kCols), chunk.reach, left.data(), chunk.reach,
+                              right.data() + n * kCols * chunk.reach, c.at(m0, n0 + n * kCols), c.stride,
+                              c.accumulate || chunk.k > 0);
+            }
+            if (product.finish) product.finish();
+        });
+    }
+}
 
 }  // namespace
 
 void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const Matrix& b, float* c, int64_t c_stride,
               bool accumulate, const Product& product) {
-    const int64_t deep = std::min(kDepth, up(depth, kDepthStep));
-    const int64_t wide = std::max(kCols, kPackedElements / deep / kCols * kCols);
+    const Result result{c, c_stride, cols, accumulate};
     const RowBlocks row_blocks(rows, product);
-    Aligned<uint16_t> right;
-    right.reserve(std::min(wide, up(cols, kCols)) * deep);
-    for (int64_t n0 = 0; n0 < cols; n0 += wide) {
-        const int64_t width = std::min(wide, cols - n0), blocks = (width + kCols - 1) / kCols;
-        for (int64_t k0 = 0; k0 < depth; k0 += deep) {
-            const int64_t length = std::min(deep, depth - k0);
-            const bool packs = a.col_stride != 1 || length % 2 != 0;
-            const int64_t reach = packs ? up(length, kDepthStep) : length;
-            parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-                for (int64_t n = first; n < last; n++) {
-                    pack_right(b, k0, length, reach, n0 + n * kCols, std::min(kCols, width - n * kCols),
-                               product.panel, right.data() + n * kCols * reach);
-                }
-            });
-            // Blocks of the same rows follow one another, so that a thread packs these once.
-            parallel_for(0, row_blocks.number() * blocks, 1, [&](int64_t first, int64_t last) {
-                Left left;
-                for (int64_t task = first; task < last; task++) {
-                    const int64_t m = task / blocks, n = task % blocks, m0 = row_blocks.start(m);
-                    const int64_t height = row_blocks.height(m);
-                    const uint16_t* a_data = a.at(m0, k0);
-                    int64_t a_stride = a.row_stride;
-                    if (packs) {
-                        if (left.held != m) {
-                            left.packed.reserve(product.rows * reach);
-                            pack_left(a, m0, height, k0, length, reach, left.packed.data());
-                            left.held = m;
-                        }
-                        a_data = left.packed.data();
-                        a_stride = reach;
-                    }
-                    product.block(height, std::min(kCols, width - n * kCols), reach, a_data, a_stride,
-                                  right.data() + n * kCols * reach, c + m0 * c_stride + n0 + n * kCols, c_stride,
-                                  accumulate || k0 > 0);
-                }
-                if (product.finish) product.finish();
-            });
+    for (int64_t k = 0; k < depth; k += kDepth) {
+        const int64_t length = std::min(kDepth, depth - k);
+        if (a.col_stride == 1 && length % 2 == 0) {
+            multiply_rows(a, b, result, row_blocks, {k, length, length}, product);
+        } else {
+            multiply_columns(a, b, result, row_blocks, {k, length, up(length, kDepthStep)}, product);
         }
     }
 }
