@@ -33,6 +33,9 @@ namespace avx512 {
 extern const Packing packing;
 void block_bfloat16(int64_t rows, int64_t cols, int64_t depth, const uint16_t* a, int64_t a_stride, const uint16_t* b,
                     float* c, int64_t c_stride, bool accumulate);
+// The same, with stores that leave the cache to what is read again.
+void block_bfloat16_past_cache(int64_t rows, int64_t cols, int64_t depth, const uint16_t* a, int64_t a_stride,
+                               const uint16_t* b, float* c, int64_t c_stride, bool accumulate);
 constexpr int64_t kPanel = 64;     // columns of a panel of block_bfloat16
 constexpr int64_t kStripRows = 6;  // rows that it takes at a time
 }  // namespace avx512

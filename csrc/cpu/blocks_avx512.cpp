@@ -99,17 +99,21 @@ DPO_AVX512 void columns_to_rows(const uint16_t* from, int64_t stride, int64_t de
     }
 }
 
+// How a strip begins, and where it goes.
+enum class Store { over, added, past };  // over what was there, added to it, or past the cache
+
 // kRows rows by one panel of the result, in registers: 24 of them for 6 rows.
-template <int kRows>
+template <int kRows, Store kStore>
 DPO_AVX512_BF16 inline void strip(int64_t pairs, const uint16_t* a, int64_t a_stride, const uint16_t* b, float* c,
-                                  int64_t c_stride, int64_t cols, bool accumulate) {
+                                  int64_t c_stride, int64_t cols) {
     constexpr int kVectors = kPanel / kLanes;
     __mmask16 mask[kVectors];
     for (int v = 0; v < kVectors; v++) mask[v] = first(cols - v * kLanes, kLanes);
     __m512 sum[kRows][kVectors];
     for (int i = 0; i < kRows; i++) {
         for (int v = 0; v < kVectors; v++) {
-            sum[i][v] = accumulate ? _mm512_maskz_loadu_ps(mask[v], c + i * c_stride + v * kLanes) : _mm512_setzero_ps();
+            const float* at = c + i * c_stride + v * kLanes;
+            sum[i][v] = kStore == Store::added ? _mm512_maskz_loadu_ps(mask[v], at) : _mm512_setzero_ps();
         }
     }
     for (int64_t p = 0; p < pairs; p++) {
@@ -125,23 +129,51 @@ DPO_AVX512_BF16 inline void strip(int64_t pairs, const uint16_t* a, int64_t a_st
         }
     }
     for (int i = 0; i < kRows; i++) {
-        for (int v = 0; v < kVectors; v++) _mm512_mask_storeu_ps(c + i * c_stride + v * kLanes, mask[v], sum[i][v]);
+        for (int v = 0; v < kVectors; v++) {
+            float* at = c + i * c_stride + v * kLanes;
+            if (kStore == Store::past) _mm512_stream_ps(at, sum[i][v]);
+            else _mm512_mask_storeu_ps(at, mask[v], sum[i][v]);
+        }
     }
 }
 
-using Strip = void (*)(int64_t, const uint16_t*, int64_t, const uint16_t*, float*, int64_t, int64_t, bool);
-constexpr Strip kStrips[] = {nullptr, strip<1>, strip<2>, strip<3>, strip<4>, strip<5>, strip<6>};
+using Strip = void (*)(int64_t, const uint16_t*, int64_t, const uint16_t*, float*, int64_t, int64_t);
+
+template <Store kStore>
+Strip strip_of(int64_t rows) {
+    static constexpr Strip all[] = {nullptr,          strip<1, kStore>, strip<2, kStore>, strip<3, kStore>,
+                                    strip<4, kStore>, strip<5, kStore>, strip<6, kStore>};
+    return all[least(kStripRows, rows)];
+}
+
+template <Store kStore>
+void block(int64_t rows, int64_t cols, int64_t depth, const uint16_t* a, int64_t a_stride, const uint16_t* b, float* c,
+           int64_t c_stride) {
+    for (int64_t j = 0; j < cols; j += kPanel, b += depth * kPanel) {
+        for (int64_t i = 0; i < rows; i += kStripRows) {
+            strip_of<kStore>(rows - i)(depth / 2, a + i * a_stride, a_stride, b, c + i * c_stride + j, c_stride,
+                                       cols - j);
+        }
+    }
+}
 
 }  // namespace
 
 void block_bfloat16(int64_t rows, int64_t cols, int64_t depth, const uint16_t* a, int64_t a_stride, const uint16_t* b,
                     float* c, int64_t c_stride, bool accumulate) {
-    for (int64_t j = 0; j < cols; j += kPanel, b += depth * kPanel) {
-        for (int64_t i = 0; i < rows; i += kStripRows) {
-            kStrips[least(kStripRows, rows - i)](depth / 2, a + i * a_stride, a_stride, b, c + i * c_stride + j,
-                                                 c_stride, cols - j, accumulate);
-        }
+    const auto run = accumulate ? block<Store::added> : block<Store::over>;
+    run(rows, cols, depth, a, a_stride, b, c, c_stride);
+}
+
+void block_bfloat16_past_cache(int64_t rows, int64_t cols, int64_t depth, const uint16_t* a, int64_t a_stride,
+                               const uint16_t* b, float* c, int64_t c_stride, bool accumulate) {
+    const bool whole_lines = cols % kPanel == 0 && (reinterpret_cast<uintptr_t>(c) | c_stride * sizeof(float)) % 64 == 0;
+    if (accumulate || !whole_lines) {
+        block_bfloat16(rows, cols, depth, a, a_stride, b, c, c_stride, accumulate);
+        return;
     }
+    block<Store::past>(rows, cols, depth, a, a_stride, b, c, c_stride);
+    _mm_sfence();  // such stores are not ordered: the thread that reads must find them
 }
 
 extern const Packing packing = {rows_to_panel, columns_to_panel, columns_to_rows};

@@ -33,6 +33,8 @@ void pack_left(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t de
 
 namespace {
 
+constexpr int64_t kCachedElements = 4 << 20;  // of a result: 16 MiB, which may be found in the cache by whoever reads it
+
 // A chunk of the sum: elements k.. of both operands, and zeros up to `reach`.
 struct Chunk {
     int64_t k;
@@ -45,6 +47,7 @@ struct Result {
     int64_t stride;
     int64_t cols;
     bool accumulate;
+    Block block;
 
     float* at(int64_t row, int64_t col) const { return data + row * stride + col; }
 };
@@ -63,7 +66,7 @@ void multiply_rows(const Matrix& a, const Matrix& b, const Result& c, const RowB
             const int64_t width = std::min(kCols, c.cols - n0), m0 = row_blocks.start(m);
             if (held != n) pack_right(b, chunk.k, chunk.length, chunk.reach, n0, width, product.panel, right.data());
             held = n;
-            product.block(row_blocks.height(m), width, chunk.reach, a.at(m0, chunk.k), a.row_stride, right.data(),
+            c.block(row_blocks.height(m), width, chunk.reach, a.at(m0, chunk.k), a.row_stride, right.data(),
                           c.at(m0, n0), c.stride, c.accumulate || chunk.k > 0);
         }
         if (product.finish) product.finish();
@@ -94,7 +97,7 @@ void multiply_columns(const Matrix& a, const Matrix& b, const Result& c, const R
                 const int64_t height = row_blocks.height(m);
                 if (held != m) pack_left(a, m0, height, chunk.k, chunk.length, chunk.reach, left.data());
                 held = m;
-                product.block(height, std::min(kCols, width - n * kCols), chunk.reach, left.data(), chunk.reach,
+                c.block(height, std::min(kCols, width - n * kCols), chunk.reach, left.data(), chunk.reach,
                               right.data() + n * kCols * chunk.reach, c.at(m0, n0 + n * kCols), c.stride,
                               c.accumulate || chunk.k > 0);
             }
@@ -107,7 +110,8 @@ void multiply_columns(const Matrix& a, const Matrix& b, const Result& c, const R
 
 void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const Matrix& b, float* c, int64_t c_stride,
               bool accumulate, const Product& product) {
-    const Result result{c, c_stride, cols, accumulate};
+    const bool written_once = depth <= kDepth && rows * cols > kCachedElements;
+    const Result result{c, c_stride, cols, accumulate, written_once ? product.past_cache : product.block};
     const RowBlocks row_blocks(rows, product);
     for (int64_t k = 0; k < depth; k += kDepth) {
         const int64_t length = std::min(kDepth, depth - k);

@@ -69,11 +69,16 @@ void block_brgemm(int64_t rows, int64_t cols, int64_t depth, const uint16_t* a, 
 
 void finish_brgemm() { brgemm().release(true); }
 
-constexpr Product kPortable{"portable", block_portable, kRows, 1, kCols, nullptr};
-constexpr Product kBrgemm{"brgemm", block_brgemm, kRows, 32, kCols, finish_brgemm};
+constexpr Product kPortable{"portable", block_portable, block_portable, kRows, 1, kCols, nullptr};
+constexpr Product kBrgemm{"brgemm", block_brgemm, block_brgemm, kRows, 32, kCols, finish_brgemm};
 #ifdef DPO_X86
-constexpr Product kAvx512{"avx512_bf16",       avx512::block_bfloat16, 21 * avx512::kStripRows,
-                          avx512::kStripRows, avx512::kPanel,         nullptr};
+constexpr Product kAvx512{"avx512_bf16",
+                          avx512::block_bfloat16,
+                          avx512::block_bfloat16_past_cache,
+                          21 * avx512::kStripRows,
+                          avx512::kStripRows,
+                          avx512::kPanel,
+                          nullptr};
 #endif
 
 

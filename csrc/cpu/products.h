@@ -53,6 +53,7 @@ private:
 struct Product {
     const char* name;
     Block block;
+    Block past_cache;  // for a result that is larger than the cache and written once
     int64_t rows;      // of a block of the result, at most kRows and a multiple of `step`
     int64_t step;      // rows that the block kernel takes at a time
     int64_t panel;     // columns of a panel of the packed right operand, a divisor of kCols

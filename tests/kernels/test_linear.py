@@ -46,6 +46,19 @@ def test_matmul(sizes, transposed):
 
 
 @multiplies
+@pytest.mark.parametrize("stride", [1024, 1040, 1030])
+def test_a_result_larger_than_the_cache(stride):
+    """Its stores may go past the cache, if rows begin with whole lines of it."""
+    a, b = torch.randn(5000, 3).bfloat16(), torch.randn(3, 1000).bfloat16()
+    out = torch.full((5000, stride), NAN)
+    torch.ops.dpo_kernels.matmul_bfloat16_(a.t().contiguous().t(), b, out[:, :1000], False)
+    torch.testing.assert_close(out[:, :1000].double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+    assert out[:, 1000:].isnan().all()
+    torch.ops.dpo_kernels.matmul_bfloat16_(a, b, out[:, :1000], True)
+    torch.testing.assert_close(out[:, :1000].double(), 2 * (a.double() @ b.double()), rtol=1e-5, atol=1e-5)
+
+
+@multiplies
 def test_matmul_by_threads():
     a, b = torch.randn(1300, 200).bfloat16(), torch.randn(200, 700).bfloat16()
 
