@@ -277,9 +277,9 @@ class RowKernels(ABC):
     def can_code_logits(dtype: torch.dtype) -> bool:
         """Return whether tiles can hold codes of 16 bits instead of logits, for operands of a dtype on this machine.
 
-        A code says how far a logit lies below the largest one of its block of columns. Calls whose tiles are read by
-        something else than the next four operations never ask for it (``narrow`` is False). In a call with
-        ``codes_logits`` a tile is int16, and no other operation may read it.
+        A code says how far a logit lies below the largest one of its block of columns. In a call with ``codes_logits``
+        a tile is int16. ``scratch``, ``tile_in``, ``recomputed_dlogits`` and the next four operations take it, and no
+        other may. Calls whose tiles are read by others are made without ``narrow``.
         """
         return False
 

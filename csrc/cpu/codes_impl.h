@@ -40,7 +40,8 @@ static void block_of_codes(const uint16_t* codes, uint16_t* out, int64_t cols, f
         DPO_SIMD()
         for (int64_t i = 0; i < cols; i++) {
             const float z = highest - static_cast<float>(codes[i]) * kNatsByStep;
-            out[i] = to_bfloat16(factor * (below(codes[i]) * slope(z, softcap)));
+            const float flat = slope(z, softcap);  // z is off by half a step, which could take it beyond the cap
+            out[i] = to_bfloat16(factor * (below(codes[i]) * (flat > 0.0f ? flat : 0.0f)));
         }
     }
 }

@@ -72,11 +72,9 @@ constexpr int64_t kGroup = 64;  // blocks of columns whose states are kept side 
 // group of blocks of columns with the number of these.
 template <typename OnBlock, typename OnGroup>
 void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_group) {
-    const Product* product = product_of_this_machine();
-    DPO_CHECK(product != nullptr, "this machine has no fast product of bfloat16 matrices, or "
-              "torch.backends.mkldnn is switched off");
+    const Product& product = required_product();
     const int64_t reach = up(of.width, 2);
-    const RowBlocks row_blocks(of.rows, *product);
+    const RowBlocks row_blocks(of.rows, product);
     Aligned<uint16_t> copy;
     const Matrix x = even_rows(of, copy);
     for (int64_t first_col = 0; first_col < of.cols; first_col += kGroup * kCols) {
@@ -92,10 +90,10 @@ void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_gr
                 const int64_t col = first_col + n * kCols;
                 const LogitsBlock block{logits.data(), row_blocks.start(m), row_blocks.height(m), col,
                                         std::min(kCols, of.cols - col)};
-                if (held != n) pack_head(of, block, product->panel, right.data());
+                if (held != n) pack_head(of, block, product.panel, right.data());
                 held = n;
                 for (int64_t k = 0; k < of.width; k += kDepth) {
-                    product->block(block.rows, block.cols, up(std::min(kDepth, of.width - k), 2), x.at(block.row, k),
+                    product.block(block.rows, block.cols, up(std::min(kDepth, of.width - k), 2), x.at(block.row, k),
                                    x.row_stride, right.data() + k * kCols, block.data, kCols, k > 0);
                 }
                 if (of.width == 0) std::fill_n(block.data, kRows * kCols, 0.0f);
@@ -105,7 +103,7 @@ void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_gr
                 }
                 on_block(block);
             }
-            if (product->finish) product->finish();
+            if (product.finish) product.finish();
         });
         on_group(col_blocks);
     }

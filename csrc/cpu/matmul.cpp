@@ -141,15 +141,13 @@ void matmul_bfloat16_(const Tensor& a, const Tensor& b, const Tensor& out, bool 
     DPO_CHECK(out.scalar_type() == ScalarType::Float, "out must be float32, got ", out.scalar_type());
     DPO_CHECK(a.size(0) == shape.rows && b.size(1) == shape.cols && a.size(1) == b.size(0), "out ",
               out.sizes(), " cannot hold the product of a ", a.sizes(), " and b ", b.sizes());
-    const Product* product = product_of_this_machine();
-    DPO_CHECK(product != nullptr, "this machine has no fast product of bfloat16 matrices, or "
-              "torch.backends.mkldnn is switched off");
+    const Product& product = required_product();
     float* data = out.mutable_data_ptr<float>();
     if (a.size(1) == 0 && !accumulate) {
         for (int64_t i = 0; i < shape.rows; i++) std::fill_n(data + i * shape.stride, shape.cols, 0.0f);
     }
     if (out.numel() == 0 || a.size(1) == 0) return;
-    multiply(shape.rows, shape.cols, a.size(1), left, right, data, shape.stride, accumulate, *product);
+    multiply(shape.rows, shape.cols, a.size(1), left, right, data, shape.stride, accumulate, product);
 }
 
 }  // namespace

@@ -10,6 +10,9 @@
 #ifdef __linux__
 #include <dlfcn.h>
 #endif
+#ifdef DPO_X86
+#include <cpuid.h>
+#endif
 
 namespace dpo_kernels {
 namespace {
@@ -129,16 +132,24 @@ const Product* ours() {
     return nullptr;
 }
 
-const Product* torchs() {
-    if (brgemm().multiply == nullptr || !brgemm().enabled(brgemm().context())) return nullptr;
+bool torch_may_use_it() { return brgemm().multiply != nullptr && brgemm().enabled(brgemm().context()); }
+
+// Whether torch's block kernel is there and right. It refuses to run, and is not tried, where it is switched off.
+bool runs_brgemm() {
+    if (brgemm().multiply == nullptr) return false;
+    if (!torch_may_use_it()) return true;
     static const bool runs = probe(kBrgemm);
-    return runs ? &kBrgemm : nullptr;
+    return runs;
 }
+
+const Product* torchs() { return torch_may_use_it() && runs_brgemm() ? &kBrgemm : nullptr; }
 
 // Matrix instructions, which our block kernel does not use and torch's does.
 bool has_amx() {
 #ifdef DPO_X86
-    return __builtin_cpu_supports("amx-bf16");
+    // Not every compiler's own question knows the word.
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1u) != 0;
 #else
     return false;
 #endif
@@ -150,9 +161,24 @@ const Product* product_of_this_machine() {
     const std::string& asked = asked_for();
     if (asked == "portable") return &kPortable;
     if (asked == "0") return nullptr;
-    if (asked == kBrgemm.name) return torchs();
-    const Product* own = asked.empty() && has_amx() && torchs() != nullptr ? torchs() : ours();
-    return own == nullptr && asked.empty() ? torchs() : own;
+    if (asked == "brgemm") {
+        DPO_CHECK(runs_brgemm(), "DPO_KERNELS_BF16=brgemm: this torch or this CPU has no such block kernel");
+        return torchs();
+    }
+    if (asked == "avx512_bf16") {
+        DPO_CHECK(ours() != nullptr, "DPO_KERNELS_BF16=avx512_bf16: this CPU has no AVX512_BF16, or DPO_KERNELS_ISA "
+                  "asks for less");
+        return ours();
+    }
+    const Product* first = has_amx() ? torchs() : ours();
+    return first != nullptr ? first : has_amx() ? ours() : torchs();
+}
+
+const Product& required_product() {
+    const Product* product = product_of_this_machine();
+    DPO_CHECK(product != nullptr, asked_for() == "0" ? "DPO_KERNELS_BF16=0 asks for no product of bfloat16 matrices"
+              : "no fast product of bfloat16 matrices: this CPU has none, or torch's (torch.backends.mkldnn) is off");
+    return *product;
 }
 
 namespace {

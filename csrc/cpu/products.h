@@ -78,6 +78,9 @@ private:
 // The way that is fastest here. It is null if none is fast, or if torch may use none now (torch.backends.mkldnn).
 const Product* product_of_this_machine();
 
+// The same; an error that says why where it is null.
+const Product& required_product();
+
 const Packing& packing();
 
 // Elements k0.. of the columns n0.. of the right operand, as its panels.

@@ -117,7 +117,10 @@ class Backend:
     load: Callable[[], type[RowKernels]]
 
     def make(self, dtype: torch.dtype, workspace_bytes: int, narrow: bool) -> RowKernels:
-        """Return the kernels for one call: ``dtype`` is that of the GEMM operands, for ``narrow`` see there."""
+        """Return the kernels for one call.
+
+        ``dtype`` is that of the GEMM operands. With ``narrow`` tiles may hold logits in 16 bits.
+        """
         return self.load()(dtype, workspace_bytes, narrow)
 
 

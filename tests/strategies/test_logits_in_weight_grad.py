@@ -7,6 +7,7 @@ import dpo_kernels as dk
 from dpo_kernels.kernels import extension
 from dpo_kernels.kernels.cpp import CppKernels
 from dpo_kernels.planning import memory_budget
+from dpo_kernels.reference import dpo_loss_reference
 from tests.cases import LAYOUTS, RICH, Case, broken_by, broken_over_forms, broken_rules
 from tests.family import DTYPES, FAMILY, case_of
 from tests.gemm_counts import costs, measure
@@ -26,14 +27,15 @@ def problem(rows=32, hidden=64, vocab=LONG, trainable=True, dtype=torch.float32)
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """The vocabulary of the equivalence cases in blocks of at least 48 columns, whatever the dtype."""
-    monkeypatch.setattr(memory_budget, "LEAST_ALIASED_COLS", 48)
-    monkeypatch.setattr(memory_budget, "ALIASED_BLOCK_BYTES", 22 * 8 * 64)
+    """The vocabulary of the equivalence cases in blocks of at least 16 columns, whatever the dtype."""
+    monkeypatch.setattr(memory_budget, "LEAST_ALIASED_COLS", 16)
+    monkeypatch.setattr(memory_budget, "ALIASED_BLOCK_BYTES", 22 * 8 * 32)
     monkeypatch.setattr("dpo_kernels.inputs.notices.warn_once", lambda message: None)
-    inputs = Case().tensors()
-    plan = dk.explain(inputs["hidden"], inputs["weight"], inputs["labels"], reference_free=True)
-    assert plan.lent
-    assert plan.tile.cols < 211
+    for dtype in DTYPES:
+        inputs = Case(dtype).tensors()
+        plan = dk.explain(inputs["hidden"], inputs["weight"], inputs["labels"], reference_free=True)
+        assert plan.lent
+        assert plan.tile.cols < 211
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -128,6 +130,22 @@ def test_who_does_not_borrow(wide_enough, facts, options):
     plan = dk.explain(*problem(**facts), reference_free=True, **options)
     assert not plan.lent
     assert "memory of the head's gradient" not in str(plan)
+
+
+@pytest.mark.parametrize("rows", [40, 96, 128])
+def test_gradients_of_logits_in_16_bits(monkeypatch, rows):
+    """With fewer and with more rows than the head is wide, in blocks of several largest logits each."""
+    monkeypatch.setattr(memory_budget, "ALIASED_BLOCK_BYTES", rows * 2048)
+    hidden, weight, labels = problem(rows=rows, vocab=3000, dtype=torch.bfloat16)
+    plan = dk.explain(hidden, weight, labels, reference_free=True)
+    assert plan.lent or not CppKernels.can_code_logits(torch.bfloat16)
+    out = dk.fused_dpo_loss(hidden, weight, labels, reference_free=True)
+    exact = [each.detach().double().requires_grad_() for each in (hidden, weight)]
+    wanted = dpo_loss_reference(*exact, labels, reference_free=True)
+    torch.testing.assert_close(out.loss.double(), wanted.loss, rtol=1e-5, atol=1e-5)
+    pairs = zip(torch.autograd.grad(out.loss, (hidden, weight)), torch.autograd.grad(wanted.loss, exact), strict=True)
+    for got, true in pairs:
+        assert float((got.double() - true).norm() / true.norm()) < 2.5e-3  # two roundings to bfloat16
 
 
 @pytest.mark.parametrize(("rows", "lent"), [(64, True), (128, True), (132, False)])
