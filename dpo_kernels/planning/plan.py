@@ -13,7 +13,7 @@ from dpo_kernels.planning.free_memory import recommended, scratch_by_default
 from dpo_kernels.planning.memory_budget import MIB, Budget
 from dpo_kernels.planning.refusals import refuse_kl, refuse_triton_on
 from dpo_kernels.planning.schedules import extra_bytes, num_tiles
-from dpo_kernels.planning.tables import BACKEND_NAMES, CODE_BYTES, BACKENDS, STRATEGIES, Strategy, divide_scratch
+from dpo_kernels.planning.tables import BACKEND_NAMES, BACKENDS, CODE_BYTES, STRATEGIES, Strategy, divide_scratch
 from dpo_kernels.problem import Workload
 from dpo_kernels.shapes import Schedule, Tile, accumulation_dtype
 
