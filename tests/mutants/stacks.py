@@ -5,6 +5,7 @@ from tests.mutants.records import Mutant
 _LLAMAFACTORY = "tests/integrations/test_llamafactory.py"
 _LOGPS = "tests/integrations/test_logps.py"
 _MEGATRON = "tests/integrations/test_megatron.py"
+_NEMO = "tests/integrations/test_nemo_rl.py"
 _REQUIREMENTS = "tests/integrations/test_requirements.py"
 _TITAN = "tests/integrations/test_torchtitan.py"
 
@@ -92,6 +93,90 @@ STACKS = [
         "packed_seq_params.cu_seqlens_q",
         f"{_MEGATRON}::test_padding_within_a_packed_batch_moves_the_boundaries",
         "padding within a packed batch moves the boundaries of its sequences",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/nemo_rl.py",
+        "    return logps[:, 1:]\n",
+        "    return logps[:, :-1]\n",
+        f"{_NEMO}::test_log_probs_are_those_of_full_logits",
+        "log-probs stand one place too late",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/nemo_rl.py",
+        "start=vocab_start_index, stop=vocab_end_index, ",
+        "",
+        f"{_NEMO}::test_bounds_that_are_not_those_of_the_rows_are_refused",
+        "NeMo-RL's bounds are not compared with the rows",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/nemo_rl.py",
+        " and not inference_only",
+        "",
+        f"{_NEMO}::test_inference_keeps_nothing_for_a_backward_pass",
+        "inference keeps what only a backward pass needs",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/nemo_rl.py",
+        "            scratch_bytes=scratch,\n",
+        "",
+        f"{_NEMO}::test_no_full_logits_are_made",
+        "chunk_size bounds nothing",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/nemo_rl.py",
+        'pairs="interleaved"',
+        'pairs="stacked"',
+        f"{_NEMO}::test_the_loss_is_that_of_full_logits[plain-False]",
+        "the first half of the sequences is taken for the chosen ones",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/nemo_rl.py",
+        "global_valid_seqs / 2 + EPSILON",
+        "global_valid_seqs + EPSILON",
+        f"{_NEMO}::test_the_loss_is_that_of_full_logits[plain-False]",
+        "the loss is divided by sequences instead of pairs",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/nemo_rl.py",
+        "        pair_weights=counts,\n",
+        "",
+        f"{_NEMO}::test_the_loss_is_that_of_full_logits[plain-True]",
+        "pairs that do not count have a loss",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/nemo_rl.py",
+        "self.preference_weight == 1 and self.sft_weight == 0 and not self.average_rewards",
+        "self.preference_weight == 1 and self.sft_weight == 0",
+        f"{_NEMO}::test_the_loss_is_that_of_full_logits[averages-False]",
+        "averages of rewards are taken for sums",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/nemo_rl.py",
+        "rejected / x.rejected_tokens.clamp(min=1)",
+        "rejected / x.chosen_tokens.clamp(min=1)",
+        f"{_NEMO}::test_the_loss_is_that_of_full_logits[averages-False]",
+        "a rejected reward is divided by the chosen tokens",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/nemo_rl.py",
+        "surprise / x.chosen_tokens.clamp(min=1) if self.average_sft",
+        "surprise / x.chosen_tokens.clamp(min=1) if self.average_rewards",
+        f"{_NEMO}::test_the_loss_is_that_of_full_logits[SFT averages-False]",
+        "the SFT term takes sums where averages are asked for",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/nemo_rl.py",
+        'data["token_mask"][:, 1:] != 0',
+        'data["token_mask"][:, :-1] != 0',
+        f"{_NEMO}::test_the_loss_is_that_of_full_logits[plain-False]",
+        "the mask of an id is that of the one before it",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/nemo_rl.py",
+        " & counts.repeat_interleave(2)[:, None]",
+        "",
+        f"{_NEMO}::test_what_a_pair_holds_that_does_not_count_does_not_matter",
+        "pairs that do not count are computed",
     ),
     Mutant(
         "dpo_kernels/integrations/openrlhf.py",
