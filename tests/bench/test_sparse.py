@@ -1,5 +1,6 @@
 """Measurements of sparse gradients: how errors and rows are counted, and that the page shows what was measured."""
 
+import itertools
 import json
 
 import pytest
@@ -10,7 +11,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from matplotlib import pyplot
 
-from benchmarks import sparse, sparse_page, sparse_training
+from benchmarks import sparse, sparse_page, sparse_training, sparse_trl
 from demo.train import History, Metrics
 
 
@@ -72,6 +73,65 @@ def test_every_way_is_timed():
     found = sparse.seconds(material(), 1, (2.0**-8, 2.0**-4))
     assert list(found) == ["three GEMMs", "dense", "sparse 0.00390625", "sparse 0.0625"]
     assert all(0 <= taken < 60 for taken in found.values())
+
+
+def test_both_dtypes_and_widths_are_timed_with_real_and_with_equal_logits(monkeypatch):
+    monkeypatch.setattr(sparse, "WIDER", 16)
+    one = material()
+    logits = one.hidden @ one.weight.T
+    found = list(sparse.cases(one))
+    assert [name for name, _ in found] == [
+        f"{dtype}{width}{bad}"
+        for dtype, width, bad in itertools.product(("float32", "bfloat16"), ("", ", H=16"), ("", ", equal logits"))
+    ]
+    for name, case in found:
+        kind, width = getattr(torch, name.split(",")[0]), 16 if "H=16" in name else 6
+        assert {case.hidden.dtype, case.weight.dtype} == {kind}
+        assert case.hidden.shape[-1] == case.weight.shape[-1] == width
+        wanted = torch.zeros_like(logits) if "equal" in name else logits
+        off = (case.hidden.float() @ case.weight.float().T - wanted).norm() / logits.norm()
+        assert off < (1e-5 if kind == torch.float32 else 1e-2)
+
+
+def test_each_kind_and_order_is_trained_once():
+    def one(gradient, order):
+        return {curve: [float(len(gradient)), float(order)] for curve in sparse_training.CURVES}
+
+    *_, last = sparse_training.each_run(one, 2)
+    kinds = [(run["gradient"], run["order"], run["held_out_loss"]) for run in last]
+    assert kinds == [
+        ("dense", 0, [5.0, 0.0]),
+        ("sparse", 0, [6.0, 0.0]),
+        ("dense", 1, [5.0, 1.0]),
+        ("sparse", 1, [6.0, 1.0]),
+    ]
+
+
+def test_runs_of_the_trl_example_differ_in_gradient_and_seed_only(monkeypatch, tmp_path):
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    pytest.importorskip("trl", reason="trl is not installed")
+    from examples import trl_dpo
+
+    asked, out = [], tmp_path / "found.json"
+
+    def run_example(options):
+        asked.append(options)
+        return {name: [float(len(asked))] for name in ("losses", "held_out_losses", "held_out_margins")}
+
+    monkeypatch.setattr(sparse_trl, "run_example", run_example)
+    sparse_trl.main(["--steps", "3", "--out", str(out)])
+    for options in asked:
+        trl_dpo.parse(["--real", *options])  # which ends the process if it does not know an option
+    common = set.intersection(*map(set, asked))
+    assert {"--steps=3", "--precompute"} <= common
+    assert [[option for option in options if option not in common] for options in asked] == [
+        [f"--gradient={gradient}", f"--seed={seed}"] for seed in (0, 1) for gradient in ("dense", "sparse")
+    ]
+    runs = json.loads(out.read_text("utf-8"))["runs"]
+    assert [f"{run['gradient']} {run['order']}" for run in runs] == ["dense 0", "sparse 0", "dense 1", "sparse 1"]
+    assert [run[curve] for run in runs for curve in sparse_training.CURVES] == [
+        [float(number)] for number in (1, 2, 3, 4) for _ in range(3)
+    ]
 
 
 def test_curves_are_those_of_the_history():
