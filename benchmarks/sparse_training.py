@@ -7,7 +7,7 @@ runs of one order see the same batches. The losses go to ``benchmarks/results/sp
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -53,7 +53,7 @@ def measure(options: Options, orders: int) -> Iterator[dict[str, Any]]:
         train(lm, training_scored, held_out_scored, replace(options, gradient=gradient, seed=order), history)
         return _curves(history)
 
-    for runs in each_run(one, orders):
+    for runs in each_run(one, [(gradient, order) for order in range(orders) for gradient in GRADIENTS]):
         yield about | {"runs": runs}
 
 
@@ -66,14 +66,13 @@ def where_and_when() -> dict[str, str]:
     }
 
 
-def each_run(one: Callable[[str, int], Curves], orders: int) -> Iterator[list[Run]]:
-    """Call ``one`` with each order of the batches and each kind of gradient. Yields the runs so far after each."""
+def each_run(one: Callable[[str, int], Curves], wanted: Sequence[tuple[str, int]]) -> Iterator[list[Run]]:
+    """Call ``one`` with each wanted gradient and order of the batches. Yields the runs so far after each."""
     runs: list[Run] = []
-    for order in range(orders):
-        for gradient in GRADIENTS:
-            runs.append({"gradient": gradient, "order": order, **one(gradient, order)})
-            print(f"{gradient}, order {order}: held-out loss {runs[-1]['held_out_loss'][-1]:.4f}", flush=True)
-            yield runs
+    for gradient, order in wanted:
+        runs.append({"gradient": gradient, "order": order, **one(gradient, order)})
+        print(f"{gradient}, order {order}: held-out loss {runs[-1]['held_out_loss'][-1]:.4f}", flush=True)
+        yield runs
 
 
 def write(found: Iterator[dict[str, Any]], out: Path) -> None:

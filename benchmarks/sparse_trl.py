@@ -1,8 +1,8 @@
 """The TRL example's training with exact and with sparse gradients, beside what another seed of exact gradients changes.
 
-``python -m benchmarks.sparse_trl`` runs ``python -m examples.trl_dpo --real`` once for each kind of gradient and each
-seed. Each run has a process of its own. Runs of one seed see the same batches. The losses go to
-``benchmarks/results/sparse-trl-cpu.json``, in the form of ``benchmarks.sparse_training``.
+``python -m benchmarks.sparse_trl`` runs ``python -m examples.trl_dpo --real`` with exact gradients once for each seed,
+and with sparse ones for the first seed. Each run has a process of its own. Runs of one seed see the same batches. The
+losses go to ``benchmarks/results/sparse-trl-cpu.json``, in the form of ``benchmarks.sparse_training``.
 """
 
 import argparse
@@ -23,7 +23,7 @@ NAMES = {"loss": "losses", "held_out_loss": "held_out_losses", "held_out_margin"
 
 
 def measure(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Train with each kind of gradient and each seed. Yields what there is after each run."""
+    """Train with each seed, and with samples too for the first. Yields what there is after each run."""
     about = {
         "model": "SmolLM2-135M-Instruct",
         "tau": TAU,
@@ -35,7 +35,8 @@ def measure(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     def one(gradient: str, seed: int) -> Curves:
         return curves(run_example(command_line(asked, gradient, seed)))
 
-    for runs in each_run(one, asked.orders):
+    others = [("dense", seed) for seed in range(1, asked.orders)]
+    for runs in each_run(one, [("dense", 0), ("sparse", 0), *others]):
         yield about | {"runs": runs}
 
 
