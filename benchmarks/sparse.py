@@ -3,8 +3,8 @@
 ``python -m benchmarks.sparse`` takes the hidden states of SmolLM2-135M-Instruct on the demo's pairs of reviews, both of
 which it downloads, and writes ``benchmarks/results/sparse-cpu.json``, from which ``python -m benchmarks.sparse_page``
 makes tables and pictures. Times are CPU time of the process, because the machine may do other work. Each is taken in
-one interleaved run with the three bare GEMMs of the head. For H = 2048 hidden states and head are rotated into a wider
-space, where the logits are the same.
+one interleaved run with the three bare GEMMs of the head, in their dtype and shape. For H = 2048 hidden states and head
+are rotated into a wider space, where the logits are the same but for rounding. In the bad case hidden states are 0.
 """
 
 import argparse
@@ -32,6 +32,9 @@ SEEDS = 4  # samples over which errors are averaged
 ROWS = 64  # of logits at a time
 FEWER = (4, 16)  # of so many sequences, and of all, the rows of the head that a sample reaches are counted
 TAU = 2.0**-12  # of the cases that are timed with one threshold
+DTYPES = (torch.float32, torch.bfloat16)  # that are timed
+WIDER = 2048  # H of the cases in a wider space
+EQUAL = "equal logits"  # which all tokens have in the bad case
 RESULTS = Path(__file__).parent / "results" / "sparse-cpu.json"
 
 
@@ -182,8 +185,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     material = real_material(options.tokens, options.cache)
+    processor, flags = environment.processor()
     record = without_times(material) | {
-        "machine": environment.processor()[0],
+        "machine": processor,
+        "flags": [flag for flag in environment.CPU_FLAGS if flag in flags],
         **environment.record("cpu", options.threads),
         "tries": options.tries,
         "load_before": os.getloadavg()[0],
@@ -194,8 +199,8 @@ def main() -> None:
         print(f"tau {tau}: {mean:.0f} entries a token are kept, 90th percentile {most:.0f}")
     for name, error in record["errors"].items():
         print(f"{name}: error of dX {error['dX']:.1e}, of dW {error['dW']:.1e}", flush=True)
-    for name, case in cases(material):
-        found = seconds(case, options.tries, TAUS if name == "float32" else (TAU,))
+    for number, (name, case) in enumerate(cases(material)):
+        found = seconds(case, options.tries, (TAU,) if number else TAUS)
         record["seconds"][name] = found
         ratios = ", ".join(f"{way} {taken / found['three GEMMs']:.2f}" for way, taken in found.items())
         print(f"{name}: three GEMMs {found['three GEMMs']:.3f} s; over them {ratios}", flush=True)
@@ -221,11 +226,12 @@ def without_times(material: Material) -> dict[str, Any]:
 
 def cases(material: Material) -> Iterator[tuple[str, Material]]:
     """Yield what is timed, by name, one at a time in memory."""
-    yield "float32", material
-    yield "float32, H=2048", material.widened(2048)
-    yield "bfloat16", material.to(torch.bfloat16)
-    yield "bfloat16, H=2048", material.widened(2048).to(torch.bfloat16)
-    yield "float32, equal logits", material.flat()
+    for dtype in DTYPES:
+        kind = str(dtype).removeprefix("torch.")
+        for name, space in ((kind, material), (f"{kind}, H={WIDER}", material.widened(WIDER))):
+            real = space.to(dtype)
+            yield name, real
+            yield f"{name}, {EQUAL}", real.flat()
 
 
 if __name__ == "__main__":

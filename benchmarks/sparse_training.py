@@ -7,7 +7,7 @@ runs of one order see the same batches. The losses go to ``benchmarks/results/sp
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,6 +29,7 @@ SETTINGS = ("steps", "batch", "max_length", "tau", "beta", "lr", "eval_every")
 CURVES = ("loss", "held_out_loss", "held_out_margin")
 ASKED = ("steps", "batch", "max_length", "held_out", "eval_every")  # options with the demo's names and defaults
 Run = dict[str, Any]  # gradient, order, and a list of numbers for each of CURVES
+Curves = dict[str, list[float]]
 
 
 def measure(options: Options, orders: int) -> Iterator[dict[str, Any]]:
@@ -43,23 +44,45 @@ def measure(options: Options, orders: int) -> Iterator[dict[str, Any]]:
         **{name: getattr(options, name) for name in SETTINGS},
         "pairs": len(training),
         "held_out": len(held_out),
+        **where_and_when(),
+    }
+
+    def one(gradient: str, order: int) -> Curves:
+        lm.causal.load_state_dict(begin)
+        history = History()
+        train(lm, training_scored, held_out_scored, replace(options, gradient=gradient, seed=order), history)
+        return _curves(history)
+
+    for runs in each_run(one, [(gradient, order) for order in range(orders) for gradient in GRADIENTS]):
+        yield about | {"runs": runs}
+
+
+def where_and_when() -> dict[str, str]:
+    """Return processor, version of torch, and date."""
+    return {
         "processor": processor(),
         "torch": torch.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def each_run(one: Callable[[str, int], Curves], wanted: Sequence[tuple[str, int]]) -> Iterator[list[Run]]:
+    """Call ``one`` with each wanted gradient and order of the batches. Yields the runs so far after each."""
     runs: list[Run] = []
-    for order in range(orders):
-        for gradient in GRADIENTS:
-            lm.causal.load_state_dict(begin)
-            history = History()
-            how = replace(options, gradient=gradient, seed=order)
-            train(lm, training_scored, held_out_scored, how, history)
-            runs.append({"gradient": gradient, "order": order, **_curves(history)})
-            print(f"{gradient}, order {order}: held-out loss {runs[-1]['held_out_loss'][-1]:.4f}", flush=True)
-            yield about | {"runs": runs}
+    for gradient, order in wanted:
+        runs.append({"gradient": gradient, "order": order, **one(gradient, order)})
+        print(f"{gradient}, order {order}: held-out loss {runs[-1]['held_out_loss'][-1]:.4f}", flush=True)
+        yield runs
 
 
-def _curves(history: History) -> dict[str, list[float]]:
+def write(found: Iterator[dict[str, Any]], out: Path) -> None:
+    """Write each record in place of the one before it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for record in found:
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _curves(history: History) -> Curves:
     return {
         "loss": [each.loss for each in history.steps],
         "held_out_loss": [each.loss for each in history.evaluations],
@@ -79,9 +102,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     options = Options(**{name: getattr(asked, name) for name in ASKED}, cache=asked.cache)
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    for found in measure(options, asked.orders):
-        asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write(measure(options, asked.orders), asked.out)
 
 
 if __name__ == "__main__":

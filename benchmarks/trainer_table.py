@@ -30,16 +30,22 @@ Runs = dict[str, list[dict[str, Any]]]  # by trainer, in the order in which they
 def measure(rounds: int, steps: int, batch: int, held_out: int, cache: Path) -> dict[str, Any]:
     """Train with each trainer in turn, ``rounds`` times."""
     runs: Runs = {name: [] for name in TRAINERS}
-    options = ["--real", "--steps", str(steps), "--batch", str(batch), "--held-out", str(held_out)]
+    options = ["--steps", str(steps), "--batch", str(batch), "--held-out", str(held_out)]
     for _ in tqdm(range(rounds), desc="rounds", unit="round"):
         for name, extra in TRAINERS.items():
-            command = [sys.executable, "-m", "examples.trl_dpo", *options, "--cache", str(cache), *extra]
-            done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-            runs[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            runs[name].append(run_example([*options, "--cache", str(cache), *extra]))
     packages = {name: version(name) for name in ("torch", "trl", "transformers")}
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     sizes = {"steps": steps, "batch": batch, "held_out": held_out}
     return {"runs": runs, **sizes, "packages": packages, "processor": processor(), "date": date}
+
+
+def run_example(options: list[str]) -> dict[str, Any]:
+    """Run ``examples.trl_dpo --real`` in a process of its own, and return what it found."""
+    command = [sys.executable, "-m", "examples.trl_dpo", "--real", *options]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 def section(results: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Measurements of sparse gradients: how errors and rows are counted, and that the page shows what was measured."""
 
+import itertools
 import json
 
 import pytest
@@ -10,7 +11,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from matplotlib import pyplot
 
-from benchmarks import sparse, sparse_page, sparse_training
+from benchmarks import sparse, sparse_page, sparse_training, sparse_trl
 from demo.train import History, Metrics
 
 
@@ -74,6 +75,62 @@ def test_every_way_is_timed():
     assert all(0 <= taken < 60 for taken in found.values())
 
 
+def test_both_dtypes_and_widths_are_timed_with_real_and_with_equal_logits(monkeypatch):
+    monkeypatch.setattr(sparse, "WIDER", 16)
+    one = material()
+    logits = one.hidden @ one.weight.T
+    found = list(sparse.cases(one))
+    assert [name for name, _ in found] == [
+        f"{dtype}{width}{bad}"
+        for dtype, width, bad in itertools.product(("float32", "bfloat16"), ("", ", H=16"), ("", ", equal logits"))
+    ]
+    for name, case in found:
+        kind, width = getattr(torch, name.split(",")[0]), 16 if "H=16" in name else 6
+        assert {case.hidden.dtype, case.weight.dtype} == {kind}
+        assert case.hidden.shape[-1] == case.weight.shape[-1] == width
+        wanted = torch.zeros_like(logits) if "equal" in name else logits
+        off = (case.hidden.float() @ case.weight.float().T - wanted).norm() / logits.norm()
+        assert off < (1e-5 if kind == torch.float32 else 1e-2)
+
+
+def test_each_wanted_run_is_trained_once():
+    def one(gradient, order):
+        return {curve: [float(len(gradient)), float(order)] for curve in sparse_training.CURVES}
+
+    *_, last = sparse_training.each_run(one, [("dense", 0), ("sparse", 2)])
+    kinds = [(run["gradient"], run["order"], run["held_out_loss"]) for run in last]
+    assert kinds == [("dense", 0, [5.0, 0.0]), ("sparse", 2, [6.0, 2.0])]
+
+
+def test_runs_of_the_trl_example_differ_in_gradient_and_seed_only(monkeypatch, tmp_path):
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    pytest.importorskip("trl", reason="trl is not installed")
+    from examples import trl_dpo
+
+    asked, out = [], tmp_path / "found.json"
+
+    def run_example(options):
+        asked.append(options)
+        return {name: [float(len(asked))] for name in ("losses", "held_out_losses", "held_out_margins")}
+
+    monkeypatch.setattr(sparse_trl, "run_example", run_example)
+    sparse_trl.main(["--steps", "3", "--out", str(out)])
+    for options in asked:
+        trl_dpo.parse(["--real", *options])  # which ends the process if it does not know an option
+    common = set.intersection(*map(set, asked))
+    assert {"--steps=3", "--precompute"} <= common
+    assert [[option for option in options if option not in common] for options in asked] == [
+        ["--gradient=dense", "--seed=0"],
+        ["--gradient=sparse", "--seed=0"],
+        ["--gradient=dense", "--seed=1"],
+    ]
+    runs = json.loads(out.read_text("utf-8"))["runs"]
+    assert [f"{run['gradient']} {run['order']}" for run in runs] == ["dense 0", "sparse 0", "dense 1"]
+    assert [run[curve] for run in runs for curve in sparse_training.CURVES] == [
+        [float(number)] for number in (1, 2, 3) for _ in range(3)
+    ]
+
+
 def test_curves_are_those_of_the_history():
     history = History([Metrics(1, 0.7, 0.0, 0.5, 4), Metrics(2, 0.6, 0.1, 0.5, 4)], [Metrics(2, 0.65, 0.2, 0.5, 8)])
     assert sparse_training._curves(history) == {
@@ -100,6 +157,34 @@ def test_differences_of_curves_by_hand():
     found = sparse_page.differences(runs(dense0=[1.0, 2.0], sparse0=[1.0, 2.5], dense1=[4.0, 6.0], sparse1=[4.5, 6.0]))
     assert found["sparse and dense"]["loss"] == pytest.approx((2 * 0.25 / 4) ** 0.5)
     assert found["two orders"]["held_out_loss"] == pytest.approx((25 / 2) ** 0.5)
+    fewer = sparse_page.differences(runs(dense0=[1.0, 2.0], sparse0=[1.0, 2.5], dense1=[4.0, 6.0]))
+    assert fewer["sparse and dense"]["loss"] == pytest.approx((0.25 / 2) ** 0.5)
+    assert fewer["two orders"] == found["two orders"]
+
+
+def test_bars_are_of_the_gemms_with_real_logits_and_of_the_dense_step_with_equal_ones():
+    within = {"float32, H = 6": (1.5, 0.6), "float32, H = 6, equal logits": (2.0, 2.2)}
+    assert sparse_page.misses(within) == []
+    beyond = {"float32, H = 6": (0.5, 0.61), "float32, H = 6, equal logits": (0.5, 0.56)}
+    assert sparse_page.misses(beyond) == ["float32, H = 6 (0.61)", "float32, H = 6, equal logits (1.12)"]
+
+
+def test_ratios_are_over_the_gemms_and_a_missed_bar_is_told():
+    found = sparse_page.results_of("times")
+    assert len(sparse_page.ratios_of_cases(found)) == len(found["seconds"])
+    found["seconds"]["bfloat16"] = {"three GEMMs": 2.0, "dense": 3.0, f"sparse {sparse.TAU:g}": 1.4}
+    found["seconds"]["float32, H=2048, equal logits"] = {
+        "three GEMMs": 2.0,
+        "dense": 2.0,
+        f"sparse {sparse.TAU:g}": 3.0,
+    }
+    cases = sparse_page.ratios_of_cases(found)
+    assert cases["bfloat16, H = 576"] == (1.5, 0.7)
+    assert cases["float32, H = 2048, equal logits"] == (1.0, 1.5)
+    said = sparse_page.times(found)
+    assert "**Missed by**" in said
+    assert {"bfloat16, H = 576 (0.70)", "float32, H = 2048, equal logits (1.50)"} <= set(sparse_page.misses(cases))
+    assert "bfloat16, H = 576 (0.70)" in said
 
 
 def test_the_page_shows_the_results():
@@ -120,27 +205,27 @@ def test_the_results_hold_what_the_page_promises():
         assert sampled <= found["errors"]["bfloat16 logits"][what] < truncated
 
 
-def test_the_training_changes_less_than_by_another_order():
-    apart = sparse_page.differences(json.loads(sparse_training.RESULTS.read_text("utf-8")))
+@pytest.mark.parametrize("name", sparse_page.SOURCES)
+def test_the_training_changes_less_than_by_another_order(name):
+    apart = sparse_page.differences(sparse_page.results_of(name))
     for curve in sparse_training.CURVES:
         assert 0 < apart["sparse and dense"][curve] < apart["two orders"][curve]
 
 
 def test_pictures_are_drawn_from_the_results():
-    swept, trained = (
-        draw(json.loads(path.read_text("utf-8")))
-        for draw, path in (
-            (sparse_page.draw_sweep, sparse.RESULTS),
-            (sparse_page.draw_training, sparse_training.RESULTS),
-        )
-    )
+    swept = sparse_page.draw_sweep(sparse_page.results_of("tau"))
+    trained = [sparse_page.draw_training(sparse_page.results_of(name)) for name in sparse_page.SOURCES]
     try:
         left, right = swept.axes
         assert len(left.get_lines()) == 6
         assert len([line for line in right.get_lines() if line.get_marker() == "o"]) == len(sparse.TAUS)
-        assert all(len(axes.get_lines()) == 4 for axes in trained.axes)
+        assert all(
+            len(axes.get_lines()) == count
+            for count, figure in zip((4, 3), trained, strict=True)
+            for axes in figure.axes
+        )
     finally:
-        pyplot.close(swept)
-        pyplot.close(trained)
-    for name in ("tau", "training"):
+        for figure in (swept, *trained):
+            pyplot.close(figure)
+    for name in sparse_page.PICTURES:
         assert (sparse_page.IMAGES / f"sparse-{name}.png").stat().st_size > 10_000

@@ -37,6 +37,32 @@ def test_the_trl_example_learns_what_stock_trl_learns(tmp_path, options):
         assert ours[name] == pytest.approx(stock[name], rel=1e-3, abs=1e-4), name
 
 
+def test_the_trl_example_trains_with_samples_on_the_same_pairs(tmp_path):
+    """A sample that keeps all entries shows that pairs and their order are those of the dense run of the same seed."""
+
+    def losses(*options):
+        return trl_dpo.main(["--steps", "4", "--batch", "2", "--eval-every", "2", *options, "--out", str(tmp_path)])
+
+    dense, whole, sampled, other = (
+        losses(),
+        losses("--gradient", "sparse", "--tau", "1e-12"),
+        losses("--gradient", "sparse", "--tau", "1"),  # keeps two entries of a token: its label's, and one more
+        losses("--seed", "1"),
+    )
+    for curve, length in (("losses", 4), ("held_out_losses", 2), ("held_out_margins", 2)):
+        assert len(dense[curve]) == length
+        assert whole[curve] == pytest.approx(dense[curve], abs=1e-5)
+        assert max(abs(a - b) for a, b in zip(sampled[curve], dense[curve], strict=True)) > 1e-3
+        assert max(abs(a - b) for a, b in zip(other[curve], dense[curve], strict=True)) > 1e-3
+    assert dense["held_out_losses"][-1] == dense["eval_loss"]
+
+
+def test_trl_has_no_samples_to_train_with(capsys):
+    with pytest.raises(SystemExit):
+        trl_dpo.main(["--stock", "--gradient", "sparse"])
+    assert "--gradient sparse is not for --stock" in capsys.readouterr().err
+
+
 CONFIGURATIONS = {"fsdp2.yaml": ("FSDP2", "FSDP"), "zero3.yaml": ("ZeRO-3", "DEEPSPEED")}
 
 

@@ -31,7 +31,8 @@ COMMANDS = {
     },
     trl_dpo.main: {
         **dict.fromkeys(("--steps", "--batch", "--held-out"), ("0", "-1")),
-        "--learning-rate": ("-1", "nan"),
+        **dict.fromkeys(("--eval-every", "--seed"), ("-1", "1.5")),
+        **dict.fromkeys(("--learning-rate", "--tau"), ("-1", "nan")),
     },
     online.main: {
         **dict.fromkeys(("--steps", "--pairs", "--tokens"), ("0", "-1")),
