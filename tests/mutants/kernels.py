@@ -464,10 +464,24 @@ _CPP = [
     ),
     Mutant(
         "csrc/cpu/matmul.cpp",
-        "accumulate || k0 > 0);",
-        "accumulate);",
+        "c.at(m0, n0), c.stride, c.accumulate || chunk.k > 0);",
+        "c.at(m0, n0), c.stride, c.accumulate);",
+        "tests/kernels/test_linear.py::test_matmul",
+        "a product of bfloat16 is that of its last even chunk",
+    ),
+    Mutant(
+        "csrc/cpu/matmul.cpp",
+        "                              c.accumulate || chunk.k > 0);",
+        "                              c.accumulate);",
         "tests/kernels/test_linear.py::test_matmul",
         "a product of bfloat16 is that of its last columns",
+    ),
+    Mutant(
+        "csrc/cpu/products.h",
+        "block * steps_ / blocks_ * step_",
+        "(block * steps_ / blocks_ + block % 2) * step_",
+        "tests/kernels/test_linear.py::test_matmul",
+        "blocks of rows overlap",
     ),
     Mutant(
         "csrc/cpu/memory.cpp",
@@ -499,8 +513,8 @@ _CPP = [
     ),
     Mutant(
         "csrc/cpu/products.cpp",
-        "!brgemm().enabled(brgemm().context())",
-        "!brgemm().context()",
+        "brgemm().multiply != nullptr && brgemm().enabled(brgemm().context())",
+        "brgemm().multiply != nullptr && brgemm().context() != nullptr",
         "tests/kernels/test_linear.py::test_torchs_block_kernel_is_not_used_where_mkldnn_is_switched_off",
         "torch's block kernel is called where it was switched off",
     ),
