@@ -52,8 +52,8 @@ struct Result {
     float* at(int64_t row, int64_t col) const { return data + row * stride + col; }
 };
 
-// The left operand is read as it lies. A thread packs the columns that it multiplies next into its own cache. Blocks of the same
-// columns follow one another, so that few are packed twice.
+// The left operand is read as it lies. A thread packs the columns that it multiplies next into its own cache. Blocks of
+// the same columns follow one another, so that few are packed twice.
 void multiply_rows(const Matrix& a, const Matrix& b, const Result& c, const RowBlocks& row_blocks, const Chunk& chunk,
                    const Product& product) {
     const int64_t col_blocks = (c.cols + kCols - 1) / kCols;
@@ -67,14 +67,14 @@ void multiply_rows(const Matrix& a, const Matrix& b, const Result& c, const RowB
             if (held != n) pack_right(b, chunk.k, chunk.length, chunk.reach, n0, width, product.panel, right.data());
             held = n;
             c.block(row_blocks.height(m), width, chunk.reach, a.at(m0, chunk.k), a.row_stride, right.data(),
-                          c.at(m0, n0), c.stride, c.accumulate || chunk.k > 0);
+                    c.at(m0, n0), c.stride, c.accumulate || chunk.k > 0);
         }
         if (product.finish) product.finish();
     });
 }
 
-// Both operands are packed: the right one for all threads, as many columns at a time as the cache holds, and each block of rows by
-// the thread that multiplies it. Blocks of the same rows follow one another.
+// Both operands are packed: the right one for all threads, as many columns at a time as the cache holds, and each block
+// of rows by the thread that multiplies it. Blocks of the same rows follow one another.
 void multiply_columns(const Matrix& a, const Matrix& b, const Result& c, const RowBlocks& row_blocks,
                       const Chunk& chunk, const Product& product) {
     const int64_t most = std::max(kCols, kPackedElements / chunk.reach / kCols * kCols);
@@ -98,8 +98,8 @@ void multiply_columns(const Matrix& a, const Matrix& b, const Result& c, const R
                 if (held != m) pack_left(a, m0, height, chunk.k, chunk.length, chunk.reach, left.data());
                 held = m;
                 c.block(height, std::min(kCols, width - n * kCols), chunk.reach, left.data(), chunk.reach,
-                              right.data() + n * kCols * chunk.reach, c.at(m0, n0 + n * kCols), c.stride,
-                              c.accumulate || chunk.k > 0);
+                        right.data() + n * kCols * chunk.reach, c.at(m0, n0 + n * kCols), c.stride,
+                        c.accumulate || chunk.k > 0);
             }
             if (product.finish) product.finish();
         });

@@ -471,8 +471,8 @@ _CPP = [
     ),
     Mutant(
         "csrc/cpu/matmul.cpp",
-        "                              c.accumulate || chunk.k > 0);",
-        "                              c.accumulate);",
+        "                        c.accumulate || chunk.k > 0);",
+        "                        c.accumulate);",
         "tests/kernels/test_linear.py::test_matmul",
         "a product of bfloat16 is that of its last columns",
     ),
