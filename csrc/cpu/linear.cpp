@@ -68,8 +68,8 @@ void pack_head(const Linear& of, const LogitsBlock& block, int64_t panel, uint16
 
 constexpr int64_t kGroup = 64;  // blocks of columns whose states are kept side by side before they are folded
 
-// Computes all logits, block by block. A thread packs the head's rows into its own cache. `on_block` is called for each, by many threads. `on_group` is called after each
-// group of blocks of columns with the number of these.
+// Computes all logits, block by block. A thread packs the head's rows into its own cache. `on_block` is called for each
+// block, by many threads. `on_group` is called after each group of blocks of columns with the number of these.
 template <typename OnBlock, typename OnGroup>
 void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_group) {
     const Product& product = required_product();
