@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dpo_kernels import DPOLossOutput, LossInputs, fused_dpo_loss
 from dpo_kernels.distributed import VocabParallel
+from dpo_kernels.distributed.group import Ranks
 from dpo_kernels.integrations.logps import head_logps
 
 IGNORED = -100
@@ -66,7 +67,7 @@ def from_parallel_hidden_states_to_logprobs(
         tensor([[-1.3863, -1.3863]])
 
     """
-    if cp_group is not None and torch.distributed.get_world_size(cp_group) > 1:
+    if cp_group is not None and Ranks(cp_group).ranks > 1:
         raise ValueError("cp_group has several ranks: this rank has a part of each sequence, which cannot be shifted")
     parallel = None
     if tp_group is not None:

@@ -42,7 +42,7 @@ def test_a_wrong_row_is_seen(tmp_path: Path) -> None:
     for old, new in [("entropy -= e > 0", "entropy += e > 0"), ("own = -how.others[r];", "own = how.others[r];")]:
         assert text.count(old) == 1
         (tmp_path / "rows_impl.h").write_text(text.replace(old, new), encoding="utf-8")
-        for header in ("rows.h", "sparse_impl.h"):
+        for header in ("rows.h", "codes_impl.h", "sparse_impl.h"):
             shutil.copy(ROWS / header, tmp_path)
         rows = Path(shutil.copy(ROWS / "rows_base.cpp", tmp_path))
         assert run(compiled(tmp_path, "g++", rows)).returncode == 1
