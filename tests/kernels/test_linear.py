@@ -29,7 +29,9 @@ multiplies = pytest.mark.skipif(
 
 @multiplies
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)], ids=str)
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 7), (130, 2051, 300), (200, 64, 3000), (900, 33, 40), (5, 4100, 70)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (3, 5, 7), (130, 2051, 300), (200, 64, 3000), (900, 33, 40), (5, 4100, 70)], ids=str
+)
 def test_matmul(sizes, transposed):
     m, k, n = sizes
     a, b = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
