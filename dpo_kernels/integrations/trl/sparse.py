@@ -66,6 +66,12 @@ class Calls(TrainerCallback):
 
     It is a callback of the trainer: training that begins again, as ``auto_find_batch_size`` does after an error for
     lack of memory, counts the calls of its first step anew.
+
+    Example:
+        >>> calls = Calls()
+        >>> [calls.next(step, micro_batches=2, rank=0, ranks=1) for step in (5, 5, 6)]
+        [10, 11, 12]
+
     """
 
     step: int = -1
