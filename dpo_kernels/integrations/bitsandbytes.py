@@ -1,5 +1,6 @@
 """LM heads that bitsandbytes has quantised to 8 or 4 bits, dequantised tile by tile."""
 
+import copy
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ BITSANDBYTES = "0.50"  # the oldest release that the tests have passed on
 def tiled_weight(layer: Any, dtype: torch.dtype) -> TiledWeight:
     """Return the weight of a quantised layer as the fused functions take a frozen head.
 
-    The layer is one of bitsandbytes, whose weight was quantised by a move to its device.
+    The layer is one of bitsandbytes, whose weight was quantised by a move to its device. It may have run before.
+
+    A forward in eval mode without gradient on a CPU with AVX512_BF16 makes a ``Linear4bit`` round the factors of its
+    blocks to bfloat16, for good. This function reads what is left, as the layer does, and copies the codes at each
+    call. Call it before such a forward where the unrounded factors are wanted.
 
     Args:
         layer: ``Linear4bit`` in nf4 or fp4, with or without double quantisation, or ``Linear8bitLt``.
@@ -34,7 +39,7 @@ def tiled_weight(layer: Any, dtype: torch.dtype) -> TiledWeight:
     weight = layer.weight
     if getattr(weight, "quant_state", None) is not None:
         return _of_4_bits(weight, dtype)
-    codes, scale = getattr(weight, "CB", None), getattr(weight, "SCB", None)
+    codes, scale = _codes_and_scale(layer)
     if codes is None or scale is None:
         raise TypeError(
             f"{type(layer).__name__} has no quantised weight: give a Linear4bit or a Linear8bitLt of bitsandbytes, "
@@ -42,6 +47,15 @@ def tiled_weight(layer: Any, dtype: torch.dtype) -> TiledWeight:
         )
     return TiledWeight(lambda start, stop: _of_8_bits(codes, scale, start, stop, dtype), tuple(codes.shape), dtype,
                        codes.device)  # fmt: skip
+
+
+def _codes_and_scale(layer: Any) -> tuple[Any, Any]:
+    """Return codes ``(V, H)`` and factors ``(V,)`` of 8 bits, or None. The first forward moves them to the state."""
+    state: Any = getattr(layer, "state", None)
+    if getattr(state, "has_fp16_weights", True):  # then the state is of the last forward only
+        return None, None
+    held = layer.weight if getattr(layer.weight, "CB", None) is not None else state
+    return held.CB, held.SCB
 
 
 def _of_8_bits(codes: Tensor, scale: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -53,10 +67,16 @@ def _of_4_bits(weight: Any, dtype: torch.dtype) -> TiledWeight:
     """Return the weight whose codes have one factor for each block of ``blocksize`` numbers, row after row."""
     from bitsandbytes import functional
 
-    state, packed = weight.quant_state, weight.data.view(torch.uint8).reshape(-1)
-    absmax = state.absmax
+    packed, state = weight.data, weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):  # its order of codes is of the layer's own kernel
+        state = copy.copy(state)  # the inverse changes it
+        state.original_nested = False  # the factors are no longer 8 bits
+        packed, state = functional._convert_weight_packed_for_cpu_inverse(packed, state)
+    packed, absmax = packed.view(torch.uint8).reshape(-1), state.absmax
     if state.nested:  # double quantisation: the factors are 8 bits themselves, and few
         absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    elif absmax.dim() == 2:  # (H / blocksize, V), as that kernel reads it; a state dict leaves it so
+        absmax = absmax.T.reshape(-1)
     absmax, block, width = absmax.float(), state.blocksize, state.shape[1]
 
     def weight_tile(start: int, stop: int) -> Tensor:

@@ -264,6 +264,17 @@ def test_what_is_not_fused_goes_to_llamafactory_with_one_line(kind, options, rea
     assert torch.equal(step(ours, batch)[0], step(stock, batch)[0])
 
 
+@pytest.mark.parametrize("bco", [0.0, 0.5], ids=["fused", "own step"])
+def test_a_loss_that_trl_has_not_is_refused_at_once(bco, tmp_path, monkeypatch):
+    options = {"pref_loss": "kto_pair", "pref_bco_weight": bco}
+    with pytest.raises(ValueError, match=r"pref_loss='kto_pair' is no loss of TRL, .* take one of sigmoid, hinge"):
+        make("dpo", True, tmp_path, **options)
+    dpo = importlib.import_module("dpo_kernels.integrations.llamafactory.dpo")
+    monkeypatch.setattr(dpo.FusedCustomDPOTrainer, "loss_as_asked", False)
+    ours, stock = (make("dpo", fused, tmp_path, **options) for fused in (True, False))
+    torch.testing.assert_close(step(ours, pair_batch())[0], step(stock, pair_batch())[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_release_that_adds_up_its_loss_otherwise_is_refused(kind, tmp_path, monkeypatch):
     ours = make(kind, True, tmp_path)

@@ -71,17 +71,69 @@ def test_every_micro_batch_has_a_seed_of_its_own(tmp_path, calls):
 
 @pytest.mark.usefixtures("calls")
 def test_a_run_is_reproduced_by_its_seed(tmp_path):
-    """And by nothing else. A run that is resumed goes on with the seeds of the one that was not interrupted."""
+    """And by nothing else."""
     logs = [
         run(sampling_trainer(gradient="sparse", tau=0.1, seed=seed), tmp_path, model=calm("llama"))[0]
         for seed in (7, 7, 8)
     ]
     assert [entry["loss"] for entry in logs[0][:STEPS]] == [entry["loss"] for entry in logs[1][:STEPS]]
     assert [entry["loss"] for entry in logs[0][:STEPS]] != [entry["loss"] for entry in logs[2][:STEPS]]
-    begun, resumed = Calls(), Calls()
-    numbers = [begun.next(step, 2, 1, 4) for step in range(3) for _ in range(2)]
-    assert numbers == [1, 5, 9, 13, 17, 21]
-    assert [resumed.next(2, 2, 1, 4) for _ in range(2)] == numbers[4:]
+
+
+def seeds(calls):
+    return [call["seed"] for call in calls if call["enabled"]]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new trainer", "same trainer"])
+def test_a_run_that_is_resumed_goes_on_with_the_seeds(tmp_path, calls, again):
+    """And ends with the weights of the run that was not interrupted."""
+    options = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    kind = sampling_trainer(gradient="sparse", tau=0.1)
+    _, trainer = run(kind, tmp_path, **options)
+    whole, weights = seeds(calls), [each.detach().clone() for each in trainer.model.parameters()]
+    assert len(set(whole)) == 2 * STEPS
+    calls.clear()
+    checkpoint = str(tmp_path / kind.__name__ / "checkpoint-2")
+    if again:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    else:
+        _, trainer = run(kind, tmp_path, resume=checkpoint, **options)
+    assert seeds(calls) == whole[4:]
+    for mine, wanted in zip(trainer.model.parameters(), weights, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_training_that_begins_again_in_its_first_step_has_the_same_seeds(tmp_path, calls):
+    """As with ``auto_find_batch_size``, after an error for lack of memory."""
+    errors = [torch.OutOfMemoryError("CUDA out of memory.")]
+
+    class FailsOnce(sampling_trainer(gradient="sparse", tau=0.1)):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            if errors and self.model.training:
+                raise errors.pop()
+            return loss
+
+    run(FailsOnce, tmp_path, auto_find_batch_size=True)
+    assert seeds(calls) == [1 * CALLS + number for number in (0, *range(STEPS))]
+
+
+def test_more_calls_than_micro_batches_are_refused(tmp_path, calls):
+    """They would have the seeds of the next step. Exact gradients have none."""
+
+    def twice(parent):
+        class Twice(parent):
+            def compute_loss(self, *args, **kwargs):
+                if self.model.training:
+                    super().compute_loss(*args, **kwargs)
+                return super().compute_loss(*args, **kwargs)
+
+        return Twice
+
+    with pytest.raises(RuntimeError, match=r"seeds for 2 calls of the loss in each step, .* step 0 makes another"):
+        run(twice(sampling_trainer(gradient="sparse", tau=0.1)), tmp_path, gradient_accumulation_steps=2)
+    assert seeds(calls) == [1 * CALLS, 1 * CALLS + 1]
+    run(twice(FusedDPOTrainer), tmp_path, steps=1)
 
 
 def test_ranks_and_micro_batches_have_numbers_of_their_own():

@@ -168,4 +168,25 @@ SAMPLED = (
         "tests/integrations/test_trl_sparse.py::test_every_micro_batch_has_a_seed_of_its_own",
         "all steps of a trainer share their random numbers",
     ),
+    Mutant(
+        "dpo_kernels/integrations/trl/sparse.py",
+        "(step * micro_batches + self.within)",
+        '((step - vars(self).setdefault("first", step)) * micro_batches + self.within)',
+        "tests/integrations/test_trl_sparse.py::test_a_run_that_is_resumed_goes_on_with_the_seeds",
+        "a run that is resumed begins with the first seeds again",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/sparse.py",
+        "if self.within >= micro_batches:",
+        "if False:",
+        "tests/integrations/test_trl_sparse.py::test_more_calls_than_micro_batches_are_refused",
+        "a step with more calls takes the seeds of the next one",
+    ),
+    Mutant(
+        "dpo_kernels/integrations/trl/sparse.py",
+        "        self.step = -1\n",
+        "        pass\n",
+        "tests/integrations/test_trl_sparse.py::test_training_that_begins_again_in_its_first_step_has_the_same_seeds",
+        "calls of a step that was not finished count when training begins again",
+    ),
 )

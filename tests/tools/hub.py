@@ -181,7 +181,7 @@ def _check(text: str, path: PurePosixPath) -> None:
         elif isinstance(node, ast.Attribute) and node.attr == PACKAGE:
             names = [f"an attribute {PACKAGE}"]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docs:
-            names = [node.value] if re.match(rf"{PACKAGE}(::|\._C|\.$)", node.value) else []
+            names = [node.value] if re.match(rf"{PACKAGE}(::|\._C|\.(\w+\.)*\w*$)", node.value) else []
         if names:
             raise ValueError(f"{path}:{node.lineno}: {names[0]} is that of the installed package")
 

@@ -173,6 +173,9 @@ def test_what_becomes_of_a_module(path, text, wanted):
         "ops = torch.ops\nx = ops.dpo_kernels.y\n",
         "f('dpo_kernels::z')\n",
         'f("dpo_kernels." + name)\n',
+        'importlib.import_module("dpo_kernels.kernels.cpp")\n',
+        'importlib.import_module("dpo_kernels.kernels")\n',
+        'importlib.import_module(f"dpo_kernels.kernels.{name}")\n',
     ],
 )
 def test_what_would_still_be_the_installed_package_is_refused(text):

@@ -13,6 +13,7 @@ from dpo_kernels import DPOLossOutput, LossInputs, fused_dpo_loss, fused_sequenc
 from dpo_kernels.integrations.fused_step import FusedStep, separable, why_no_fused_head, why_not_split
 from dpo_kernels.integrations.head_calls import attach_heads
 
+KNOWN = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
 AVERAGED = ("ipo", "orpo", "simpo")  # the losses that LLaMA-Factory gives averages over tokens
 LEAST = 1e-6  # the weight of a term of the loss below which LLaMA-Factory leaves it out
 
@@ -36,6 +37,9 @@ class FusedCustomDPOTrainer(FusedStep, CustomDPOTrainer):
         loss_as_asked: whether ``pref_loss`` is the loss that is computed. TRL 0.24 computes "sigmoid" for
             LLaMA-Factory 0.9.5 whatever is asked. False leaves that as it is.
 
+    Raises:
+        ValueError: ``pref_loss`` is "kto_pair", which TRL 0.24 does not have.
+
     Example::
 
         with patch_llamafactory():
@@ -51,6 +55,11 @@ class FusedCustomDPOTrainer(FusedStep, CustomDPOTrainer):
     def __init__(self, model: Any, ref_model: Any, *args: Any, **kwargs: Any) -> None:
         attach_heads(self.check_head, model, ref_model)
         super().__init__(model, ref_model, *args, **kwargs)
+        if self.loss_as_asked and self.loss_type not in KNOWN:
+            raise ValueError(
+                f"pref_loss={self.loss_type!r} is no loss of TRL, and LLaMA-Factory computes 'sigmoid' in its place "
+                f"without a word: take one of {', '.join(KNOWN)}, or stage: kto for the KTO loss"
+            )
 
     def _why_not(self) -> str:
         if self.is_encoder_decoder:

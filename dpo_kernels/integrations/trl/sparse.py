@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import TrainerCallback
+
 from dpo_kernels import FusedDPOLoss, checks
 
 CALLS = 2**40  # of a run, for each of which there is a seed
@@ -59,11 +61,25 @@ class SparseGradients:
 
 
 @dataclass
-class Calls:
-    """Counts the calls of a training run, so that a run that is resumed after a step goes on with the same numbers."""
+class Calls(TrainerCallback):
+    """Counts the calls of a training run, so that a run that is resumed after a step goes on with the same numbers.
+
+    It is a callback of the trainer: training that begins again, as ``auto_find_batch_size`` does after an error for
+    lack of memory, counts the calls of its first step anew.
+
+    Example:
+        >>> calls = Calls()
+        >>> [calls.next(step, micro_batches=2, rank=0, ranks=1) for step in (5, 5, 6)]
+        [10, 11, 12]
+
+    """
 
     step: int = -1
     within: int = 0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Forget the calls of a step that was not finished."""
+        self.step = -1
 
     def next(self, step: int, micro_batches: int, rank: int, ranks: int) -> int:
         """Return the number of a call, another one for each rank and micro-batch.
@@ -74,7 +90,16 @@ class Calls:
             rank: this rank, less than ``ranks``.
             ranks: number of ranks.
 
+        Raises:
+            RuntimeError: the step makes more calls than ``micro_batches``. The numbers of the next step would follow.
+
         """
         self.within = self.within + 1 if step == self.step else 0
         self.step = step
+        if self.within >= micro_batches:
+            raise RuntimeError(
+                f"gradient='sparse' has seeds for {micro_batches} calls of the loss in each step, as many as "
+                f"gradient_accumulation_steps, and step {step} makes another: compute the loss once for each "
+                "micro-batch, or take gradient='dense'"
+            )
         return (step * micro_batches + self.within) * ranks + rank

@@ -102,6 +102,8 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
                 raise ValueError(f"padding_free=True needs the fused loss, which cannot be used: {reason}")
         if self._sparse.sampled and self.fallback_reason:
             raise ValueError(f"gradient='sparse' needs the fused loss, which cannot be used: {self.fallback_reason}")
+        if self._sparse.sampled:
+            self.add_callback(self._calls)
         if not self.fallback_reason:
             settle_router_loss(self, innermost(self.model))
             self._attach(self.model)
@@ -188,6 +190,8 @@ class FusedDPOTrainer(HeadCalls, DPOTrainer):
 
     def _sampling(self) -> dict[str, Any]:
         """Return the arguments of a call whose gradients may be those of a sample."""
+        if not self._sparse.sampled:
+            return {}
         accelerator, micro_batches = self.accelerator, self.args.gradient_accumulation_steps
         ranks = (accelerator.process_index, accelerator.num_processes)
         return self._sparse.arguments(self.args.seed, self._calls.next(self.state.global_step, micro_batches, *ranks))
