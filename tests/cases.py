@@ -35,6 +35,14 @@ STRATEGIES = {
 }
 
 
+def strategy_and_scratch(strategy: str, backend: str, dtype: torch.dtype) -> tuple[str, int | None]:
+    """``STRATEGIES`` by dtype: logits of 16 bits get a third, or the few rows would hold every pair."""
+    name, scratch = STRATEGIES[strategy]
+    if scratch is None or strategy != "chunked-tiny" or backend != "cpp" or extension.why_not("cpu") is not None:
+        return name, scratch
+    return name, scratch // 3 if CppKernels.can_code_logits(dtype) else scratch
+
+
 LAYOUTS = {
     "padded": {"layout": "padded"},
     "padded-shift-interleaved": {"layout": "padded", "shift": True, "pairs": "interleaved"},
@@ -210,7 +218,7 @@ def broken_by(
     saturated: bool = False,
 ) -> list[str]:
     """The same for given inputs."""
-    name, scratch = STRATEGIES[strategy]
+    name, scratch = strategy_and_scratch(strategy, backend, dtype)
     how = {"strategy": name, "scratch_bytes": scratch, "backend": backend}
     got = run(dpo_kernels.fused_dpo_loss, inputs, upstream, **how, **keywords)
     return broken_results(got, inputs, keywords, dtype, backend, upstream, saturated)

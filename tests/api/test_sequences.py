@@ -8,7 +8,7 @@ import torch
 import dpo_kernels as dk
 from dpo_kernels.engine import in_step
 from dpo_kernels.reference import sequence_logps_reference
-from tests.cases import STRATEGIES, Case, rounded_tile
+from tests.cases import STRATEGIES, Case, rounded_tile, strategy_and_scratch
 from tests.small import BACKENDS, F64
 from tests.tolerance import violations
 
@@ -106,8 +106,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_equivalence(kind, strategy, backend):
     desirable = torch.tensor([True, False, False, True, True, False])
-    name, scratch = STRATEGIES[strategy]
     for dtype in (F64, torch.float32, torch.bfloat16):
+        name, scratch = strategy_and_scratch(strategy, backend, dtype)
         for frozen in (False, True):
             inputs = Case(dtype, frozen=frozen).tensors()
             leaves = [inputs[n] for n in ("hidden", "weight") if inputs[n].requires_grad]

@@ -197,7 +197,7 @@ def test_the_page_of_transformers_computes_one_loss_in_three_ways():
 
 def test_the_code_of_every_page_is_python():
     pages = sorted(path.name for path in PAGES.glob("*.md"))
-    assert len(pages) == 9
+    assert len(pages) == 12
     for page in pages:
         for code in code_of(page):
             compile(code, page, "exec")
