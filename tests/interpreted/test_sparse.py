@@ -48,6 +48,13 @@ def test_the_sample_is_that_of_torch(kind, softcap):
 
 
 @pytest.mark.usefixtures("sanitized")
+@pytest.mark.parametrize("tau", [1e-12, 1e-35, 1e-44])
+def test_a_tau_whose_unit_underflows(tau):
+    """Logits are up to 140 apart, so that there are entries below."""
+    assert not differences_of_the_sample(problem("far", cols=600, tau=tau))
+
+
+@pytest.mark.usefixtures("sanitized")
 @pytest.mark.parametrize("cols", [1, 17, 256, 2048, 2049])
 def test_widths_of_tiles(cols):
     assert not differences_of_the_sample(problem(cols=cols))

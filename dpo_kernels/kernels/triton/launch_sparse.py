@@ -72,8 +72,9 @@ def sample_rows(
             **blocks, **SAMPLE_OPTIONS,
         )  # fmt: skip
         sparse_kernels.place_rows[(1,)](
-            counts, expected, offsets, too_many, count, limit, BLOCK=PACK_BLOCK, num_warps=PACK_WARPS, **COMPILE_OPTIONS
-        )
+            counts, expected, offsets, too_many, count, limit, capacity,
+            BLOCK=PACK_BLOCK, num_warps=PACK_WARPS, **COMPILE_OPTIONS,
+        )  # fmt: skip
         sparse_kernels.write_sample[(count,)](
             whole, of_rows.labels, of_rows.tokens, of_rows.max, of_rows.others, of_rows.sumexp, seed, offsets, too_many,
             rows, columns, values, *of_tile, 1.0 if softcap is None else softcap, HAS_SOFTCAP=softcap is not None,
