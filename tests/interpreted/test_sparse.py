@@ -105,12 +105,14 @@ def test_nan_is_not_hidden():
 @pytest.mark.usefixtures("sanitized")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_memory_of_entries_is_what_the_plan_counts(dtype):
-    """Sorting takes as much again as what it returns. To find where a column begins takes its number, in 32 bits."""
+    """Sorting takes as much again as what it returns, and the places before it: torch's on a GPU, which is measured in
+    ``tests/gpu/test_sparse.py``. To find where a column begins takes its number, in 32 bits.
+    """
     given = problem(cols=1000, dtype=dtype)
     kernels, d = taken(given, dtype)
     begins, order = d.by_column
     of_sort = order.nbytes + d.columns.nbytes
-    held = d.rows.nbytes + d.columns.nbytes + d.values.nbytes + 2 * of_sort + begins.nbytes * 3 // 2
+    held = d.rows.nbytes + d.columns.nbytes + d.values.nbytes + 2 * of_sort + order.nbytes + begins.nbytes * 3 // 2
     counted = kernels.sample_bytes(dtype, *given.tile.shape, given.sampling.tau)
     assert counted == held
 

@@ -24,8 +24,10 @@ from dpo_kernels.kernels.triton.configs import (
 from dpo_kernels.kernels.triton.launch_rows import on_device, with_padding
 from dpo_kernels.shapes import Sampling
 
-# Bytes of an entry: row, column and value, then the sorted column, its place, and as much again while it is sorted.
-ENTRY_BYTES = 3 * 4 + 2 * (4 + 8)
+# Bytes of an entry: row, column and value, then the sorted column and its place. While torch sorts on a GPU
+# (segmented_sort_large_segments in ATen/native/cuda/SortStable.cu) there are the places before it, and column and place
+# once more: cub::DeviceRadixSort::SortPairs leaves its input as it is, and so needs other memory for every second pass.
+ENTRY_BYTES = 3 * 4 + (4 + 8) + 8 + (4 + 8)
 COLUMN_BYTES = 4 + 8  # of a column: its number, and where its entries begin
 
 
