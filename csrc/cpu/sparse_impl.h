@@ -42,8 +42,9 @@ static int64_t sample(Tile<T> tile, const SampledRows<T>& rows, int64_t row, int
         DPO_SIMD(reduction(+ : total, large))
         for (int64_t i = 0; i < size; i++) {
             const bool small = e[i] > T(0) && e[i] <= threshold;
-            const T rounded = small ? e[i] * per + T(0.5) : T(0);
-            const int32_t whole = static_cast<int32_t>(rounded);
+            const T units_of_e = e[i] * per + T(0.5);  // infinite where a unit of the threshold underflows
+            const T rounded = units_of_e < T(kUnits) ? units_of_e : T(kUnits);
+            const int32_t whole = static_cast<int32_t>(small ? rounded : T(0));
             length[i] = small && whole < 1 ? 1 : whole;
             total += length[i];
             large += e[i] <= threshold ? 0 : 1;  // NaN is kept

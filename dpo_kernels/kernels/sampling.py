@@ -7,8 +7,8 @@ expectation is exactly ``p``, and a row keeps at most ``1 / tau`` large entries 
 The small entries of a block of ``BLOCK`` columns are sampled systematically (Madow, Annals of Mathematical Statistics
 20, 1949): they lie side by side on a line, each as long as its probability, and those are kept on which a grid of
 spacing 1 falls that begins at a random place. So a block needs one random number. Lengths are whole numbers of
-``1 / UNITS``, at least one. Sums of whole numbers do not depend on their order, and the kept value is ``p`` over the
-rounded length, so that rounding adds no bias.
+``1 / UNITS``, at least one, and at most ``UNITS`` where a unit of a tiny ``tau`` underflows. Sums of whole numbers do
+not depend on their order, and the kept value is ``p`` over the rounded length, so that rounding adds no bias.
 
 The random number of a block is a function of the seed, the token's row and the block (Philox-4x32-10: Salmon et al.,
 Parallel random numbers: as easy as 1, 2, 3, SC 2011). So chunks, threads and backends do not change the sample, as far
@@ -99,7 +99,7 @@ def sample(
     rows, cols = e.shape
     threshold = (sampling.tau * sumexp_C)[:, None]
     small = (e > 0) & (e <= threshold) & ~label  # NaN is not, and so is kept
-    length = torch.where(small, torch.floor(e * (UNITS / threshold) + 0.5).clamp(min=1.0), 0.0)
+    length = torch.where(small, torch.floor(e * (UNITS / threshold) + 0.5).clamp(1.0, UNITS), 0.0)
     lengths = torch.nn.functional.pad(length.to(torch.int64), (0, -cols % BLOCK)).view(rows, -1, BLOCK)
     ends = lengths.cumsum(2) + grid_starts(sampling.seed, tokens_C, start, cols)[:, :, None]
     hit = (ends // UNITS != (ends - lengths) // UNITS).view(rows, -1)[:, :cols]

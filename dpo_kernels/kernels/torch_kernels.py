@@ -37,9 +37,18 @@ BLOCK_TEMPORARIES = 2
 # A sample with more entries than this part of the tile is given up for the products of the whole tile. The number is a
 # choice: an entry costs several times its part of a product.
 MOST_SAMPLED = 1 / 16
+# With matrix instructions a sample is given up at a part of the tile that is so many times smaller. By the model of
+# GPUs (benchmarks/sparse_model.py) that pays from 1/123 of the tile on an H100, 1/83 on an H200 and 1/59 on an A100,
+# where V = 128256 and H = 4096. The part of a smaller vocabulary is fewer entries: 384 of 49152.
+MATRIX_INSTRUCTIONS = 8
 # Numbers of 8 bytes, and values, that an entry of a sample has at most while the head's gradient is formed from it.
 ENTRY_INDICES, ENTRY_VALUES = 8, 4
 SAMPLING_BYTES = 64  # of temporaries for each logit while a sample is drawn
+
+
+def most_sampled_on_gpus(dtype: torch.dtype) -> float:
+    """Return the part of a tile's entries above which kernels of a GPU give its sample up. Triton need not be there."""
+    return MOST_SAMPLED / (MATRIX_INSTRUCTIONS if dtype in SIXTEEN_BIT else 1)
 
 
 class TorchKernels(RowKernels):

@@ -104,6 +104,8 @@ def refuse_triton(workload: Workload, by_name: bool) -> str | None:
     """The Triton backend needs CUDA tensors, or Triton's interpreter if it was asked for by name."""
     if workload.tiled:
         return "the head comes in tiles, and these kernels read it as a matrix"
+    if workload.sparse_weight_grad and workload.needs_grad.weight:
+        return "sparse_weight_grad needs the number of kept entries on the host, and these kernels leave it on the GPU"
     return refuse_triton_on(workload.device, workload.dtype, by_name, tracing=workload.tracing)
 
 

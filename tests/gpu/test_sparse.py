@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dpo_kernels.kernel_interface import SampledRows
+from dpo_kernels.shapes import Head, Sampling
 from tests.cases import Case
 from tests.gpu.steps import assert_equal_bits, inputs_of, step
 from tests.gpu.test_steps import GPU, everywhere
@@ -73,6 +75,32 @@ def test_no_further_sync(monkeypatch, share):
         sampled(inputs, "triton", **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@GPU
+def test_the_memory_of_entries_is_what_the_plan_counts():
+    """The most that is allocated for a sample and its order. A pass of the sort has small tables besides."""
+    pytest.importorskip("triton")
+    from dpo_kernels.kernels.triton.backend import TritonKernels
+
+    rows, cols, tau, device = 1024, 32768, 2.0**-12, torch.device("cuda")
+    kernels, one = TritonKernels(torch.float32, 2**20), torch.ones(rows, device=device)
+    labels = torch.arange(rows, device=device)
+    of_rows = SampledRows.of(labels, 0 * one, cols * one - 1, cols * one, one, labels)
+    tile, head = torch.zeros(rows, cols, device=device), Head(torch.zeros(cols, 1, device=device))
+    counted = kernels.sample_bytes(torch.float32, rows, cols, tau)
+
+    def most_bytes():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        d = kernels.sample_dlogits(tile, 0, of_rows, head, Sampling(tau, 0))
+        assert d.columns.numel() > 2**20
+        assert len(d.by_column) == 2
+        return torch.cuda.max_memory_allocated() - before
+
+    most_bytes()  # which compiles the kernels
+    assert 0.95 * counted <= most_bytes() <= 1.05 * counted
 
 
 @GPU

@@ -21,7 +21,7 @@ from dpo_kernels.shapes import Head, Sampling, padded
 from tests.tolerance import relative_l2
 
 ROWS, WIDTH = 5, 8
-KINDS = {"gaussian": 2.0, "peaked": 8.0, "uniform": 0.0}
+KINDS = {"gaussian": 2.0, "peaked": 8.0, "uniform": 0.0, "far": 20.0}
 FAR_TOKENS = (0, 3, 1, 2**33, 2**40 + 7)  # rows of tokens whose upper 32 bits matter
 
 
@@ -36,11 +36,11 @@ def exponentials(z_ptr, max_ptr, out_ptr, cols, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def lengths_of(z_ptr, length_ptr, cols, column, highest, threshold, per_unit, BLOCK: tl.constexpr):
+def lengths_of(z_ptr, length_ptr, cols, column, highest, threshold, per_unit, UNITS: tl.constexpr, BLOCK: tl.constexpr):
     """Write the lengths of a row's entries; grid (1,). The module that is launched may be a mutated one."""
     at = tl.arange(0, BLOCK)
     z = tl.load(z_ptr + at, mask=at < cols, other=0.0)
-    _, _, length = launch_sparse.sparse_kernels._lengths(z, at, cols, column, highest, threshold, per_unit)
+    _, _, length = launch_sparse.sparse_kernels._lengths(z, at, cols, column, highest, threshold, per_unit, UNITS)
     tl.store(length_ptr + at, length)
 
 
@@ -133,14 +133,21 @@ def differences_of_the_sample(given: Problem) -> list[str]:
 
 
 def differences_of_the_lengths() -> list[str]:
-    """Return what differs of lengths from a hundredth of a unit to all of them. Whole numbers leave no tolerance."""
-    z, threshold = torch.linspace(-20, 0.1, 250), 0.5
-    found, e, per_unit = torch.empty(256, dtype=torch.int32), torch.empty(1, 250), sampling.UNITS / threshold
-    exponentials[(1,)](z[None], torch.zeros(1), e, 250, 250, BLOCK=256)
-    lengths_of[(1,)](z, found, 250, 100, 0.0, threshold, per_unit, BLOCK=256)
-    true = torch.where(e[0] <= threshold, (e[0] * per_unit + 0.5).floor().clamp(min=1), 0.0)
-    true[100] = 0.0  # the label
-    return [] if torch.equal(found[:250], true.int()) and not found[250:].any() else ["lengths"]
+    """Return what differs of lengths from a hundredth of a unit to all of them. Whole numbers leave no tolerance.
+
+    The second threshold has a unit that underflows, so that every length is that of 1.
+    """
+    z, differ = torch.linspace(-20, 0.1, 250), []
+    for lower, threshold, per_unit in ((0.0, 0.5, sampling.UNITS / 0.5), (-70.0, 1e-35, float("inf"))):
+        found, e = torch.empty(256, dtype=torch.int32), torch.empty(1, 250)
+        exponentials[(1,)](z[None] + lower, torch.zeros(1), e, 250, 250, BLOCK=256)
+        lengths_of[(1,)](z + lower, found, 250, 100, 0.0, threshold, per_unit, sampling.UNITS, BLOCK=256)
+        whole = (e[0] * per_unit + 0.5).floor().clamp(1, sampling.UNITS)
+        true = torch.where(e[0] <= threshold, whole, 0.0)
+        true[100] = 0.0  # the label
+        if not torch.equal(found[:250], true.int()) or found[250:].any():
+            differ.append(f"lengths below {threshold}")
+    return differ
 
 
 def differences_of_the_limit(given: Problem) -> list[str]:
@@ -154,15 +161,22 @@ def differences_of_the_limit(given: Problem) -> list[str]:
 
 
 def differences_of_the_places() -> list[str]:
-    """Return what differs of the places of rows, of which there are more than are placed at once."""
-    rows = launch_sparse.PACK_BLOCK + 6
+    """Return what differs of the places of rows, of which there are more than are placed at once.
+
+    What is kept may fill the memory, and what does not fit it is given up.
+    """
+    rows, found = launch_sparse.PACK_BLOCK + 6, []
     offsets, too_many = torch.empty(rows + 1, dtype=torch.int64), torch.empty((), dtype=torch.int32)
     one = torch.ones(rows, dtype=torch.int32)
-    launch_sparse.sparse_kernels.place_rows[(1,)](
-        one, one.long(), offsets, too_many, rows, rows, BLOCK=launch_sparse.PACK_BLOCK
-    )
-    found = [] if torch.equal(offsets, torch.arange(rows + 1)) else ["places"]
-    return [*found, "the limit"] if bool(too_many) else found
+    for capacity in (rows, rows - 1):
+        launch_sparse.sparse_kernels.place_rows[(1,)](
+            one, one.long(), offsets, too_many, rows, rows, capacity, BLOCK=launch_sparse.PACK_BLOCK
+        )
+        if not torch.equal(offsets, torch.arange(rows + 1)):
+            found.append("places")
+        if bool(too_many) is not (capacity < rows):
+            found.append(f"memory for {capacity} of {rows} entries")
+    return found
 
 
 def differences_of_the_products(given: Problem, dtype: torch.dtype, accumulate: bool) -> list[str]:

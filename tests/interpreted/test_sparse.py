@@ -48,6 +48,13 @@ def test_the_sample_is_that_of_torch(kind, softcap):
 
 
 @pytest.mark.usefixtures("sanitized")
+@pytest.mark.parametrize("tau", [1e-12, 1e-35, 1e-44])
+def test_a_tau_whose_unit_underflows(tau):
+    """Logits are up to 140 apart, so that there are entries below."""
+    assert not differences_of_the_sample(problem("far", cols=600, tau=tau))
+
+
+@pytest.mark.usefixtures("sanitized")
 @pytest.mark.parametrize("cols", [1, 17, 256, 2048, 2049])
 def test_widths_of_tiles(cols):
     assert not differences_of_the_sample(problem(cols=cols))
@@ -98,12 +105,14 @@ def test_nan_is_not_hidden():
 @pytest.mark.usefixtures("sanitized")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_memory_of_entries_is_what_the_plan_counts(dtype):
-    """Sorting takes as much again as what it returns. To find where a column begins takes its number, in 32 bits."""
+    """Sorting takes as much again as what it returns, and the places before it: torch's on a GPU, which is measured in
+    ``tests/gpu/test_sparse.py``. To find where a column begins takes its number, in 32 bits.
+    """
     given = problem(cols=1000, dtype=dtype)
     kernels, d = taken(given, dtype)
     begins, order = d.by_column
     of_sort = order.nbytes + d.columns.nbytes
-    held = d.rows.nbytes + d.columns.nbytes + d.values.nbytes + 2 * of_sort + begins.nbytes * 3 // 2
+    held = d.rows.nbytes + d.columns.nbytes + d.values.nbytes + 2 * of_sort + order.nbytes + begins.nbytes * 3 // 2
     counted = kernels.sample_bytes(dtype, *given.tile.shape, given.sampling.tau)
     assert counted == held
 

@@ -23,10 +23,24 @@ SAMPLED = (
     ),
     Mutant(
         "dpo_kernels/kernels/sampling.py",
-        "torch.floor(e * (UNITS / threshold) + 0.5).clamp(min=1.0)",
-        "torch.floor(e * (UNITS / threshold) + 0.5)",
+        "torch.floor(e * (UNITS / threshold) + 0.5).clamp(1.0, UNITS)",
+        "torch.floor(e * (UNITS / threshold) + 0.5).clamp(0.0, UNITS)",
         f"{_TEST}test_no_entry_of_a_tail_is_beyond_reach",
         "an entry of less than half a unit is never kept",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/sampling.py",
+        ".clamp(1.0, UNITS), 0.0)",
+        ".clamp(min=1.0), 0.0)",
+        f"{_TEST}test_a_tau_whose_unit_underflows_keeps_every_entry[torch]",
+        "a length is infinite and becomes a whole number",
+    ),
+    Mutant(
+        "csrc/cpu/sparse_impl.h",
+        "units_of_e < T(kUnits) ? units_of_e : T(kUnits);",
+        "units_of_e;",
+        f"{_TEST}test_a_tau_whose_unit_underflows_keeps_every_entry[cpp]",
+        "a length is infinite and becomes a whole number in C++",
     ),
     Mutant(
         "dpo_kernels/kernels/sampling.py",

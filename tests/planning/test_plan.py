@@ -12,7 +12,7 @@ from dpo_kernels import device_specs, losses
 from dpo_kernels.device_specs import ChunkCosts
 from dpo_kernels.kernels import installed
 from dpo_kernels.kernels.torch_kernels import TorchKernels
-from dpo_kernels.planning import memory_budget, schedules, tables
+from dpo_kernels.planning import memory_budget, refusals, schedules, tables
 from dpo_kernels.planning import plan as plan_module
 from dpo_kernels.planning.chunks import Chunk, cost_of_chunks, plan_chunks
 from dpo_kernels.planning.plan import Execution, make_plan
@@ -261,6 +261,22 @@ def test_where_nobody_has_measured_the_library_computes_the_logits(monkeypatch, 
     trained = on_a_gpu(width=1024, needs_grad=NeedsGrad(True, True, False))
     plan = make_plan(trained, Execution("triton", "recompute", SCRATCH))
     assert plan.schedule.recompute_in_library
+
+
+@pytest.mark.parametrize(
+    ("sparse", "trained", "backend"), [(True, True, "torch"), (True, False, "triton"), (False, True, "triton")]
+)
+def test_a_sparse_gradient_of_the_head_is_left_to_backends_that_know_its_rows(monkeypatch, sparse, trained, backend):
+    """A GPU is pretended on which the Triton kernels run everything else. A frozen head has no such gradient."""
+    monkeypatch.setattr(refusals.installed, "why_no_triton", lambda: None)
+    monkeypatch.setattr(refusals, "_verdict", lambda name, *_: None if name == "triton" else "not here")
+    workload = on_a_gpu(needs_grad=NeedsGrad(True, trained, False), tau=2.0**-12, sparse_weight_grad=sparse)
+    plan = make_plan(workload, Execution(scratch_bytes=SCRATCH))
+    assert plan.backend == backend
+    if backend == "torch":
+        assert "sparse_weight_grad needs the number of kept entries on the host" in plan.against["triton"]
+        with pytest.raises(ValueError, match="backend='triton' cannot run this: sparse_weight_grad needs"):
+            make_plan(workload, Execution("triton", scratch_bytes=SCRATCH))
 
 
 @pytest.mark.parametrize(

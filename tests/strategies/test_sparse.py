@@ -100,6 +100,27 @@ def test_no_entry_of_a_tail_is_beyond_reach():
     assert abs(float(mean[1]) - 1e-9) < 4 * math.sqrt(1e-9 * tau / (64 * tries))
 
 
+@BY_BACKEND
+def test_a_tau_whose_unit_underflows_keeps_every_entry(backend):
+    """A 2**20th of a threshold of 1e-35 is less than float32 has. Entries below it are kept as they are."""
+    kernels = {"torch": TorchKernels, "cpp": CppKernels}[backend](torch.float32, 2**20)
+    z = torch.full((2, VOCAB), -82.0)  # exp(-82) is 2.4e-36
+    z[:, 7], z[:, 300] = 0.0, -200.0
+    e, ones = z.exp(), torch.ones(2)
+    of_rows = SampledRows.of(torch.tensor([7, 8]), z.amax(1), e.sum(1) - ones, e.sum(1), ones, torch.arange(2))
+    kept, values, expected = sampling.sample(
+        e, torch.zeros_like(e, dtype=torch.bool), e.sum(1), torch.arange(2), 0, Sampling(1e-35, 0)
+    )
+    assert torch.equal(kept, e > 0)
+    assert torch.equal(values[kept], e[kept])
+    assert expected.tolist() == [VOCAB - 1] * 2
+    d = kernels.sample_dlogits(z, 0, of_rows, Head(torch.zeros(VOCAB, 1)), Sampling(1e-35, 0))
+    small = (d.values > 0) & (d.values < 1e-30)
+    assert d.offsets.tolist() == [0, VOCAB - 1, 2 * (VOCAB - 1)]
+    assert int(small.sum()) == 2 * (VOCAB - 2) - 1, "all but the largest of each row, and the label of the second"
+    torch.testing.assert_close(d.values[small], torch.full_like(d.values[small], 2.4423e-36), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("tau", [2.0**-2, 2.0**-9, 1e-320])
 @pytest.mark.parametrize("kind", ["uniform", "gaussian", "peaked"])
 def test_no_sample_exceeds_the_memory_that_is_known_beforehand(kind, tau):

@@ -284,6 +284,15 @@ def test_what_it_does_not_go_with():
         dk.fused_dpo_loss(**batch(), **ROWS | {"sparse_weight_grad": 1})
 
 
+def test_kernels_that_do_not_tell_the_host_their_rows_are_refused():
+    """Without a gradient of the weight they are not refused for that."""
+    refused("backend='triton' cannot run this: sparse_weight_grad needs the number of kept entries", backend="triton")
+    inputs = batch()
+    assert "sparse_weight_grad" in dk.explain(**inputs, **ROWS).against["triton"]
+    inputs["weight"].requires_grad_(False)
+    assert "sparse_weight_grad" not in dk.explain(**inputs, **ROWS).against["triton"]
+
+
 def test_a_weight_that_comes_out_of_an_operation_is_refused():
     inputs = batch()
     view = inputs["weight"].view(VOCAB, WIDTH)

@@ -373,7 +373,7 @@ def _of_sparse_kernels() -> Iterator[Configuration]:
             **dict.fromkeys(("expected_ptr", "offsets_ptr"), torch.int64),
             "too_many_ptr": torch.int32,
             "rows": 2048,
-            "limit": 2048 * 1002,
+            **dict.fromkeys(("limit", "capacity"), 2048 * 1002),
             "BLOCK": PACK_BLOCK,
         },
         {"num_warps": PACK_WARPS},

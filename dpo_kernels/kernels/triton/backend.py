@@ -10,15 +10,11 @@ from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowScale, RowState, SampledRows, SparseGradient
 from dpo_kernels.kernels.sampling import most_entries
-from dpo_kernels.kernels.torch_kernels import SIXTEEN_BIT, TorchKernels
+from dpo_kernels.kernels.torch_kernels import SIXTEEN_BIT, TorchKernels, most_sampled_on_gpus
 from dpo_kernels.kernels.triton import autotune, launch_hidden, launch_matmul, launch_rows, launch_sparse
 from dpo_kernels.kernels.triton.launch_sparse import COLUMN_BYTES, ENTRY_BYTES, DeviceSample
 from dpo_kernels.loss_interface import SequenceLoss
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head, Sampling
-
-# With matrix instructions a sample is given up at a part of the tile that is so many times smaller. By the model of
-# GPUs (benchmarks/sparse_model.py) that pays from 1/123 of the tile on an H100, 1/83 on an H200 and 1/59 on an A100.
-MATRIX_INSTRUCTIONS = 8
 
 
 class TritonKernels(TorchKernels):
@@ -185,7 +181,7 @@ class TritonKernels(TorchKernels):
     @staticmethod
     def most_sampled(dtype: torch.dtype) -> float:
         """See ``TorchKernels``; matrix instructions multiply whole tiles faster."""
-        return TorchKernels.most_sampled(dtype) / (MATRIX_INSTRUCTIONS if dtype in SIXTEEN_BIT else 1)
+        return most_sampled_on_gpus(dtype)
 
     @staticmethod
     def sample_bytes(dtype: torch.dtype, rows: int, cols: int, tau: float) -> int:

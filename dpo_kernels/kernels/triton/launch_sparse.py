@@ -24,8 +24,10 @@ from dpo_kernels.kernels.triton.configs import (
 from dpo_kernels.kernels.triton.launch_rows import on_device, with_padding
 from dpo_kernels.shapes import Sampling
 
-# Bytes of an entry: row, column and value, then the sorted column, its place, and as much again while it is sorted.
-ENTRY_BYTES = 3 * 4 + 2 * (4 + 8)
+# Bytes of an entry: row, column and value, then the sorted column and its place. While torch sorts on a GPU
+# (segmented_sort_large_segments in ATen/native/cuda/SortStable.cu) there are the places before it, and column and place
+# once more: cub::DeviceRadixSort::SortPairs leaves its input as it is, and so needs other memory for every second pass.
+ENTRY_BYTES = 3 * 4 + (4 + 8) + 8 + (4 + 8)
 COLUMN_BYTES = 4 + 8  # of a column: its number, and where its entries begin
 
 
@@ -72,8 +74,9 @@ def sample_rows(
             **blocks, **SAMPLE_OPTIONS,
         )  # fmt: skip
         sparse_kernels.place_rows[(1,)](
-            counts, expected, offsets, too_many, count, limit, BLOCK=PACK_BLOCK, num_warps=PACK_WARPS, **COMPILE_OPTIONS
-        )
+            counts, expected, offsets, too_many, count, limit, capacity,
+            BLOCK=PACK_BLOCK, num_warps=PACK_WARPS, **COMPILE_OPTIONS,
+        )  # fmt: skip
         sparse_kernels.write_sample[(count,)](
             whole, of_rows.labels, of_rows.tokens, of_rows.max, of_rows.others, of_rows.sumexp, seed, offsets, too_many,
             rows, columns, values, *of_tile, 1.0 if softcap is None else softcap, HAS_SOFTCAP=softcap is not None,

@@ -23,15 +23,18 @@ def _grid_starts(seed, token, block, UNITS: tl.constexpr):
 
 
 @triton.jit
-def _lengths(z, at, cols, column, highest, threshold, per_unit):
-    """Return exponentials, which of them are the label's or large, and the lengths of the small ones on their line."""
+def _lengths(z, at, cols, column, highest, threshold, per_unit, UNITS: tl.constexpr):
+    """Return exponentials, which of them are the label's or large, and the lengths of the small ones on their line.
+
+    A unit of a tiny threshold may underflow, so that ``per_unit`` is infinite. No length exceeds UNITS.
+    """
     e = tl.exp(z - highest)
     inside = at < cols
     own = at == column
     large = inside & (own | ((e <= threshold) == 0))  # NaN is not small, and so is kept
     small = inside & (own == 0) & (e > 0) & (e <= threshold)
-    rounded = tl.where(small, tl.maximum(tl.floor(e * per_unit + 0.5), 1.0), 0.0)
-    return e, large, rounded.to(tl.int32)
+    rounded = tl.maximum(tl.floor(e * per_unit + 0.5), 1.0)
+    return e, large, tl.where(small, tl.minimum(rounded, UNITS * 1.0), 0.0).to(tl.int32)
 
 
 @triton.jit
@@ -81,7 +84,7 @@ def count_sample(
     for left in range(0, cols, GROUPS * SAMPLED):
         at = left + within
         z = tl.load(base + at, mask=at < reach, other=0.0)
-        _, large, lengths = _lengths(z, at, cols, column, highest, threshold, per_unit)
+        _, large, lengths = _lengths(z, at, cols, column, highest, threshold, per_unit, UNITS)
         starts = _grid_starts(seed, token, (start + left) // SAMPLED + tl.arange(0, GROUPS), UNITS)
         count += tl.sum(_kept(lengths, large, starts, UNITS), axis=1)
         certain += tl.sum(large.to(tl.int32), axis=1)
@@ -90,17 +93,21 @@ def count_sample(
     tl.store(expected_ptr + row, tl.sum(certain, axis=0) + tl.sum(units, axis=0) // UNITS)
 
 
-@triton.jit(do_not_specialize=["rows", "limit"])
+@triton.jit(do_not_specialize=["rows", "limit", "capacity"])
 def place_rows(
     counts_ptr,  # (C,) int32
     expected_ptr,  # (C,) int64
     offsets_ptr,  # (C + 1,) int64, written: where the entries of each row begin
-    too_many_ptr,  # () int32, written: whether more entries are expected than the limit
+    too_many_ptr,  # () int32, written: whether more entries are expected than the limit, or kept than there is memory
     rows,
     limit,
+    capacity,
     BLOCK: tl.constexpr,
 ):
-    """Place the entries of rows one after another, and decide whether the sample is taken; grid (1,)."""
+    """Place the entries of rows one after another, and decide whether the sample is taken; grid (1,).
+
+    The limit bounds the kept entries by the capacity. To compare them too keeps ``write_sample`` inside its memory.
+    """
     placed = tl.zeros([], tl.int64)
     expected = tl.zeros([BLOCK], tl.int64)
     for first in range(0, rows, BLOCK):
@@ -111,7 +118,8 @@ def place_rows(
         tl.store(offsets_ptr + row, placed + tl.cumsum(counts, axis=0) - counts, mask=inside)
         placed += tl.sum(counts, axis=0)
     tl.store(offsets_ptr + rows, placed)
-    tl.store(too_many_ptr, (tl.sum(expected, axis=0) > limit).to(tl.int32))
+    too_many = (tl.sum(expected, axis=0) > limit) | (placed > capacity)
+    tl.store(too_many_ptr, too_many.to(tl.int32))
 
 
 @triton.jit(
@@ -160,7 +168,7 @@ def write_sample(
     for left in range(0, cols, GROUPS * SAMPLED):
         at = left + within
         z = tl.load(base + at, mask=at < reach, other=0.0)
-        e, large, lengths = _lengths(z, at, cols, column, highest, threshold, per_unit)
+        e, large, lengths = _lengths(z, at, cols, column, highest, threshold, per_unit, UNITS)
         starts = _grid_starts(seed, token, (start + left) // SAMPLED + tl.arange(0, GROUPS), UNITS)
         kept = _kept(lengths, large, starts, UNITS)
         value = tl.where(lengths > 0, e * tl.div_rn(UNITS * 1.0, tl.maximum(lengths, 1).to(tl.float32)), e)
