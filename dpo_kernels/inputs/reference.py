@@ -111,6 +111,7 @@ def _of_tokens(policy: PolicyTensors, logps: Tensor) -> CachedTokenReference:
             "one for each label, at its place"
         )
     check_device("ref_token_logps", logps, "hidden", policy.hidden)
+    notices.warn_of_16_bits("ref_token_logps", logps)
     return CachedTokenReference(logps.detach().reshape(-1))
 
 
