@@ -165,8 +165,10 @@ def test_no_tokens_and_no_rows():
     assert grad.shape == (M, H)
     assert not grad.any()
     none = data | {"hidden": torch.zeros(0, H, dtype=F64, requires_grad=True)}
-    out = dk.fused_dpo_loss(**none)
-    assert gradients(out.loss, none)["hidden"].shape == (0, H)
+    for capacity in ({}, {"max_scored_tokens": 4}, {"max_scored_tokens": 4, "strategy": "recompute"}):
+        out = dk.fused_dpo_loss(**none, **capacity)
+        same(out.loss, dk.fused_dpo_loss(**data).loss)
+        assert gradients(out.loss, none)["hidden"].shape == (0, H)
 
 
 def test_main_grad_and_samples():
