@@ -126,9 +126,7 @@ def frozen(weight: Tensor) -> Tensor:
 
 def _indexed(device: torch.device) -> torch.device:
     """Return a device as tensors on it name it: that of a GPU has an index."""
-    if device.type == "cpu" or device.index is not None:
-        return device
-    return torch.empty(0, device=device).device
+    return device if device.type == "cpu" else torch.empty(0, device=device).device
 
 
 def _shape(weight: TiledWeight) -> tuple[int, int]:

@@ -53,7 +53,8 @@ class FusedDPOLoss(nn.Module):
         **loss_options: Options of the loss by name; ``dpo_kernels.LOSSES[name].options`` lists those of one loss.
             "odpo" has ``margin``, "rebel" ``reward_gap``, "bco_pair" ``delta``, and these three may be ``(P,)``
             tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, "alphapo" ``alpha``
-            and ``gamma``, and "tdpo2" ``tdpo_alpha``. The options that follow go with every loss, unless they say otherwise.
+            and ``gamma``, and "tdpo2" ``tdpo_alpha``. The options that follow go with every loss, unless they say
+            otherwise.
         pair_weights: Factor on each pair's loss, ``(P,)`` or 0-d, floating point or integer.
         nll_weight: Number that multiplies the mean negative log-prob of the chosen tokens, which is added to the loss.
             The default is 1 for "cpo" and 0 for the others.

@@ -502,7 +502,7 @@ def test_other_errors_of_a_function_are_its_own():
         raise TypeError("mine")
 
     policy, reference, tokens = batch()
-    with pytest.raises(TypeError, match="^mine$"):
+    with pytest.raises(TypeError, match=r"^mine$"):
         losses_of(policy, reference, tokens, loss_type=mine)
 
 
