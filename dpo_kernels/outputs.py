@@ -112,8 +112,9 @@ class SequenceLossOutput(NamedTuple):
         rewards: ``beta * (logps - ref_logps)``, ``(S,)``, in the order of the input sequences.
         logps: The policy's log-prob of each sequence, ``(S,)``.
         ref_logps: The reference's log-prob of each sequence, ``(S,)``.
-        stats: Each requested statistic by name, and always "tokens", the number of scored tokens. Each is ``(S,)``;
-            "token_logps" has the shape of the labels.
+        stats: Each requested statistic by name, and always "tokens", the number of scored tokens. Each is ``(S,)``,
+            in the order of the input sequences. "token_logps" has the shape of the labels. It and "kl" have the dtype
+            of the results.
 
     Example:
         >>> import torch

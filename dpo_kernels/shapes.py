@@ -146,6 +146,8 @@ class PackedTokens:
 
     def gather(self, hidden_RH: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows ``start..stop-1`` of the hidden states, a contiguous ``(C, H)`` tensor of ``dtype``."""
+        if not hidden_RH.shape[0]:  # only unused capacity is left
+            return hidden_RH.new_zeros(stop - start, hidden_RH.shape[1], dtype=dtype)
         index = self.index if self.shared is None else self.shared.index
         x_CH = hidden_RH.index_select(0, index[start:stop]).to(dtype)
         if self.host_counts is None:

@@ -26,12 +26,14 @@ class TiledWeight(Tensor):
             backward pass is over.
         shape: ``(V, H)``.
         dtype: dtype of the tiles, a floating-point dtype, which is that of the hidden states but for autocast.
-        device: Device of the tiles. None means the CPU.
+        device: Device of the tiles, which the weight never leaves. None means the CPU. A GPU without an index is the
+            current one.
 
     Raises:
-        TypeError: ``weight_tile`` is not callable. Or an operation asks for the whole matrix, as arithmetic and the
-            backends "triton" and "cuda" do.
-        ValueError: A tile has another shape, dtype or device than was said. The functions raise it.
+        TypeError: ``weight_tile`` is not callable, or it does not return a tensor. Or an operation asks for the whole
+            matrix, as arithmetic does.
+        ValueError: A tile has another shape, dtype or device than was said, which the functions raise. Or the weight is
+            copied to another device. Or the backend "triton" or "cuda" was asked for, which read a matrix.
 
     Example:
         >>> import torch
@@ -61,7 +63,7 @@ class TiledWeight(Tensor):
         if not callable(weight_tile):
             raise TypeError(f"weight_tile must be callable, got {type(weight_tile).__name__}")
         made = Tensor._make_wrapper_subclass(
-            cls, tuple(shape), dtype=dtype, device=torch.device("cpu" if device is None else device)
+            cls, tuple(shape), dtype=dtype, device=_indexed(torch.device("cpu" if device is None else device))
         )
         made.weight_tile = weight_tile
         return made
@@ -97,7 +99,9 @@ class TiledWeight(Tensor):
         return found
 
     def converted(self, dtype: torch.dtype) -> "TiledWeight":
-        """Return the weight whose tiles are converted to another dtype, as autocast does."""
+        """Return the weight whose tiles are in ``dtype``, which autocast may have chosen."""
+        if dtype == self.dtype:
+            return self
         return TiledWeight(
             lambda start, stop: self.rows_between(start, stop).to(dtype), _shape(self), dtype, self.device
         )
@@ -112,16 +116,48 @@ class TiledWeight(Tensor):
         return run(*args, **(kwargs or {}))
 
 
+def frozen(weight: Tensor) -> Tensor:
+    """Return a weight without its gradient. A ``TiledWeight`` has none, and ``torch.func`` may have wrapped it."""
+    inner = weight
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        inner = torch._C._functorch.get_unwrapped(inner)
+    return inner if isinstance(inner, TiledWeight) else weight.detach()
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """Return a device as tensors on it name it: that of a GPU has an index."""
+    return device if device.type == "cpu" else torch.empty(0, device=device).device
+
+
 def _shape(weight: TiledWeight) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _same(weight: TiledWeight) -> TiledWeight:
+def _same(weight: TiledWeight, **_: Any) -> TiledWeight:
     return TiledWeight(weight.weight_tile, _shape(weight), weight.dtype, weight.device)
 
 
-def _copy(weight: TiledWeight, *, dtype: torch.dtype | None = None, **_: Any) -> TiledWeight:
-    return weight.converted(weight.dtype if dtype is None else dtype)
+def _copy(
+    weight: TiledWeight,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    **_: Any,
+) -> TiledWeight:
+    if device is not None and _indexed(torch.device(device)) != weight.device:
+        raise ValueError(
+            f"a TiledWeight on {weight.device} cannot be copied to {device}, as its tiles are made by a callable: make "
+            "one whose callable returns tiles there"
+        )
+    return _same(weight) if dtype is None else _to_dtype(weight, dtype)
+
+
+def _to_dtype(weight: TiledWeight, dtype: torch.dtype, *_: Any, **__: Any) -> TiledWeight:
+    return _same(weight.converted(dtype))
+
+
+def _to_device(weight: TiledWeight, device: torch.device, dtype: torch.dtype, *_: Any, **__: Any) -> TiledWeight:
+    return _copy(weight, device=device, dtype=dtype)
 
 
 def _new_zeros(weight: TiledWeight, size: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
@@ -137,7 +173,12 @@ def _index_select(weight: TiledWeight, dim: int, index: Tensor) -> Tensor:
 _OPERATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.detach.default: _same,
     torch.ops.aten.alias.default: _same,
+    torch.ops.aten.clone.default: _same,
     torch.ops.aten._to_copy.default: _copy,
+    # Inference mode does not break these up.
+    torch.ops.aten.to.dtype: _to_dtype,
+    torch.ops.aten.to.device: _to_device,
+    torch.ops.aten.to.dtype_layout: _copy,
     torch.ops.aten.new_zeros.default: _new_zeros,
     torch.ops.aten.index_select.default: _index_select,
 }

@@ -30,6 +30,7 @@ MAY_IMPORT = {
         "problem",
         "segments",
         "shapes",
+        "tiled_weight",
     },
     "planning": {
         "checks",

@@ -82,7 +82,8 @@ def fused_sequence_logps(
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
             Take another one at each step, for each micro-batch and on each rank.
         sparse_weight_grad: bool. If true, the gradient of ``weight`` is a sparse COO tensor of the rows that the sample
-            reaches, for optimizers that take one. ``weight`` must be a parameter of its own.
+            reaches, for optimizers that take one. ``weight`` must be a parameter of its own. A tied one is refused.
+            Reentrant checkpointing hides that it is tied, and the sum of its gradients is dense.
         vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             Labels stay ids of the whole vocabulary.
         context_parallel: a ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
@@ -180,7 +181,8 @@ def fused_token_logps(
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
             Take another one at each step, for each micro-batch and on each rank.
         sparse_weight_grad: bool. If true, the gradient of ``weight`` is a sparse COO tensor of the rows that the sample
-            reaches, for optimizers that take one. ``weight`` must be a parameter of its own.
+            reaches, for optimizers that take one. ``weight`` must be a parameter of its own. A tied one is refused.
+            Reentrant checkpointing hides that it is tied, and the sum of its gradients is dense.
         vocab_parallel: a ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             Labels stay ids of the whole vocabulary.
 

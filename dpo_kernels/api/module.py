@@ -33,10 +33,11 @@ class FusedDPOLoss(nn.Module):
         stats: Names of statistics to return without gradient, a tuple, list or set. "entropy", "mean_logits", "top1"
             and "log_sum_p2" are means over the scored tokens of each sequence. "log_sum_p2" is the log of the summed
             squared probabilities. "token_logps" is the log-prob of each label, in the shape of ``labels``, and 0 where
-            not scored.
+            not scored. "kl" is the sum over a sequence's scored tokens of ``KL(reference || policy)`` in nats, with
+            ``token_weights``. It needs ``ref_hidden``.
         backend: "auto", or a backend by its name, as the plan of ``explain`` lists them.
         strategy: "auto", "chunked", "frozen_head", "recompute" or "streaming". If the head is frozen, "chunked" and
-            "recompute" run "frozen_head".
+            "recompute" run "frozen_head". A KL divergence takes "chunked" or "recompute".
         scratch_bytes: Cap on the bytes of vocabulary-sized scratch, an integer >= 0. None means 2 GiB on a GPU of 80 GB
             or more, a fortieth of the memory of a smaller GPU, and 512 MiB elsewhere. A GPU with little free memory
             gets less.
@@ -47,11 +48,13 @@ class FusedDPOLoss(nn.Module):
         tau: Threshold of the sample, a number in (0, 1]. Probabilities above it are kept as they are. A token keeps
             about ``1 / tau`` entries at the most.
         sparse_weight_grad: bool. If true, the gradient of ``weight`` is a sparse COO tensor of the rows that the sample
-            reaches, for optimizers that take one. ``weight`` must be a parameter of its own.
+            reaches, for optimizers that take one. ``weight`` must be a parameter of its own. A tied one is refused.
+            Reentrant checkpointing hides that it is tied, and the sum of its gradients is dense.
         **loss_options: Options of the loss by name; ``dpo_kernels.LOSSES[name].options`` lists those of one loss.
             "odpo" has ``margin``, "rebel" ``reward_gap``, "bco_pair" ``delta``, and these three may be ``(P,)``
-            tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, and "alphapo" ``alpha``
-            and ``gamma``. The options that follow go with every loss, unless they say otherwise.
+            tensors. "discopop" has ``discopop_tau``, "dpop" ``dpop_lambda``, "simpo" ``gamma``, "alphapo" ``alpha``
+            and ``gamma``, and "tdpo2" ``tdpo_alpha``. The options that follow go with every loss, unless they say
+            otherwise.
         pair_weights: Factor on each pair's loss, ``(P,)`` or 0-d, floating point or integer.
         nll_weight: Number that multiplies the mean negative log-prob of the chosen tokens, which is added to the loss.
             The default is 1 for "cpo" and 0 for the others.
@@ -173,12 +176,13 @@ class FusedDPOLoss(nn.Module):
                 sequences. Keep them in float32, because bfloat16 holds -300 only to within one nat.
             ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating
                 point. The call sums them with ``token_weights``. What stands where no label is scored does not matter.
+                Keep them in float32.
             cu_seqlens: Cumulative lengths of packed sequences, ``(2B + 1,)``, int32 or int64. None means that the input
                 is padded.
             token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
                 applies to the policy and to a reference that is scored here. It gets no gradient.
             rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` and
-                ``ref_hidden`` then have any number of rows, ``(M, H)``.
+                ``ref_hidden`` then have any number M of rows, the same in both, ``(M, H)``.
             denominator: Number > 0, or a 0-d tensor, that replaces the number of pairs under "mean". Gradient
                 accumulation and data parallel training need it.
             token_denominator: Number > 0, or a 0-d tensor, that replaces the number of chosen tokens in the means over

@@ -101,7 +101,7 @@ def fused_dpo_loss(
             Keep them in float32, because bfloat16 holds -300 only to within one nat.
         ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating point.
             It takes the place of ``ref_logps``, and the call sums it with ``token_weights``. What stands where no label
-            is scored does not matter.
+            is scored does not matter. Keep it in float32.
         reference_free: bool. If true, there is no reference, and its log-probs count as 0.
         loss_type: Name of a loss (a key of ``dpo_kernels.LOSSES``), a list of names or a callable. A list is summed
             with ``loss_weights``. A callable maps ``LossInputs`` to ``(P,)`` losses. It counts as coupled over the
@@ -116,9 +116,9 @@ def fused_dpo_loss(
         token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
             applies to the policy and to a reference that is scored here. It gets no gradient.
         rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
-            ``(M, H)`` with any number of rows, and so is ``ref_hidden``. Labels may share a row, whose gradients are
-            added up. Its logits are computed once for each of its labels. Rows of labels that are not scored do not
-            matter.
+            ``(M, H)`` with any number M of rows, and ``ref_hidden`` has the same M. Labels may share a row, whose
+            gradients are added up. Its logits are computed once for each of its labels. Rows of labels that are not
+            scored do not matter.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -155,7 +155,8 @@ def fused_dpo_loss(
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
             Take another one at each step, for each micro-batch and on each rank.
         sparse_weight_grad: bool. If true, the gradient of ``weight`` is a sparse COO tensor of the rows that the sample
-            reaches, for optimizers that take one. ``weight`` must be a parameter of its own.
+            reaches, for optimizers that take one. ``weight`` must be a parameter of its own. A tied one is refused.
+            Reentrant checkpointing hides that it is tied, and the sum of its gradients is dense.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
         context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of
@@ -240,7 +241,7 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
             Keep them in float32, because bfloat16 holds -300 only to within one nat.
         ref_token_logps: Cached log-prob of each label under the reference, in the shape of ``labels``, floating point.
             It takes the place of ``ref_logps``, and the call sums it with ``token_weights``. What stands where no label
-            is scored does not matter.
+            is scored does not matter. Keep it in float32.
         reference_free: bool. If true, there is no reference, and its log-probs count as 0.
         loss_type: Name of a loss (a key of ``dpo_kernels.LOSSES``), a list of names or a callable. A list is summed
             with ``loss_weights``. A callable maps ``LossInputs`` to ``(P,)`` losses. It counts as coupled over the
@@ -255,9 +256,9 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
         token_weights: Weight of each label in its sequence's sum, in the shape of ``labels``, floating point. It
             applies to the policy and to a reference that is scored here. It gets no gradient.
         rows: Row of ``hidden`` that predicts each label, in the shape of ``labels``, int32 or int64. ``hidden`` is then
-            ``(M, H)`` with any number of rows, and so is ``ref_hidden``. Labels may share a row, whose gradients are
-            added up. Its logits are computed once for each of its labels. Rows of labels that are not scored do not
-            matter.
+            ``(M, H)`` with any number M of rows, and ``ref_hidden`` has the same M. Labels may share a row, whose
+            gradients are added up. Its logits are computed once for each of its labels. Rows of labels that are not
+            scored do not matter.
         shift: bool. If true, ``hidden[:, t]`` predicts ``labels[:, t + 1]``, as in Hugging Face models.
         ignore_index: Label of the positions that are not scored, an integer.
         logit_scale: Factor on the logits, a finite number.
@@ -294,7 +295,8 @@ def explain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> P
         seed: Seed of the sample, an int or a 0-d int64 tensor on the device of ``hidden``. Equal seeds give equal bits.
             Take another one at each step, for each micro-batch and on each rank.
         sparse_weight_grad: bool. If true, the gradient of ``weight`` is a sparse COO tensor of the rows that the sample
-            reaches, for optimizers that take one. ``weight`` must be a parameter of its own.
+            reaches, for optimizers that take one. ``weight`` must be a parameter of its own. A tied one is refused.
+            Reentrant checkpointing hides that it is tied, and the sum of its gradients is dense.
         vocab_parallel: A ``distributed.VocabParallel``. ``weight`` and ``bias`` are then this rank's rows of the head.
             So are those of the reference. Labels stay ids of the whole vocabulary.
         context_parallel: A ``distributed.ContextParallel``. ``hidden`` and ``labels`` are then this rank's tokens of

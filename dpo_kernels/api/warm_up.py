@@ -133,7 +133,8 @@ def _step(
 
     hidden = states(weight.shape[1], dtype or weight.dtype)
     labels = torch.randint(0, weight.shape[0], tokens, device=device, generator=generator)
-    given = {name: own(name, value) for name, value in options.items()}
+    left_out = {name for name in ("ref_hidden", "ref_weight") if options.get(name) is None}
+    given = {name: own(name, value) for name, value in options.items() if name not in left_out}
     if ref_weight is not None:
         given["ref_weight"] = ref_weight.detach()
         given.setdefault("ref_hidden", states(ref_weight.shape[1], ref_weight.dtype))

@@ -23,7 +23,7 @@ from dpo_kernels.engine.out_of_memory import saying_what_fits
 from dpo_kernels.engine.passes import GradDtypes, KeptGradients, SavedRows
 from dpo_kernels.planning.plan import Plan
 from dpo_kernels.problem import Problem
-from dpo_kernels.shapes import TOKEN_LOGPS, NeedsGrad
+from dpo_kernels.shapes import TOKEN_LOGPS, NeedsGrad, row_indexed
 
 try:  # torch's own ``apply`` calls it; a torch without it takes the slower way
     from torch._functorch.utils import unwrap_dead_wrappers
@@ -38,6 +38,10 @@ WEIGHT_IS_FREED = (
     "the head's weight was freed before this backward pass, which computes logits with it again: an engine that shards "
     "the head frees it at the end of a backward pass, and of unsharded() without gradients. Add up what needs the "
     "weight and call backward once, or enter unsharded() again before it"
+)
+IN_COMPILED_AUTOGRAD = (
+    "does not go with compiled autograd yet: its graph of the backward pass runs operators that do not know it. Call "
+    "backward with torch._dynamo.config.compiled_autograd = False"
 )
 # The upstream gradient may differ from ``main_grad_scale`` by this much, relative. It passes through float32, whose
 # rounding error is 6e-8.
@@ -145,6 +149,7 @@ class _Loss(PlainFunction):
         keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
         _keep_loss(ctx, problem.packed.slot, output)
         ctx.backend, ctx.main_grad, ctx.shared = plan.backend, None, problem.packed.shared
+        ctx.unknown = _unknown_to_operators(problem, samples_again=False)
         if problem.main_grad is not None:
             ctx.main_grad, ctx.upstream_used = problem.main_grad.scale, False
             ctx.needs = ctx.needs._replace(weight=False)
@@ -164,7 +169,10 @@ class _Loss(PlainFunction):
 
 def _keep_loss(ctx: Any, slot: Tensor, output: tuple[Tensor, ...]) -> None:
     _, _, _, _, dx, dw, db, *_ = output
-    ctx.save_for_backward(slot, dx, dw, db)
+    # Compiled autograd cannot take a sparse tensor, so its two parts are saved.
+    ctx.rows_of = None if dw.layout == torch.strided else dw.shape
+    rows = None if ctx.rows_of is None else dw.indices()[0]
+    ctx.save_for_backward(slot, dx, dw if rows is None else dw.values(), db, rows)
 
 
 def _loss_backward(ctx: Any, grad_total: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -172,9 +180,11 @@ def _loss_backward(ctx: Any, grad_total: Tensor | None) -> tuple[Tensor | None, 
     if grad_total is None:
         return None, None, None
     checks.refuse_batched("the upstream of a fused loss", grad_total)
-    slot, *saved = ctx.saved_tensors
-    gradients = KeptGradients(*saved)
+    slot, dx, dw, db, rows = ctx.saved_tensors
     with torch.no_grad():
+        if ctx.unknown is not None and traced(grad_total):
+            raise RuntimeError(f"{ctx.unknown} {IN_COMPILED_AUTOGRAD}")
+        gradients = KeptGradients(dx, dw if rows is None else row_indexed(rows, dw, ctx.rows_of), db)
         if ctx.main_grad is not None:
             grad_total = _check_main_grad_scale(ctx, grad_total)
         if traced(grad_total):
@@ -224,6 +234,7 @@ class _Logps(PlainFunction):
         keep_common(ctx, hidden, weight, bias, problem.needs_grad, output)
         ctx.frozen, ctx.shard = passes.saves_dlogp_dhidden(plan.strategy, problem.needs_grad), problem.shard
         ctx.sampling, ctx.shared = problem.sampling, problem.packed.shared
+        ctx.unknown = _unknown_to_operators(problem, samples_again=not ctx.frozen)
         ctx.grad_scale = 1.0 if problem.context is None else problem.context.grad_scale
         model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
         ctx.numbers, ctx.spec, ctx.plan = *operators.encode_options(problem, plan), plan
@@ -259,6 +270,10 @@ def _logps_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, T
     hidden, weight, bias, row_max, sumexp, others, dlogp_dhidden, *packed = ctx.saved_tensors
     saved = SavedRows(row_max, sumexp, others, dlogp_dhidden)
     grads: tuple[Tensor | None, Tensor | None, Tensor | None]
+    if traced(grad_out):
+        if ctx.unknown is not None:
+            raise RuntimeError(f"{ctx.unknown} {IN_COMPILED_AUTOGRAD}")
+        packed = [grad_out.new_zeros(0) if tensor is None else tensor for tensor in packed]  # as operators take them
     with torch.no_grad():
         if ctx.frozen:
             grads = (_times_upstream(ctx, grad_out, dlogp_dhidden, packed), None, None)
@@ -283,6 +298,18 @@ def refuse_freed(weight: Tensor) -> None:
     plain = type(weight) in (Tensor, torch.nn.Parameter) and not wrapped
     if weight.dim() != 2 or (plain and weight.numel() and not weight.untyped_storage().nbytes()):
         raise RuntimeError(WEIGHT_IS_FREED)
+
+
+def _unknown_to_operators(problem: Problem, *, samples_again: bool) -> str | None:
+    """Return the argument of a call that the operators of the backward pass do not know, or None."""
+    sampling = problem.sampling
+    if problem.packed.shared is not None:
+        return "rows"
+    if sampling is not None and sampling.sparse_weight_grad:
+        return "sparse_weight_grad"
+    if sampling is not None and samples_again:
+        return "gradient='sparse'"
+    return None if problem.shard is None else "vocab_parallel"
 
 
 def _times_upstream(ctx: Any, grad_out: Tensor, dlogp_dhidden: Tensor, packed: Sequence[Tensor]) -> Tensor:
@@ -379,7 +406,7 @@ def _loss_operator_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     options = operators.decode_spec(spec)
     keep_common(ctx, hidden, weight, bias, options.needs_grad, output)
     _keep_loss(ctx, operators.decode_packed(packed, options).slot, output)
-    ctx.backend, ctx.main_grad, ctx.shared = options.backend, None, None
+    ctx.backend, ctx.main_grad, ctx.shared, ctx.unknown = options.backend, None, None, None
     ctx.lists = (len(packed), len(loss_tensors))
 
 
@@ -395,7 +422,7 @@ def _logps_operator_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.frozen = passes.saves_dlogp_dhidden(options.strategy, options.needs_grad)
     model = (None, None, None) if ctx.frozen else (hidden, weight, bias)
     ctx.numbers, ctx.spec, ctx.plan = numbers, spec, None
-    ctx.shard = ctx.sampling = ctx.shared = None
+    ctx.shard = ctx.sampling = ctx.shared = ctx.unknown = None
     _keep_logps(ctx, model, packed, output)
 
 

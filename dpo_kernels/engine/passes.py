@@ -29,6 +29,7 @@ from dpo_kernels.shapes import (
     accumulation_dtype,
     row_indexed,
 )
+from dpo_kernels.tiled_weight import TiledWeight, frozen
 
 
 class KeptGradients(NamedTuple):
@@ -272,8 +273,9 @@ def _reduce_hidden_grad(problem: Problem, grad: Tensor | None) -> None:
 
 def _operand_head(head: Head, dtype: torch.dtype) -> Head:
     """Return the head as the GEMMs read it. Under autocast it is a copy in autocast's dtype."""
-    bias = None if head.bias is None else _settled(head.bias.detach().to(dtype))
-    return Head(_settled(head.weight.detach().to(dtype)), bias, head.logit_scale, head.softcap)
+    bias, weight = None if head.bias is None else _settled(head.bias.detach().to(dtype)), frozen(head.weight)
+    operand = weight.converted(dtype) if isinstance(weight, TiledWeight) else _settled(weight.to(dtype))
+    return Head(operand, bias, head.logit_scale, head.softcap)
 
 
 def _settled(tensor: Tensor) -> Tensor:

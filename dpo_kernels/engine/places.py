@@ -75,11 +75,11 @@ def to_input_rows(
 def _added_up(dx: Tensor, shared: SharedRows, scale: Tensor, out: Tensor, step: int) -> Tensor:
     """Fill ``out`` ``(M, H)`` with the sums of the packed rows that share one, and return it.
 
-    Some columns of all rows are done at a time. Their temporaries take as many bytes as ``step`` rows of ``dx``, and
-    the host need not know how many tokens share a row.
+    Some columns of all rows are done at a time, and the host need not know how many tokens share a row. The two
+    temporaries, of the tokens and of their sums, take as many bytes as ``step`` rows of ``dx`` each, or one column.
     """
-    width, tokens = dx.shape[1], shared.order.shape[0]
-    columns = max(1, step * width // max(1, tokens))
+    width = dx.shape[1]
+    columns = max(1, step * width // max(1, shared.order.shape[0], out.shape[0]))
     factor = scale if scale.dim() == 0 else scale.index_select(0, shared.order)[:, None]
     for left in range(0, width, columns):
         part = dx[:, left : left + columns].index_select(0, shared.order).mul_(factor)

@@ -92,9 +92,11 @@ def _problem(arguments: Arguments, loss_of: LossOfBatch, facts: LossFacts, *, pa
     batch = check_batch(policy, arguments.head, paired=paired)
     ref_tensors = split_reference(ref_tensors, policy, arguments.policy.weight.shape[0])
     main_grad = split_main_grad(main_grad, policy, arguments.policy.weight.shape[0])
+    stats = check_stats(arguments.stats)
+    if KL in stats and not facts.needs_reference:
+        raise ValueError(f"stats='kl' does not go with the loss {facts.name!r}, which has no reference: leave it out")
     reference = check_reference(batch, policy, ref_tensors, arguments.head, facts)
     check_reduction(reduction, batch)
-    stats = check_stats(arguments.stats)
     buffer = check_main_grad(main_grad, batch)
     layout, stacked = arguments.layout, paired and arguments.layout.pairs == STACKED
     needs_grad, loss, cached = gradients_wanted(batch), loss_of(batch), _in_packed_order(reference, stacked)

@@ -11,6 +11,7 @@ from dpo_kernels.inputs.options import Arguments, HeadOptions, PolicyTensors, Re
 from dpo_kernels.inputs.tensors import Batch, check_float_tensor, check_floating, check_head, compute_dtype, shape
 from dpo_kernels.problem import CachedTokenReference, ScoredReference
 from dpo_kernels.shapes import Head, accumulation_dtype
+from dpo_kernels.tiled_weight import frozen
 
 
 class LossFacts(NamedTuple):
@@ -110,6 +111,7 @@ def _of_tokens(policy: PolicyTensors, logps: Tensor) -> CachedTokenReference:
             "one for each label, at its place"
         )
     check_device("ref_token_logps", logps, "hidden", policy.hidden)
+    notices.warn_of_16_bits("ref_token_logps", logps)
     return CachedTokenReference(logps.detach().reshape(-1))
 
 
@@ -132,7 +134,7 @@ def _scored(batch: Batch, ref_hidden: Tensor, given: ReferenceTensors, options: 
     names = ("ref_hidden", weight_name, "ref_bias")
     head = check_head(ref_hidden, weight, bias, options, names, shard=batch.head.vocab == 0)
     ref_head = Head(
-        head.weight.detach(),
+        frozen(head.weight),
         None if head.bias is None else head.bias.detach(),
         head.logit_scale,
         head.softcap,

@@ -13,7 +13,7 @@ from dpo_kernels.kernel_interface import Coefficients, RowsOfBoth, RowState
 from dpo_kernels.shapes import Head
 
 # Both operations hold at most so many temporaries of a block at once.
-BLOCK_TEMPORARIES = 6
+BLOCK_TEMPORARIES = 9
 
 
 def log_sumexp(state: RowState, shifted_target_C: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A loss may also be a list of names, which are summed, or a user's function.
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def _find_all(loss_type: Loss) -> tuple[LossSpec, ...]:
     if callable(loss_type):
         # The author of the function binds its options, if it has any, with functools.partial or a closure.
         name = getattr(loss_type, "__name__", type(loss_type).__name__)
-        separable, needs_kl = (bool(getattr(loss_type, each, False)) for each in ("separable", "needs_kl"))
+        separable, needs_kl = (_says(loss_type, each) for each in ("separable", "needs_kl"))
         return (LossSpec(name, loss_type, separable=separable, needs_kl=needs_kl),)
     if not isinstance(loss_type, tuple | list):
         raise TypeError(f"loss_type must be a name or a callable, or a list of names, got {type(loss_type).__name__}")
@@ -123,6 +124,13 @@ def _find_all(loss_type: Loss) -> tuple[LossSpec, ...]:
     if len(set(loss_type)) < len(loss_type):
         raise ValueError(f"loss_type names a loss twice: {', '.join(loss_type)}; give it the sum of its weights")
     return tuple(_find(name) for name in loss_type)
+
+
+def _says(function: LossFunction, attribute: str) -> bool:
+    """Return whether an attribute of a callable is true. A ``functools.partial`` has those of what it calls."""
+    while not hasattr(function, attribute) and isinstance(function, partial):
+        function = function.func
+    return bool(getattr(function, attribute, False))
 
 
 def _find(name: str) -> LossSpec:

@@ -16,6 +16,10 @@ from dpo_kernels.shapes import sum_dtype
 # The engine fills in this parameter of losses that are means over tokens.
 TOKEN_FACTOR = "token_factor"
 
+WITHOUT_KL = (
+    ". chosen_kl and rejected_kl are None here: a function that reads them has an attribute needs_kl that is true"
+)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -156,7 +160,12 @@ class BoundLoss(AutogradLoss):
             wanted = (*part.spec.by_pair, *part.spec.filled_by_engine)
             by_pair = {name: tensors[name] for name in wanted if name in tensors}
             part_inputs = scored if part.spec.uses_log_ratios_only else x
-            losses_P = part.spec.fn(part_inputs, **dict(part.options), **by_pair)
+            try:
+                losses_P = part.spec.fn(part_inputs, **dict(part.options), **by_pair)
+            except (AttributeError, TypeError) as error:
+                if x.chosen_kl is not None or "NoneType" not in str(error):
+                    raise
+                raise TypeError(f"loss_type: {part.spec.name} fails ({error}){WITHOUT_KL}") from error
             _check_result(losses_P, x, part.spec.name)
             if part.weight != 1.0:
                 losses_P = part.weight * losses_P
@@ -219,7 +228,10 @@ def decode(code: str, beta: float, numbers: Sequence[float], tensors: Tensor) ->
 
 def _check_result(losses_P: Any, x: LossInputs, name: str) -> None:
     if not isinstance(losses_P, Tensor):
-        raise TypeError(f"loss_type: {name} must return a tensor, got {type(losses_P).__name__}")
+        raise TypeError(
+            f"loss_type: {name} must return a tensor, got {type(losses_P).__name__}"
+            f"{WITHOUT_KL if losses_P is None and x.chosen_kl is None else ''}"
+        )
     if losses_P.shape != x.policy_chosen_logps.shape:
         raise ValueError(
             f"loss_type: {name} must return one loss per pair, shape {tuple(x.policy_chosen_logps.shape)}, "

@@ -103,11 +103,12 @@ def extra_bytes(workload: Workload, schedule: Schedule) -> int:
 def streams_faster(workload: Workload) -> bool:
     """Return whether log-probs without gradients are predicted to be faster without logits in memory.
 
-    Only 16-bit operands qualify, because only their launches use matrix instructions.
+    Only 16-bit operands qualify, because only their launches use matrix instructions. A KL divergence needs the logits
+    of both heads at once.
     """
     gpu = gpu_at(workload.device)
     sixteen_bit = accumulation_dtype(workload.dtype) != workload.dtype
-    if gpu is None or not sixteen_bit or any(workload.needs_grad):
+    if gpu is None or not sixteen_bit or any(workload.needs_grad) or workload.kl:
         return False
     return workload.width <= gpu.streaming_width
 

@@ -370,6 +370,9 @@ def test_cached_log_probs_of_16_bits_warn(dtype, lost):
     data["ref_logps"] = data["ref_logps"].to(dtype)
     with pytest.warns(UserWarning, match=f"ref_logps is {dtype}, which holds a log-prob of -300 to within {lost}"):
         fused_dpo_loss(**data)
+    by_token = {name: value for name, value in data.items() if name != "ref_logps"}
+    with pytest.warns(UserWarning, match=f"ref_token_logps is {dtype}, which holds a log-prob of -300"):
+        fused_dpo_loss(**by_token, ref_token_logps=torch.zeros(data["labels"].shape, dtype=dtype))
     pair = torch.randn(2, P), torch.randn(2, P).to(dtype)
     with pytest.warns(UserWarning, match=f"ref_rejected_logps is {dtype}"):
         dpo_loss(*pair[0], pair[0][0], pair[1][1])

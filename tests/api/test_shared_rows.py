@@ -165,8 +165,10 @@ def test_no_tokens_and_no_rows():
     assert grad.shape == (M, H)
     assert not grad.any()
     none = data | {"hidden": torch.zeros(0, H, dtype=F64, requires_grad=True)}
-    out = dk.fused_dpo_loss(**none)
-    assert gradients(out.loss, none)["hidden"].shape == (0, H)
+    for capacity in ({}, {"max_scored_tokens": 4}, {"max_scored_tokens": 4, "strategy": "recompute"}):
+        out = dk.fused_dpo_loss(**none, **capacity)
+        same(out.loss, dk.fused_dpo_loss(**data).loss)
+        assert gradients(out.loss, none)["hidden"].shape == (0, H)
 
 
 def test_main_grad_and_samples():
@@ -193,6 +195,23 @@ def test_the_hidden_states_are_not_copied():
             hidden, weight, labels, rows=rows, reference_free=True, scratch_bytes=2**15, strategy="recompute"
         )
     assert allocations.largest()[0] < labels.numel() * 256 * 4 // 4
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(4096, 16), (16, 4096)], ids=["few tokens", "many tokens"])
+def test_gradients_of_rows_are_added_up_in_blocks(rows, tokens, monkeypatch):
+    """A block is one of the tokens' rows or of their sums, whichever are more."""
+    block = 64 * 2**10
+    monkeypatch.setattr("dpo_kernels.engine.places.CPU_COPY_BYTES", block)
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 64, generator=g).bfloat16().requires_grad_()
+    labels = torch.randint(0, 8, (2, tokens // 2), generator=g)
+    at = torch.randint(0, rows, labels.shape, generator=g)
+    weight = torch.randn(8, 64, generator=g).bfloat16()
+    loss = dk.fused_dpo_loss(hidden, weight, labels, rows=at, reference_free=True).loss
+    with Allocations() as allocations:
+        loss.backward()
+    known = {hidden.grad.nbytes, (tokens + 1) * 64 * 4}  # the result, and what the forward pass has saved
+    assert max(size for size, _ in allocations.sizes.values() if size not in known) <= block
 
 
 @pytest.mark.parametrize("step", [1, 3, 10**9])

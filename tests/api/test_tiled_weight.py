@@ -1,7 +1,10 @@
 """``TiledWeight``: a frozen head of which only tiles are in memory gives what the whole weight gives."""
 
+import copy
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dpo_kernels as dk
 from dpo_kernels import TiledWeight, tiled_weight
@@ -60,6 +63,29 @@ def test_is_the_whole_weight(call, backend, picked_bytes, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("call", CALLS)
+def test_inference_mode(call, backend):
+    """With heads that were made outside of it."""
+    data, how = scored(), {**CALLS[call], "backend": backend}
+    tiles = data | {name: tiled(data[name]) for name in ("weight", "ref_weight")}
+    with torch.inference_mode():
+        same(dk.fused_dpo_loss(**tiles, **how).loss, dk.fused_dpo_loss(**data, **how).loss)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "bias"])
+@pytest.mark.parametrize("call", ["frozen head", "recompute", "streaming", "divergence, computed again"])
+def test_torch_func(call, trained):
+    data, how = scored(), CALLS[call]
+    tiles = data | {name: tiled(data[name]) for name in ("weight", "ref_weight")}
+
+    def loss(value, given):
+        return dk.fused_dpo_loss(**given | {trained: value}, **how).loss
+
+    start = data[trained].detach()
+    same(torch.func.grad(loss)(start, tiles), torch.func.grad(loss)(start, data))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype(dtype, backend):
     """By the tolerance rule, with tiles of few rows."""
@@ -94,6 +120,27 @@ def test_a_reference_that_shares_the_tiles():
     del data["ref_logps"]
     data["ref_hidden"] = torch.randn(S, T, H, dtype=F64)
     same(dk.fused_dpo_loss(**data | {"weight": tiled(data["weight"])}).loss, dk.fused_dpo_loss(**data).loss)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_copies(inference):
+    """They read the same tiles. What belongs to another device needs another callable."""
+    head = tiled(torch.randn(V, H, dtype=F64))
+    with torch.inference_mode(inference):
+        for made in (copy.deepcopy(head), head.clone(), head.to("cpu"), head.to("cpu", torch.float64)):
+            assert type(made) is TiledWeight
+            assert torch.equal(made.rows_between(2, 5), head.rows_between(2, 5))
+        for made in (head.float(), head.to(torch.float32), head.to("cpu", torch.float32)):
+            assert torch.equal(made.rows_between(2, 5), head.rows_between(2, 5).float())
+        for move in (lambda: head.to("meta"), lambda: head.to("meta", torch.float32)):
+            with pytest.raises(ValueError, match="a TiledWeight on cpu cannot be copied to meta"):
+                move()
+
+
+def test_a_gpu_without_an_index_is_the_current_one():
+    with FakeTensorMode():
+        head = TiledWeight(lambda start, stop: None, (V, H), F64, "cuda")
+        assert head.device == torch.empty(1, device="cuda").device == torch.device("cuda", 0)
 
 
 def test_int8():

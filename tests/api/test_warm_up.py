@@ -46,7 +46,8 @@ def test_a_reference_that_is_scored_is_warmed_up_too():
 
 @pytest.mark.parametrize("loss_type", dk.LOSSES)
 def test_every_loss_can_be_warmed_up(loss_type):
-    assert dk.warm_up(head(), rows=1, loss_type=loss_type).workload.num_tokens == 2 * module.LENGTH
+    for none in ({}, {"ref_hidden": None, "ref_weight": None}):
+        assert dk.warm_up(head(), rows=1, loss_type=loss_type, **none).workload.num_tokens == 2 * module.LENGTH
 
 
 def test_a_warm_up_leaves_nothing_behind():

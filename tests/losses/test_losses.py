@@ -1,6 +1,7 @@
 """Each loss of the family: numbers worked out by hand, its derivative, its limits, and the properties of its entry."""
 
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -470,6 +471,39 @@ def test_a_callable_sees_every_field():
     losses_of(policy, reference, tokens, loss_type=mine, beta=0.3, chosen_kl=kl[0], rejected_kl=kl[1])
     for name, value in zip(LossInputs._fields, (*policy, *reference, *tokens, 0.3, *kl), strict=True):
         close(seen[name], value, rtol=0, atol=0)
+
+
+def test_a_partial_function_has_the_attributes_of_its_own():
+    def mine(x, factor, more):
+        return factor * x.chosen_kl + more
+
+    policy, reference, tokens = batch()
+    mine.needs_kl = mine.separable = True  # type: ignore[attr-defined]
+    twice = functools.partial(functools.partial(mine, factor=2.0), more=1.0)
+    kl = f64(*range(6)), f64(*range(6, 12))
+    got = losses_of(policy, reference, tokens, loss_type=twice, chosen_kl=kl[0], rejected_kl=kl[1])
+    close(got, 2 * kl[0] + 1, rtol=0, atol=0)
+    assert losses.bind(twice, 0.1, 0.0, {}).separable
+    twice.needs_kl = False  # type: ignore[attr-defined]  # one of its own
+    assert not losses.bind(twice, 0.1, 0.0, {}).needs_kl
+
+
+@pytest.mark.parametrize("reads", [lambda x: x.chosen_kl, lambda x: 2 * x.chosen_kl, lambda x: x.rejected_kl.exp()])
+def test_a_function_without_needs_kl_is_told_of_it(reads):
+    policy, reference, tokens = batch()
+    with pytest.raises(
+        TypeError, match=r"NoneType.* a function that reads them has an attribute needs_kl that is true"
+    ):
+        losses_of(policy, reference, tokens, loss_type=reads)
+
+
+def test_other_errors_of_a_function_are_its_own():
+    def mine(x):
+        raise TypeError("mine")
+
+    policy, reference, tokens = batch()
+    with pytest.raises(TypeError, match=r"^mine$"):
+        losses_of(policy, reference, tokens, loss_type=mine)
 
 
 def a_batch_of_hidden_states():

@@ -303,6 +303,12 @@ def test_log_probs_alone_stream_where_logits_would_cost_more(monkeypatch, gpu, f
     assert make_plan(workload, Execution(backend, "chunked")).strategy == "frozen_head"
 
 
+def test_a_divergence_without_gradients_does_not_stream(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(schedules, "gpu_at", lambda device: measured("H200"))
+    assert make_plan(on_a_gpu(width=1024, kl=True), Execution("triton")).strategy == "recompute"
+
+
 @pytest.mark.parametrize(
     ("gpu", "facts", "expected"),
     [

@@ -5,8 +5,10 @@ import math
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import dpo_kernels as dk
+from dpo_kernels.kernels import divergence
 from dpo_kernels.planning import tables
 from dpo_kernels.reference import dpo_loss_reference
 from tests.cases import LAYOUTS, RICH, VOCAB, Case, broken_results, run
@@ -61,6 +63,31 @@ def test_equivalence(dtype, scratch, backend):
         facts = {name: row[name] for name in ("reference", "frozen", "bias", "weights")}
         case = Case(dtype, options=RICH if row["rich"] else {}, **facts, **LAYOUTS[row["layout"]])
         assert not broken(case, scratch, backend, LOSSES[row["loss"]]), row
+
+
+@pytest.mark.parametrize("operation", ["kl", "mix", "mix with a softcap"])
+def test_a_block_has_as_many_temporaries_as_is_said(operation):
+    """The operation itself runs on one block, and the most bytes that it holds at once are counted."""
+    z, ref_z = torch.randn(4, 2**16), torch.randn(4, 2**16)
+    shifts = z.logsumexp(1), ref_z.logsumexp(1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        if operation == "kl":
+            divergence._kl_of_block(z, shifts[0], ref_z, shifts[1])
+        else:
+            softcap = None if operation == "mix" else 5.0
+            divergence._mix_block_(z, shifts[0], shifts[0], ref_z, shifts[1], shifts[1], softcap)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    assert z.nbytes < max(held) * 1.01 <= divergence.BLOCK_TEMPORARIES * z.nbytes
+
+
+def test_losses_without_a_reference_have_no_divergence():
+    """With a reference and without one the error is the same, so neither sends on to the other."""
+    data = with_divergence()
+    free = {name: value for name, value in data.items() if not name.startswith("ref_")}
+    for given in (data, free):
+        with pytest.raises(ValueError, match="stats='kl' does not go with the loss 'simpo', which has no reference"):
+            dk.fused_dpo_loss(**given, loss_type="simpo", stats=("kl",))
 
 
 def test_the_small_scratches_cut():
