@@ -118,6 +118,8 @@ class TiledWeight(Tensor):
 
 def frozen(weight: Tensor) -> Tensor:
     """Return a weight without its gradient. A ``TiledWeight`` has none, and ``torch.func`` may have wrapped it."""
+    if torch.compiler.is_compiling():  # which takes no tiles, and cannot trace what follows
+        return weight.detach()
     inner = weight
     while torch._C._functorch.is_functorch_wrapped_tensor(inner):
         inner = torch._C._functorch.get_unwrapped(inner)
