@@ -218,8 +218,8 @@ class Schedule:
 
 def row_indexed(rows_K: Tensor, values_KH: Tensor, shape: Sequence[int]) -> Tensor:
     """Return a coalesced sparse COO tensor ``(V, H)`` of whole rows. Their indices ascend, and none occurs twice."""
-    parts = rows_K[None], values_KH, tuple(shape)
-    return torch.sparse_coo_tensor(*parts, is_coalesced=True, check_invariants=False)
+    parts, where = (rows_K[None], values_KH, tuple(shape)), values_KH.device
+    return torch.sparse_coo_tensor(*parts, device=where, is_coalesced=True, check_invariants=False)
 
 
 def number_like(value: float | Tensor, like: Tensor) -> Tensor:

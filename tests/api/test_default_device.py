@@ -104,6 +104,19 @@ def groups():
     return lambda where: with_gradients(dk.fused_group_loss(**inputs, group_sizes=[2, 1, 3], **where), inputs)
 
 
+def sparse_head():
+    inputs = Case().tensors()
+
+    def call(where):
+        options = {"gradient": "sparse", "tau": 0.01, "sparse_weight_grad": True}
+        inputs["weight"].grad = None
+        dk.fused_dpo_loss(**inputs, **options, **where).loss.backward()
+        grad = inputs["weight"].grad
+        return [grad.coalesce().indices(), grad.coalesce().values(), grad.to_dense()]
+
+    return call
+
+
 def log_probs(function):
     def call():
         inputs = Case(bias=True, reference="free").tensors()
@@ -162,6 +175,7 @@ CALLS = {
     "by pair": (pairs({}, reduction="none"), WHOLE[1:]),
     "coupled": (pairs({}, loss_type="aot"), WHOLE[1:]),
     "main_grad": (main_grad, EVERY[:2]),
+    "sparse gradient of the head": (sparse_head, EVERY[:1]),
 }
 BESIDE = {
     "dpo_loss": lambda: dk.dpo_loss(*LOGPS, loss_type="ipo", token_denominator=3.0, nll_weight=1.0),

@@ -125,7 +125,7 @@ class FusedKTOTrainer(FusedStep, KTOTrainer):
         else:
             reference_model = self.model if self.ref_model is None else self.ref_model
             reference, reference_kl = self.compute_ref_log_probs(reference_model, inputs)
-        kl_logps, kl = self._compute_kl_logps(model, inputs), torch.zeros(())
+        kl_logps, kl = self._compute_kl_logps(model, inputs), torch.zeros((), device=self.accelerator.device)
         if kl_logps is not None:
             assert reference_kl is not None, "both come with the same loss"
             kl = self.accelerator.gather_for_metrics((kl_logps - reference_kl.to(kl_logps)).mean()).mean()
