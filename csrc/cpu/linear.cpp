@@ -49,13 +49,14 @@ struct LogitsBlock {
     Tile<float> tile(int64_t start) const { return {data, kCols, cols, start + col}; }
 };
 
-// x with rows of an even number of elements, copied if it needs to be.
-Matrix even_rows(const Linear& of, Aligned<uint16_t>& copy) {
-    if (of.width % 2 == 0) return of.x;
-    const int64_t reach = up(of.width, 2);
-    copy.reserve(of.rows * reach);
-    pack_left(of.x, 0, of.rows, 0, of.width, reach, copy.data());
-    return {copy.data(), reach, 1};
+// A copy of x, whose rows have an even number of elements and a distance that suits the cache.
+Matrix spread_rows(const Linear& of, Aligned<uint16_t>& copy) {
+    const int64_t reach = up(of.width, 2), stride = row_distance(reach);
+    copy.reserve(of.rows * stride);
+    parallel_for(0, of.rows, kRows, [&](int64_t first, int64_t last) {
+        pack_left(of.x, first, last - first, 0, of.width, reach, copy.data() + first * stride, stride);
+    });
+    return {copy.data(), stride, 1};
 }
 
 // The rows of the head that a block of logits is made of, as panels.
@@ -76,7 +77,7 @@ void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_gr
     const int64_t reach = up(of.width, 2);
     const RowBlocks row_blocks(of.rows, product);
     Aligned<uint16_t> copy;
-    const Matrix x = even_rows(of, copy);
+    const Matrix x = spread_rows(of, copy);
     for (int64_t first_col = 0; first_col < of.cols; first_col += kGroup * kCols) {
         const int64_t col_blocks = std::min(kGroup, (of.cols - first_col + kCols - 1) / kCols);
         parallel_for(0, row_blocks.number() * col_blocks, 1, [&](int64_t first, int64_t last) {

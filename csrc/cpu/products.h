@@ -87,8 +87,13 @@ const Packing& packing();
 void pack_right(const Matrix& b, int64_t k0, int64_t depth, int64_t reach, int64_t n0, int64_t cols, int64_t panel,
                 uint16_t* out);
 
-// Elements k0.. of the rows m0.. of the left operand, row after row.
-void pack_left(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t reach, uint16_t* out);
+// Elements k0.. of the rows m0.. of the left operand, with `stride` from row to row.
+void pack_left(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t reach, uint16_t* out,
+               int64_t stride);
+
+// The distance of packed rows of so many elements: not a multiple of a large power of two, which would bring the same
+// column of many rows to the same few places of the cache.
+inline int64_t row_distance(int64_t elements) { return up(elements, 64) + 32; }
 
 // c (+)= a b.
 void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const Matrix& b, float* c, int64_t c_stride,

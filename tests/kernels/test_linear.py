@@ -27,11 +27,22 @@ multiplies = pytest.mark.skipif(
 )
 
 
+# Rows, depth, columns. With tiles of 16 x 32 x 16 the last two have a rest of one and of two tiles in each direction.
+SIZES = [
+    (1, 1, 1),
+    (3, 5, 7),
+    (130, 2051, 300),
+    (200, 64, 3000),
+    (900, 33, 40),
+    (5, 4100, 70),
+    (47, 70, 33),
+    (50, 90, 64),
+]
+
+
 @multiplies
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)], ids=str)
-@pytest.mark.parametrize(
-    "sizes", [(1, 1, 1), (3, 5, 7), (130, 2051, 300), (200, 64, 3000), (900, 33, 40), (5, 4100, 70)], ids=str
-)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_matmul(sizes, transposed):
     m, k, n = sizes
     a, b = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
@@ -97,9 +108,7 @@ def test_matmul_names_what_does_not_fit():
 
 
 @built
-@pytest.mark.parametrize(
-    "product", ["", *(("brgemm",) if machine.bfloat16_product() in machine.BY_INSTRUCTIONS else ())]
-)
+@pytest.mark.parametrize("product", ["", *(name for name in machine.products_by_instructions() if name == "brgemm")])
 def test_torchs_block_kernel_is_not_used_where_mkldnn_is_switched_off(product):
     """It refuses to run then. As a process that could use it sees it."""
     code = """if True:
@@ -114,22 +123,26 @@ def test_torchs_block_kernel_is_not_used_where_mkldnn_is_switched_off(product):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own, capture_output=True, text=True, check=True)
     first, off, last = done.stdout.split()
     assert last == first
-    assert off in ("float32", "avx512_bf16")
+    assert off in ("float32", "avx512_bf16", "amx")
     assert product == "" or off == "float32"
 
 
 @built
-def test_a_product_that_cannot_run_is_not_replaced_in_silence():
+@pytest.mark.parametrize(
+    ("product", "why"),
+    [("avx512_bf16", "AVX512_BF16"), ("amx", "AMX, Linux does not give it to this process")],
+)
+def test_a_product_that_cannot_run_is_not_replaced_in_silence(product, why):
     code = """if True:
         import torch
         from dpo_kernels.kernels import extension
         extension.why_not("cpu")
         print(torch.ops.dpo_kernels.bfloat16_product())
     """
-    less = os.environ | {"DPO_KERNELS_BF16": "avx512_bf16", "DPO_KERNELS_ISA": "avx2"}
+    less = os.environ | {"DPO_KERNELS_BF16": product, "DPO_KERNELS_ISA": "avx2"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=less, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "DPO_KERNELS_BF16=avx512_bf16: this CPU has no AVX512_BF16, or DPO_KERNELS_ISA asks for less" in done.stderr
+    assert f"DPO_KERNELS_BF16={product}: this CPU has no {why}, or DPO_KERNELS_ISA asks for less" in done.stderr
 
 
 # --- logits that are reduced block by block ---------------------------------------------------------------------------
