@@ -17,6 +17,9 @@ constexpr int64_t kPackedElements = 4 << 20;  // elements of the right operand t
 
 inline int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
+// How many elements a sum of so many has with its zeros, where the left operand is read row after row.
+inline int64_t padded(int64_t depth) { return depth % 2 == 0 ? depth : up(depth, kDepthStep); }
+
 struct Matrix {
     const uint16_t* data;
     int64_t row_stride;
