@@ -88,6 +88,25 @@ def test_matmul_by_threads():
 
 
 @multiplies
+def test_products_of_torch_between_ours():
+    """The shapes of AMX's tiles belong to the thread. Whoever multiplies next, torch or we, needs others."""
+    a, b = torch.randn(300, 90).bfloat16(), torch.randn(90, 200).bfloat16()
+    q, k, v = torch.randn(3, 2, 4, 512, 64).bfloat16()
+
+    def both():
+        out = torch.zeros(300, 200)
+        torch.ops.dpo_kernels.matmul_bfloat16_(a, b, out, False)
+        return out, a @ b, torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    first = both()
+    for _ in range(3):
+        for ours, wanted in zip(both(), first, strict=True):
+            assert torch.equal(ours, wanted)
+    torch.testing.assert_close(first[0].double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first[1].float(), first[0], rtol=2**-7, atol=1e-3)
+
+
+@multiplies
 def test_matmul_of_nothing():
     out, nothing = torch.ones(2, 3), torch.empty(2, 0, dtype=torch.bfloat16)
     torch.ops.dpo_kernels.matmul_bfloat16_(nothing, torch.empty(0, 3, dtype=torch.bfloat16), out, True)
