@@ -478,8 +478,8 @@ _CPP = [
     ),
     Mutant(
         "csrc/cpu/products.h",
-        "block * steps_ / blocks_ * step_",
-        "(block * steps_ / blocks_ + block % 2) * step_",
+        "return start(block + 1) - start(block);",
+        "return start(block + 1) - start(block) + (block == 0 ? step_ : 0);",
         "tests/kernels/test_linear.py::test_matmul",
         "blocks of rows overlap",
     ),
