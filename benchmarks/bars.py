@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, store, tables
+from benchmarks import environment, report, store, tables
 from benchmarks.cases import CASES, CPU_SHAPES, Case
 from benchmarks.providers.ours import EVERY_POSITION
 
@@ -26,7 +26,6 @@ CPU_PEERS = (
     "cut-cross-entropy, unfiltered",
     "torch linear_cross_entropy",
 )
-FAST_BF16 = {"avx512_bf16", "amx_bf16"}
 HALF = 0.6  # "about half the time"
 # The rule of tests/tolerance.py in bfloat16: twice what plain torch loses; gradients in relative L2 at most this, or
 # what plain torch loses where that is more.
@@ -64,7 +63,7 @@ class Bars:
 
     def all(self) -> Iterator[Bar]:
         """Every bar, in the order in which they were promised."""
-        fast = bool(FAST_BF16 & set(self.machine.get("flags", ())))
+        fast = bool(environment.FAST_BF16 & set(self.machine.get("flags", ())))
         yield self.worst("bf16, trainable, N=2048: time over the floor", 1.10, self.over, "bf16/trainable", 2048, fast)
         yield self.worst("bf16, trainable, N=256: time over the floor", 1.40, self.over, "bf16/trainable", 256, fast)
         yield self.token_bar()

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PEERS = ("trl", "liger_kernel", "cut-cross-entropy", "quack-kernels", "transformers")
 # Instructions that decide how fast a CPU multiplies 16-bit matrices.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
+FAST_BF16 = {"avx512_bf16", "amx_bf16"}  # instructions that multiply bfloat16
 
 
 def machine(device: Device) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Pages from results: ``python -m benchmarks.report`` writes docs/benchmarks/ and the tables of other pages.
 
 It writes a page for each results file, an index, a page of predictions for each GPU that was never measured and one for
-many GPUs, the table of docs/performance.md, and the README's short table and picture. ``--check`` writes nothing. It
+many GPUs, the table of docs/performance.md, and the README's short tables and pictures. ``--check`` writes nothing. It
 fails where a page or a section between markers is not what the results say.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import model, scaling_page, store, tables
+from benchmarks import environment, model, scaling_page, store, tables
 from benchmarks.cases import CASES
 from benchmarks.tables import Line
 from dpo_kernels.device_specs import GPUS, Gpu, gpu_of
@@ -28,7 +28,6 @@ SHOWN_PEERS = ("full logits", "TRL chunked head", "Liger DPO")
 SHOWN_TOKENS = {"cpu": ("cpu", 2048), "cuda": ("gpu-models", 8192)}  # group and scored tokens of the cases in tables
 ROUNDS = "A ratio is the median over rounds of measurement, so it is not the quotient of the times shown."
 FULL_LOGITS = "The table's full logits are plain torch, not compiled."
-README_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # what each kind of device multiplies fast
 PREDICTED = ("chunked", "recompute", "streaming", "full logits", "full logits, compiled", "TRL chunked head")
 
 
@@ -277,12 +276,11 @@ def performance_section(known: dict[str, dict[str, Any]]) -> str:
 
 
 def readme_section(known: dict[str, dict[str, Any]]) -> str:
-    """The README's picture and short table: one dtype, trainable head, the largest vocabulary of each machine."""
+    """The README's pictures and short tables: of one machine of each kind one dtype and the largest vocabulary."""
     parts: list[Any] = []
-    for slug, state in known.items():
+    shown = readme_machines(known)
+    for slug, state in shown.items():
         cases = readme_cases(state)
-        if not cases:
-            continue
         dtype, vocab = tables.case_of(cases[0]).dtype, max(tables.case_of(case).vocab for case in cases)
         rows = [_readme_row(case) for case in cases if tables.case_of(case).vocab == vocab]
         head = f"| case | ours | {' | '.join(SHOWN_PEERS)} |"
@@ -301,8 +299,26 @@ def readme_section(known: dict[str, dict[str, Any]]) -> str:
             f"{_said_of_ours(cases)} The picture shows time over that of the bare matrix products (dashed line). "
             f"{ROUNDS} {FULL_LOGITS} The picture has the fastest variant, which is compiled where that was measured.",
         ]
-    parts.append(_predicted_only(known, "docs/benchmarks"))
+    others = [f"[{state['machine']['name']}](docs/benchmarks/{slug}.md)" for slug, state in known.items()]
+    others = [link for slug, link in zip(known, others, strict=True) if slug not in shown]
+    found = [f"Measured too: {', '.join(others)}." if others else "", _predicted_only(known, "docs/benchmarks")]
+    parts.append(" ".join(filter(None, found)))
     return _text(*parts).strip()
+
+
+def readme_machines(known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each kind of device the machine with the newest results, and of these the one with most of them."""
+
+    def newest(slug: str) -> tuple[str, int, str]:
+        done = [case for case in known[slug]["cases"].values() if case["done"]]
+        return max(case["environment"]["date"] for case in done), len(readme_cases(known[slug])), slug
+
+    best: dict[str, str] = {}
+    for slug, state in known.items():
+        kind = state["machine"]["kind"]
+        if readme_cases(state) and (kind not in best or newest(slug) > newest(best[kind])):
+            best[kind] = slug
+    return {slug: state for slug, state in known.items() if slug in best.values()}
 
 
 def shown_cases(state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -318,9 +334,10 @@ def shown_cases(state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def readme_cases(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of the shown cases that the README has a picture and a table of."""
-    found = [(tables.case_of(results), results) for results in shown_cases(state)]
-    return [results for case, results in found if case.dtype == README_DTYPES[case.device]]
+    """Those of the shown cases that the README has a picture and a table of: in what the device multiplies fast."""
+    fast = state["machine"]["kind"] == "cuda" or environment.FAST_BF16 & set(state["machine"].get("flags", ()))
+    dtype = "bfloat16" if fast else "float32"
+    return [results for results in shown_cases(state) if tables.case_of(results).dtype == dtype]
 
 
 def _ours(results: dict[str, Any]) -> Line | None:
@@ -454,9 +471,8 @@ def draw_overviews(known: dict[str, dict[str, Any]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.svg"):
         old.unlink()
-    for slug, state in known.items():
-        if cases := readme_cases(state):
-            plots.overview([plots.measured(case, None) for case in cases], folder, slug)
+    for slug, state in readme_machines(known).items():
+        plots.overview([plots.measured(case, None) for case in readme_cases(state)], folder, slug)
 
 
 def _span(dates: list[str]) -> str:

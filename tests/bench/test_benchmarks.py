@@ -884,6 +884,22 @@ def test_the_report_has_a_page_per_machine(planted_results, tmp_path):
     assert report.main([*command, "--check"]) == 1
 
 
+def test_the_readme_shows_the_newest_machine_of_each_kind(planted_results):
+    found = report.machines(planted_results)
+    old, plain = (json.loads(json.dumps(found["cpu-one"])) for _ in range(2))
+    for case in old["cases"].values():
+        case["environment"]["date"] = "2020-01-01"
+    plain["machine"] = plain["machine"] | {"flags": ["avx2"], "name": "2 × Plain"}
+    known = found | {"a-old": old, "b-plain": plain}
+    assert list(report.readme_machines(known)) == ["cpu-one", "nvidia-h200"]
+    assert "Measured too: [2 × One](docs/benchmarks/a-old.md), [2 × Plain](docs/benchmarks/b-plain.md)." in (
+        report.readme_section(known)
+    )
+    dtypes = {slug: {case["case"]["dtype"] for case in report.readme_cases(state)} for slug, state in known.items()}
+    assert dtypes["b-plain"] == {"float32"}
+    assert dtypes["cpu-one"] == dtypes["nvidia-h200"] == {"bfloat16"}
+
+
 def test_a_page_without_markers_is_an_error():
     with pytest.raises(ValueError, match="no section between"):
         report.with_section("# nothing", "")
