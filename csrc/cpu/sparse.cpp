@@ -186,6 +186,28 @@ Entries<T> entries_of(const Tensor& offsets, const Tensor& columns, const Tensor
             values.const_data_ptr<T>(), scale.const_data_ptr<T>()};
 }
 
+// The matrix whose rows are added up has the dtype of the sum, or bfloat16 beside float32.
+void check_added(const char* name, const Tensor& matrix, const Tensor& out, const Tensor& values) {
+    DPO_CHECK(out.scalar_type() == values.scalar_type(), "out must be ", values.scalar_type(), ", got ",
+              out.scalar_type());
+    const bool narrow = matrix.scalar_type() == ScalarType::BFloat16 && out.scalar_type() == ScalarType::Float;
+    DPO_CHECK(narrow || matrix.scalar_type() == out.scalar_type(), name, " must be ", out.scalar_type(),
+              " or bfloat16 beside float32, got ", matrix.scalar_type());
+}
+
+// out (+)= the sum of factors[k] times row indices[k] of the matrix.
+template <typename T>
+void add(T* out, int64_t width, const Tensor& matrix, int64_t stride, const int32_t* indices, const T* factors,
+         int64_t count, bool accumulate) {
+    if (matrix.scalar_type() == ScalarType::BFloat16) {  // T is float, see check_added
+        passes<float>().add_bfloat16_rows(reinterpret_cast<float*>(out), width,
+                                          static_cast<const uint16_t*>(matrix.const_data_ptr()), stride, indices,
+                                          reinterpret_cast<const float*>(factors), count, accumulate);
+    } else {
+        passes<T>().add_rows(out, width, matrix.const_data_ptr<T>(), stride, indices, factors, count, accumulate);
+    }
+}
+
 // out[r] (+)= scale[r] * the sum over entries of row r: value times the head's row of the entry's column.
 void sparse_times_head_(const Tensor& offsets, const Tensor& columns, const Tensor& values, const Tensor& scale,
                         const Tensor& head, const Tensor& out, bool accumulate) {
@@ -193,10 +215,7 @@ void sparse_times_head_(const Tensor& offsets, const Tensor& columns, const Tens
     check_entries(offsets, columns, values, scale, from.rows);
     DPO_CHECK(to.rows == scale.size(0) && to.cols == from.cols, "out must have the shape [", scale.size(0), ", ",
               from.cols, "], got ", out.sizes());
-    const bool narrow = head.scalar_type() == ScalarType::BFloat16;
-    DPO_CHECK(out.scalar_type() == values.scalar_type() && (narrow ? out.scalar_type() == ScalarType::Float
-                                                                    : head.scalar_type() == out.scalar_type()),
-              "head must be ", out.scalar_type(), " or bfloat16 beside float32, got ", head.scalar_type());
+    check_added("head", head, out, values);
     with_type(out, [&](auto zero) {
         using T = decltype(zero);
         const Entries<T> entries = entries_of<T>(offsets, columns, values, scale);
@@ -208,14 +227,7 @@ void sparse_times_head_(const Tensor& offsets, const Tensor& columns, const Tens
                 for (T& factor : factors) factor *= entries.scale[r];
                 T* row = out.mutable_data_ptr<T>() + r * to.stride;
                 const int32_t* indices = entries.columns + begin;
-                if (narrow) {
-                    passes<float>().add_bfloat16_rows(
-                        reinterpret_cast<float*>(row), to.cols, static_cast<const uint16_t*>(head.const_data_ptr()),
-                        from.stride, indices, reinterpret_cast<const float*>(factors.data()), count, accumulate);
-                } else {
-                    passes<T>().add_rows(row, to.cols, head.const_data_ptr<T>(), from.stride, indices, factors.data(),
-                                         count, accumulate);
-                }
+                add(row, to.cols, head, from.stride, indices, factors.data(), count, accumulate);
             }
         });
     });
@@ -228,8 +240,7 @@ void sparse_transposed_times_hidden_(const Tensor& offsets, const Tensor& column
     check_entries(offsets, columns, values, scale, to.rows);
     DPO_CHECK(from.rows == scale.size(0) && to.cols == from.cols, "out must have the width of hidden, ", from.cols,
               ", got ", out.sizes());
-    DPO_CHECK(hidden.scalar_type() == out.scalar_type() && out.scalar_type() == values.scalar_type(),
-              "hidden and out must be ", values.scalar_type());
+    check_added("hidden", hidden, out, values);
     with_type(out, [&](auto zero) {
         using T = decltype(zero);
         const Entries<T> entries = entries_of<T>(offsets, columns, values, scale);
@@ -260,8 +271,8 @@ void sparse_transposed_times_hidden_(const Tensor& offsets, const Tensor& column
             for (int64_t c = bounds[first]; c < bounds[last]; c++) {
                 const int64_t begin = begins[c], count = begins[c + 1] - begin;
                 if (count == 0 && accumulate) continue;
-                passes<T>().add_rows(out.mutable_data_ptr<T>() + c * to.stride, to.cols, hidden.const_data_ptr<T>(),
-                                     from.stride, rows.data() + begin, factors.data() + begin, count, accumulate);
+                add(out.mutable_data_ptr<T>() + c * to.stride, to.cols, hidden, from.stride, rows.data() + begin,
+                    factors.data() + begin, count, accumulate);
             }
         });
     });

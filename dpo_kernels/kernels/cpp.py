@@ -324,8 +324,9 @@ class CppKernels(ExtensionKernels):
 
     def sparse_grad_weight(self, d: SparseGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
         """See ``RowKernels``."""
+        x_CH = x_CH if x_CH.dtype == torch.bfloat16 else x_CH.to(out_VtH.dtype)
         torch.ops.dpo_kernels.sparse_transposed_times_hidden_(
-            d.offsets, d.columns, d.values, d.scale, x_CH.to(out_VtH.dtype).contiguous(), out_VtH, accumulate
+            d.offsets, d.columns, d.values, d.scale, x_CH.contiguous(), out_VtH, accumulate
         )
         torch.autograd.graph.increment_version(out_VtH)
 
