@@ -13,6 +13,7 @@
 namespace dpo_kernels {
 namespace {
 
+constexpr int64_t kPanelBytes = 2 << 20;  // of the head, about as large as a second-level cache
 constexpr int64_t kParts = 64;  // of a product's columns, alike in work
 
 // Entries of neighbouring rows that one thread has sampled.
@@ -219,15 +220,25 @@ void sparse_times_head_(const Tensor& offsets, const Tensor& columns, const Tens
     with_type(out, [&](auto zero) {
         using T = decltype(zero);
         const Entries<T> entries = entries_of<T>(offsets, columns, values, scale);
+        const int64_t element = head.scalar_type() == ScalarType::BFloat16 ? 2 : sizeof(T);
+        const int64_t panel = std::max<int64_t>(1, kPanelBytes / (element * std::max<int64_t>(1, from.cols)));
         parallel_for(0, to.rows, 1, [&](int64_t first, int64_t last) {
             std::vector<T> factors;
-            for (int64_t r = first; r < last; r++) {
-                const int64_t begin = entries.offsets[r], count = entries.offsets[r + 1] - begin;
-                factors.assign(entries.values + begin, entries.values + begin + count);
-                for (T& factor : factors) factor *= entries.scale[r];
-                T* row = out.mutable_data_ptr<T>() + r * to.stride;
-                const int32_t* indices = entries.columns + begin;
-                add(row, to.cols, head, from.stride, indices, factors.data(), count, accumulate);
+            std::vector<int64_t> done(entries.offsets + first, entries.offsets + last);
+            // Panel by panel of the head, which stays in the cache for all rows. Columns ascend.
+            for (int64_t bound = panel; bound < std::max<int64_t>(1, from.rows) + panel; bound += panel) {
+                for (int64_t r = first; r < last; r++) {
+                    const int64_t begin = done[r - first], stop = entries.offsets[r + 1];
+                    int64_t end = begin;
+                    while (end < stop && entries.columns[end] < bound) end++;
+                    const bool more = accumulate || bound > panel;  // the first panel sets rows to 0
+                    if (begin == end && more) continue;
+                    done[r - first] = end;
+                    factors.assign(entries.values + begin, entries.values + end);
+                    for (T& factor : factors) factor *= entries.scale[r];
+                    T* row = out.mutable_data_ptr<T>() + r * to.stride;
+                    add(row, to.cols, head, from.stride, entries.columns + begin, factors.data(), end - begin, more);
+                }
             }
         });
     });
