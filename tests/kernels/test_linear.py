@@ -447,6 +447,22 @@ def test_a_sample_of_logits_that_are_computed_again(kind):
 
 
 @multiplies
+def test_logits_of_labels_beside_codes():
+    """Of labels of this tile, in several blocks of rows and columns; codes are those of a reduction."""
+    x, head, labels = small_linear((300, 33, 700))
+    tile, state = coded(narrow(), x, head, labels)
+    for left, right in ((0, 700), (256, 600)):
+        codes, target = torch.zeros(300, right - left, dtype=torch.int16), torch.full((300,), 7.0)
+        highest = torch.empty(-(-(right - left) // CODED_COLS), 300)
+        operands = (x, head.weight[left:right], None, 1.0, None)
+        torch.ops.dpo_kernels.linear_codes_(*operands, labels, left, codes, highest, target)
+        assert torch.equal(codes[:, :256], tile[:, left : left + 256])
+        assert torch.equal(highest[0], state.block_max[left // CODED_COLS])
+        here = (labels >= left) & (labels < right)
+        assert torch.equal(target, torch.where(here, state.target, 7.0))
+
+
+@multiplies
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_of_codes_that_does_not_pay(monkeypatch, kind, recomputed):

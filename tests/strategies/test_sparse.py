@@ -607,6 +607,27 @@ def test_a_batch_of_seeds_is_refused_by_name():
 
 
 @pytest.mark.skipif(extension.why_not("cpu") is not None, reason="no extension")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_head_of_many_panels(dtype):
+    """The product reads 2 MiB of the head at a time. Rows of bfloat16 count as what they are, in both products."""
+    g = torch.Generator().manual_seed(0)
+    head, hidden = torch.randn(3000, 1024, generator=g).to(dtype), torch.randn(5, 1024, generator=g).to(dtype)
+    dense = torch.where(torch.rand(5, 3000, generator=g) < 0.1, torch.randn(5, 3000, generator=g), 0.0)
+    dense[2], dense[3, :2000] = 0.0, 0.0
+    scale, offsets = torch.linspace(-2, 1, 5), torch.nn.functional.pad(dense.count_nonzero(1).cumsum(0), (1, 0))
+    entries = (offsets, dense.nonzero()[:, 1].int(), dense[dense != 0], scale)
+    scaled = dense.double() * scale[:, None]
+    for accumulate in (False, True):
+        dx, dw = torch.ones(5, 1024), torch.ones(3000, 1024)
+        torch.ops.dpo_kernels.sparse_times_head_(*entries, head, dx, accumulate)
+        torch.ops.dpo_kernels.sparse_transposed_times_hidden_(*entries, hidden, dw, accumulate)
+        torch.testing.assert_close(dx.double(), scaled @ head.double() + accumulate, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(dw.double(), scaled.t() @ hidden.double() + accumulate, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r"hidden must be .* or bfloat16 beside float32"):
+        torch.ops.dpo_kernels.sparse_transposed_times_hidden_(*entries, hidden.double(), dw, False)
+
+
+@pytest.mark.skipif(extension.why_not("cpu") is not None, reason="no extension")
 @pytest.mark.parametrize("scale", [torch.ones(1).expand(3), torch.ones(6)[::2], torch.ones(()), torch.ones(3).double()])
 def test_operators_check_their_scale(scale):
     offsets, columns = torch.tensor([0, 1, 2, 3]), torch.zeros(3, dtype=torch.int32)
