@@ -13,7 +13,6 @@ from dpo_kernels.kernels import extension, sampling
 from dpo_kernels.kernels.cpp import CODED_COLS, CppKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.shapes import STATS, Head, Sampling
-from tests import machine
 from tests.threads import threaded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +127,7 @@ def test_matmul_names_what_does_not_fit():
 
 
 @built
-@pytest.mark.parametrize("product", ["", *(name for name in machine.products_by_instructions() if name == "brgemm")])
+@pytest.mark.parametrize("product", ["", "brgemm"])
 def test_torchs_block_kernel_is_not_used_where_mkldnn_is_switched_off(product):
     """It refuses to run then. As a process that could use it sees it."""
     code = """if True:
@@ -140,7 +139,10 @@ def test_torchs_block_kernel_is_not_used_where_mkldnn_is_switched_off(product):
                 print(torch.ops.dpo_kernels.bfloat16_product())
     """
     own = os.environ | {"DPO_KERNELS_BF16": product}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+    if "this torch or this CPU has no such block kernel" in done.stderr:
+        pytest.skip("torch has no block kernel for this CPU")
+    assert done.returncode == 0, done.stderr
     first, off, last = done.stdout.split()
     assert last == first
     assert off in ("float32", "avx512_bf16", "amx")
@@ -167,7 +169,8 @@ def test_a_product_that_cannot_run_is_not_replaced_in_silence(product, why):
 
 # --- logits that are reduced block by block ---------------------------------------------------------------------------
 
-SHAPES = [(1, 1, 1), (3, 7, 255), (130, 33, 257), (5, 5100, 900), (127, 64, 3000)]  # rows, width, columns
+# Rows, width, columns. The sums of 64 blocks of 256 columns are folded together, so the last one is folded twice.
+SHAPES = [(1, 1, 1), (3, 7, 255), (130, 33, 257), (5, 5100, 900), (127, 64, 3000), (3, 8, 16700)]
 KINDS = {
     "plain": {},
     "bias and scale": {"bias": True, "logit_scale": 0.3},
