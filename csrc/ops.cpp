@@ -47,6 +47,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dpo_kernels, m) {
         "linear_reduce_(Tensor x, Tensor weight, Tensor? bias, float scale, float? softcap, Tensor labels, int start, "
         "Tensor(a!)? codes, Tensor(b!)? highest, Tensor(c!) max, Tensor(d!) others, Tensor(e!) target, "
         "Tensor(f!)? entropy, Tensor(g!)? logit_sum, Tensor(h!)? argmax, Tensor(i!)? square_sum) -> ()");
+    // Writes these codes and nothing else, but the logits of the labels that are among them.
+    m.def(
+        "linear_codes_(Tensor x, Tensor weight, Tensor? bias, float scale, float? softcap, Tensor labels, int start, "
+        "Tensor(a!) codes, Tensor(b!) highest, Tensor(c!) target) -> ()");
     // Writes what dlogits_rows_ writes for these logits, in bfloat16.
     m.def(
         "linear_dlogits_(Tensor x, Tensor weight, Tensor? bias, float logit_scale, float? softcap, Tensor(a!) out, "

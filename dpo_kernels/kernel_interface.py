@@ -278,8 +278,9 @@ class RowKernels(ABC):
         """Return whether tiles can hold codes of 16 bits instead of logits, for operands of a dtype on this machine.
 
         A code says how far a logit lies below the largest one of its block of columns. In a call with ``codes_logits``
-        a tile is int16. ``scratch``, ``tile_in``, ``recomputed_dlogits`` and the next four operations take it, and no
-        other may. Calls whose tiles are read by others are made without ``narrow``.
+        a tile is int16. ``scratch``, ``tile_in``, ``recomputed_dlogits``, ``sampled_dlogits_of_state``,
+        ``recomputed_sampled_dlogits`` and the next four operations take it, and no other may. Calls whose tiles are
+        read by others are made without ``narrow``.
         """
         return False
 
@@ -438,6 +439,40 @@ class RowKernels(ABC):
 
         """
         raise NotImplementedError(f"{self.name} samples no gradients")
+
+    def sampled_dlogits_of_state(
+        self,
+        tile: Tensor,
+        start: int,
+        state: RowState,
+        of_rows: SampledRows,
+        head: Head,
+        sampling: Sampling,
+        expected: float = 1.0,
+    ) -> LogitsGradient | SparseGradient:
+        """Do ``sample_dlogits``, or where it returns None ``dlogits_of_state``, with the tile that was reduced last."""
+        d = self.sample_dlogits(tile, start, of_rows, head, sampling, state.exponentiated, expected)
+        if d is not None:
+            return d
+        return self.dlogits_of_state(tile, of_rows.labels, start, state, head, of_rows.scale, expected)
+
+    def recomputed_sampled_dlogits(
+        self,
+        x_CH: Tensor,
+        head: Head,
+        start: int,
+        tile: Tensor,
+        of_rows: SampledRows,
+        sampling: Sampling,
+        expected: float = 1.0,
+    ) -> LogitsGradient | SparseGradient:
+        """Do ``project`` and ``sample_dlogits``, or ``dlogits_`` where that returns None. ``tile`` is scratch."""
+        self.project(x_CH, head, start, tile)
+        d = self.sample_dlogits(tile, start, of_rows, head, sampling, expected=expected)
+        if d is not None:
+            return d
+        sums = (of_rows.max, of_rows.others)
+        return self.dlogits_(tile, of_rows.labels, start, *sums, head, of_rows.scale, False, expected)
 
     def sparse_grad_hidden(self, d: SparseGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """Do ``grad_hidden`` with a sample, times its scale."""

@@ -219,9 +219,9 @@ class Workload:
     def narrow(self) -> bool:
         """Whether tiles may hold logits in 16 bits.
 
-        Samples, divergences and the maxima of other shards need the logits, and a head in tiles has GEMMs of its own.
+        Divergences and the maxima of other shards need the logits, and a head in tiles has GEMMs of its own.
         """
-        return not (self.samples or self.kl or self.shard_ranks or self.tiled)
+        return not (self.kl or self.shard_ranks or self.tiled)
 
     @property
     def samples(self) -> bool:

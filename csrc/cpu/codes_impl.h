@@ -8,7 +8,8 @@ static void encode(Tile<float> tile, Codes codes, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; r++) {
         const float* z = tile.data + r * tile.stride;
         uint16_t* out = codes.data + r * codes.stride;
-        const float highest = codes.highest[r];
+        const float highest = largest(z, tile.cols);
+        codes.highest[r] = highest;
         DPO_SIMD()
         for (int64_t i = 0; i < tile.cols; i++) {
             const float steps = (highest - z[i]) * kStepsByNat + 0.5f;
@@ -30,6 +31,17 @@ DPO_INLINE float below(uint16_t code) {
     return code == 65535 ? 0.0f : p * power;
 }
 
+// What a block's powers are multiplied by. Where it has unreachable tokens only, -inf - -inf would be NaN.
+DPO_INLINE float factor_of_block(float highest, float max) {
+    return highest == Limits<float>::lowest ? 0.0f : exponential(highest - max);
+}
+
+// The softcap's derivative. The logit is off by half a step, which could take it beyond the cap.
+DPO_INLINE float slope_of_code(uint16_t code, float highest, float softcap) {
+    const float flat = slope(highest - static_cast<float>(code) * kNatsByStep, softcap);
+    return flat > 0.0f ? flat : 0.0f;
+}
+
 // A block of one row. Its codes may lie where the result is written: element i is read before it is written.
 static void block_of_codes(const uint16_t* codes, uint16_t* out, int64_t cols, float factor, float highest,
                            float softcap) {
@@ -39,9 +51,7 @@ static void block_of_codes(const uint16_t* codes, uint16_t* out, int64_t cols, f
     } else {
         DPO_SIMD()
         for (int64_t i = 0; i < cols; i++) {
-            const float z = highest - static_cast<float>(codes[i]) * kNatsByStep;
-            const float flat = slope(z, softcap);  // z is off by half a step, which could take it beyond the cap
-            out[i] = to_bfloat16(factor * (below(codes[i]) * (flat > 0.0f ? flat : 0.0f)));
+            out[i] = to_bfloat16(factor * (below(codes[i]) * slope_of_code(codes[i], highest, softcap)));
         }
     }
 }
@@ -55,9 +65,8 @@ static void dlogits_of_codes(Codes codes, int64_t cols, int64_t start, Gradient<
         for (int64_t left = 0; left < cols; left += kCodedCols) {
             const int64_t width = cols - left < kCodedCols ? cols - left : kCodedCols;
             const float highest = codes.highest[left / kCodedCols * codes.highest_stride + r];
-            // Where a block has unreachable tokens only, -inf - -inf would be NaN.
-            const float factor = highest == Limits<float>::lowest ? 0.0f : exponential(highest - how.max[r]);
-            block_of_codes(z + left, out + left, width, factor * scale, highest, how.softcap);
+            const float factor = factor_of_block(highest, how.max[r]) * scale;
+            block_of_codes(z + left, out + left, width, factor, highest, how.softcap);
         }
         const int64_t label = how.labels[r] - start;
         if (label < 0 || label >= cols) continue;

@@ -147,18 +147,10 @@ private:
     RowState<float> like_;
 };
 
-// Codes of these logits and the largest logits of their blocks, (blocks, rows), from tensors.
-Codes codes_of(const Tensor& codes, const Tensor& highest, int64_t rows, int64_t cols) {
-    const TileShape shape = check_matrix("codes", codes);
-    DPO_CHECK(codes.scalar_type() == ScalarType::Short && shape.rows == rows && shape.cols == cols,
-              "codes must be int16 of the shape [", rows, ", ", cols, "], got ", codes.scalar_type(), " of the shape ",
-              codes.sizes());
-    const int64_t blocks = (cols + kCodedCols - 1) / kCodedCols;
-    DPO_CHECK(highest.scalar_type() == ScalarType::Float && highest.dim() == 2 && highest.size(0) == blocks &&
-              highest.size(1) == rows && highest.is_contiguous(),
-              "highest must be contiguous float32 of the shape [", blocks, ", ", rows, "], got ", highest.scalar_type(),
-              " of the shape ", highest.sizes());
-    return {static_cast<uint16_t*>(codes.mutable_data_ptr()), shape.stride, highest.mutable_data_ptr<float>(), rows};
+void write_codes(const LogitsBlock& block, const Codes& all) {
+    const Codes part{all.data + block.row * all.stride + block.col, all.stride,
+                     all.highest + block.col / kCols * all.highest_stride + block.row, 0};
+    passes<float>().encode(block.tile(0), part, 0, block.rows);
 }
 
 float* float_or_null(const std::optional<Tensor>& tensor) {
@@ -195,10 +187,7 @@ void linear_reduce_(const Tensor& x, const Tensor& weight, const std::optional<T
             const RowState<float> part = parts.at(n % kGroup, block.row);
             pass.reduce(block.tile(start), labels_data + block.row, part, false, 0, block.rows);
             if (all.data == nullptr) return;
-            float* largest = all.highest + n * all.highest_stride + block.row;
-            std::copy_n(part.max, block.rows, largest);
-            pass.encode(block.tile(0), {all.data + block.row * all.stride + block.col, all.stride, largest, 0}, 0,
-                        block.rows);
+            write_codes(block, all);
         },
         [&](int64_t blocks) {
             parallel_for(0, of.rows, kRows, [&](int64_t first, int64_t last) {
@@ -206,6 +195,30 @@ void linear_reduce_(const Tensor& x, const Tensor& weight, const std::optional<T
             });
             parts.clear();
         });
+}
+
+// Writes the codes of logits, the largest of their blocks, and those of the labels that are among them.
+void linear_codes_(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+                   std::optional<double> softcap, const Tensor& labels, int64_t start, const Tensor& codes,
+                   const Tensor& highest, const Tensor& target) {
+    const Linear of = linear(x, weight, bias, scale, softcap);
+    DPO_CHECK(start >= 0, "start must be >= 0, got ", start);
+    check_vector("labels", labels, of.rows, ScalarType::Long, x.device());
+    check_vector("target", target, of.rows, ScalarType::Float, x.device());
+    const Codes all = codes_of(codes, highest, of.rows, of.cols);
+    if (of.rows == 0) return;
+    const int64_t* labels_data = labels.const_data_ptr<int64_t>();
+    float* target_data = target.mutable_data_ptr<float>();
+    over_blocks(
+        of,
+        [&](const LogitsBlock& block) {
+            write_codes(block, all);
+            for (int64_t r = 0; r < block.rows; r++) {
+                const int64_t label = labels_data[block.row + r] - start - block.col;
+                if (label >= 0 && label < block.cols) target_data[block.row + r] = block.data[r * kCols + label];
+            }
+        },
+        [](int64_t) {});
 }
 
 // What the two operators below have in common: where the gradient goes, and what it is made of.
@@ -279,6 +292,7 @@ void dlogits_of_codes_(const Tensor& codes, const Tensor& highest, const Tensor&
 
 STABLE_TORCH_LIBRARY_IMPL(dpo_kernels, CPU, m) {
     m.impl("linear_reduce_", TORCH_BOX(&linear_reduce_));
+    m.impl("linear_codes_", TORCH_BOX(&linear_codes_));
     m.impl("linear_dlogits_", TORCH_BOX(&linear_dlogits_));
     m.impl("dlogits_of_codes_", TORCH_BOX(&dlogits_of_codes_));
 }

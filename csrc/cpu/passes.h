@@ -68,4 +68,18 @@ void with_type(const Tensor& tensor, const Body& body) {
     else body(0.0);
 }
 
+// Codes of these logits and the largest logits of their blocks, (blocks, rows), from tensors.
+inline Codes codes_of(const Tensor& codes, const Tensor& highest, int64_t rows, int64_t cols) {
+    const TileShape shape = check_matrix("codes", codes);
+    DPO_CHECK(codes.scalar_type() == ScalarType::Short && shape.rows == rows && shape.cols == cols,
+              "codes must be int16 of the shape [", rows, ", ", cols, "], got ", codes.scalar_type(), " of the shape ",
+              codes.sizes());
+    const int64_t blocks = (cols + kCodedCols - 1) / kCodedCols;
+    DPO_CHECK(highest.scalar_type() == ScalarType::Float && highest.dim() == 2 && highest.size(0) == blocks &&
+              highest.size(1) == rows && highest.is_contiguous(),
+              "highest must be contiguous float32 of the shape [", blocks, ", ", rows, "], got ", highest.scalar_type(),
+              " of the shape ", highest.sizes());
+    return {static_cast<uint16_t*>(codes.mutable_data_ptr()), shape.stride, highest.mutable_data_ptr<float>(), rows};
+}
+
 }  // namespace dpo_kernels

@@ -65,6 +65,7 @@ struct SampledRows {
     T tau;
     T softcap;           // 0 for none
     bool exponentiated;  // the tile holds exp(z - max) already
+    const T* target;     // the label's logit; only for codes
 };
 
 // The passes, for rows first..last-1.
@@ -79,15 +80,18 @@ struct Passes {
     void (*dlogits)(Tile<T>, Gradient<T>, int64_t first, int64_t last);
     // Turns raw products of hidden states and head into final logits, cap(scale * (z + bias)).
     void (*apply_bias_scale_cap)(Tile<T>, const T* bias, T scale, T softcap, int64_t first, int64_t last);
-    // Write the logits of at most kCodedCols columns as codes. highest[r] is the largest logit of row r.
+    // Write the logits of at most kCodedCols columns as codes, and the largest of each row.
     void (*encode)(Tile<T>, Codes, int64_t first, int64_t last);
     // Do dlogits of rows of logits that are codes. The result may take the place of the codes.
     void (*dlogits_of_codes)(Codes, int64_t cols, int64_t start, Gradient<T>, int64_t first, int64_t last);
     // out[i] = factor * in[i], rounded to nearest; the two do not overlap.
     void (*to_bfloat16)(const T* in, uint16_t* out, int64_t count, T factor);
     // Writes the entries of one row's gradient that the sample keeps, at most all; returns how many. Adds the number that
-    // is expected, whatever the seed.
+    // is expected, whatever the seed. With null columns it does no more than that.
     int64_t (*sample)(Tile<T>, const SampledRows<T>&, int64_t row, int32_t* columns, T* values, int64_t* expected);
+    // The same for logits that are codes.
+    int64_t (*sample_of_codes)(Codes, int64_t cols, int64_t start, const SampledRows<T>&, int64_t row, int32_t* columns,
+                               T* values, int64_t* expected);
     // out (+)= the sum of factors[k] times row indices[k] of a matrix, in that order.
     void (*add_rows)(T* out, int64_t width, const T* matrix, int64_t stride, const int32_t* indices, const T* factors,
                      int64_t count, bool accumulate);

@@ -369,12 +369,20 @@ static void scaled_to_bfloat16(const float* in, uint16_t* out, int64_t count, fl
 #include "codes_impl.h"
 #include "sparse_impl.h"
 
-extern const Passes<float> passes_float = {
-    reduce<float>,    merge<float>,       dlogits<float>, apply_bias_scale_cap<float>, encode,
-    dlogits_of_codes, scaled_to_bfloat16, sample<float>,  add_rows<float, float>,      add_rows<float, uint16_t>};
+extern const Passes<float> passes_float = {reduce<float>,
+                                           merge<float>,
+                                           dlogits<float>,
+                                           apply_bias_scale_cap<float>,
+                                           encode,
+                                           dlogits_of_codes,
+                                           scaled_to_bfloat16,
+                                           sample<float>,
+                                           sample_of_codes,
+                                           add_rows<float, float>,
+                                           add_rows<float, uint16_t>};
 extern const Passes<double> passes_double = {
-    reduce<double>, merge<double>, dlogits<double>, apply_bias_scale_cap<double>, nullptr,
-    nullptr,        nullptr,       sample<double>,  add_rows<double, double>,     nullptr};
+    reduce<double>, merge<double>,  dlogits<double>, apply_bias_scale_cap<double>, nullptr, nullptr,
+    nullptr,        sample<double>, nullptr,         add_rows<double, double>,     nullptr};
 
 }  // namespace DPO_NAMESPACE
 }  // namespace dpo_kernels

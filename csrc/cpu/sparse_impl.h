@@ -20,69 +20,116 @@ static int32_t grid_start(uint64_t seed, uint64_t token, uint32_t block) {
     return static_cast<int32_t>(c0 >> 12);
 }
 
-// Writes the kept entries of a row, which may be all of them; returns how many there are. Adds how many are expected.
+// The places that entries take on the line of the grid, in units. An entry that is always kept takes a whole step: the
+// grid falls on it wherever it begins, and on the entries behind it as if it were not there. NaN is kept, and 0 is not.
 template <typename T>
-static int64_t sample(Tile<T> tile, const SampledRows<T>& rows, int64_t row, int32_t* columns, T* values,
-                      int64_t* expected) {
-    const T* z = tile.data + row * tile.stride;
-    const T max = rows.max[row], threshold = rows.tau * rows.sumexp[row], per = T(kUnits) / threshold;
-    const int64_t label = rows.labels[row] - tile.start;
-    T e[kSampleBlock];
-    int32_t length[kSampleBlock];
-    int64_t count = 0, units = 0;
-    for (int64_t left = 0; left < tile.cols; left += kSampleBlock) {
-        const int64_t size = tile.cols - left < kSampleBlock ? tile.cols - left : kSampleBlock;
-        if (rows.exponentiated) {
-            memcpy(e, z + left, size * sizeof(T));
-        } else {
-            DPO_SIMD()
-            for (int64_t i = 0; i < size; i++) e[i] = exponential(z[left + i] - max);
-        }
-        int32_t total = 0, large = 0;
-        DPO_SIMD(reduction(+ : total, large))
-        for (int64_t i = 0; i < size; i++) {
-            const bool small = e[i] > T(0) && e[i] <= threshold;
-            const T units_of_e = e[i] * per + T(0.5);  // infinite where a unit of the threshold underflows
-            const T rounded = units_of_e < T(kUnits) ? units_of_e : T(kUnits);
-            const int32_t whole = static_cast<int32_t>(small ? rounded : T(0));
-            length[i] = small && whole < 1 ? 1 : whole;
-            total += length[i];
-            large += e[i] <= threshold ? 0 : 1;  // NaN is kept
-        }
-        int64_t at = grid_start(rows.seed, static_cast<uint64_t>(rows.tokens[row]),
-                                static_cast<uint32_t>((tile.start + left) / kSampleBlock));
-        const bool with_label = label >= left && label < left + size;
-        if (with_label && e[label - left] <= threshold) {
-            total -= length[label - left];
-            length[label - left] = 0;
-            large++;
-        }
-        units += total;
-        *expected += large;
-        if (!with_label && large == 0 && at + total < kUnits) continue;
-        for (int64_t i = 0; i < size; i++) {
-            T value = e[i];
-            if (with_label && left + i == label) {
-                value = -rows.others[row];
-            } else if (length[i] != 0) {
+static void places(const T* e, int64_t size, T threshold, T per, int32_t* length) {
+    DPO_SIMD()
+    for (int64_t i = 0; i < size; i++) {
+        const T units = e[i] * per + T(0.5);  // infinite where a unit of the threshold underflows
+        const int32_t whole = static_cast<int32_t>(units < T(kUnits) ? units : T(kUnits));
+        const int32_t small = e[i] > T(0) ? (whole < 1 ? 1 : whole) : 0;
+        length[i] = e[i] <= threshold ? small : kUnits;
+    }
+}
+
+static int32_t sum_of_places(const int32_t* length, int64_t size) {
+    int32_t total = 0;
+    DPO_SIMD(reduction(+ : total))
+    for (int64_t i = 0; i < size; i++) total += length[i];
+    return total;
+}
+
+// Writes which entries of a block the grid falls on, if it begins `at` units before them; returns how many. Groups that it
+// does not fall on are passed over. There are kSampleBlock lengths.
+static int64_t hits(const int32_t* length, int64_t at, int32_t* chosen) {
+    constexpr int64_t kGroup = 16;
+    int64_t count = 0;
+    for (int64_t left = 0; left < kSampleBlock; left += kGroup) {
+        const int64_t behind = at + sum_of_places(length + left, kGroup);
+        if (behind / kUnits != at / kUnits) {
+            for (int64_t i = left; i < left + kGroup; i++) {
                 const int64_t end = at + length[i];
-                const bool hit = end / kUnits != at / kUnits;
+                chosen[count] = static_cast<int32_t>(i);
+                count += end / kUnits != at / kUnits;
                 at = end;
-                if (!hit) continue;
-                value *= T(kUnits) / static_cast<T>(length[i]);
-            } else if (e[i] <= threshold) {
-                continue;  // it is 0
             }
-            if (rows.softcap != 0) {
-                const T capped = z[left + i] / rows.softcap;
-                value *= T(1) - capped * capped;
-            }
+        }
+        at = behind;
+    }
+    return count;
+}
+
+// Writes the kept entries of a row, which may be all of them; returns how many there are. With null columns none are
+// chosen. Adds how many are expected. `read(left, size, room)` returns exp(z - max) of a block, which may lie in the room,
+// and `flat(column)` the derivative of the cap.
+template <typename T, typename Read, typename Flat>
+static int64_t sample_row(int64_t cols, int64_t start, const SampledRows<T>& rows, int64_t row, const Read& read,
+                          const Flat& flat, int32_t* columns, T* values, int64_t* expected) {
+    const T threshold = rows.tau * rows.sumexp[row], per = T(kUnits) / threshold;
+    const int64_t label = rows.labels[row] - start;
+    T room[kSampleBlock];
+    int32_t length[kSampleBlock], chosen[kSampleBlock + 1];
+    int64_t count = 0, units = 0;
+    for (int64_t left = 0; left < cols; left += kSampleBlock) {
+        const int64_t size = cols - left < kSampleBlock ? cols - left : kSampleBlock;
+        const T* e = read(left, size, room);
+        places(e, size, threshold, per, length);
+        if (label >= left && label < left + size) length[label - left] = kUnits;
+        const int32_t total = sum_of_places(length, size);
+        units += total;
+        if (columns == nullptr) continue;
+        const int64_t at = grid_start(rows.seed, static_cast<uint64_t>(rows.tokens[row]),
+                                      static_cast<uint32_t>((start + left) / kSampleBlock));
+        if (at + total < kUnits) continue;
+        memset(length + size, 0, (kSampleBlock - size) * sizeof(int32_t));
+        const int64_t kept = hits(length, at, chosen);
+        for (int64_t k = 0; k < kept; k++) {
+            const int64_t i = chosen[k];
+            T value = e[i] * (T(kUnits) / static_cast<T>(length[i]));
+            if (left + i == label) value = -rows.others[row];
+            if (rows.softcap != 0) value *= flat(left + i);
             columns[count] = static_cast<int32_t>(left + i);
             values[count++] = value;
         }
     }
     *expected += units / kUnits;
     return count;
+}
+
+template <typename T>
+static int64_t sample(Tile<T> tile, const SampledRows<T>& rows, int64_t row, int32_t* columns, T* values,
+                      int64_t* expected) {
+    const T* z = tile.data + row * tile.stride;
+    const T max = rows.max[row];
+    const auto read = [&](int64_t left, int64_t size, T* room) -> const T* {
+        if (rows.exponentiated) return z + left;
+        DPO_SIMD()
+        for (int64_t i = 0; i < size; i++) room[i] = exponential(z[left + i] - max);
+        return room;
+    };
+    const auto flat = [&](int64_t column) { return slope(z[column], rows.softcap); };
+    return sample_row(tile.cols, tile.start, rows, row, read, flat, columns, values, expected);
+}
+
+static int64_t sample_of_codes(Codes codes, int64_t cols, int64_t start, const SampledRows<float>& rows, int64_t row,
+                               int32_t* columns, float* values, int64_t* expected) {
+    const uint16_t* z = codes.data + row * codes.stride;
+    const float max = rows.max[row];
+    const auto highest = [&](int64_t column) {
+        return codes.highest[column / kCodedCols * codes.highest_stride + row];
+    };
+    const auto read = [&](int64_t left, int64_t size, float* room) -> const float* {
+        const float factor = factor_of_block(highest(left), max);
+        DPO_SIMD()
+        for (int64_t i = 0; i < size; i++) room[i] = factor * below(z[left + i]);
+        return room;
+    };
+    const auto flat = [&](int64_t column) {
+        if (column == rows.labels[row] - start) return slope(rows.target[row], rows.softcap);
+        return slope_of_code(z[column], highest(column), rows.softcap);
+    };
+    return sample_row(cols, start, rows, row, read, flat, columns, values, expected);
 }
 
 DPO_INLINE float widened(float value) { return value; }

@@ -107,7 +107,8 @@ class CppKernels(ExtensionKernels):
         """See ``RowKernels``; the gradient takes the place of codes."""
         if not self.codes_logits:
             return super().dlogits_of_state(tile, labels_C, start, state, head, scale_C, expected)
-        return self._dlogits_of_codes(tile, state.block_max, tile, labels_C, start, state, head, scale_C)
+        sums = (state.max, state.others, state.target)
+        return self._dlogits_of_codes(tile, state.block_max, tile, labels_C, start, *sums, head, scale_C)
 
     def dlogits_elsewhere(
         self,
@@ -123,7 +124,8 @@ class CppKernels(ExtensionKernels):
         """See ``RowKernels``; one pass from codes to the gradient."""
         if not self.codes_logits:
             return super().dlogits_elsewhere(kept, then, tile, labels_C, start, state, head, scale_C)
-        return self._dlogits_of_codes(kept, then.block_max, tile, labels_C, start, state, head, scale_C)
+        sums = (state.max, state.others, state.target)
+        return self._dlogits_of_codes(kept, then.block_max, tile, labels_C, start, *sums, head, scale_C)
 
     def _dlogits_of_codes(
         self,
@@ -132,13 +134,15 @@ class CppKernels(ExtensionKernels):
         out: Tensor,
         labels_C: Tensor,
         start: int,
-        state: RowState,
+        max_C: Tensor,
+        others_C: Tensor,
+        target_C: Tensor,
         head: Head,
         scale_C: Tensor | None,
     ) -> LogitsGradient:
         """Turn codes into the gradient in the memory of a tile, which may be their own."""
-        values, residual = out.view(torch.bfloat16), torch.zeros_like(state.max)
-        sums = (state.max, state.others, state.target)
+        values, residual = out.view(torch.bfloat16), torch.zeros_like(max_C)
+        sums = (max_C, others_C, target_C)
         torch.ops.dpo_kernels.dlogits_of_codes_(
             codes, block_max, values, labels_C, start, *sums, scale_C, residual, head.softcap
         )
@@ -243,6 +247,71 @@ class CppKernels(ExtensionKernels):
         )
         return SparseGradient(offsets, columns, values, of_rows.scale) if offsets.shape[0] else None
 
+    def sampled_dlogits_of_state(
+        self,
+        tile: Tensor,
+        start: int,
+        state: RowState,
+        of_rows: SampledRows,
+        head: Head,
+        sampling: Sampling,
+        expected: float = 1.0,
+    ) -> LogitsGradient | SparseGradient:
+        """See ``RowKernels``."""
+        if not self.codes_logits:
+            return super().sampled_dlogits_of_state(tile, start, state, of_rows, head, sampling, expected)
+        return self._sample_or_all_of_codes(tile, state.block_max, start, state.target, of_rows, head, sampling)
+
+    def recomputed_sampled_dlogits(
+        self,
+        x_CH: Tensor,
+        head: Head,
+        start: int,
+        tile: Tensor,
+        of_rows: SampledRows,
+        sampling: Sampling,
+        expected: float = 1.0,
+    ) -> LogitsGradient | SparseGradient:
+        """See ``RowKernels``."""
+        if not self.codes_logits:
+            return super().recomputed_sampled_dlogits(x_CH, head, start, tile, of_rows, sampling, expected)
+        rows, cols = tile.shape
+        block_max, target = of_rows.max.new_empty(-(-cols // CODED_COLS), rows), torch.zeros_like(of_rows.max)
+        operands = self._linear(x_CH, head, start, cols)
+        torch.ops.dpo_kernels.linear_codes_(*operands, of_rows.labels, start, tile, block_max, target)
+        return self._sample_or_all_of_codes(tile, block_max, start, target, of_rows, head, sampling)
+
+    def _sample_or_all_of_codes(
+        self,
+        codes: Tensor,
+        block_max: Tensor | None,
+        start: int,
+        target: Tensor,
+        of_rows: SampledRows,
+        head: Head,
+        sampling: Sampling,
+    ) -> LogitsGradient | SparseGradient:
+        """Sample from codes, or turn them into the exact gradient in their place."""
+        offsets, columns, values = torch.ops.dpo_kernels.sample_codes(
+            codes,
+            block_max,
+            of_rows.labels,
+            start,
+            of_rows.max,
+            of_rows.others,
+            target,
+            of_rows.sumexp,
+            of_rows.tokens,
+            int(sampling.seed),
+            sampling.tau,
+            head.softcap,
+            int(self.most_sampled(self.dtype) * codes.numel()),
+        )
+        if offsets.shape[0]:
+            return SparseGradient(offsets, columns, values, of_rows.scale)
+        sums = (of_rows.max, of_rows.others, target)
+        return self._dlogits_of_codes(codes, block_max, codes, of_rows.labels, start, *sums, head, of_rows.scale)
+
     def sparse_grad_hidden(self, d: SparseGradient, head: Head, start: int, out_CH: Tensor, accumulate: bool) -> None:
         """See ``RowKernels``."""
         weight_VtH = head.weight[start:]
@@ -255,8 +324,9 @@ class CppKernels(ExtensionKernels):
 
     def sparse_grad_weight(self, d: SparseGradient, x_CH: Tensor, out_VtH: Tensor, accumulate: bool) -> None:
         """See ``RowKernels``."""
+        x_CH = x_CH if x_CH.dtype == torch.bfloat16 else x_CH.to(out_VtH.dtype)
         torch.ops.dpo_kernels.sparse_transposed_times_hidden_(
-            d.offsets, d.columns, d.values, d.scale, x_CH.to(out_VtH.dtype).contiguous(), out_VtH, accumulate
+            d.offsets, d.columns, d.values, d.scale, x_CH.contiguous(), out_VtH, accumulate
         )
         torch.autograd.graph.increment_version(out_VtH)
 

@@ -26,12 +26,14 @@ OPERATORS = (
     "apply_bias_scale_cap_",
     "matmul_bfloat16_",
     "linear_reduce_",
+    "linear_codes_",
     "linear_dlogits_",
     "dlogits_of_codes_",
     "round_to_bfloat16_",
     "segment_sum",
     "sigmoid_sequence_loss",
     "sample_rows",
+    "sample_codes",
     "sparse_times_head_",
     "sparse_transposed_times_hidden_",
     "new_huge",
@@ -141,14 +143,16 @@ def _register() -> None:
     def _(a: list[int], b: list[int], *_: object, **__: object) -> int:
         return 2 * a[0] * a[1] * b[1]
 
-    @register_flop_formula([torch.ops.dpo_kernels.linear_reduce_, torch.ops.dpo_kernels.linear_dlogits_])
+    operators = torch.ops.dpo_kernels
+
+    @register_flop_formula([operators.linear_reduce_, operators.linear_codes_, operators.linear_dlogits_])
     def _(x: list[int], weight: list[int], *_: object, **__: object) -> int:
         return 2 * x[0] * x[1] * weight[0]
 
     def nothing(*_: object) -> None:
         return None
 
-    for name in (*OPERATORS[:8], "sparse_times_head_", "sparse_transposed_times_hidden_"):
+    for name in (*OPERATORS[:9], "sparse_times_head_", "sparse_transposed_times_hidden_"):
         torch.library.register_fake(f"dpo_kernels::{name}", nothing)
 
     @torch.library.register_fake("dpo_kernels::new_huge")

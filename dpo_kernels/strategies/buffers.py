@@ -214,9 +214,7 @@ class Buffers:
         if sampling is not None:
             tokens_C = self.problem.packed.index[start : start + labels_C.shape[0]]
             of_rows = SampledRows.of(labels_C, state.max, state.others, state.sumexp, scale_C, tokens_C)
-            sampled = kernels.sample_dlogits(tile, 0, of_rows, head, sampling, state.exponentiated, expected)
-            if sampled is not None:
-                return sampled
+            return kernels.sampled_dlogits_of_state(tile, 0, state, of_rows, head, sampling, expected)
         if power is not None:
             scale_C = scale_C / power
         d = kernels.dlogits_of_state(tile, labels_C, 0, state, head, scale_C, expected)

@@ -14,6 +14,7 @@ from dpo_kernels.problem import Problem
 from dpo_kernels.shapes import Head, Schedule, spans
 from dpo_kernels.strategies import recompute
 from dpo_kernels.strategies.row_results import RowResults
+from dpo_kernels.strategies.sampled import add_products
 from dpo_kernels.strategies.vocab_shards import complete
 
 
@@ -57,21 +58,17 @@ def _whole_rows(
     head, sampling = problem.head, problem.sampling
     z = kernels.tile_in(scratch, x_CH.shape[0], head.vocab)
     if sampling is None:
-        d = kernels.project_and_dlogits(state, x_CH, head, z, labels_C)
+        exact = kernels.project_and_dlogits(state, x_CH, head, z, labels_C)
         scale_C = head.logit_scale / state.sumexp
-    else:
-        kernels.project(x_CH, head, 0, z)
-        kernels.reduce(state, z, labels_C, 0, keep_logits=head.softcap is not None)
-        tokens_C = problem.packed.index[start : start + labels_C.shape[0]]
-        scale_C = head.logit_scale / state.sumexp
-        of_rows = SampledRows.of(labels_C, state.max, state.others, state.sumexp, scale_C, tokens_C)
-        sampled = kernels.sample_dlogits(z, 0, of_rows, head, sampling, state.exponentiated, head.logit_scale)
-        if sampled is not None:
-            kernels.sparse_grad_hidden(sampled, head, 0, out_CH, accumulate=False)
-            return
-        d = kernels.dlogits_(z, labels_C, 0, state.max, state.others, head, None, state.exponentiated)
-    kernels.grad_hidden(d, head, 0, out_CH, accumulate=False)
-    out_CH.mul_((scale_C if d.scale is None else scale_C * d.scale)[:, None])
+        kernels.grad_hidden(exact, head, 0, out_CH, accumulate=False)
+        out_CH.mul_((scale_C if exact.scale is None else scale_C * exact.scale)[:, None])
+        return
+    kernels.project_and_reduce(state, x_CH, head, 0, z, labels_C, keep_logits=head.softcap is not None)
+    tokens_C = problem.packed.index[start : start + labels_C.shape[0]]
+    scale_C = head.logit_scale / state.sumexp
+    of_rows = SampledRows.of(labels_C, state.max, state.others, state.sumexp, scale_C, tokens_C)
+    d = kernels.sampled_dlogits_of_state(z, 0, state, of_rows, head, sampling, head.logit_scale)
+    add_products(kernels, d, head, 0, x_CH, (out_CH, None, None), first_columns=True, first_rows=True)
 
 
 def _cut_rows(

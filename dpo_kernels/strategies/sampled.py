@@ -90,11 +90,8 @@ def gradients(
         of_rows = SampledRows.of(labels_C, *sums, saved.sumexp[rows], scale_C, packed.index[rows])
         for left, right in spans(head.vocab, schedule.tile.cols):
             z = kernels.tile_in(scratch, chunk.stop - chunk.start, right - left)
-            kernels.project(x_CH, head, left, z)
-            d: LogitsGradient | SparseGradient | None
-            d = kernels.sample_dlogits(z, left, of_rows, head, problem.sampling, expected=head.logit_scale)
-            if d is None:
-                d = kernels.dlogits_(z, labels_C, left, *sums, head, scale_C, False, head.logit_scale)
+            how = (of_rows, problem.sampling, head.logit_scale)
+            d = kernels.recomputed_sampled_dlogits(x_CH, head, left, z, *how)
             of_tile = (
                 None if dx is None else dx[rows],
                 dw[left:right] if isinstance(dw, Tensor) else dw,

@@ -267,11 +267,13 @@ def operator_arguments():
             (*linear, labels, 0, None, None, *state, None, None, None, None),
             (*linear, labels, 2, codes, torch.zeros(1, 3), *state, torch.zeros(3), None, labels * 0, None),
         ],
+        "linear_codes_": [(*linear, labels, 2, codes, torch.zeros(1, 3), state[1])],
         "linear_dlogits_": [(*linear, codes.view(torch.bfloat16), labels, 0, state[1], state[1] + 1, None, None)],
         "dlogits_of_codes_": [
             (codes, torch.zeros(1, 3), torch.zeros(3, 7).bfloat16(), labels, 0, *state, None, torch.zeros(3), 3.0)
         ],
-        "sample_rows": [],  # how many entries it returns depends on the values
+        "sample_rows": [],  # how many entries they return depends on the values
+        "sample_codes": [],
         "sparse_times_head_": [
             (*sample, torch.randn(7, 4), torch.zeros(1, 4), True),
         ],

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_kernels.kernels import extension
+from dpo_kernels.kernel_interface import LogitsGradient, SampledRows, SparseGradient
+from dpo_kernels.kernels import extension, sampling
 from dpo_kernels.kernels.cpp import CODED_COLS, CppKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels
-from dpo_kernels.shapes import STATS, Head
+from dpo_kernels.shapes import STATS, Head, Sampling
 from tests.threads import threaded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -346,6 +347,205 @@ def test_a_block_of_unreachable_columns():
     d = narrow().dlogits_of_state(tile, labels, 0, state, head, None).values
     assert not d[:, 256:512][[0, 2]].any()
     assert d.isfinite().all()
+
+
+# --- samples of logits that are codes ---------------------------------------------------------------------------------
+
+TAU = 2.0**-6
+SAMPLE_SHAPES = [(1, 1, 1), (130, 33, 257), (127, 64, 3000)]
+
+
+@pytest.fixture
+def every_sample_is_taken(monkeypatch):
+    monkeypatch.setattr("dpo_kernels.kernels.torch_kernels.MOST_SAMPLED", 1.0)
+
+
+def rows_of(state, labels, scale=None):
+    scale = torch.linspace(-2, 1, labels.shape[0]) if scale is None else scale
+    tokens = torch.arange(labels.shape[0]) * 3
+    return SampledRows.of(labels, state.max, state.others, state.sumexp, scale, tokens)
+
+
+def decoded(tile, state):
+    """What codes stand for, ``exp(z - max)`` and logits, in float64."""
+    codes = (tile.to(torch.int32) & 0xFFFF).double()
+    highest = state.block_max.double().repeat_interleave(CODED_COLS, 0)[: tile.shape[1]].t()
+    e = (highest - codes * STEP - state.max[:, None].double()).exp().masked_fill(codes == 0xFFFF, 0.0)
+    return e, highest - codes * STEP
+
+
+def as_matrix(d, cols):
+    rows = torch.arange(d.offsets.shape[0] - 1).repeat_interleave(d.offsets.diff())
+    return torch.zeros(d.offsets.shape[0] - 1, cols).index_put_((rows, d.columns.long()), d.values, accumulate=True)
+
+
+@multiplies
+@pytest.mark.usefixtures("every_sample_is_taken")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", SAMPLE_SHAPES, ids=str)
+def test_the_sample_of_codes_is_that_of_torch(sizes, kind):
+    """Of the exponentials that codes stand for, entry for entry. Rounding may move a few boundaries by a unit."""
+    x, head, labels = small_linear(sizes, **KINDS[kind])
+    kernels, how = narrow(), Sampling(TAU, 2**62 + 12345)
+    tile, state = coded(kernels, x, head, labels)
+    e, z = decoded(tile, state)
+    of_rows = rows_of(state, labels)
+    got = kernels.sampled_dlogits_of_state(tile, 0, state, of_rows, head, how)
+    plain = Head(head.weight)
+    wanted = TorchKernels(torch.float32, 2**20).sample_dlogits(e.float(), 0, of_rows, plain, how, True)
+    assert torch.equal(got.scale, of_rows.scale)
+    one, other = (as_matrix(d, head.vocab) for d in (got, wanted))
+    assert int(((one != 0) != (other != 0)).sum()) <= 2e-3 * wanted.columns.numel()
+    both = (one != 0) & (other != 0)
+    if head.softcap is not None:
+        here = torch.nonzero((labels >= 0) & (labels < head.vocab))[:, 0]
+        z[here, labels[here]] = state.target[here].double()
+        other = other * (1 - (z / head.softcap).square()).clamp(min=0.0).float()
+    lengths = e * sampling.UNITS / (TAU * state.sumexp[:, None].double())  # of small entries, in units
+    limit = (2e-5 + 1.1 / lengths.clamp(0.5, sampling.UNITS)) * other.abs() + 2e-6
+    assert bool(((one - other).abs() <= limit)[both].all())
+
+
+@multiplies
+@pytest.mark.usefixtures("every_sample_is_taken")
+@pytest.mark.parametrize("kind", ["plain", "cap"])
+def test_the_mean_of_samples_of_codes(kind):
+    """One row many times, each with random numbers of its own: the gradient from codes, and the label's exactly."""
+    x, head, _ = small_linear((1, 16, 600), **KINDS[kind])
+    rows, label = 4000, 300
+    x, labels = x.expand(rows, 16).contiguous(), torch.full((rows,), label)
+    kernels, one = narrow(), torch.ones(rows)
+    tile, state = coded(kernels, x, head, labels)
+    e, z = decoded(tile[:1], state)
+    slope = torch.ones_like(z) if head.softcap is None else (1 - (z / head.softcap).square()).clamp(min=0.0)
+    d = as_matrix(
+        kernels.sampled_dlogits_of_state(tile, 0, state, rows_of(state, labels, one), head, Sampling(TAU, 7)), 600
+    )
+    threshold = float(TAU * state.sumexp[0])
+    small = (e[0] <= threshold).index_fill(0, torch.tensor(label), False)
+    mean, exact = d.double().mean(0), (e * slope)[0]
+    deviation = slope[0] * (e[0] * (threshold - e[0]).clamp(min=0.0) / rows).sqrt()
+    assert bool(((mean - exact).abs() <= 5 * deviation + 2e-5 * exact + 2 * threshold / rows)[small].all())
+    assert int((small & (exact > 0)).sum()) > 300
+    large = (e[0] > threshold).index_fill(0, torch.tensor(label), False)
+    torch.testing.assert_close(d[:, large].double(), exact[large].expand(rows, -1), rtol=2e-5, atol=1e-6)
+    own = -state.others * (1.0 if head.softcap is None else 1 - (state.target / head.softcap).square())
+    torch.testing.assert_close(d[:, label], own, rtol=1e-6, atol=0)
+
+
+@multiplies
+@pytest.mark.usefixtures("every_sample_is_taken")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_of_logits_that_are_computed_again(kind):
+    """The bits of a sample of kept codes, in tiles of some columns as well."""
+    x, head, labels = small_linear((40, 33, 1500), **KINDS[kind])
+    kernels, how = narrow(), Sampling(TAU, 5)
+    tile, state = coded(kernels, x, head, labels)
+    of_rows = rows_of(state, labels)
+    whole = as_matrix(kernels.sampled_dlogits_of_state(tile, 0, state, of_rows, head, how), 1500)
+    for left, right in ((0, 1500), (0, 512), (512, 1500)):
+        place = kernels.tile_in(kernels.scratch(x.device, 40 * (right - left)), 40, right - left)
+        again = kernels.recomputed_sampled_dlogits(x, head, left, place, of_rows, how)
+        assert torch.equal(as_matrix(again, right - left), whole[:, left:right])
+
+
+@multiplies
+def test_logits_of_labels_beside_codes():
+    """Of labels of this tile, in several blocks of rows and columns; codes are those of a reduction."""
+    x, head, labels = small_linear((300, 33, 700))
+    tile, state = coded(narrow(), x, head, labels)
+    for left, right in ((0, 700), (256, 600)):
+        codes, target = torch.zeros(300, right - left, dtype=torch.int16), torch.full((300,), 7.0)
+        highest = torch.empty(-(-(right - left) // CODED_COLS), 300)
+        operands = (x, head.weight[left:right], None, 1.0, None)
+        torch.ops.dpo_kernels.linear_codes_(*operands, labels, left, codes, highest, target)
+        assert torch.equal(codes[:, :256], tile[:, left : left + 256])
+        assert torch.equal(highest[0], state.block_max[left // CODED_COLS])
+        here = (labels >= left) & (labels < right)
+        assert torch.equal(target, torch.where(here, state.target, 7.0))
+
+
+@multiplies
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_of_codes_that_does_not_pay(monkeypatch, kind, recomputed):
+    """The exact gradient has the bits of a call that samples nothing."""
+    monkeypatch.setattr("dpo_kernels.kernels.torch_kernels.MOST_SAMPLED", 1e-4)
+    x, head, labels = small_linear((40, 33, 1500), **KINDS[kind])
+    kernels, how = narrow(), Sampling(TAU, 5)
+    tile, state = coded(kernels, x, head, labels)
+    of_rows = rows_of(state, labels)
+    wanted = kernels.dlogits_of_state(tile.clone(), labels, 0, state, head, of_rows.scale)
+    if recomputed:
+        place = kernels.tile_in(kernels.scratch(x.device, tile.numel()), *tile.shape)
+        got = kernels.recomputed_sampled_dlogits(x, head, 0, place, of_rows, how)
+    else:
+        got = kernels.sampled_dlogits_of_state(tile, 0, state, of_rows, head, how)
+    assert isinstance(got, LogitsGradient)
+    assert torch.equal(got.values, wanted.values)
+    assert torch.equal(got.residual, wanted.residual)
+    assert got.scale is None
+
+
+@built
+@pytest.mark.parametrize("rows", [256, 100])
+def test_some_rows_are_tried_before_all(monkeypatch, rows):
+    """Of 32 rows one, where these are four and more. The others' entries are counted where those are few."""
+    monkeypatch.setattr("dpo_kernels.kernels.torch_kernels.MOST_SAMPLED", 0.25)
+    kernels, head, sums = CppKernels(torch.float32, 2**20), Head(torch.zeros(512, 1)), torch.ones(rows)
+    tried = torch.arange(rows) % 32 == 0
+    for dense, taken in ((tried, rows < 128), (~tried, False), (torch.arange(rows) == 1, True)):
+        z = torch.where(dense[:, None], 0.0, torch.full((rows, 512), -200.0).index_fill_(1, torch.tensor([9]), 0.0))
+        sumexp = z.exp().sum(1)
+        of_rows = SampledRows.of(torch.full((rows,), 9), 0 * sums, sumexp - 1, sumexp, sums, torch.arange(rows))
+        for seed in range(3):
+            d = kernels.sample_dlogits(z.clone(), 0, of_rows, head, Sampling(2.0**-9, seed))
+            assert (d is not None) == taken
+            if taken:  # every entry of a dense row is large, and of the others one is
+                assert d.offsets.diff().tolist() == torch.where(dense, 512, 1).tolist()
+
+
+@built
+def test_samplers_name_what_does_not_fit():
+    rows, labels, one_block = torch.ones(2), torch.zeros(2, dtype=torch.int64), torch.zeros(1, 2)
+    codes = torch.zeros(2, 5, dtype=torch.int16)
+
+    def sample(codes=codes, highest=one_block, start=0, target=rows, tau=0.5, softcap=None, max_C=rows):
+        sums = (max_C, rows, target, rows, labels)
+        return torch.ops.dpo_kernels.sample_codes(codes, highest, labels, start, *sums, 0, tau, softcap, 10)
+
+    assert sample(tau=1e-3)[0].tolist() == [0, 5, 10]
+    for wrong, match in (
+        ({"codes": codes.float()}, "codes must be int16"),
+        ({"highest": torch.zeros(2, 2)}, "highest must be contiguous float32"),
+        ({"start": 5}, "start must be a multiple of 256"),
+        ({"target": rows.double()}, "target must be"),
+        ({"max_C": rows[:1]}, "max must have the shape"),
+        ({"tau": 0.0}, "tau must be in"),
+        ({"softcap": -1.0}, "softcap must be positive"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            sample(**wrong)
+
+
+@multiplies
+@pytest.mark.usefixtures("every_sample_is_taken")
+def test_threads_change_no_bit_of_a_sample_of_codes():
+    x, head, labels = small_linear((300, 20, 5000), **KINDS["cap"])
+    seen = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 2 * (os.cpu_count() or 1) + 3):
+            torch.set_num_threads(threads)
+            kernels = narrow()
+            tile, state = coded(kernels, x, head, labels)
+            d = kernels.sampled_dlogits_of_state(tile, 0, state, rows_of(state, labels), head, Sampling(TAU, 5))
+            assert isinstance(d, SparseGradient)
+            seen.append((d.offsets, d.columns, d.values))
+    finally:
+        torch.set_num_threads(before)
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
 @multiplies

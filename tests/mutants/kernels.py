@@ -541,7 +541,7 @@ _CPP = [
     ),
     Mutant(
         "csrc/cpu/codes_impl.h",
-        "exponential(highest - how.max[r])",
+        "exponential(highest - max)",
         "exponential(highest)",
         "tests/kernels/test_linear.py::test_gradient_from_codes",
         "exponentials of codes are not shifted by the largest logit",

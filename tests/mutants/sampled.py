@@ -3,6 +3,7 @@
 from tests.mutants.records import Mutant
 
 _TEST = "tests/strategies/test_sparse.py::"
+_CODES = "tests/kernels/test_linear.py::"
 _ROWS = "tests/strategies/test_sparse_weight_grad.py::"
 _MEAN = f"{_TEST}test_the_mean_over_seeds_is_the_exact_gradient"
 
@@ -37,8 +38,8 @@ SAMPLED = (
     ),
     Mutant(
         "csrc/cpu/sparse_impl.h",
-        "units_of_e < T(kUnits) ? units_of_e : T(kUnits);",
-        "units_of_e;",
+        "units < T(kUnits) ? units : T(kUnits)",
+        "units",
         f"{_TEST}test_a_tau_whose_unit_underflows_keeps_every_entry[cpp]",
         "a length is infinite and becomes a whole number in C++",
     ),
@@ -51,8 +52,8 @@ SAMPLED = (
     ),
     Mutant(
         "dpo_kernels/strategies/sampled.py",
-        "z, left, of_rows, head, problem.sampling, ",
-        "z, 0, of_rows, head, problem.sampling, ",
+        "recomputed_sampled_dlogits(x_CH, head, left, z,",
+        "recomputed_sampled_dlogits(x_CH, head, 0, z,",
         f"{_MEAN}[gaussian-cut rows-40-torch]",
         "a tile forgets which column comes first",
     ),
@@ -72,15 +73,15 @@ SAMPLED = (
     ),
     Mutant(
         "csrc/cpu/sparse_impl.h",
-        "value *= T(kUnits) / static_cast<T>(length[i]);",
-        "",
+        "T value = e[i] * (T(kUnits) / static_cast<T>(length[i]));",
+        "T value = e[i];",
         f"{_MEAN}[gaussian-chunked-200-cpp]",
         "small entries count as their own probability",
     ),
     Mutant(
         "csrc/cpu/sparse_impl.h",
-        "            length[label - left] = 0;\n",
-        "",
+        "length[label - left] = kUnits;",
+        "length[label - left] += kUnits;",
         f"{_TEST}test_the_cpp_sample_is_that_of_torch",
         "the label takes a place on the grid's line",
     ),
@@ -202,5 +203,89 @@ SAMPLED = (
         "        pass\n",
         "tests/integrations/test_trl_sparse.py::test_training_that_begins_again_in_its_first_step_has_the_same_seeds",
         "calls of a step that was not finished count when training begins again",
+    ),
+    Mutant(
+        "csrc/cpu/sparse_impl.h",
+        "if (left + i == label) value = -rows.others[row];",
+        "",
+        f"{_CODES}test_the_mean_of_samples_of_codes[plain]",
+        "the label's entry lacks the one in C++",
+    ),
+    Mutant(
+        "csrc/cpu/sparse_impl.h",
+        "        at = behind;\n",
+        "",
+        f"{_TEST}test_the_cpp_sample_is_that_of_torch[torch.float32]",
+        "a group that the grid passes over takes no place on its line",
+    ),
+    Mutant(
+        "csrc/cpu/sparse_impl.h",
+        "        memset(length + size, 0, (kSampleBlock - size) * sizeof(int32_t));\n",
+        "",
+        f"{_TEST}test_the_cpp_sample_is_that_of_torch[torch.float32]",
+        "the last block of a row keeps entries of the one before",
+    ),
+    Mutant(
+        "csrc/cpu/sparse_impl.h",
+        "return slope(rows.target[row], rows.softcap);",
+        "return slope(max, rows.softcap);",
+        f"{_CODES}test_the_mean_of_samples_of_codes[cap]",
+        "the cap of a label of codes is differentiated at another logit",
+    ),
+    Mutant(
+        "csrc/cpu/sparse_impl.h",
+        "factor_of_block(highest(left), max);",
+        "factor_of_block(highest(0), max);",
+        f"{_CODES}test_the_sample_of_codes_is_that_of_torch",
+        "all blocks of codes share the largest logit of the first",
+    ),
+    Mutant(
+        "csrc/cpu/sparse.cpp",
+        "if (of_some * shape.rows > most * tried) return sized(0, 0);",
+        "",
+        f"{_CODES}test_some_rows_are_tried_before_all[256]",
+        "all rows are sampled before a sample is given up",
+    ),
+    Mutant(
+        "csrc/cpu/sparse.cpp",
+        "shape.rows / kTried < kFewestTried ? 0",
+        "shape.rows / kTried < 1 ? 0",
+        f"{_CODES}test_some_rows_are_tried_before_all[100]",
+        "one row speaks for thirty-two",
+    ),
+    Mutant(
+        "csrc/cpu/sparse.cpp",
+        "if (expected.load() > most) return sized(0, 0);",
+        "",
+        f"{_CODES}test_a_sample_of_codes_that_does_not_pay",
+        "a sample of more entries than pay is taken",
+    ),
+    Mutant(
+        "csrc/cpu/linear.cpp",
+        "if (label >= 0 && label < block.cols) target_data[block.row + r]",
+        "if (label >= 0 && label < block.cols) target_data[r]",
+        f"{_CODES}test_logits_of_labels_beside_codes",
+        "labels' logits of later blocks of rows are written to the first rows",
+    ),
+    Mutant(
+        "csrc/cpu/sparse.cpp",
+        "const bool more = accumulate || bound > panel;",
+        "const bool more = accumulate;",
+        f"{_TEST}test_a_head_of_many_panels",
+        "only the last panel of the head counts",
+    ),
+    Mutant(
+        "dpo_kernels/kernels/cpp.py",
+        "return SparseGradient(offsets, columns, values, of_rows.scale)\n        sums",
+        "return SparseGradient(offsets, columns, values, -of_rows.scale)\n        sums",
+        f"{_TEST}test_the_mean_over_seeds_in_bfloat16[gaussian-chunked-cpp]",
+        "a sample of codes has the other sign",
+    ),
+    Mutant(
+        "dpo_kernels/problem.py",
+        "return not (self.kl",
+        "return not (self.samples or self.kl",
+        f"{_TEST}test_a_sampled_call_keeps_logits_in_16_bits",
+        "sampled calls keep logits in 32 bits",
     ),
 )

@@ -11,7 +11,7 @@ from dpo_kernels.kernels import extension, sampling
 from dpo_kernels.kernels.cpp import CppKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels
 from dpo_kernels.shapes import Head, Sampling
-from tests.tolerance import relative_l2
+from tests.tolerance import RELATIVE_L2_BAR, TWO_ROUNDINGS_BAR, relative_l2
 
 PAIRS, LENGTH, WIDTH, VOCAB = 2, 5, 8, 700  # three blocks of columns, the last one in part
 TAU = 2.0**-6
@@ -287,6 +287,53 @@ def test_dtypes(way, dtype, backend):
 
 
 @BY_BACKEND
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["gaussian", "softcap"])
+def test_the_mean_over_seeds_in_bfloat16(kind, way, backend):
+    """Where logits have 16 bits the sample is one of them. What is left of the mean is the rounding of results."""
+    half = {name: size // 2 if name == "scratch_bytes" else size for name, size in WAYS[way].items()}
+    inputs = batch(kind, dtype=torch.bfloat16)
+    exact_out, exact = step(inputs, backend=backend, **half)
+    sums, squares, seeds = [0.0] * 2, [0.0] * 2, 40
+    for seed in range(seeds):
+        out, found = step(inputs, gradient="sparse", tau=TAU, seed=seed, backend=backend, **half)
+        torch.testing.assert_close(out.loss, exact_out.loss, rtol=1e-6, atol=0)
+        sums = [total + grad.double() for total, grad in zip(sums, found, strict=True)]
+        squares = [total + float((g - e).norm()) ** 2 for total, g, e in zip(squares, found, exact, strict=True)]
+    for total, square, true in zip(sums, squares, exact, strict=True):
+        deviation, norm = math.sqrt(square / seeds / seeds), float(true.double().norm())
+        assert float((total / seeds - true).norm()) <= 1.5 * deviation + TWO_ROUNDINGS_BAR[torch.bfloat16] * norm
+        assert deviation < 0.1 * norm
+
+
+@BY_BACKEND
+@pytest.mark.parametrize("kind", ["gaussian", "softcap"])
+def test_the_seed_decides_alone_in_bfloat16(kind, backend):
+    """Tiles and chunks change no entry: the same rows of the head are reached, and sums differ by roundings."""
+    inputs, found = batch(kind, dtype=torch.bfloat16), {}
+    how = {"gradient": "sparse", "tau": 2.0**-4, "backend": backend, "sparse_weight_grad": True}
+    for name, way in WAYS.items():
+        half = {key: size // 2 if key == "scratch_bytes" else size for key, size in way.items()}
+        found[name] = step(inputs, **how, seed=3, **half)[1]
+    dx, dw = found.pop("chunked")
+    assert dw._nnz() < VOCAB
+    for other_dx, other_dw in found.values():
+        assert torch.equal(other_dw.indices(), dw.indices())
+        assert relative_l2(other_dx, dx) <= RELATIVE_L2_BAR[torch.bfloat16]
+        assert relative_l2(other_dw.to_dense(), dw.to_dense()) <= RELATIVE_L2_BAR[torch.bfloat16]
+    assert not torch.equal(step(inputs, **how, seed=4, **WAYS["chunked"])[1][1].indices(), dw.indices())
+
+
+@pytest.mark.skipif(extension.why_not("cpu") is not None, reason="no extension")
+def test_a_sampled_call_keeps_logits_in_16_bits():
+    if not CppKernels.can_code_logits(torch.bfloat16):
+        pytest.skip("this CPU multiplies no bfloat16")
+    inputs = batch(dtype=torch.bfloat16)
+    sampled, exact = (dk.explain(**inputs, backend="cpp", **how) for how in ({"gradient": "sparse"}, {}))
+    assert sampled.budget.bytes_per_logit == exact.budget.bytes_per_logit == 2
+
+
+@BY_BACKEND
 def test_without_a_tail_the_gradient_is_exact(backend):
     inputs = batch()
     _, exact = step(inputs, backend=backend)
@@ -557,6 +604,27 @@ def test_a_batch_of_seeds_is_refused_by_name():
     inputs = {name: value.detach() for name, value in batch().items()}
     with pytest.raises(RuntimeError, match="seed"):
         torch.vmap(lambda seed: dk.fused_dpo_loss(**inputs, gradient="sparse", seed=seed).loss)(torch.arange(3))
+
+
+@pytest.mark.skipif(extension.why_not("cpu") is not None, reason="no extension")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_head_of_many_panels(dtype):
+    """The product reads 2 MiB of the head at a time. Rows of bfloat16 count as what they are, in both products."""
+    g = torch.Generator().manual_seed(0)
+    head, hidden = torch.randn(3000, 1024, generator=g).to(dtype), torch.randn(5, 1024, generator=g).to(dtype)
+    dense = torch.where(torch.rand(5, 3000, generator=g) < 0.1, torch.randn(5, 3000, generator=g), 0.0)
+    dense[2], dense[3, :2000] = 0.0, 0.0
+    scale, offsets = torch.linspace(-2, 1, 5), torch.nn.functional.pad(dense.count_nonzero(1).cumsum(0), (1, 0))
+    entries = (offsets, dense.nonzero()[:, 1].int(), dense[dense != 0], scale)
+    scaled = dense.double() * scale[:, None]
+    for accumulate in (False, True):
+        dx, dw = torch.ones(5, 1024), torch.ones(3000, 1024)
+        torch.ops.dpo_kernels.sparse_times_head_(*entries, head, dx, accumulate)
+        torch.ops.dpo_kernels.sparse_transposed_times_hidden_(*entries, hidden, dw, accumulate)
+        torch.testing.assert_close(dx.double(), scaled @ head.double() + accumulate, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(dw.double(), scaled.t() @ hidden.double() + accumulate, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r"hidden must be .* or bfloat16 beside float32"):
+        torch.ops.dpo_kernels.sparse_transposed_times_hidden_(*entries, hidden.double(), dw, False)
 
 
 @pytest.mark.skipif(extension.why_not("cpu") is not None, reason="no extension")
