@@ -7,18 +7,19 @@ loss in one launch.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.loss_interface import SequenceLoss
+from dpo_kernels.records import dataclass
 from dpo_kernels.segments import segment_sum, sequence_to_token
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head, Sampling, accumulation_dtype, padded
 
 
-@dataclass
+@dataclass(frozen=False)
 class RowState:
     """The running maximum and sums of rows while the vocabulary passes by in tiles, as in an online softmax.
 

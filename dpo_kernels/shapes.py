@@ -17,12 +17,13 @@ k     statistics that were requested
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dpo_kernels.records import dataclass
 
 # The row kernels compute these statistics, and a call returns their means over the scored tokens of each sequence.
 STATS = ("entropy", "mean_logits", "top1", "log_sum_p2")

@@ -1,10 +1,10 @@
 """How the scratch is divided, and how large a tile of logits is."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 
+from dpo_kernels.records import dataclass
 from dpo_kernels.shapes import Tile, padded
 
 MIB = 2**20  # bytes

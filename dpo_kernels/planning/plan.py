@@ -1,7 +1,7 @@
 """The plan: how a problem is computed, as one frozen object. It is made here and executed as it is."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from dpo_kernels.planning.refusals import refuse_kl, refuse_triton_on
 from dpo_kernels.planning.schedules import extra_bytes, num_tiles
 from dpo_kernels.planning.tables import BACKEND_NAMES, BACKENDS, CODE_BYTES, STRATEGIES, Strategy, divide_scratch
 from dpo_kernels.problem import Workload
+from dpo_kernels.records import dataclass
 from dpo_kernels.shapes import Schedule, Tile, accumulation_dtype
 
 KIB = 2**10  # bytes
