@@ -440,7 +440,7 @@ def test_too_little_memory_for_results_is_torchs_own_error(monkeypatch, operator
     short_of(1)
     torch.testing.assert_close(call(), wanted, rtol=0, atol=0)
     short_of(2)
-    with pytest.raises(RuntimeError, match="^dpo_kernels: no memory for"):
+    with pytest.raises(RuntimeError, match=r"^dpo_kernels: no memory for"):
         call()
 
 
