@@ -279,8 +279,9 @@ class RowKernels(ABC):
         """Return whether tiles can hold codes of 16 bits instead of logits, for operands of a dtype on this machine.
 
         A code says how far a logit lies below the largest one of its block of columns. In a call with ``codes_logits``
-        a tile is int16. ``scratch``, ``tile_in``, ``recomputed_dlogits`` and the next four operations take it, and no
-        other may. Calls whose tiles are read by others are made without ``narrow``.
+        a tile is int16, and without memory where no gradient follows. ``scratch``, ``tile_in``, ``recomputed_dlogits``
+        and the next four operations take it, and no other may. Calls whose tiles are read by others are made without
+        ``narrow``.
         """
         return False
 

@@ -1,9 +1,10 @@
 """``dataclass`` as the standard one, in less time: importing the package defines over 40 classes.
 
-The standard decorator compiles ``__repr__``, ``__eq__`` and ``__hash__`` anew for each. Here all classes share them.
+The standard decorator compiles ``__repr__``, ``__eq__`` and ``__hash__`` anew for each. Here they are closures.
 """
 
 import dataclasses
+import operator
 import reprlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,14 @@ else:
         """Return a decorator that does what ``dataclasses.dataclass`` does with these options."""
 
         def define(cls: type) -> type:
-            own = {"__repr__": _repr}
+            defined = dataclasses.dataclass(frozen=frozen, eq=False, repr=False)(cls)
+            methods = {"__repr__": _repr}
             if eq:
-                own |= {"__eq__": _eq, "__hash__": _hash if frozen else None}
-            for name, method in own.items():
+                methods |= _comparisons(defined, frozen)
+            for name, method in methods.items():
                 if name not in cls.__dict__:
                     setattr(cls, name, method)
-            return dataclasses.dataclass(frozen=frozen, eq=False, repr=False)(cls)
+            return defined
 
         return define
 
@@ -33,13 +35,19 @@ def _repr(self: Any) -> str:
     return f"{type(self).__qualname__}({shown})"
 
 
-def _eq(self: Any, other: object) -> bool:
-    return _compared(self) == _compared(other) if other.__class__ is self.__class__ else NotImplemented
+def _comparisons(cls: type, frozen: bool) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(cls) if field.compare]
 
+    def one_by_one(self: Any) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in names)
 
-def _hash(self: Any) -> int:
-    return hash(_compared(self))
+    # The getter takes a third of the time, and returns a tuple only if there are several names.
+    values = operator.attrgetter(*names) if len(names) > 1 else one_by_one
 
+    def equal(self: Any, other: object) -> bool:
+        return values(self) == values(other) if other.__class__ is self.__class__ else NotImplemented
 
-def _compared(self: Any) -> tuple[Any, ...]:
-    return tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.compare)
+    def hashed(self: Any) -> int:
+        return hash(values(self))
+
+    return {"__eq__": equal, "__hash__": hashed if frozen else None}

@@ -206,7 +206,7 @@ class Schedule:
 
     tile: Tile  # of logits that the scratch holds
     chunks: tuple[Chunk, ...]
-    scratch_logits: int  # that the scratch has memory for, padding of rows included; at least those of the tile
+    scratch_logits: int  # that the scratch has memory for, padding included: those of the tile or more, or 0 if unkept
     block_rows: int = 1  # rows of a GEMM's own tile; an oversized example is cut at multiples of them
     logits_in_weight_grad: bool = False  # the logits lie in the memory of the head's gradient
     recompute_in_library: bool = False  # recomputed logits come from torch's GEMM, not from the backend's own kernel

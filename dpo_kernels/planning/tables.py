@@ -163,4 +163,4 @@ def divide_scratch(
     if kl:
         per_logit += accumulation_dtype(dtype).itemsize  # no GEMM reads the reference's logits again
     aliased = kernels.can_alias_weight_grad * (accumulation_dtype(dtype).itemsize // CODE_BYTES if codes else 1)
-    return Budget.of(scratch_bytes, device.type, per_logit, kernels.row_alignment(device.type), aliased)
+    return Budget.of(scratch_bytes, device.type, per_logit, kernels.row_alignment(device.type), aliased, codes)
