@@ -225,7 +225,7 @@ def extension():
     sources = ["ops.cpp", "old_system.cpp", "cpu/ops_cpu.cpp", "cpu/memory.cpp", "cpu/sparse.cpp"]
     sources += ["cpu/products.cpp", "cpu/matmul.cpp", "cpu/linear.cpp"]
     sources += ["cpu/rows_base.cpp", "cpu/rows_avx2.cpp", "cpu/rows_avx512.cpp"]
-    sources += ["cpu/packing_base.cpp", "cpu/blocks_avx512.cpp"]
+    sources += ["cpu/packing_base.cpp", "cpu/blocks_avx512.cpp", "cpu/blocks_amx.cpp"]
     cuda = cuda_part(torch)
     modules = [part("_C", sources), *([] if cuda is None else [cuda])]
     return {"ext_modules": modules, "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel}}

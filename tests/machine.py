@@ -13,7 +13,7 @@ from dpo_kernels.kernels import extension, installed
 SEED = 0  # of torch's generator before every test
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 INSTRUCTION_SETS = ("base", "avx2", "avx512")  # from the least to the best, as csrc/cpu/passes.h orders them
-BY_INSTRUCTIONS = ("avx512_bf16", "brgemm")  # ways to multiply bfloat16: ours and torch's
+BY_INSTRUCTIONS = ("amx", "avx512_bf16", "brgemm")  # ways to multiply bfloat16: two of ours, and torch's
 
 
 @functools.cache
@@ -31,6 +31,15 @@ def row_instruction_set() -> str | None:
 def bfloat16_product() -> str | None:
     """How the C++ backend multiplies bfloat16: one of ``BY_INSTRUCTIONS``, "portable" or "float32"."""
     return None if extension.why_not("cpu") is not None else str(torch.ops.dpo_kernels.bfloat16_product())
+
+
+def products_by_instructions() -> list[str]:
+    """Those of ``BY_INSTRUCTIONS`` that this CPU can run; none where this process was held to less."""
+    if bfloat16_product() not in BY_INSTRUCTIONS:
+        return []
+    _, flags = processor()
+    needed = {"amx": "amx_bf16", "avx512_bf16": "avx512_bf16"}
+    return [name for name in BY_INSTRUCTIONS if name not in needed or needed[name] in flags]
 
 
 def lesser_instruction_sets() -> list[str]:

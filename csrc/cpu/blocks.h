@@ -14,15 +14,16 @@ using Block = void (*)(int64_t rows, int64_t cols, int64_t depth, const uint16_t
 // Copies of operands into these layouts. `depth` is the number of elements that are summed; up to `reach`, which is
 // even, zeros follow.
 struct Packing {
-    // One panel of the right operand, of which rows are contiguous: `from` is its first element, `stride` apart its rows.
-    void (*rows_to_panel)(const uint16_t* from, int64_t stride, int64_t depth, int64_t reach, int64_t cols,
-                          int64_t panel, uint16_t* out);
+    // Panels of the right operand, of which rows are contiguous: `from` is its first element, `stride` apart its rows.
+    void (*rows_to_panels)(const uint16_t* from, int64_t stride, int64_t depth, int64_t reach, int64_t cols,
+                           int64_t panel, uint16_t* out);
     // The same where columns are contiguous, and `stride` apart.
-    void (*columns_to_panel)(const uint16_t* from, int64_t stride, int64_t depth, int64_t reach, int64_t cols,
-                             int64_t panel, uint16_t* out);
-    // Rows of the left operand, of which columns are contiguous and `stride` apart.
+    void (*columns_to_panels)(const uint16_t* from, int64_t stride, int64_t depth, int64_t reach, int64_t cols,
+                              int64_t panel, uint16_t* out);
+    // Rows of the left operand, of which columns are contiguous and `stride` apart. Those of the copy are `out_stride`
+    // apart.
     void (*columns_to_rows)(const uint16_t* from, int64_t stride, int64_t depth, int64_t reach, int64_t rows,
-                            uint16_t* out);
+                            uint16_t* out, int64_t out_stride);
 };
 
 namespace base {
@@ -39,6 +40,20 @@ void block_bfloat16_past_cache(int64_t rows, int64_t cols, int64_t depth, const 
 constexpr int64_t kPanel = 64;     // columns of a panel of block_bfloat16
 constexpr int64_t kStripRows = 6;  // rows that it takes at a time
 }  // namespace avx512
+#ifdef __linux__
+namespace amx {
+// Whether this process may use the registers of tiles. The CPU must have them.
+bool allowed();
+// Both leave the tiles in use, until their thread calls `release`.
+void block_bfloat16(int64_t rows, int64_t cols, int64_t depth, const uint16_t* a, int64_t a_stride, const uint16_t* b,
+                    float* c, int64_t c_stride, bool accumulate);
+void block_bfloat16_past_cache(int64_t rows, int64_t cols, int64_t depth, const uint16_t* a, int64_t a_stride,
+                               const uint16_t* b, float* c, int64_t c_stride, bool accumulate);
+void release();
+constexpr int64_t kPanel = 32;
+constexpr int64_t kStripRows = 32;
+}  // namespace amx
+#endif
 #endif
 
 }  // namespace dpo_kernels

@@ -52,36 +52,44 @@ DPO_AVX512 inline void transpose(__m512i (&r)[kLanes]) {
     }
 }
 
-DPO_AVX512 void rows_to_panel(const uint16_t* from, int64_t stride, int64_t depth, int64_t reach, int64_t cols,
-                              int64_t panel, uint16_t* out) {
-    for (int64_t k = 0; k < reach; k += 2, out += 2 * panel) {
+// A row has a few columns in each panel. Whole rows are read, as memory has them one after the other.
+DPO_AVX512 void rows_to_panels(const uint16_t* from, int64_t stride, int64_t depth, int64_t reach, int64_t cols,
+                               int64_t panel, uint16_t* out) {
+    for (int64_t k = 0; k < reach; k += 2) {
         const uint16_t* row = from + k * stride;
-        const uint16_t* next = k + 1 < depth ? row + stride : nullptr;
-        for (int64_t j = 0; j < panel; j += kLanes) {
-            const __mmask16 mask = k < depth ? first(cols - j, kLanes) : 0;
-            _mm512_storeu_si512(out + 2 * j, pairs_of(row + j, next == nullptr ? nullptr : next + j, mask));
+        const bool pair = k + 1 < depth;
+        for (int64_t left = 0; left < cols; left += panel) {
+            uint16_t* to = out + left * reach + k * panel;
+            for (int64_t j = left; j < left + panel; j += kLanes, to += 2 * kLanes) {
+                const __mmask16 mask = k < depth ? first(cols - j, kLanes) : 0;
+                _mm512_storeu_si512(to, pairs_of(row + j, pair ? row + stride + j : nullptr, mask));
+            }
         }
     }
 }
 
-DPO_AVX512 void columns_to_panel(const uint16_t* from, int64_t stride, int64_t depth, int64_t reach, int64_t cols,
-                                 int64_t panel, uint16_t* out) {
+DPO_AVX512 void columns_to_panels(const uint16_t* from, int64_t stride, int64_t depth, int64_t reach, int64_t cols,
+                                  int64_t panel, uint16_t* out) {
     __m512i r[kLanes];
-    for (int64_t j = 0; j < panel; j += kLanes) {
-        for (int64_t k = 0; k < reach; k += 2 * kLanes) {
-            const __mmask32 mask = first(depth - k, 2 * kLanes);
-            for (int64_t i = 0; i < kLanes; i++) {
-                r[i] = j + i < cols ? _mm512_maskz_loadu_epi16(mask, from + (j + i) * stride + k) : _mm512_setzero_si512();
+    for (int64_t left = 0; left < cols; left += panel, out += panel * reach) {
+        for (int64_t j = 0; j < panel; j += kLanes) {
+            const uint16_t* column = from + (left + j) * stride;
+            for (int64_t k = 0; k < reach; k += 2 * kLanes) {
+                const __mmask32 mask = first(depth - k, 2 * kLanes);
+                for (int64_t i = 0; i < kLanes; i++) {
+                    const bool there = left + j + i < cols;
+                    r[i] = there ? _mm512_maskz_loadu_epi16(mask, column + i * stride + k) : _mm512_setzero_si512();
+                }
+                transpose(r);
+                const int64_t pairs = least(kLanes, (reach - k) / 2);
+                for (int64_t i = 0; i < pairs; i++) _mm512_storeu_si512(out + ((k / 2 + i) * panel + j) * 2, r[i]);
             }
-            transpose(r);
-            const int64_t pairs = least(kLanes, (reach - k) / 2);
-            for (int64_t i = 0; i < pairs; i++) _mm512_storeu_si512(out + ((k / 2 + i) * panel + j) * 2, r[i]);
         }
     }
 }
 
 DPO_AVX512 void columns_to_rows(const uint16_t* from, int64_t stride, int64_t depth, int64_t reach, int64_t rows,
-                                uint16_t* out) {
+                                uint16_t* out, int64_t out_stride) {
     __m512i r[kLanes];
     for (int64_t k = 0; k < reach; k += 2 * kLanes) {
         const __mmask32 reached = first(reach - k, 2 * kLanes);
@@ -94,7 +102,7 @@ DPO_AVX512 void columns_to_rows(const uint16_t* from, int64_t stride, int64_t de
             }
             transpose(r);
             const int64_t height = least(kLanes, rows - i);
-            for (int64_t p = 0; p < height; p++) _mm512_mask_storeu_epi16(out + (i + p) * reach + k, reached, r[p]);
+            for (int64_t p = 0; p < height; p++) _mm512_mask_storeu_epi16(out + (i + p) * out_stride + k, reached, r[p]);
         }
     }
 }
@@ -176,7 +184,7 @@ void block_bfloat16_past_cache(int64_t rows, int64_t cols, int64_t depth, const 
     _mm_sfence();  // such stores are not ordered: the thread that reads must find them
 }
 
-extern const Packing packing = {rows_to_panel, columns_to_panel, columns_to_rows};
+extern const Packing packing = {rows_to_panels, columns_to_panels, columns_to_rows};
 
 }  // namespace avx512
 }  // namespace dpo_kernels

@@ -49,20 +49,21 @@ struct LogitsBlock {
     Tile<float> tile(int64_t start) const { return {data, kCols, cols, start + col}; }
 };
 
-// x with rows of an even number of elements, copied if it needs to be.
-Matrix even_rows(const Linear& of, Aligned<uint16_t>& copy) {
-    if (of.width % 2 == 0) return of.x;
-    const int64_t reach = up(of.width, 2);
-    copy.reserve(of.rows * reach);
-    pack_left(of.x, 0, of.rows, 0, of.width, reach, copy.data());
-    return {copy.data(), reach, 1};
+// A copy of x, whose rows have an even number of elements and a distance that suits the cache.
+Matrix spread_rows(const Linear& of, Aligned<uint16_t>& copy) {
+    const int64_t reach = padded(of.width), stride = row_distance(reach);
+    copy.reserve(of.rows * stride);
+    parallel_for(0, of.rows, kRows, [&](int64_t first, int64_t last) {
+        pack_left(of.x, first, last - first, 0, of.width, reach, copy.data() + first * stride, stride);
+    });
+    return {copy.data(), stride, 1};
 }
 
 // The rows of the head that a block of logits is made of, as panels.
 void pack_head(const Linear& of, const LogitsBlock& block, int64_t panel, uint16_t* out) {
     for (int64_t k = 0; k < of.width; k += kDepth) {
         const int64_t depth = std::min(kDepth, of.width - k);
-        pack_right(of.weight, k, depth, up(depth, 2), block.col, block.cols, panel, out + k * kCols);
+        pack_right(of.weight, k, depth, padded(depth), block.col, block.cols, panel, out + k * kCols);
     }
 }
 
@@ -73,10 +74,10 @@ constexpr int64_t kGroup = 64;  // blocks of columns whose states are kept side 
 template <typename OnBlock, typename OnGroup>
 void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_group) {
     const Product& product = required_product();
-    const int64_t reach = up(of.width, 2);
+    const int64_t reach = padded(of.width);
     const RowBlocks row_blocks(of.rows, product);
     Aligned<uint16_t> copy;
-    const Matrix x = even_rows(of, copy);
+    const Matrix x = spread_rows(of, copy);
     for (int64_t first_col = 0; first_col < of.cols; first_col += kGroup * kCols) {
         const int64_t col_blocks = std::min(kGroup, (of.cols - first_col + kCols - 1) / kCols);
         parallel_for(0, row_blocks.number() * col_blocks, 1, [&](int64_t first, int64_t last) {
@@ -93,8 +94,8 @@ void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_gr
                 if (held != n) pack_head(of, block, product.panel, right.data());
                 held = n;
                 for (int64_t k = 0; k < of.width; k += kDepth) {
-                    product.block(block.rows, block.cols, up(std::min(kDepth, of.width - k), 2), x.at(block.row, k),
-                                   x.row_stride, right.data() + k * kCols, block.data, kCols, k > 0);
+                    product.block(block.rows, block.cols, padded(std::min(kDepth, of.width - k)), x.at(block.row, k),
+                                  x.row_stride, right.data() + k * kCols, block.data, kCols, k > 0);
                 }
                 if (of.width == 0) std::fill_n(block.data, kRows * kCols, 0.0f);
                 if (of.bias != nullptr || of.scale != 1.0f || of.softcap != 0.0f) {

@@ -14,18 +14,17 @@ const Packing& packing() {
 void pack_right(const Matrix& b, int64_t k0, int64_t depth, int64_t reach, int64_t n0, int64_t cols, int64_t panel,
                 uint16_t* out) {
     const bool rows = b.col_stride == 1;
-    const auto pack = rows ? packing().rows_to_panel : packing().columns_to_panel;
-    for (int64_t j = 0; j < cols; j += panel, out += reach * panel) {
-        pack(b.at(k0, n0 + j), rows ? b.row_stride : b.col_stride, depth, reach, std::min(panel, cols - j), panel, out);
-    }
+    const auto pack = rows ? packing().rows_to_panels : packing().columns_to_panels;
+    pack(b.at(k0, n0), rows ? b.row_stride : b.col_stride, depth, reach, cols, panel, out);
 }
 
-void pack_left(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t reach, uint16_t* out) {
+void pack_left(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t reach, uint16_t* out,
+               int64_t stride) {
     if (a.col_stride != 1) {
-        packing().columns_to_rows(a.at(m0, k0), a.col_stride, depth, reach, rows, out);
+        packing().columns_to_rows(a.at(m0, k0), a.col_stride, depth, reach, rows, out, stride);
         return;
     }
-    for (int64_t i = 0; i < rows; i++, out += reach) {
+    for (int64_t i = 0; i < rows; i++, out += stride) {
         std::copy_n(a.at(m0 + i, k0), depth, out);
         std::fill(out + depth, out + reach, uint16_t(0));
     }
@@ -89,15 +88,16 @@ void multiply_columns(const Matrix& a, const Matrix& b, const Result& c, const R
             }
         });
         parallel_for(0, row_blocks.number() * col_blocks, 1, [&](int64_t first, int64_t last) {
+            const int64_t stride = row_distance(chunk.reach);
             Aligned<uint16_t> left;
-            left.reserve(product.rows * chunk.reach);
+            left.reserve(product.rows * stride);
             int64_t held = -1;
             for (int64_t task = first; task < last; task++) {
                 const int64_t m = task / col_blocks, n = task % col_blocks, m0 = row_blocks.start(m);
                 const int64_t height = row_blocks.height(m);
-                if (held != m) pack_left(a, m0, height, chunk.k, chunk.length, chunk.reach, left.data());
+                if (held != m) pack_left(a, m0, height, chunk.k, chunk.length, chunk.reach, left.data(), stride);
                 held = m;
-                c.block(height, std::min(kCols, width - n * kCols), chunk.reach, left.data(), chunk.reach,
+                c.block(height, std::min(kCols, width - n * kCols), chunk.reach, left.data(), stride,
                         right.data() + n * kCols * chunk.reach, c.at(m0, n0 + n * kCols), c.stride,
                         c.accumulate || chunk.k > 0);
             }

@@ -1,4 +1,4 @@
-// Which block kernel multiplies bfloat16 matrices in this process: ours (AVX512_BF16) or torch's own (brgemm, AMX too).
+// Which block kernel multiplies bfloat16 matrices in this process: one of ours (AMX, AVX512_BF16) or torch's (brgemm).
 #include "products.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -82,8 +82,11 @@ constexpr Product kAvx512{"avx512_bf16",
                           avx512::kStripRows,
                           avx512::kPanel,
                           nullptr};
+#ifdef __linux__
+constexpr Product kAmx{
+    "amx", amx::block_bfloat16, amx::block_bfloat16_past_cache, kRows, amx::kStripRows, amx::kPanel, amx::release};
 #endif
-
+#endif
 
 // Whether a block kernel adds to a result what the plain loops add. The operands are small integers, so both are exact.
 bool agrees(const Product& product, int64_t rows, int64_t cols, int64_t depth, bool transposed) {
@@ -117,14 +120,14 @@ const std::string& asked_for() {
         const char* value = std::getenv("DPO_KERNELS_BF16");
         const std::string name(value == nullptr ? "" : value);
         DPO_CHECK(name.empty() || name == "0" || name == "1" || name == "portable" || name == "brgemm" ||
-                  name == "avx512_bf16",
-                  "DPO_KERNELS_BF16 must be 0, 1, avx512_bf16, brgemm or portable, got ", name);
+                  name == "avx512_bf16" || name == "amx",
+                  "DPO_KERNELS_BF16 must be 0, 1, amx, avx512_bf16, brgemm or portable, got ", name);
         return name == "1" ? std::string() : name;
     }();
     return asked;
 }
 
-const Product* ours() {
+const Product* by_vectors() {
 #ifdef DPO_X86
     static const bool runs = isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16") && probe(kAvx512);
     if (runs) return &kAvx512;
@@ -144,16 +147,25 @@ bool runs_brgemm() {
 
 const Product* torchs() { return torch_may_use_it() && runs_brgemm() ? &kBrgemm : nullptr; }
 
-// Matrix instructions, which our block kernel does not use and torch's does.
-bool has_amx() {
+// Whether the CPU multiplies tiles of bfloat16, AMX-BF16. Not every compiler's own question knows the word.
+bool has_tiles() {
 #ifdef DPO_X86
-    // Not every compiler's own question knows the word.
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1u) != 0;
 #else
     return false;
 #endif
 }
+
+const Product* by_tiles() {
+#if defined(DPO_X86) && defined(__linux__)
+    static const bool runs = isa() == Isa::avx512 && has_tiles() && amx::allowed() && probe(kAmx);
+    if (runs) return &kAmx;
+#endif
+    return nullptr;
+}
+
+const Product* first_of(const Product* first, const Product* second) { return first != nullptr ? first : second; }
 
 }  // namespace
 
@@ -166,12 +178,18 @@ const Product* product_of_this_machine() {
         return torchs();
     }
     if (asked == "avx512_bf16") {
-        DPO_CHECK(ours() != nullptr, "DPO_KERNELS_BF16=avx512_bf16: this CPU has no AVX512_BF16, or DPO_KERNELS_ISA "
-                  "asks for less");
-        return ours();
+        DPO_CHECK(by_vectors() != nullptr, "DPO_KERNELS_BF16=avx512_bf16: this CPU has no AVX512_BF16, or "
+                  "DPO_KERNELS_ISA asks for less");
+        return by_vectors();
     }
-    const Product* first = has_amx() ? torchs() : ours();
-    return first != nullptr ? first : has_amx() ? ours() : torchs();
+    if (asked == "amx") {
+        DPO_CHECK(by_tiles() != nullptr, "DPO_KERNELS_BF16=amx: this CPU has no AMX, Linux does not give it to this "
+                  "process, or DPO_KERNELS_ISA asks for less");
+        return by_tiles();
+    }
+    if (by_tiles() != nullptr) return by_tiles();
+    // Tiles that are there and not ours to use may be torch's.
+    return has_tiles() ? first_of(torchs(), by_vectors()) : first_of(by_vectors(), torchs());
 }
 
 const Product& required_product() {

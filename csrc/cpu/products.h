@@ -17,6 +17,9 @@ constexpr int64_t kPackedElements = 4 << 20;  // elements of the right operand t
 
 inline int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
+// How many elements a sum of so many has with its zeros, where the left operand is read row after row.
+inline int64_t padded(int64_t depth) { return depth % 2 == 0 ? depth : up(depth, kDepthStep); }
+
 struct Matrix {
     const uint16_t* data;
     int64_t row_stride;
@@ -87,8 +90,13 @@ const Packing& packing();
 void pack_right(const Matrix& b, int64_t k0, int64_t depth, int64_t reach, int64_t n0, int64_t cols, int64_t panel,
                 uint16_t* out);
 
-// Elements k0.. of the rows m0.. of the left operand, row after row.
-void pack_left(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t reach, uint16_t* out);
+// Elements k0.. of the rows m0.. of the left operand, with `stride` from row to row.
+void pack_left(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t reach, uint16_t* out,
+               int64_t stride);
+
+// The distance of packed rows of so many elements: not a multiple of a large power of two, which would bring the same
+// column of many rows to the same few places of the cache.
+inline int64_t row_distance(int64_t elements) { return up(elements, 64) + 32; }
 
 // c (+)= a b.
 void multiply(int64_t rows, int64_t cols, int64_t depth, const Matrix& a, const Matrix& b, float* c, int64_t c_stride,

@@ -41,8 +41,7 @@ def other_paths() -> list[dict[str, str]]:
     if here is None:
         return []
     products = [value for value, name in (("portable", "portable"), ("0", "float32")) if name != here]
-    if here in machine.BY_INSTRUCTIONS:
-        products += [name for name in machine.BY_INSTRUCTIONS if name != here]
+    products += [name for name in machine.products_by_instructions() if name != here]
     pairs = itertools.zip_longest(machine.lesser_instruction_sets(), products)
     both = [{"DPO_KERNELS_ISA": isa, "DPO_KERNELS_BF16": product} for isa, product in pairs]
     return [{name: value for name, value in path.items() if value is not None} for path in both]
@@ -90,5 +89,5 @@ def test_a_path_that_does_not_exist_is_named():
     said = subprocess.run([sys.executable, "-c", code], env=os.environ | wrong, **run).stdout.splitlines()
     assert said == [
         "dpo_kernels: DPO_KERNELS_ISA must be base, avx2 or avx512, got sse",
-        "dpo_kernels: DPO_KERNELS_BF16 must be 0, 1, avx512_bf16, brgemm or portable, got on",
+        "dpo_kernels: DPO_KERNELS_BF16 must be 0, 1, amx, avx512_bf16, brgemm or portable, got on",
     ]
