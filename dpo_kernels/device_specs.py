@@ -4,9 +4,11 @@ No entry has been tuned on its hardware. ``benchmarks/model.py`` predicts times 
 ``docs/benchmarks/nvidia-*.md`` show the predictions. A measurement that contradicts a number replaces it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
+
+from dpo_kernels.records import dataclass
 
 # This is the part of the tensor cores' peak that large GEMMs of a library reach. It comes from three bare GEMMs of
 # N=8192, H=4096, V=151936, which took 42 ms on an H100 (huggingface/trl #7244).

@@ -7,18 +7,19 @@ loss in one launch.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.loss_interface import SequenceLoss
+from dpo_kernels.records import dataclass
 from dpo_kernels.segments import segment_sum, sequence_to_token
 from dpo_kernels.shapes import GPU_ROW_ALIGNMENT, Head, Sampling, accumulation_dtype, padded
 
 
-@dataclass
+@dataclass(frozen=False)
 class RowState:
     """The running maximum and sums of rows while the vocabulary passes by in tiles, as in an online softmax.
 
@@ -278,9 +279,9 @@ class RowKernels(ABC):
         """Return whether tiles can hold codes of 16 bits instead of logits, for operands of a dtype on this machine.
 
         A code says how far a logit lies below the largest one of its block of columns. In a call with ``codes_logits``
-        a tile is int16. ``scratch``, ``tile_in``, ``recomputed_dlogits``, ``sampled_dlogits_of_state``,
-        ``recomputed_sampled_dlogits`` and the next four operations take it, and no other may. Calls whose tiles are
-        read by others are made without ``narrow``.
+        a tile is int16, and without memory where no gradient follows. ``scratch``, ``tile_in``, ``recomputed_dlogits``,
+        ``sampled_dlogits_of_state``, ``recomputed_sampled_dlogits`` and the next four operations take it, and no other
+        may. Calls whose tiles are read by others are made without ``narrow``.
         """
         return False
 

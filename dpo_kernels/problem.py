@@ -1,7 +1,7 @@
 """The problem: what a call asks for, as one frozen object. ``inputs/make_problem.py`` checks its parts and makes it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpo_kernels.checks import traced
 from dpo_kernels.loss_interface import SequenceLoss
+from dpo_kernels.records import dataclass
 from dpo_kernels.shapes import Head, NeedsGrad, PackedTokens, Sampling, Schedule
 from dpo_kernels.tiled_weight import TiledWeight
 

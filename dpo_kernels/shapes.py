@@ -17,12 +17,13 @@ k     statistics that were requested
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dpo_kernels.records import dataclass
 
 # The row kernels compute these statistics, and a call returns their means over the scored tokens of each sequence.
 STATS = ("entropy", "mean_logits", "top1", "log_sum_p2")
@@ -205,7 +206,7 @@ class Schedule:
 
     tile: Tile  # of logits that the scratch holds
     chunks: tuple[Chunk, ...]
-    scratch_logits: int  # that the scratch has memory for, padding of rows included; at least those of the tile
+    scratch_logits: int  # that the scratch has memory for, padding included: those of the tile or more, or 0 if unkept
     block_rows: int = 1  # rows of a GEMM's own tile; an oversized example is cut at multiples of them
     logits_in_weight_grad: bool = False  # the logits lie in the memory of the head's gradient
     recompute_in_library: bool = False  # recomputed logits come from torch's GEMM, not from the backend's own kernel

@@ -1,7 +1,7 @@
 """The options of the public functions in groups that check themselves. Fields are named like the arguments."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpo_kernels import checks
 from dpo_kernels.inputs.pair_order import PAIR_ORDERS, STACKED
+from dpo_kernels.records import dataclass
 from dpo_kernels.shapes import KL, STATS, TOKEN_LOGPS, Sampling
 
 REDUCTIONS = ("mean", "sum", "none")

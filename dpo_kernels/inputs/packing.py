@@ -7,7 +7,7 @@ sixty launches in torch, while nothing else is there to run.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from dpo_kernels.checks import check_cumulative, traced
 from dpo_kernels.inputs.options import Layout
 from dpo_kernels.inputs.tensors import Batch
+from dpo_kernels.records import dataclass
 from dpo_kernels.shapes import PackedTokens, SharedRows, accumulation_dtype, sum_dtype
 
 NOWHERE = 2**62  # the slot of a row that is not scored, past every capacity

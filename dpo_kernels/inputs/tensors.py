@@ -3,7 +3,6 @@
 ``packing`` checks values. After these two every layer may assume what the docstrings of ``shapes`` say.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from dpo_kernels import checks
 from dpo_kernels.checks import FLOAT_DTYPES, INDEX_DTYPES, check_device, refuse_batched
 from dpo_kernels.inputs.options import HeadOptions, PolicyTensors
+from dpo_kernels.records import dataclass
 from dpo_kernels.shapes import Head
 from dpo_kernels.tiled_weight import TiledWeight
 

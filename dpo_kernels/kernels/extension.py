@@ -7,8 +7,10 @@ The extension is optional and is loaded at its first use. ``why_not`` says what 
 import functools
 import importlib
 import importlib.util
+import re
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +46,9 @@ OPERATORS = (
     "extension_oldest_torch",
 )
 HOW = "pip install --no-cache-dir --force-reinstall --no-deps . in a checkout, with a C++ compiler"
+
+# How ``new_tensor`` of csrc/torch_abi.h says that an allocation failed.
+NO_MEMORY = re.compile(r"dpo_kernels: no memory for (\d+) bytes on ")
 
 _LOADING = threading.RLock()  # functools.cache lets threads that come at once all run the function
 _AUTOGRAD = torch.library.Library("dpo_kernels", "IMPL")  # its registrations live as long as it does
@@ -195,6 +200,34 @@ def _refuse_derivatives(name: str) -> None:
     _AUTOGRAD.impl(name, refuse_or_run, "Autograd", with_keyset=True)
 
 
+def with_torchs_error(operator: Callable[..., Any], like: Tensor, *arguments: object) -> Any:
+    """Call an operator that allocates its results. Where there is no memory, torch's own error is raised.
+
+    Neither the type nor the text of that error comes through torch's C functions, and callers look for both. So the
+    memory is asked for once more from here. If it is there by now, the operator is called again.
+
+    Args:
+        operator: an operator of the extension.
+        like: its first argument, whose device has the memory.
+        *arguments: the others.
+
+    Returns:
+        What the operator returns.
+
+    Raises:
+        torch.OutOfMemoryError: a GPU has no memory left. On the CPU torch raises another ``RuntimeError``.
+
+    """
+    try:
+        return operator(like, *arguments)
+    except RuntimeError as error:
+        found = NO_MEMORY.match(str(error))
+        if found is None:
+            raise
+    like.new_empty(int(found[1]), dtype=torch.uint8)
+    return operator(like, *arguments)
+
+
 class ExtensionKernels(TorchKernels):
     """Row passes of the extension that the CPU and CUDA share."""
 
@@ -266,7 +299,7 @@ class ExtensionKernels(TorchKernels):
         if counts_S.shape[0] == 0:
             return super().segment_sum(values_N, weights_N, counts_S)
         offsets = offsets_of(counts_S, values_N.shape[0])
-        sums: Tensor = torch.ops.dpo_kernels.segment_sum(values_N, weights_N, offsets)
+        sums: Tensor = with_torchs_error(torch.ops.dpo_kernels.segment_sum, values_N, weights_N, offsets)
         return sums
 
     def sequence_loss(
@@ -281,7 +314,6 @@ class ExtensionKernels(TorchKernels):
         """See ``RowKernels``; the sigmoid family takes one pass, other losses take autograd."""
         if loss.sigmoid is None or counts_S.shape[0] == 0:
             return super().sequence_loss(logp_N, weights_N, counts_S, ref_S, nan_if_invalid, loss)
-        sums_S, losses_P, grad_S = torch.ops.dpo_kernels.sigmoid_sequence_loss(
-            logp_N, weights_N, offsets_of(counts_S, logp_N.shape[0]), ref_S, nan_if_invalid, *loss.sigmoid
-        )
+        arguments = (logp_N, weights_N, offsets_of(counts_S, logp_N.shape[0]), ref_S, nan_if_invalid, *loss.sigmoid)
+        sums_S, losses_P, grad_S = with_torchs_error(torch.ops.dpo_kernels.sigmoid_sequence_loss, *arguments)
         return sums_S, losses_P, grad_S

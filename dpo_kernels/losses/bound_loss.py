@@ -1,7 +1,7 @@
 """A loss of pairs with beta, options and modifiers fixed: one function of the sequences' log-probs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from dpo_kernels.loss_interface import LossInputs
 from dpo_kernels.losses.base import AutogradLoss
 from dpo_kernels.losses.divergence import DIVERGENCES
 from dpo_kernels.losses.registry import LOSSES, LossSpec
+from dpo_kernels.records import dataclass
 from dpo_kernels.shapes import sum_dtype
 
 # The engine fills in this parameter of losses that are means over tokens.

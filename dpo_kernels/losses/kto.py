@@ -4,13 +4,14 @@ In the docstrings ``x`` is the log-ratio ``logp - ref`` of a sequence, ``b`` is 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_kernels.losses.base import UnnamedLoss
+from dpo_kernels.records import dataclass
 
 KTO_LOSSES = ("kto", "bco")
 

@@ -4,12 +4,13 @@ In the docstrings ``x`` is the log-ratio ``logp - ref`` of a sequence and ``b`` 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.losses.base import UnnamedLoss
+from dpo_kernels.records import dataclass
 
 GROUP_LOSSES = ("plackett_luce", "infonce")
 

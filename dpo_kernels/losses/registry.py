@@ -11,10 +11,12 @@ False
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from torch import Tensor
+
+from dpo_kernels.records import dataclass
 
 LossFunction = Callable[..., Tensor]
 

@@ -1,10 +1,10 @@
 """How the scratch is divided, and how large a tile of logits is."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 
+from dpo_kernels.records import dataclass
 from dpo_kernels.shapes import Tile, padded
 
 MIB = 2**20  # bytes
@@ -61,6 +61,7 @@ class Budget:
     streaming_rows: int = FEWEST_WHOLE_ROWS
     streaming_bytes: int = CPU_STREAMING_BYTES
     halves: bool = False  # the scratch has one of few sizes, see ``scratch_logits``
+    codes: bool = False  # logits are kept in 16 bits, and only until their gradient is formed
 
     def whole_rows(self, vocab: int) -> int:
         """Return how many whole rows of logits the tile holds."""
@@ -85,7 +86,14 @@ class Budget:
         return max(size, needed)
 
     @staticmethod
-    def of(scratch_bytes: int, device_type: str, bytes_per_logit: int, alignment: int, aliased: int) -> "Budget":
+    def of(
+        scratch_bytes: int,
+        device_type: str,
+        bytes_per_logit: int,
+        alignment: int,
+        aliased: int,
+        codes: bool = False,
+    ) -> "Budget":
         """Divide a scratch: a quarter, up to a limit, is for the temporaries, and the rest is for the tile."""
         workspace = min(scratch_bytes // 4, _workspace_limit(device_type))
         cpu = device_type == "cpu"
@@ -99,6 +107,7 @@ class Budget:
             streaming_rows=FEWEST_WHOLE_ROWS if cpu else GPU_STREAMING_ROWS,
             streaming_bytes=CPU_STREAMING_BYTES if cpu else GPU_STREAMING_BYTES,
             halves=not cpu,
+            codes=codes,
         )
 
     def minimum_scratch(self, vocab: int, device_type: str) -> int:

@@ -1,7 +1,7 @@
 """The plan: how a problem is computed, as one frozen object. It is made here and executed as it is."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,8 +13,9 @@ from dpo_kernels.planning.free_memory import recommended, scratch_by_default
 from dpo_kernels.planning.memory_budget import MIB, Budget
 from dpo_kernels.planning.refusals import refuse_kl, refuse_triton_on
 from dpo_kernels.planning.schedules import extra_bytes, num_tiles
-from dpo_kernels.planning.tables import BACKEND_NAMES, BACKENDS, CODE_BYTES, STRATEGIES, Strategy, divide_scratch
+from dpo_kernels.planning.tables import BACKEND_NAMES, BACKENDS, STRATEGIES, Strategy, divide_scratch
 from dpo_kernels.problem import Workload
+from dpo_kernels.records import dataclass
 from dpo_kernels.shapes import Schedule, Tile, accumulation_dtype
 
 KIB = 2**10  # bytes
@@ -197,8 +198,10 @@ class Plan:
             *self._rows_of_weight_grad(),
             f"  logits tile {tile.rows} x {tile.cols} ({_size(used)}{limit}){self._number_of_chunks()}",
         ]
-        if self.budget.bytes_per_logit == CODE_BYTES:
+        if self.budget.codes and used:
             lines.append("  logits are kept in 16 bits until their gradient is formed")
+        elif self.budget.codes:
+            lines.append("  logits are reduced in the cache and not kept, because no gradient follows")
         if workload.kl:
             lines.append("  the reference's logits lie in the scratch beside those of the policy")
         if self.logits_in_weight_grad:

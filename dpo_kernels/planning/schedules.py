@@ -65,13 +65,13 @@ def schedule_logps(workload: Workload, budget: Budget) -> Schedule:
     """
     fewest = 1 if workload.kl else FEWEST_WHOLE_ROWS
     tile = _of_whole_blocks(workload, tile_of_logps(budget, workload.num_tokens, workload.vocab, fewest))
-    return _of_tokens(workload, tile, budget.scratch_logits(tile, budget.tile_bytes))
+    return _of_tokens(workload, budget, tile, budget.tile_bytes)
 
 
 def schedule_streaming(workload: Workload, budget: Budget) -> Schedule:
     """Return the schedule of log-probs with a tile of fixed size."""
     tile = _of_whole_blocks(workload, tile_of_streaming(budget, workload.num_tokens, workload.vocab))
-    return _of_tokens(workload, tile, budget.scratch_logits(tile, min(budget.streaming_bytes, budget.tile_bytes)))
+    return _of_tokens(workload, budget, tile, min(budget.streaming_bytes, budget.tile_bytes))
 
 
 def _of_whole_blocks(workload: Workload, tile: Tile) -> Tile:
@@ -82,7 +82,10 @@ def _of_whole_blocks(workload: Workload, tile: Tile) -> Tile:
     return Tile(max(1, tile.rows * tile.cols // cols), cols)
 
 
-def _of_tokens(workload: Workload, tile: Tile, scratch_logits: int) -> Schedule:
+def _of_tokens(workload: Workload, budget: Budget, tile: Tile, most_bytes: int) -> Schedule:
+    """Return the schedule of a tile. Codes are written for a gradient only."""
+    forgets = budget.codes and not any(workload.needs_grad)
+    scratch_logits = 0 if forgets else budget.scratch_logits(tile, most_bytes)
     chunks = tuple(Chunk.of_tokens(start, stop) for start, stop in spans(workload.num_tokens, tile.rows))
     return Schedule(tile, chunks, scratch_logits, recompute_in_library=_library_recomputes_faster(workload))
 

@@ -1,7 +1,7 @@
 """The tables of strategies and backends, best first. A new one takes a file and a record here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from dpo_kernels.planning import refusals
 from dpo_kernels.planning.memory_budget import Budget
 from dpo_kernels.planning.schedules import schedule_examples, schedule_logps, schedule_streaming, streams_faster
 from dpo_kernels.problem import Problem, Workload
+from dpo_kernels.records import dataclass
 from dpo_kernels.shapes import Schedule, accumulation_dtype
 from dpo_kernels.strategies import both_heads, chunked, frozen_head, recompute, streaming
 from dpo_kernels.strategies.both_heads import LossOfBoth
@@ -162,4 +163,4 @@ def divide_scratch(
     if kl:
         per_logit += accumulation_dtype(dtype).itemsize  # no GEMM reads the reference's logits again
     aliased = kernels.can_alias_weight_grad * (accumulation_dtype(dtype).itemsize // CODE_BYTES if codes else 1)
-    return Budget.of(scratch_bytes, device.type, per_logit, kernels.row_alignment(device.type), aliased)
+    return Budget.of(scratch_bytes, device.type, per_logit, kernels.row_alignment(device.type), aliased, codes)

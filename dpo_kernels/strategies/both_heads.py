@@ -9,7 +9,6 @@ sums of both.
 The steps are those of ``chunked`` and of ``recompute``, with one GEMM pass more for each time that logits are computed.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from dpo_kernels.kernel_interface import (
     SumsOfBoth,
 )
 from dpo_kernels.problem import Problem, ScoredReference
+from dpo_kernels.records import dataclass
 from dpo_kernels.segments import sequence_to_token
 from dpo_kernels.shapes import Chunk, Schedule
 from dpo_kernels.strategies.buffers import Buffers, LossAndGradients
@@ -42,7 +42,7 @@ class LossOfBoth(NamedTuple):
     kl: Tensor  # (S,) KL divergences, float64
 
 
-@dataclass
+@dataclass(frozen=False)
 class ReferenceTiles:
     """The reference's logits of the tokens in the policy's tile, and its log-probs so far."""
 

@@ -1,7 +1,7 @@
 """The memory of a pass that forms gradients with the loss, and the steps that its strategies share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpo_kernels.kernel_interface import LogitsGradient, RowKernels, RowScale, RowState, SampledRows, SparseGradient
 from dpo_kernels.problem import Problem
+from dpo_kernels.records import dataclass
 from dpo_kernels.shapes import MOST_EXPONENT, Chunk, Schedule
 from dpo_kernels.strategies.row_results import RowResults
 from dpo_kernels.strategies.sampled import add_products
@@ -30,7 +31,7 @@ class LossAndGradients:
     bias: Tensor | None  # (V,)
 
 
-@dataclass
+@dataclass(frozen=False)
 class Buffers:
     """The memory of one pass: the scratch, the unfinished gradients, and the results so far.
 

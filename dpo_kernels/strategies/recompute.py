@@ -19,7 +19,8 @@ from dpo_kernels.strategies.weight_rows import WeightRows, weight_grad
 def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[RowResult, Tensor | None]:
     """Compute log-probs of the packed tokens, one tile of logits at a time. No derivative is saved."""
     head, packed, tile = problem.head, problem.packed, schedule.tile
-    scratch = kernels.scratch(problem.hidden.device, schedule.scratch_logits)
+    # Without a gradient that follows, codes are not written, and a tile is nothing but a shape.
+    scratch = kernels.scratch(problem.hidden.device, 0 if kernels.codes_logits else schedule.scratch_logits)
     rows = RowResults(kernels, problem, like=scratch)
     # A reference, which gets no gradient, needs no sums of its rows.
     only_logps = not any(problem.needs_grad) and problem.shard is None and not problem.stats
@@ -34,7 +35,8 @@ def logps(kernels: RowKernels, problem: Problem, schedule: Schedule) -> tuple[Ro
             continue
         state = kernels.new_state(labels_C.shape[0], x_CH.device, problem.stats)
         for left, right in spans(head.vocab, tile.cols):
-            z = kernels.tile_in(scratch, labels_C.shape[0], right - left)
+            shape = (labels_C.shape[0], right - left)
+            z = scratch.new_empty(()).expand(shape) if kernels.codes_logits else kernels.tile_in(scratch, *shape)
             kernels.project_and_reduce(state, x_CH, head, left, z, labels_C, gradient_follows=False)
         rows.put(chunk.start, chunk.stop, state)
     return rows.result, None

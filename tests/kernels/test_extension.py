@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dpo_kernels as dk
+from dpo_kernels import losses
 from dpo_kernels.kernels import extension, torch_kernels
 from dpo_kernels.kernels.cpp import CppKernels
 from dpo_kernels.kernels.torch_kernels import TorchKernels
@@ -397,6 +398,57 @@ def test_too_little_memory_is_said_in_words():
     assert str(caught.value) == f"dpo_kernels: no memory for {2**50} bytes on cpu"
     with pytest.raises(RuntimeError, match=rf"you tried to allocate {2**50} bytes"):
         CppKernels(torch.float32, 2**20).buffer(torch.device("cpu"), 2**20, 2**28)
+
+
+class WithoutMemory:
+    """An operator whose results cannot be allocated in its first calls. The error is the extension's own."""
+
+    def __init__(self, operator, calls):
+        self.operator, self.calls = operator, calls
+
+    def __call__(self, *arguments):
+        self.calls -= 1
+        if self.calls >= 0:
+            torch.ops.dpo_kernels.new_huge(torch.empty(0), [2**20, 2**28])
+        return self.operator(*arguments)
+
+
+@built
+@pytest.mark.parametrize("operator", ["segment_sum", "sigmoid_sequence_loss"])
+def test_too_little_memory_for_results_is_torchs_own_error(monkeypatch, operator):
+    """Whoever halves a batch looks for its type. The extension's own text does not say how much is free."""
+    rows, _ = kernels(torch.float32)
+    logp, counts = torch.randn(6), torch.tensor([2, 1, 3, 0])
+    loss = losses.bind("sigmoid", 0.1, 0.0, {})
+
+    def call():
+        if operator == "segment_sum":
+            return rows.segment_sum(logp, None, counts)
+        zeros = torch.zeros(4, dtype=torch.float64)
+        return rows.sequence_loss(logp, None, counts, zeros, zeros[0], loss)
+
+    def short_of(calls):
+        monkeypatch.setattr(torch.ops.dpo_kernels, operator, WithoutMemory(real, calls))
+
+    real, wanted = getattr(torch.ops.dpo_kernels, operator), call()
+    short_of(1)
+    with pytest.raises(RuntimeError, match=rf"you tried to allocate {2**50} bytes"):
+        call()
+    monkeypatch.setattr(torch.Tensor, "new_empty", out_of_memory)
+    short_of(1)
+    with pytest.raises(torch.OutOfMemoryError, match=rf"^{2**50} bytes$"):
+        call()
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda like, size, dtype: None)  # by now there is enough
+    short_of(1)
+    torch.testing.assert_close(call(), wanted, rtol=0, atol=0)
+    short_of(2)
+    with pytest.raises(RuntimeError, match=r"^dpo_kernels: no memory for"):
+        call()
+
+
+def out_of_memory(like, size, dtype):
+    """Fail as torch does where a GPU has no memory left."""
+    raise torch.OutOfMemoryError(f"{size * dtype.itemsize} bytes")
 
 
 # --- threads, sizes, instruction sets ---------------------------------------------------------------------------------

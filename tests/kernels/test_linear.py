@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dpo_kernels as dk
 from dpo_kernels.kernel_interface import LogitsGradient, SampledRows, SparseGradient
 from dpo_kernels.kernels import extension, sampling
 from dpo_kernels.kernels.cpp import CODED_COLS, CppKernels
@@ -609,3 +610,40 @@ def test_linear_of_nothing(sizes):
     _, state = coded(kernels, x, head, labels)
     assert state.max.tolist() == [-INF if cols == 0 else 0.0] * rows
     assert state.others.tolist() == [max(cols - 1.0, 0.0)] * rows
+
+
+# --- log-probs without a gradient -------------------------------------------------------------------------------------
+
+
+@multiplies
+@pytest.mark.parametrize("strategy", ["recompute", "streaming"])
+def test_logits_of_log_probs_alone_take_no_memory(monkeypatch, strategy):
+    """They are reduced in the cache. The backward pass has a tile of its own."""
+    sizes, scratch = [], CppKernels.scratch
+
+    def watched(self, *given):
+        memory = scratch(self, *given)
+        sizes.append(memory.untyped_storage().nbytes())
+        return memory
+
+    monkeypatch.setattr(CppKernels, "scratch", watched)
+    g = torch.Generator().manual_seed(0)
+    hidden, labels = torch.randn(4, 50, 16, generator=g).bfloat16(), torch.randint(0, 3000, (4, 50), generator=g)
+    weight = torch.randn(3000, 16, generator=g).bfloat16()
+    options = {"strategy": strategy, "backend": "cpp", "scratch_bytes": 150_000}
+    alone = dk.fused_sequence_logps(hidden, weight, labels, **options)
+    assert sizes == [0]
+    trained = dk.fused_sequence_logps(hidden.requires_grad_(), weight.requires_grad_(), labels, **options)
+    trained.sum().backward()
+    assert torch.equal(alone, trained)
+    assert sizes[:2] == [0, 0]
+    plan = dk.explain(hidden, weight, labels, reference_free=True, **options)
+    assert sizes[2:] == [plan.tile_bytes]
+    assert plan.tile_bytes > 50_000
+    assert "kept in 16 bits" in str(plan)
+    given = {"ref_hidden": hidden.detach(), "ref_weight": weight.detach()}
+    reference = dk.explain(hidden, weight, labels, **given, **options).reference
+    assert reference.tile_bytes == 0
+    assert reference.peak_bytes <= plan.peak_bytes - plan.tile_bytes
+    assert "logits are reduced in the cache and not kept" in str(reference)
+    assert reference.tile == plan.tile  # the columns that one product takes

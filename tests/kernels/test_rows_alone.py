@@ -34,18 +34,31 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 def test_the_base_rows_are_right(tmp_path: Path) -> None:
     done = run(compiled(tmp_path, "g++", ROWS / "rows_base.cpp"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 9
+    assert len(done.stdout.splitlines()) == 14
 
 
-def test_a_wrong_row_is_seen(tmp_path: Path) -> None:
-    text = (ROWS / "rows_impl.h").read_text(encoding="utf-8")
-    for old, new in [("entropy -= e > 0", "entropy += e > 0"), ("own = -how.others[r];", "own = how.others[r];")]:
-        assert text.count(old) == 1
-        (tmp_path / "rows_impl.h").write_text(text.replace(old, new), encoding="utf-8")
-        for header in ("rows.h", "codes_impl.h", "sparse_impl.h"):
-            shutil.copy(ROWS / header, tmp_path)
-        rows = Path(shutil.copy(ROWS / "rows_base.cpp", tmp_path))
-        assert run(compiled(tmp_path, "g++", rows)).returncode == 1
+WRONG = [
+    ("rows_impl.h", "entropy -= e > 0", "entropy += e > 0"),
+    ("rows_impl.h", "own = -how.others[r];", "own = how.others[r];"),
+    ("codes_impl.h", "* kStepsByNat + 0.5f", "* kStepsByNat"),
+    ("codes_impl.h", "p = p * t + 0.23934107f;", "p = p * t + 0.2384f;"),
+    ("codes_impl.h", "code == 65535 ? 0.0f : p * power", "p * power"),
+    ("codes_impl.h", "highest == Limits<float>::lowest ? 0.0f : exponential", "exponential"),
+    ("codes_impl.h", "codes.highest_stride + r]", "codes.highest_stride]"),
+    ("codes_impl.h", "if (how.softcap != 0.0f) own", "if (how.softcap == 0.0f) own"),
+    ("codes_impl.h", "below(codes[i]) * (flat", "below(codes[i]) + (flat"),
+]
+
+
+@pytest.mark.parametrize(("name", "old", "new"), WRONG)
+def test_a_wrong_row_is_seen(name: str, old: str, new: str, tmp_path: Path) -> None:
+    for header in ("rows.h", "rows_impl.h", "codes_impl.h", "sparse_impl.h"):
+        shutil.copy(ROWS / header, tmp_path)
+    text = (ROWS / name).read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    (tmp_path / name).write_text(text.replace(old, new), encoding="utf-8")
+    rows = Path(shutil.copy(ROWS / "rows_base.cpp", tmp_path))
+    assert run(compiled(tmp_path, "g++", rows)).returncode == 1
 
 
 @pytest.mark.skipif(CROSS is None or EMULATOR is None, reason="g++-aarch64-linux-gnu or qemu-user-static is missing")

@@ -91,8 +91,8 @@ PATHS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "dpo_kernels/strategies/recompute.py",
-        "    scratch = kernels.scratch(problem.hidden.device, schedule.scratch_logits)\n    rows =",
-        "    scratch = logps.kept = kernels.scratch(problem.hidden.device, schedule.scratch_logits)\n    rows =",
+        "    scratch = kernels.scratch(problem.hidden.device, 0 if",
+        "    scratch = logps.kept = kernels.scratch(problem.hidden.device, 0 if",
         "tests/strategies/test_memory.py::test_no_scratch_outlives_its_call",
         "the scratch of log-probs outlives its call",
     ),
