@@ -46,7 +46,7 @@ WRONG = [
     ("codes_impl.h", "highest == Limits<float>::lowest ? 0.0f : exponential", "exponential"),
     ("codes_impl.h", "codes.highest_stride + r]", "codes.highest_stride]"),
     ("codes_impl.h", "if (how.softcap != 0.0f) own", "if (how.softcap == 0.0f) own"),
-    ("codes_impl.h", "below(codes[i]) * (flat", "below(codes[i]) + (flat"),
+    ("codes_impl.h", "(below(codes[i]) * slope_of_code(", "(below(codes[i]) + slope_of_code("),
 ]
 
 
