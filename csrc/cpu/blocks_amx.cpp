@@ -14,7 +14,6 @@ namespace {
 
 constexpr int64_t kTile = 16;        // rows and columns of a tile of the result
 constexpr int64_t kTileDepth = 32;   // elements that one instruction sums
-constexpr int64_t kCached = 2048;     // elements summed at a time, so that a panel of them stays in the first-level cache
 static_assert(kStripRows == 2 * kTile && kPanel == 2 * kTile, "a strip has two by two tiles of the result");
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -152,12 +151,11 @@ void block_part(int64_t rows, int64_t cols, int64_t whole_depth, Strip strip, fl
     }
 }
 
+// The whole sums stay in the tiles, but for a rest of the depth that fills no tile.
 void block(int64_t rows, int64_t cols, int64_t depth, const uint16_t* a, int64_t a_stride, const uint16_t* b, float* c,
            int64_t c_stride, bool accumulate, bool past_cache) {
     for (int64_t k = 0; k < depth;) {
-        const int64_t left = depth - k;
-        const int64_t step = least(left, kTileDepth);
-        const int64_t steps = least(left, kCached) / step;
+        const int64_t step = least(depth - k, kTileDepth), steps = (depth - k) / step;
         const Strip strip{a + k, a_stride, b + k * kPanel, steps, step};
         const bool last = k + steps * step == depth;
         block_part(rows, cols, depth, strip, c, c_stride, accumulate || k > 0, past_cache && last);
