@@ -299,8 +299,9 @@ def readme_section(known: dict[str, dict[str, Any]]) -> str:
             f"{_said_of_ours(cases)} The picture shows time over that of the bare matrix products (dashed line). "
             f"{ROUNDS} {FULL_LOGITS} The picture has the fastest variant, which is compiled where that was measured.",
         ]
-    others = [f"[{state['machine']['name']}](docs/benchmarks/{slug}.md)" for slug, state in known.items()]
-    others = [link for slug, link in zip(known, others, strict=True) if slug not in shown]
+    others = [
+        f"[{state['machine']['name']}](docs/benchmarks/{slug}.md)" for slug, state in known.items() if slug not in shown
+    ]
     found = [f"Measured too: {', '.join(others)}." if others else "", _predicted_only(known, "docs/benchmarks")]
     parts.append(" ".join(filter(None, found)))
     return _text(*parts).strip()

@@ -34,12 +34,15 @@ def bfloat16_product() -> str | None:
 
 
 def products_by_instructions() -> list[str]:
-    """Those of ``BY_INSTRUCTIONS`` that this CPU can run; none where this process was held to less."""
-    if bfloat16_product() not in BY_INSTRUCTIONS:
+    """Those of ``BY_INSTRUCTIONS`` that are sure to run here; none where this process was held to less.
+
+    A CPU with AMX does not tell whether Linux gives its registers to a process, so AMX counts where it is in use.
+    """
+    here, (_, flags) = bfloat16_product(), processor()
+    if here not in BY_INSTRUCTIONS:
         return []
-    _, flags = processor()
-    needed = {"amx": "amx_bf16", "avx512_bf16": "avx512_bf16"}
-    return [name for name in BY_INSTRUCTIONS if name not in needed or needed[name] in flags]
+    others = {"brgemm", *({"avx512_bf16"} & set(flags))}
+    return [name for name in BY_INSTRUCTIONS if name == here or name in others]
 
 
 def lesser_instruction_sets() -> list[str]:

@@ -49,8 +49,11 @@ struct LogitsBlock {
     Tile<float> tile(int64_t start) const { return {data, kCols, cols, start + col}; }
 };
 
-// A copy of x, whose rows have an even number of elements and a distance that suits the cache.
+constexpr int64_t kCrowded = 512;  // elements: rows so far apart, or a multiple of it, fall into few sets of the cache
+
+// x with rows of an even number of elements and a distance that suits the cache, copied if it needs to be.
 Matrix spread_rows(const Linear& of, Aligned<uint16_t>& copy) {
+    if (of.width % 2 == 0 && of.x.row_stride % kCrowded != 0) return of.x;
     const int64_t reach = padded(of.width), stride = row_distance(reach);
     copy.reserve(of.rows * stride);
     parallel_for(0, of.rows, kRows, [&](int64_t first, int64_t last) {

@@ -170,8 +170,9 @@ def test_a_product_that_cannot_run_is_not_replaced_in_silence(product, why):
 
 # --- logits that are reduced block by block ---------------------------------------------------------------------------
 
-# Rows, width, columns. The sums of 64 blocks of 256 columns are folded together, so the last one is folded twice.
-SHAPES = [(1, 1, 1), (3, 7, 255), (130, 33, 257), (5, 5100, 900), (127, 64, 3000), (3, 8, 16700)]
+# Rows, width, columns. Rows of 512 elements are copied, to lie elsewhere in the cache. The sums of 64 blocks of 256
+# columns are folded together, so those of the last shape are folded twice.
+SHAPES = [(1, 1, 1), (3, 7, 255), (130, 33, 257), (5, 5100, 900), (127, 64, 3000), (40, 512, 300), (3, 8, 16700)]
 KINDS = {
     "plain": {},
     "bias and scale": {"bias": True, "logit_scale": 0.3},
