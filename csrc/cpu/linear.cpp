@@ -108,6 +108,7 @@ void over_blocks(const Linear& of, const OnBlock& on_block, const OnGroup& on_gr
                 on_block(block);
             }
             if (product.finish) product.finish();
+            order_stores();
         });
         on_group(col_blocks);
     }
@@ -150,10 +151,11 @@ private:
     RowState<float> like_;
 };
 
-void write_codes(const LogitsBlock& block, const Codes& all) {
-    const Codes part{all.data + block.row * all.stride + block.col, all.stride,
-                     all.highest + block.col / kCols * all.highest_stride + block.row, 0};
-    passes<float>().encode(block.tile(0), part, 0, block.rows);
+// The codes of a block, null if there are none at all.
+Codes part_of(const Codes& all, const LogitsBlock& block) {
+    if (all.data == nullptr) return all;
+    return {all.data + block.row * all.stride + block.col, all.stride,
+            all.highest + block.col / kCols * all.highest_stride + block.row, 0, all.past_cache};
 }
 
 float* float_or_null(const std::optional<Tensor>& tensor) {
@@ -188,9 +190,7 @@ void linear_reduce_(const Tensor& x, const Tensor& weight, const std::optional<T
         [&](const LogitsBlock& block) {
             const int64_t n = block.col / kCols;
             const RowState<float> part = parts.at(n % kGroup, block.row);
-            pass.reduce(block.tile(start), labels_data + block.row, part, false, 0, block.rows);
-            if (all.data == nullptr) return;
-            write_codes(block, all);
+            pass.reduce_block(block.tile(start), labels_data + block.row, part, part_of(all, block), 0, block.rows);
         },
         [&](int64_t blocks) {
             parallel_for(0, of.rows, kRows, [&](int64_t first, int64_t last) {
@@ -215,7 +215,7 @@ void linear_codes_(const Tensor& x, const Tensor& weight, const std::optional<Te
     over_blocks(
         of,
         [&](const LogitsBlock& block) {
-            write_codes(block, all);
+            passes<float>().encode(block.tile(0), part_of(all, block), 0, block.rows);
             for (int64_t r = 0; r < block.rows; r++) {
                 const int64_t label = labels_data[block.row + r] - start - block.col;
                 if (label >= 0 && label < block.cols) target_data[block.row + r] = block.data[r * kCols + label];

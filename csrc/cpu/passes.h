@@ -8,6 +8,10 @@
 #include "../checks.h"
 #include "rows.h"
 
+#ifdef DPO_X86
+#include <xmmintrin.h>
+#endif
+
 namespace dpo_kernels {
 
 enum class Isa { base, avx2, avx512 };
@@ -54,6 +58,14 @@ inline const Passes<double>& passes<double>() {
     return base::passes_double;
 }
 
+// A thread calls it after passes that leave the cache to others: their stores are not ordered, and whoever waits for
+// the thread must find them.
+inline void order_stores() {
+#ifdef DPO_X86
+    _mm_sfence();
+#endif
+}
+
 constexpr int64_t kElementsByTask = 32768;  // of a tile, at least, before another thread is worth it
 
 template <typename Body>
@@ -68,6 +80,8 @@ void with_type(const Tensor& tensor, const Body& body) {
     else body(0.0);
 }
 
+constexpr int64_t kCachedCodes = 8 << 20;  // 16 MiB, which may be found in the cache by whoever reads them
+
 // Codes of these logits and the largest logits of their blocks, (blocks, rows), from tensors.
 inline Codes codes_of(const Tensor& codes, const Tensor& highest, int64_t rows, int64_t cols) {
     const TileShape shape = check_matrix("codes", codes);
@@ -79,7 +93,9 @@ inline Codes codes_of(const Tensor& codes, const Tensor& highest, int64_t rows, 
               highest.size(1) == rows && highest.is_contiguous(),
               "highest must be contiguous float32 of the shape [", blocks, ", ", rows, "], got ", highest.scalar_type(),
               " of the shape ", highest.sizes());
-    return {static_cast<uint16_t*>(codes.mutable_data_ptr()), shape.stride, highest.mutable_data_ptr<float>(), rows};
+    uint16_t* data = static_cast<uint16_t*>(codes.mutable_data_ptr());
+    const bool whole_lines = (reinterpret_cast<uintptr_t>(data) | shape.stride * sizeof(*data)) % 64 == 0;
+    return {data, shape.stride, highest.mutable_data_ptr<float>(), rows, whole_lines && rows * cols > kCachedCodes};
 }
 
 }  // namespace dpo_kernels

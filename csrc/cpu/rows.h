@@ -50,6 +50,7 @@ struct Codes {
     int64_t stride;
     float* highest;          // of row r in block b: highest[b * highest_stride + r]
     int64_t highest_stride;
+    bool past_cache;         // the cache is left to what is read sooner, see `order_stores`; rows begin with a line of it
 };
 constexpr int64_t kCodedCols = 256;
 
@@ -82,6 +83,8 @@ struct Passes {
     void (*apply_bias_scale_cap)(Tile<T>, const T* bias, T scale, T softcap, int64_t first, int64_t last);
     // Write the logits of at most kCodedCols columns as codes, and the largest of each row.
     void (*encode)(Tile<T>, Codes, int64_t first, int64_t last);
+    // Do reduce of at most kCodedCols columns, into states that hold nothing yet, and encode unless the codes are null.
+    void (*reduce_block)(Tile<T>, const int64_t* labels, RowState<T>, Codes, int64_t first, int64_t last);
     // Do dlogits of rows of logits that are codes. The result may take the place of the codes.
     void (*dlogits_of_codes)(Codes, int64_t cols, int64_t start, Gradient<T>, int64_t first, int64_t last);
     // out[i] = factor * in[i], rounded to nearest; the two do not overlap.
@@ -95,8 +98,9 @@ struct Passes {
     // out (+)= the sum of factors[k] times row indices[k] of a matrix, in that order.
     void (*add_rows)(T* out, int64_t width, const T* matrix, int64_t stride, const int32_t* indices, const T* factors,
                      int64_t count, bool accumulate);
+    // The same of rows of bfloat16. The cache may be left to what is read sooner, see `order_stores`.
     void (*add_bfloat16_rows)(T* out, int64_t width, const uint16_t* matrix, int64_t stride, const int32_t* indices,
-                              const T* factors, int64_t count, bool accumulate);
+                              const T* factors, int64_t count, bool accumulate, bool past_cache);
 };
 
 namespace base {

@@ -41,21 +41,24 @@ struct Limits {
     static constexpr T lowest = -T(INFINITY);
 };
 
+// The numbers of the exponential in float, which codes_avx512.h reads too.
+static const float kLeastExponent = -88.37f;      // n = -127: the factor of the result is 0
+static const float kShifter = 12582912.0f;        // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+static const float kLog2e = 1.44269504f;
+static const float kLn2[2] = {0.693145752f, 1.42860677e-6f};
+static const float kExp[5] = {0.00138146283f, 0.00836871675f, 0.0416683876f, 0.166665206f, 0.499999934f};
+
 // exp(x) within 1 ulp or two; 0 where the result would be subnormal, -inf included; NaN stays NaN.
 // x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts; exp(r) = 1 + r + r^2 q(r), q a minimax polynomial for the
 // relative error of exp (3e-9 in float, 4e-18 in double); n is added to the exponent of the result.
 DPO_INLINE float exponential(float x) {
-    x = x < -88.37f ? -88.37f : x;  // n = -127: the factor below is 0
-    x = x > 88.37f ? 88.37f : x;
-    const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-    const float shifted = x * 1.44269504f + shifter;
-    const float n = shifted - shifter;
-    const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-    float q = 0.00138146283f;
-    q = q * r + 0.00836871675f;
-    q = q * r + 0.0416683876f;
-    q = q * r + 0.166665206f;
-    q = q * r + 0.499999934f;
+    x = x < kLeastExponent ? kLeastExponent : x;
+    x = x > -kLeastExponent ? -kLeastExponent : x;
+    const float shifted = x * kLog2e + kShifter;
+    const float n = shifted - kShifter;
+    const float r = (x - n * kLn2[0]) - n * kLn2[1];
+    float q = kExp[0];
+    for (int i = 1; i < 5; i++) q = q * r + kExp[i];
     const float power = bits<float>((bits<uint32_t>(shifted) + 127u) << 23);
     return (q * r * r + r + 1.0f) * power;
 }
@@ -374,15 +377,25 @@ extern const Passes<float> passes_float = {reduce<float>,
                                            dlogits<float>,
                                            apply_bias_scale_cap<float>,
                                            encode,
+                                           reduce_block,
                                            dlogits_of_codes,
                                            scaled_to_bfloat16,
                                            sample<float>,
                                            sample_of_codes,
                                            add_rows<float, float>,
-                                           add_rows<float, uint16_t>};
-extern const Passes<double> passes_double = {
-    reduce<double>, merge<double>,  dlogits<double>, apply_bias_scale_cap<double>, nullptr, nullptr,
-    nullptr,        sample<double>, nullptr,         add_rows<double, double>,     nullptr};
+                                           add_bfloat16_rows};
+extern const Passes<double> passes_double = {reduce<double>,
+                                             merge<double>,
+                                             dlogits<double>,
+                                             apply_bias_scale_cap<double>,
+                                             nullptr,
+                                             nullptr,
+                                             nullptr,
+                                             nullptr,
+                                             sample<double>,
+                                             nullptr,
+                                             add_rows<double, double>,
+                                             nullptr};
 
 }  // namespace DPO_NAMESPACE
 }  // namespace dpo_kernels

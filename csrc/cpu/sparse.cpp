@@ -14,6 +14,7 @@ namespace dpo_kernels {
 namespace {
 
 constexpr int64_t kPanelBytes = 2 << 20;  // of the head, about as large as a second-level cache
+constexpr int64_t kCachedSums = 4 << 20;  // of a result: 16 MiB, which may be found in the cache by whoever reads it
 constexpr int64_t kParts = 64;  // of a product's columns, alike in work
 
 // Entries of neighbouring rows that one thread has sampled.
@@ -43,6 +44,8 @@ std::pair<int64_t, int64_t> expected_of_some(const TileShape& shape, const OfRow
     return {expected.load(), tried};
 }
 
+constexpr int64_t kRoom = 16;  // of entries that a row may write behind its last
+
 // Collects the entries that `of_row(row, columns, values, expected)` chooses of each row. All tensors are empty if more
 // than `most` are expected, of all rows or of some in proportion. Neither depends on the seed, or the mean over seeds
 // would not be the gradient.
@@ -61,8 +64,8 @@ Sample collect(const TileShape& shape, int64_t most, const Tensor& like, const O
     std::atomic<int64_t> kept{0}, expected{0};
     over_rows(shape, [&](int64_t first, int64_t last) {
         Found<T> found{first, {}, {}, {}};
-        std::vector<int32_t> columns(shape.cols);
-        std::vector<T> values(shape.cols);
+        std::vector<int32_t> columns(shape.cols + kRoom);
+        std::vector<T> values(shape.cols + kRoom);
         for (int64_t row = first; row < last && expected.load() <= most; row++) {
             int64_t likely = 0;
             const int64_t count = of_row(row, columns.data(), values.data(), &likely);
@@ -199,11 +202,11 @@ void check_added(const char* name, const Tensor& matrix, const Tensor& out, cons
 // out (+)= the sum of factors[k] times row indices[k] of the matrix.
 template <typename T>
 void add(T* out, int64_t width, const Tensor& matrix, int64_t stride, const int32_t* indices, const T* factors,
-         int64_t count, bool accumulate) {
+         int64_t count, bool accumulate, bool past_cache) {
     if (matrix.scalar_type() == ScalarType::BFloat16) {  // T is float, see check_added
         passes<float>().add_bfloat16_rows(reinterpret_cast<float*>(out), width,
                                           static_cast<const uint16_t*>(matrix.const_data_ptr()), stride, indices,
-                                          reinterpret_cast<const float*>(factors), count, accumulate);
+                                          reinterpret_cast<const float*>(factors), count, accumulate, past_cache);
     } else {
         passes<T>().add_rows(out, width, matrix.const_data_ptr<T>(), stride, indices, factors, count, accumulate);
     }
@@ -237,7 +240,8 @@ void sparse_times_head_(const Tensor& offsets, const Tensor& columns, const Tens
                     factors.assign(entries.values + begin, entries.values + end);
                     for (T& factor : factors) factor *= entries.scale[r];
                     T* row = out.mutable_data_ptr<T>() + r * to.stride;
-                    add(row, to.cols, head, from.stride, entries.columns + begin, factors.data(), end - begin, more);
+                    add(row, to.cols, head, from.stride, entries.columns + begin, factors.data(), end - begin, more,
+                        false);
                 }
             }
         });
@@ -270,6 +274,8 @@ void sparse_transposed_times_hidden_(const Tensor& offsets, const Tensor& column
                 factors[place] = entries.values[k] * entries.scale[r];
             }
         }
+        const bool lines = (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) | to.stride * sizeof(T)) % 64 == 0;
+        const bool past_cache = lines && !accumulate && to.rows * to.cols > kCachedSums;
         // A column costs about as much as an entry, whose row is written once.
         const auto work_before = [&](int64_t column) { return begins[column] + column; };
         const int64_t work = total + to.rows;
@@ -283,8 +289,9 @@ void sparse_transposed_times_hidden_(const Tensor& offsets, const Tensor& column
                 const int64_t begin = begins[c], count = begins[c + 1] - begin;
                 if (count == 0 && accumulate) continue;
                 add(out.mutable_data_ptr<T>() + c * to.stride, to.cols, hidden, from.stride, rows.data() + begin,
-                    factors.data() + begin, count, accumulate);
+                    factors.data() + begin, count, accumulate, past_cache);
             }
+            order_stores();
         });
     });
 }

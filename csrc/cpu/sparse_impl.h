@@ -2,22 +2,28 @@
 // once for each instruction set. dpo_kernels/kernels/sampling.py explains the sample.
 
 static const int64_t kSampleBlock = 256;
-static const int32_t kUnits = 1 << 20;
+static const uint32_t kStarts = 16;     // blocks whose grids are placed at a time
+static const int64_t kGroup = 16;       // entries whose places are added up before one of them is looked for
+static const int32_t kUnits = 1 << 20;  // of a step
 
-// The first word of Philox-4x32-10 (Salmon et al., SC 2011) for the counter (token, block, 0), in units.
-static int32_t grid_start(uint64_t seed, uint64_t token, uint32_t block) {
-    uint32_t c0 = static_cast<uint32_t>(token), c1 = static_cast<uint32_t>(token >> 32), c2 = block, c3 = 0;
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; round++) {
-        const uint64_t first = 0xD2511F53ull * c0, second = 0xCD9E8D57ull * c2;
-        c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ k0;
-        c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ k1;
-        c1 = static_cast<uint32_t>(second);
-        c3 = static_cast<uint32_t>(first);
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
+// Where the grids of kStarts blocks begin, in units: the first words of Philox-4x32-10 (Salmon et al., SC 2011) for the
+// counters (token, block, 0).
+static void grid_starts(uint64_t seed, uint64_t token, uint32_t block, int32_t* starts) {
+    DPO_SIMD()
+    for (uint32_t i = 0; i < kStarts; i++) {
+        uint32_t c0 = static_cast<uint32_t>(token), c1 = static_cast<uint32_t>(token >> 32), c2 = block + i, c3 = 0;
+        uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+        for (int round = 0; round < 10; round++) {
+            const uint64_t first = uint64_t{0xD2511F53} * c0, second = uint64_t{0xCD9E8D57} * c2;
+            c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ k0;
+            c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ k1;
+            c1 = static_cast<uint32_t>(second);
+            c3 = static_cast<uint32_t>(first);
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        starts[i] = static_cast<int32_t>(c0 >> 12);
     }
-    return static_cast<int32_t>(c0 >> 12);
 }
 
 // The places that entries take on the line of the grid, in units. An entry that is always kept takes a whole step: the
@@ -33,25 +39,53 @@ static void places(const T* e, int64_t size, T threshold, T per, int32_t* length
     }
 }
 
-static int32_t sum_of_places(const int32_t* length, int64_t size) {
+// A block of a row on the line of the grid. The grid begins `at` units before the block's entries.
+template <typename T>
+struct Measured {
+    int64_t left;  // the first of its columns
+    const T* e;
+    T room[kSampleBlock];
+    int32_t length[kSampleBlock];
+    int32_t sums[kSampleBlock / kGroup];
+    int32_t at;
+};
+
+// Where entry i of a block is kept: its column and its value, which is divided by the part of a step that it takes.
+template <typename T>
+DPO_INLINE void keep_entry(const Measured<T>& block, int64_t i, int32_t* column, T* value) {
+    *column = static_cast<int32_t>(block.left + i);
+    *value = block.e[i] * (T(kUnits) / static_cast<T>(block.length[i]));
+}
+
+#ifdef DPO_AVX512
+#include "sparse_avx512.h"
+#else
+// Adds up the places of each group of kGroup entries; returns the sum of all. There are kSampleBlock.
+static int32_t sums_of_groups(const int32_t* length, int32_t* sums) {
     int32_t total = 0;
-    DPO_SIMD(reduction(+ : total))
-    for (int64_t i = 0; i < size; i++) total += length[i];
+    for (int64_t g = 0; g < kSampleBlock / kGroup; g++) {
+        int32_t sum = 0;
+        DPO_SIMD(reduction(+ : sum))
+        for (int64_t i = 0; i < kGroup; i++) sum += length[g * kGroup + i];
+        total += sums[g] = sum;
+    }
     return total;
 }
 
-// Writes which entries of a block the grid falls on, if it begins `at` units before them; returns how many. Groups that it
-// does not fall on are passed over. There are kSampleBlock lengths.
-static int64_t hits(const int32_t* length, int64_t at, int32_t* chosen) {
-    constexpr int64_t kGroup = 16;
+// Writes the entries of a block that the grid falls on; returns how many. Groups that it does not fall on are passed over.
+template <typename T>
+static int64_t hits(const Measured<T>& block, int32_t* columns, T* values) {
     int64_t count = 0;
-    for (int64_t left = 0; left < kSampleBlock; left += kGroup) {
-        const int64_t behind = at + sum_of_places(length + left, kGroup);
+    int32_t at = block.at;
+    for (int64_t g = 0; g < kSampleBlock / kGroup; g++) {
+        const int32_t behind = at + block.sums[g];
         if (behind / kUnits != at / kUnits) {
-            for (int64_t i = left; i < left + kGroup; i++) {
-                const int64_t end = at + length[i];
-                chosen[count] = static_cast<int32_t>(i);
-                count += end / kUnits != at / kUnits;
+            for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i++) {
+                const int32_t end = at + block.length[i];
+                if (end / kUnits != at / kUnits) {
+                    keep_entry(block, i, columns + count, values + count);
+                    count++;
+                }
                 at = end;
             }
         }
@@ -60,38 +94,54 @@ static int64_t hits(const int32_t* length, int64_t at, int32_t* chosen) {
     return count;
 }
 
+DPO_INLINE void read_ahead(const uint16_t*) {}
+
+// Returns how many columns of a sum of rows it has written.
+static int64_t add_in_registers(float*, int64_t, const uint16_t*, int64_t, const int32_t*, const float*, int64_t, bool,
+                                bool) {
+    return 0;
+}
+#endif
+
 // Writes the kept entries of a row, which may be all of them; returns how many there are. With null columns none are
-// chosen. Adds how many are expected. `read(left, size, room)` returns exp(z - max) of a block, which may lie in the room,
-// and `flat(column)` the derivative of the cap.
+// chosen. Adds how many are expected. `read(block, size, threshold, per)` fills in the block's exponentials exp(z - max)
+// and their places, and `flat(column)` returns the derivative of the cap.
 template <typename T, typename Read, typename Flat>
 static int64_t sample_row(int64_t cols, int64_t start, const SampledRows<T>& rows, int64_t row, const Read& read,
                           const Flat& flat, int32_t* columns, T* values, int64_t* expected) {
     const T threshold = rows.tau * rows.sumexp[row], per = T(kUnits) / threshold;
     const int64_t label = rows.labels[row] - start;
-    T room[kSampleBlock];
-    int32_t length[kSampleBlock], chosen[kSampleBlock + 1];
+    const uint64_t token = static_cast<uint64_t>(rows.tokens[row]);
+    const uint32_t first = static_cast<uint32_t>(start / kSampleBlock);
+    Measured<T> blocks[2];
+    int32_t starts[kStarts];
     int64_t count = 0, units = 0;
-    for (int64_t left = 0; left < cols; left += kSampleBlock) {
-        const int64_t size = cols - left < kSampleBlock ? cols - left : kSampleBlock;
-        const T* e = read(left, size, room);
-        places(e, size, threshold, per, length);
-        if (label >= left && label < left + size) length[label - left] = kUnits;
-        const int32_t total = sum_of_places(length, size);
-        units += total;
-        if (columns == nullptr) continue;
-        const int64_t at = grid_start(rows.seed, static_cast<uint64_t>(rows.tokens[row]),
-                                      static_cast<uint32_t>((start + left) / kSampleBlock));
-        if (at + total < kUnits) continue;
-        memset(length + size, 0, (kSampleBlock - size) * sizeof(int32_t));
-        const int64_t kept = hits(length, at, chosen);
-        for (int64_t k = 0; k < kept; k++) {
-            const int64_t i = chosen[k];
-            T value = e[i] * (T(kUnits) / static_cast<T>(length[i]));
-            if (left + i == label) value = -rows.others[row];
-            if (rows.softcap != 0) value *= flat(left + i);
-            columns[count] = static_cast<int32_t>(left + i);
-            values[count++] = value;
+    // A block is measured before entries of the one before are chosen: the CPU does both at once.
+    for (int64_t left = 0; left < cols + kSampleBlock; left += kSampleBlock) {
+        if (left < cols) {
+            Measured<T>& block = blocks[left / kSampleBlock % 2];
+            const int64_t size = cols - left < kSampleBlock ? cols - left : kSampleBlock;
+            const uint32_t number = static_cast<uint32_t>(left / kSampleBlock);
+            if (number % kStarts == 0) grid_starts(rows.seed, token, first + number, starts);
+            block.left = left;
+            block.at = starts[number % kStarts];
+            read(block, size, threshold, per);
+            if (label >= left && label < left + size) block.length[label - left] = kUnits;
+            memset(block.length + size, 0, (kSampleBlock - size) * sizeof(int32_t));
+            units += sums_of_groups(block.length, block.sums);
         }
+        if (left == 0 || columns == nullptr) continue;
+        const Measured<T>& block = blocks[(left / kSampleBlock + 1) % 2];
+        const int64_t kept = hits(block, columns + count, values + count);
+        if (label >= block.left && label < left) {
+            for (int64_t k = count; k < count + kept; k++) {
+                if (columns[k] == label) values[k] = -rows.others[row];
+            }
+        }
+        if (rows.softcap != 0) {
+            for (int64_t k = count; k < count + kept; k++) values[k] *= flat(columns[k]);
+        }
+        count += kept;
     }
     *expected += units / kUnits;
     return count;
@@ -102,11 +152,14 @@ static int64_t sample(Tile<T> tile, const SampledRows<T>& rows, int64_t row, int
                       int64_t* expected) {
     const T* z = tile.data + row * tile.stride;
     const T max = rows.max[row];
-    const auto read = [&](int64_t left, int64_t size, T* room) -> const T* {
-        if (rows.exponentiated) return z + left;
-        DPO_SIMD()
-        for (int64_t i = 0; i < size; i++) room[i] = exponential(z[left + i] - max);
-        return room;
+    const auto read = [&](Measured<T>& block, int64_t size, T threshold, T per) {
+        const T* from = z + block.left;
+        block.e = rows.exponentiated ? from : block.room;
+        if (!rows.exponentiated) {
+            DPO_SIMD()
+            for (int64_t i = 0; i < size; i++) block.room[i] = exponential(from[i] - max);
+        }
+        places(block.e, size, threshold, per, block.length);
     };
     const auto flat = [&](int64_t column) { return slope(z[column], rows.softcap); };
     return sample_row(tile.cols, tile.start, rows, row, read, flat, columns, values, expected);
@@ -119,11 +172,14 @@ static int64_t sample_of_codes(Codes codes, int64_t cols, int64_t start, const S
     const auto highest = [&](int64_t column) {
         return codes.highest[column / kCodedCols * codes.highest_stride + row];
     };
-    const auto read = [&](int64_t left, int64_t size, float* room) -> const float* {
-        const float factor = factor_of_block(highest(left), max);
+    const auto read = [&](Measured<float>& block, int64_t size, float threshold, float per) {
+        const uint16_t* from = z + block.left;
+        const float factor = factor_of_block(highest(block.left), max);
+        block.e = block.room;
+        read_ahead(from);
         DPO_SIMD()
-        for (int64_t i = 0; i < size; i++) room[i] = factor * below(z[left + i]);
-        return room;
+        for (int64_t i = 0; i < size; i++) block.room[i] = factor * below(from[i]);
+        places(block.e, size, threshold, per, block.length);
     };
     const auto flat = [&](int64_t column) {
         if (column == rows.labels[row] - start) return slope(rows.target[row], rows.softcap);
@@ -159,4 +215,12 @@ static void add_rows(T* out, int64_t width, const Element* matrix, int64_t strid
         DPO_SIMD()
         for (int64_t i = 0; i < width; i++) out[i] += fa * widened(a[i]);
     }
+}
+
+// The same of bfloat16. AVX-512 keeps the sum of most columns in registers.
+static void add_bfloat16_rows(float* out, int64_t width, const uint16_t* matrix, int64_t stride, const int32_t* indices,
+                              const float* factors, int64_t count, bool accumulate, bool past_cache) {
+    const int64_t done = add_in_registers(out, width, matrix, stride, indices, factors, count, accumulate, past_cache);
+    if (done == width) return;
+    add_rows(out + done, width - done, matrix + done, stride, indices, factors, count, accumulate);
 }

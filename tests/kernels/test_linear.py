@@ -208,8 +208,8 @@ def oracle_of(x, head, labels):
     return z, kernels, state
 
 
-def coded(kernels, x, head, labels, start=0):
-    state = kernels.new_state(x.shape[0], x.device, STATS)
+def coded(kernels, x, head, labels, start=0, stats=STATS):
+    state = kernels.new_state(x.shape[0], x.device, stats)
     tile = kernels.tile_in(kernels.scratch(x.device, x.shape[0] * head.vocab), x.shape[0], head.vocab)
     kernels.project_and_reduce(state, x, head, start, tile, labels)
     return tile, state
@@ -230,6 +230,40 @@ def test_sums_of_logits(sizes, kind):
         assert torch.equal(got.isfinite(), exact.isfinite()), name
     close = z.gather(1, state.argmax[:, None])[:, 0] >= z.amax(1) - 1e-4  # two may be equal but for rounding
     assert bool(close.all())
+
+
+@multiplies
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_sums_alone_are_those_beside_other_statistics(sizes, kind):
+    """They come from one reading of a block. Codes and labels' logits have the same bits, and sums all but the last."""
+    x, head, labels = small_linear(sizes, **KINDS[kind])
+    kernels = narrow()
+    (wanted_tile, wanted), (tile, state) = (coded(kernels, x, head, labels, stats=stats) for stats in (STATS, ()))
+    assert state.entropy is None
+    assert torch.equal(tile, wanted_tile)
+    for name in ("max", "target", "block_max"):
+        assert torch.equal(getattr(state, name), getattr(wanted, name)), name
+    torch.testing.assert_close(state.others, wanted.others, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@multiplies
+@pytest.mark.parametrize("stride", [33024, 33000])
+def test_codes_larger_than_the_cache(stride):
+    """They may go past it, if rows begin with whole lines of it, and are those of fewer rows, bit for bit."""
+    x, head, labels = small_linear((300, 33, 33000))
+    tile = torch.full((300, stride), 7, dtype=torch.int16)
+    state = narrow().new_state(300, x.device, ())
+    narrow().project_and_reduce(state, x, head, 0, tile[:, :33000], labels)
+    assert bool((tile[:, 33000:] == 7).all())
+    for first in (0, 150):
+        part, rows = narrow().new_state(150, x.device, ()), slice(first, first + 150)
+        codes = torch.empty(150, 33000, dtype=torch.int16)
+        narrow().project_and_reduce(part, x[rows], head, 0, codes, labels[rows])
+        assert torch.equal(codes, tile[rows, :33000])
+        assert torch.equal(part.block_max, state.block_max[:, rows])
+        assert torch.equal(part.others, state.others[rows])
+        assert torch.equal(part.max, state.max[rows])
 
 
 @multiplies

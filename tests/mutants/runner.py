@@ -75,6 +75,7 @@ class Copies:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
             "DPO_KERNELS_BF16": "portable",  # products of bfloat16 are tried on every CPU, by the same code
+            "DPO_KERNELS_ISA": "avx2",  # and so are rows; tests/kernels/test_rows_alone.py edits those of AVX-512
         }
         with self.lock:
             if self.stopped:

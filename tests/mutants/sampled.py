@@ -73,15 +73,15 @@ SAMPLED = (
     ),
     Mutant(
         "csrc/cpu/sparse_impl.h",
-        "T value = e[i] * (T(kUnits) / static_cast<T>(length[i]));",
-        "T value = e[i];",
+        "block.e[i] * (T(kUnits) / static_cast<T>(block.length[i]))",
+        "block.e[i]",
         f"{_MEAN}[gaussian-chunked-200-cpp]",
         "small entries count as their own probability",
     ),
     Mutant(
         "csrc/cpu/sparse_impl.h",
-        "length[label - left] = kUnits;",
-        "length[label - left] += kUnits;",
+        "block.length[label - left] = kUnits;",
+        "block.length[label - left] += kUnits;",
         f"{_TEST}test_the_cpp_sample_is_that_of_torch",
         "the label takes a place on the grid's line",
     ),
@@ -206,8 +206,8 @@ SAMPLED = (
     ),
     Mutant(
         "csrc/cpu/sparse_impl.h",
-        "if (left + i == label) value = -rows.others[row];",
-        "",
+        "values[k] = -rows.others[row]",
+        "values[k] += 0",
         f"{_CODES}test_the_mean_of_samples_of_codes[plain]",
         "the label's entry lacks the one in C++",
     ),
@@ -220,7 +220,7 @@ SAMPLED = (
     ),
     Mutant(
         "csrc/cpu/sparse_impl.h",
-        "        memset(length + size, 0, (kSampleBlock - size) * sizeof(int32_t));\n",
+        "            memset(block.length + size, 0, (kSampleBlock - size) * sizeof(int32_t));\n",
         "",
         f"{_TEST}test_the_cpp_sample_is_that_of_torch[torch.float32]",
         "the last block of a row keeps entries of the one before",
@@ -234,7 +234,7 @@ SAMPLED = (
     ),
     Mutant(
         "csrc/cpu/sparse_impl.h",
-        "factor_of_block(highest(left), max);",
+        "factor_of_block(highest(block.left), max);",
         "factor_of_block(highest(0), max);",
         f"{_CODES}test_the_sample_of_codes_is_that_of_torch",
         "all blocks of codes share the largest logit of the first",

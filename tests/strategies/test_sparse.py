@@ -628,6 +628,25 @@ def test_a_head_of_many_panels(dtype):
 
 
 @pytest.mark.skipif(extension.why_not("cpu") is not None, reason="no extension")
+@pytest.mark.parametrize("stride", [512, 513])
+def test_a_gradient_of_the_head_that_is_larger_than_the_cache(stride):
+    """It may go past it, if rows begin with whole lines of it. Added to zeros it has the same bits."""
+    g = torch.Generator().manual_seed(0)
+    hidden, offsets = torch.randn(40, 500, generator=g).bfloat16(), torch.arange(41) * 50
+    entries = (
+        offsets,
+        torch.randint(0, 9000, (2000,), generator=g).int(),
+        torch.randn(2000, generator=g),
+        torch.ones(40),
+    )
+    out, wanted = torch.full((9000, stride), 7.0), torch.zeros(9000, 500)
+    torch.ops.dpo_kernels.sparse_transposed_times_hidden_(*entries, hidden, out[:, :500], False)
+    torch.ops.dpo_kernels.sparse_transposed_times_hidden_(*entries, hidden, wanted, True)
+    assert torch.equal(out[:, :500], wanted)
+    assert bool((out[:, 500:] == 7.0).all())
+
+
+@pytest.mark.skipif(extension.why_not("cpu") is not None, reason="no extension")
 @pytest.mark.parametrize("scale", [torch.ones(1).expand(3), torch.ones(6)[::2], torch.ones(()), torch.ones(3).double()])
 def test_operators_check_their_scale(scale):
     offsets, columns = torch.tensor([0, 1, 2, 3]), torch.zeros(3, dtype=torch.int32)
