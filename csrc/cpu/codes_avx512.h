@@ -56,21 +56,26 @@ DPO_INLINE float sum_of_block(const float* z, float highest, uint16_t* codes, bo
     return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(total[0], total[1]), _mm512_add_ps(total[2], total[3])));
 }
 
-// Does reduce and encode of a whole block of finite logits without a label; returns whether it did.
-static bool reduce_at_once(const float* z, int64_t cols, int64_t label, const RowState<float>& state,
-                           const Codes& codes, int64_t r) {
-    const bool here = label >= 0 && label < cols;
+static void reduce_block(Tile<float> tile, const int64_t* labels, RowState<float> state, Codes codes, int64_t first,
+                         int64_t last) {
     const bool sums_only = !state.entropy && !state.square_sum && !state.logit_sum && !state.argmax;
-    if (cols != kCodedCols || here || !sums_only) return false;
-    const float highest = largest_of_block(z);
-    if (highest - highest != 0.0f) return false;
-    state.max[r] = highest;
-    if (codes.data) {
-        codes.highest[r] = highest;
-        uint16_t* out = codes.data + r * codes.stride;
-        state.others[r] = sum_of_block<true>(z, highest, out, codes.past_cache);
-    } else {
-        state.others[r] = sum_of_block<false>(z, highest, nullptr, false);
+    if (tile.cols != kCodedCols || !sums_only) return reduce_and_encode(tile, labels, state, codes, first, last);
+    for (int64_t r = first; r < last; r++) {
+        const float* z = tile.data + r * tile.stride;
+        const int64_t label = labels[r] - tile.start;
+        const float highest = largest_of_block(z);
+        // A row with the label, or without a finite logit, is rare.
+        if ((label >= 0 && label < kCodedCols) || highest - highest != 0.0f) {
+            reduce_and_encode(tile, labels, state, codes, r, r + 1);
+            continue;
+        }
+        state.max[r] = highest;
+        if (codes.data) {
+            codes.highest[r] = highest;
+            uint16_t* out = codes.data + r * codes.stride;
+            state.others[r] = sum_of_block<true>(z, highest, out, codes.past_cache);
+        } else {
+            state.others[r] = sum_of_block<false>(z, highest, nullptr, false);
+        }
     }
-    return true;
 }

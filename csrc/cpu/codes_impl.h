@@ -19,25 +19,17 @@ static void encode(Tile<float> tile, Codes codes, int64_t first, int64_t last) {
     }
 }
 
+static void reduce_and_encode(Tile<float> tile, const int64_t* labels, RowState<float> state, Codes codes,
+                              int64_t first, int64_t last) {
+    reduce(tile, labels, state, false, first, last);
+    if (codes.data) encode(tile, codes, first, last);
+}
+
 #ifdef DPO_AVX512
 #include "codes_avx512.h"
 #else
-// Whether reduce and encode of a block were done in one reading.
-static bool reduce_at_once(const float*, int64_t, int64_t, const RowState<float>&, const Codes&, int64_t) {
-    return false;
-}
+static const auto reduce_block = reduce_and_encode;
 #endif
-
-static void reduce_block(Tile<float> tile, const int64_t* labels, RowState<float> state, Codes codes, int64_t first,
-                         int64_t last) {
-    for (int64_t r = first; r < last; r++) {
-        float* z = tile.data + r * tile.stride;
-        const int64_t label = labels[r] - tile.start;
-        if (reduce_at_once(z, tile.cols, label, state, codes, r)) continue;
-        reduce_row<float, false>(z, tile, label, state, r);
-        if (codes.data) encode(tile, codes, r, r + 1);
-    }
-}
 
 // 2^(-code / 1024) within 3e-6; 0 for the last code.
 DPO_INLINE float below(uint16_t code) {

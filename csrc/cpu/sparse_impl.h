@@ -42,12 +42,12 @@ static void places(const T* e, int64_t size, T threshold, T per, int32_t* length
 // A block of a row on the line of the grid. The grid begins `at` units before the block's entries.
 template <typename T>
 struct Measured {
-    int64_t left;  // the first of its columns
-    const T* e;
-    T room[kSampleBlock];
-    int32_t length[kSampleBlock];
-    int32_t sums[kSampleBlock / kGroup];
+    alignas(64) T room[kSampleBlock];
+    alignas(64) int32_t length[kSampleBlock];
+    alignas(64) int32_t sums[kSampleBlock / kGroup];
     int32_t at;
+    int64_t left;  // the first of its columns
+    const T* e;    // exponentials, here or in the tile
 };
 
 // Where entry i of a block is kept: its column and its value, which is divided by the part of a step that it takes.
@@ -75,6 +75,7 @@ static int32_t sums_of_groups(const int32_t* length, int32_t* sums) {
 // Writes the entries of a block that the grid falls on; returns how many. Groups that it does not fall on are passed over.
 template <typename T>
 static int64_t hits(const Measured<T>& block, int32_t* columns, T* values) {
+    int32_t chosen[kSampleBlock + 1];
     int64_t count = 0;
     int32_t at = block.at;
     for (int64_t g = 0; g < kSampleBlock / kGroup; g++) {
@@ -82,15 +83,14 @@ static int64_t hits(const Measured<T>& block, int32_t* columns, T* values) {
         if (behind / kUnits != at / kUnits) {
             for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i++) {
                 const int32_t end = at + block.length[i];
-                if (end / kUnits != at / kUnits) {
-                    keep_entry(block, i, columns + count, values + count);
-                    count++;
-                }
+                chosen[count] = static_cast<int32_t>(i);
+                count += end / kUnits != at / kUnits;
                 at = end;
             }
         }
         at = behind;
     }
+    for (int64_t k = 0; k < count; k++) keep_entry(block, chosen[k], columns + k, values + k);
     return count;
 }
 
@@ -113,27 +113,24 @@ static int64_t sample_row(int64_t cols, int64_t start, const SampledRows<T>& row
     const int64_t label = rows.labels[row] - start;
     const uint64_t token = static_cast<uint64_t>(rows.tokens[row]);
     const uint32_t first = static_cast<uint32_t>(start / kSampleBlock);
-    Measured<T> blocks[2];
+    Measured<T> block;
     int32_t starts[kStarts];
     int64_t count = 0, units = 0;
-    // A block is measured before entries of the one before are chosen: the CPU does both at once.
-    for (int64_t left = 0; left < cols + kSampleBlock; left += kSampleBlock) {
-        if (left < cols) {
-            Measured<T>& block = blocks[left / kSampleBlock % 2];
-            const int64_t size = cols - left < kSampleBlock ? cols - left : kSampleBlock;
-            const uint32_t number = static_cast<uint32_t>(left / kSampleBlock);
-            if (number % kStarts == 0) grid_starts(rows.seed, token, first + number, starts);
-            block.left = left;
-            block.at = starts[number % kStarts];
-            read(block, size, threshold, per);
-            if (label >= left && label < left + size) block.length[label - left] = kUnits;
-            memset(block.length + size, 0, (kSampleBlock - size) * sizeof(int32_t));
-            units += sums_of_groups(block.length, block.sums);
-        }
-        if (left == 0 || columns == nullptr) continue;
-        const Measured<T>& block = blocks[(left / kSampleBlock + 1) % 2];
+    for (int64_t left = 0; left < cols; left += kSampleBlock) {
+        const int64_t size = cols - left < kSampleBlock ? cols - left : kSampleBlock;
+        const uint32_t number = static_cast<uint32_t>(left / kSampleBlock);
+        if (number % kStarts == 0) grid_starts(rows.seed, token, first + number, starts);
+        block.left = left;
+        block.at = starts[number % kStarts];
+        read(block, size, threshold, per);
+        const bool own = label >= left && label < left + size;
+        if (own) block.length[label - left] = kUnits;
+        memset(block.length + size, 0, (kSampleBlock - size) * sizeof(int32_t));
+        const int32_t total = sums_of_groups(block.length, block.sums);
+        units += total;
+        if (columns == nullptr || block.at + total < kUnits) continue;
         const int64_t kept = hits(block, columns + count, values + count);
-        if (label >= block.left && label < left) {
+        if (own) {
             for (int64_t k = count; k < count + kept; k++) {
                 if (columns[k] == label) values[k] = -rows.others[row];
             }

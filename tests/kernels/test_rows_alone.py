@@ -50,7 +50,7 @@ WRONG = [
     ("codes_impl.h", "codes.highest_stride + r]", "codes.highest_stride]"),
     ("codes_impl.h", "if (how.softcap != 0.0f) own", "if (how.softcap == 0.0f) own"),
     ("codes_impl.h", "(below(codes[i]) * slope_of_code(", "(below(codes[i]) + slope_of_code("),
-    ("codes_impl.h", "if (codes.data) encode(tile, codes, r, r + 1)", "if (codes.data) encode(tile, codes, r, r)"),
+    ("codes_impl.h", "if (codes.data) encode(tile, codes, first, last)", "if (codes.data) encode(tile, codes, 0, 1)"),
     ("sparse_impl.h", "at = behind;", ""),
     ("sparse_impl.h", "memset(block.length + size,", "memset(block.length + size + 1,"),
     ("sparse_impl.h", "if (number % kStarts == 0)", "if (number == 0)"),
@@ -59,8 +59,8 @@ WRONG = [
     ("sparse_impl.h", "if (columns[k] == label)", "if (columns[k] < label)"),
 ]
 WRONG_AVX512 = [
-    ("codes_avx512.h", "label >= 0 && label < cols;", "label >= 0 && label < 0;"),
-    ("codes_avx512.h", "if (highest - highest != 0.0f) return false;", ""),
+    ("codes_avx512.h", "label >= 0 && label < kCodedCols)", "label >= 0 && label < 0)"),
+    ("codes_avx512.h", " || highest - highest != 0.0f) {", ") {"),
     (
         "codes_avx512.h",
         "_mm512_max_ps(_mm512_loadu_ps(z + i * kLanes), best[i % 4])",

@@ -220,7 +220,7 @@ SAMPLED = (
     ),
     Mutant(
         "csrc/cpu/sparse_impl.h",
-        "            memset(block.length + size, 0, (kSampleBlock - size) * sizeof(int32_t));\n",
+        "        memset(block.length + size, 0, (kSampleBlock - size) * sizeof(int32_t));\n",
         "",
         f"{_TEST}test_the_cpp_sample_is_that_of_torch[torch.float32]",
         "the last block of a row keeps entries of the one before",
